@@ -1,0 +1,140 @@
+"""What every script shares: exit codes, one-sentence errors, the common flags. Standard library only."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
+INTERRUPTED, TERMINATED = 130, 143  # the shell's codes for Ctrl-C and SIGTERM
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one sentence, without a traceback."""
+
+    def __init__(self, message, code=USAGE):
+        super().__init__(message)
+        self.code = code
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where it arrives so that `finally` blocks run."""
+
+
+def note(*text):
+    """Print to stderr: everything that is not a result."""
+    print(*text, file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Run `main()` and exit with its code; a `UserError` becomes `script.py: sentence` on stderr."""
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    script = Path(sys.argv[0]).name
+    try:
+        code = main() or DONE
+        sys.stdout.flush()
+    except UserError as error:
+        note(f"{script}: {error}")
+        code = error.code
+    except KeyboardInterrupt:
+        note(f"{script}: stopped by Ctrl-C")
+        code = INTERRUPTED
+    except Terminated:
+        note(f"{script}: stopped by SIGTERM")
+        code = TERMINATED
+    except BrokenPipeError:  # `infer.py ... | head`: nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    sys.exit(code)
+
+
+def parser(doc):
+    """An ArgumentParser whose help is the script's docstring, with every default shown."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_common(parser, workers=4):
+    """Add the flags that mean the same in every script."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="dtype of the frozen models; auto is bfloat16 on CUDA and float32 on CPU",
+    )
+    group.add_argument(
+        "--workers", type=whole(0), default=workers, help="worker processes that read clips"
+    )
+    group.add_argument("--limit", type=whole(1), help="only the first N clips")
+    group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
+
+
+def whole(least):
+    """argparse type: an integer of at least `least`."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return parse
+
+
+def number(least=None, above=None, below=None):
+    """argparse type: a finite float with `value >= least`, `value > above`, `value < below`."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if least is not None and not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above}")
+        if (below is not None and not value < below) or value in (float("inf"), float("-inf")):
+            raise argparse.ArgumentTypeError(f"{text} must be below {below or 'infinity'}")
+        return value
+
+    return parse
+
+
+def existing(path, what, hint):
+    """Return `path` as a Path. Raises UserError with `hint` (what to run next) if it is not there."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{what} not found: {path}. {hint}")
+    return path
+
+
+def device_and_dtype(args):
+    """Resolve --device and --dtype to a torch.device and a torch.dtype."""
+    import torch
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    return device, getattr(torch, dtype)

@@ -1,0 +1,317 @@
+"""The on-disk formats, each with one home: annotations, feature files, the manifest, captions.
+
+data/annotations/<split>.json        a list of records, see `load_records`
+data/features/manifest.json          how the features were made, see `Manifest`
+data/features/<split>/<id>.pt        one clip, see `save_features`
+
+torch and numpy are imported inside functions, so that a script's --help can use the constants.
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import zlib
+from pathlib import Path
+
+from cli import UserError
+
+FORMAT_VERSION = 1
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+# The prompt between the soft prompts and the caption. One model writes both kinds of caption, and
+# each is scored against its own kind. The first prompt is the original's.
+STYLES = {
+    "label": "a video showing:",  # the dataset's own wording, what validation is scored on
+    "sentence": "a sentence about the video:",  # a paraphrase: capital letter, full stop
+}
+
+
+# ---- files ---------------------------------------------------------------------------------
+
+
+def write_atomic(path, data):
+    """Write `data` (bytes or str) so that `path` is either absent, old and whole, or new and whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Write `value` atomically; NaN, which is not JSON, raises ValueError."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path, what):
+    """Parse a JSON file. Raises UserError naming `what` and the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} {path} cannot be read as JSON: {error}") from None
+
+
+def torch_bytes(value):
+    """Serialise like torch.save, to bytes that do not depend on the file's name."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def is_clip_id(name):
+    """True if `name` is a plain file name: it can neither leave a folder nor hide in one."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 200
+        and not name.startswith(".")
+        and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
+    )
+
+
+# ---- annotations ---------------------------------------------------------------------------
+
+
+def load_records(annotations, split):
+    """Read `<annotations>/<split>.json`: a list of dicts, one per clip.
+
+    Each has `id` and, where known, `video` (file name), `label`, `template` (with [placeholders]),
+    `placeholders` (list), `paraphrases` (list); absent ones are filled with None or [].
+    Raises UserError when the file is missing, has the wrong shape or names an id twice.
+    """
+    path = Path(annotations) / f"{split}.json"
+    if not path.is_file():
+        have = sorted(p.stem for p in Path(annotations).glob("*.json"))
+        raise UserError(
+            f"no annotations for split {split!r}: {path} does not exist"
+            f" (splits there: {', '.join(have) or 'none'}). Run prepare_annotations.py first."
+        )
+    records = read_json(path, "annotations")
+    texts = {"video": str, "label": str, "template": str, "placeholders": list, "paraphrases": list}
+
+    def is_record(r):
+        return (
+            isinstance(r, dict)
+            and is_clip_id(r.get("id"))
+            and all(r.get(k) is None or isinstance(r[k], t) for k, t in texts.items())
+            and all(
+                isinstance(t, str) for k in ("placeholders", "paraphrases") for t in r.get(k) or []
+            )
+        )
+
+    if not isinstance(records, list):
+        raise UserError(f"annotations {path} must hold a JSON list of records")
+    for i, record in enumerate(records):
+        if not is_record(record):
+            raise UserError(f"annotations {path}: entry {i} is no record: {str(record)[:120]}")
+    if len({r["id"] for r in records}) < len(records):
+        raise UserError(f"annotations {path} name an id twice. Run prepare_annotations.py again.")
+    lists = ("placeholders", "paraphrases")
+    return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
+
+
+def by_hash(ids, seed):
+    """Sort ids by hash(seed, id): a seeded sample is a prefix, the same however many ids there are."""
+    return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+
+
+def choose_captions(record, count, seed, epoch):
+    """Draw `count` pairs (style, text) for one clip: a pure function of (seed, epoch, id).
+
+    Slot 0 is the label, the others are paraphrases without replacement, wrapping when there are
+    fewer; a clip without paraphrases repeats its label; a single slot is either with probability 1/2.
+    """
+    rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
+    label = ("label", record["label"])
+    paraphrases = [("sentence", text) for text in record["paraphrases"]]
+    rng.shuffle(paraphrases)
+    if not paraphrases:
+        return [label] * count
+    if count == 1:
+        return [label if rng.random() < 0.5 else paraphrases[0]]
+    return [label] + [paraphrases[i % len(paraphrases)] for i in range(count - 1)]
+
+
+def encode_caption(tokenizer, style, caption):
+    """Tokenise one caption: ids of the style prompt, and of ' ' + caption + eos."""
+    prompt = tokenizer(STYLES[style], add_special_tokens=False)["input_ids"]
+    target = tokenizer(" " + caption, add_special_tokens=False)["input_ids"]
+    return prompt, [*target, tokenizer.eos_token_id]
+
+
+# ---- features ------------------------------------------------------------------------------
+
+
+def load_manifest(features):
+    """Read `<features>/manifest.json`: {"settings": {what must match}, "info": {what need not}}."""
+    path = Path(features) / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
+    manifest = read_json(path, "manifest")
+    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    needed = {"format_version", "encoder_fingerprint", "num_frames", "sampling", "grid", "width"}
+    if not isinstance(settings, dict) or not needed <= settings.keys():
+        raise UserError(f"manifest {path} is not one written by preprocess_ssv2.py")
+    if settings["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"manifest {path} has format version {settings['format_version']}, this code reads"
+            f" {FORMAT_VERSION}. Run preprocess_ssv2.py into a new folder."
+        )
+    return manifest
+
+
+def check_same_settings(ours, theirs, what, allow=()):
+    """Raise UserError naming the first field in which two manifests' settings differ."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key not in allow and ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{what} has {key} = {theirs.get(key)!r}, but {ours.get(key)!r} is asked for."
+                " Use the same setting, or another folder."
+            )
+
+
+def checksum(clip_id, stored):
+    """crc32 over features, scale, offset, their shape and the id."""
+    value = 0
+    for key in ("features", "scale", "offset"):
+        if stored.get(key) is not None:
+            value = zlib.crc32(stored[key].numpy(), value)
+    return zlib.crc32(f"{tuple(stored['features'].shape)}{clip_id}".encode(), value)
+
+
+def save_features(path, clip_id, stored, decoder):
+    """Write one clip atomically.
+
+    stored: `features` int8 or float16 (N, E) and, for int8, `scale` and `offset` float32 (E,), with
+    x = scale * features + offset. Every tensor must own its storage: a view would write its base.
+    """
+    record = {**stored, "crc32": checksum(clip_id, stored), "decoder": decoder}
+    write_atomic(path, torch_bytes(record))
+
+
+def load_features(path, clip_id, settings):
+    """Read one clip: dict with `features` (N, E) and `scale`, `offset` (E,) (1 and 0 for float16).
+
+    Raises UserError (exit 1), naming the clip, for a missing, truncated, foreign or damaged file.
+    """
+    import torch
+
+    def broken(why):
+        return UserError(
+            f"features of clip {clip_id} ({path}) {why}."
+            " Delete the file and run preprocess_ssv2.py again.",
+            code=1,
+        )
+
+    try:
+        record = torch.load(str(path), weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise broken("are missing") from None
+    except Exception as error:  # torch raises whatever the damage happens to trip over
+        raise broken(f"cannot be read ({type(error).__name__})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
+        raise broken("are not a feature file")
+    features, shape = record["features"], (_num_tokens(settings), settings["width"])
+    dtype = {"int8": torch.int8, "fp16": torch.float16}[settings["store"]]
+    if tuple(features.shape) != shape or features.dtype != dtype:
+        raise broken(f"are {tuple(features.shape)} {features.dtype}, not {shape} {dtype}")
+    if record.get("crc32") != checksum(clip_id, record):
+        raise broken("have a wrong checksum")
+    ones = torch.ones(settings["width"])
+    return {
+        "id": clip_id,
+        "features": features,
+        "scale": record.get("scale", ones),
+        "offset": record.get("offset", ones * 0),
+        "decoder": record.get("decoder"),
+    }
+
+
+def _num_tokens(settings):
+    t, h, w = settings["grid"]
+    return t * h * w
+
+
+class FeatureDataset:
+    """The clips of one split, as the Q-Former and the language model want them.
+
+    Item i: {"id", "features" int8 or fp16 (N, E), "scale" (E,), "offset" (E,),
+             "captions": K pairs (prompt ids, target ids)}.
+    `choose(record)` returns the K pairs (style, text) of a clip; it runs in the loader's workers,
+    as does the tokenizer.
+    """
+
+    def __init__(self, features, split, records, settings, tokenizer, choose):
+        self.root, self.records, self.settings = Path(features) / split, records, settings
+        self.tokenizer, self.choose = tokenizer, choose
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        item = load_features(self.root / f"{record['id']}.pt", record["id"], self.settings)
+        item["captions"] = [encode_caption(self.tokenizer, *c) for c in self.choose(record)]
+        return item
+
+
+def require_features(features, split, records, allow_missing=0):
+    """Return the records whose features exist. Raises UserError if more than `allow_missing` lack."""
+    root = Path(features) / split
+    have = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
+    missing = [r["id"] for r in records if f"{r['id']}.pt" not in have]
+    if len(missing) > allow_missing:
+        raise UserError(
+            f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
+            f" (first: {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
+            " or accept them with --allow-missing N."
+        )
+    lost = set(missing)
+    return [r for r in records if r["id"] not in lost]
+
+
+def collate(items):
+    """Stack B clips of K captions; text is padded on the right, which causal attention never sees.
+
+    Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E),
+             "input_ids" int64 (B*K, L), "labels" int64 (B*K, L)}, labels being -100 on the style
+    prompt and on pads: only caption and eos tokens carry loss.
+    """
+    import torch
+
+    batch = {k: torch.stack([item[k] for item in items]) for k in ("features", "scale", "offset")}
+    pairs = [pair for item in items for pair in item["captions"]]
+    length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
+    batch["input_ids"] = torch.zeros(len(pairs), length, dtype=torch.long)
+    batch["labels"] = torch.full((len(pairs), length), -100)
+    for row, (prompt, target) in enumerate(pairs):
+        end = len(prompt) + len(target)
+        batch["input_ids"][row, :end] = torch.tensor(prompt + target)
+        batch["labels"][row, len(prompt) : end] = torch.tensor(target)
+    return {"ids": [item["id"] for item in items], **batch}
+
+
+def loader(dataset, batch_size, workers, pin=False):
+    """A DataLoader that draws nothing from the global random state, whatever the worker count."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        dataset,
+        batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),
+    )
