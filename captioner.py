@@ -1,0 +1,232 @@
+"""VideoCaptioner: a Q-Former writes soft prompts for a frozen language model.
+
+    [Q soft prompts][style prompt][ caption][eos]
+
+Shapes: B clips, K captions per clip, Q queries, D width and V vocabulary of the language model,
+L text tokens.
+"""
+
+import copy
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hub
+from cli import UserError
+from dataset import STYLES
+from qformer import QFormer
+
+CHECKPOINT_VERSION = 1
+LOGITS_CHUNK = 256  # labelled tokens at a time: 256 x V floats are 156 MB for Qwen2
+
+
+class VideoCaptioner(nn.Module):
+    """Q-Former + frozen language model.
+
+    qformer: a `QFormer` whose width is the language model's; lm: a causal LM of transformers;
+    tokenizer: its tokenizer, with an eos token.
+    """
+
+    def __init__(self, qformer, lm, tokenizer):
+        super().__init__()
+        self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
+        self.train(self.training)
+
+    def train(self, mode=True):
+        """Frozen means frozen: the language model stays in eval mode, without dropout."""
+        super().train(mode)
+        self.lm.eval()
+        return self
+
+    @property
+    def device(self):
+        return self.qformer.queries.device
+
+    def prefix(self, features, scale, offset):
+        """Stored features -> the LM's key/value cache over the soft prompts of B clips.
+
+        Computed once per clip: every caption, loss and generation of the clip continues from it.
+        """
+        on_cuda = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
+            soft = self.qformer(features, scale, offset)  # (B, Q, D)
+        out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), use_cache=True)
+        return out.past_key_values
+
+    def loss(self, cache, input_ids, labels):
+        """Summed cross-entropy of K captions per clip, and each row's number of real tokens.
+
+        cache: of `prefix`, consumed by the call; input_ids, labels: (B*K, L), see `dataset.collate`.
+        Returns the sum, a float32 scalar, and counts (B*K,). Rows are padded on the right, which
+        causal attention never looks at, so no mask is needed. Logits exist only where there is a
+        label, a chunk at a time, and are computed again on the way back.
+        """
+        clips = cache.layers[0].keys.shape[0]
+        cache.batch_repeat_interleave(len(input_ids) // clips)  # B -> B*K, differentiable
+        hidden = self.lm.base_model(
+            input_ids=input_ids, past_key_values=cache, use_cache=True
+        ).last_hidden_state  # (B*K, L, D)
+        targets = labels[:, 1:]  # the style prompt's last token predicts the caption's first
+        real = targets != -100
+        hidden, target = hidden[:, :-1][real], targets[real]  # (M, D), (M,)
+        head = self.lm.get_output_embeddings()
+
+        def cross_entropy(h, t):
+            return F.cross_entropy(head(h).float(), t, reduction="sum")
+
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for h, t in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
+            total = total + checkpoint(cross_entropy, h, t, use_reentrant=False)
+        return total, real.sum(1)
+
+    @torch.inference_mode()
+    def generate(self, cache, style, max_new_tokens=50, num_beams=1):
+        """Caption B clips from their `prefix` cache, which is consumed. Returns B strings."""
+        prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
+        ids = prompt["input_ids"].to(self.device)  # (1, L)
+        clips = cache.layers[0].keys.shape[0]
+        decode = self._greedy if num_beams == 1 else self._beams
+        rows = decode(cache, ids.expand(clips, -1), max_new_tokens, num_beams)
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def _greedy(self, cache, ids, max_new_tokens, _):
+        eos, rows = self.tokenizer.eos_token_id, [[] for _ in ids]
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        columns = []
+        for _ in range(max_new_tokens):
+            out = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            logits = self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])  # (B, V)
+            token = logits.argmax(-1).masked_fill(done, eos)  # (B,)
+            columns.append(token)
+            done |= token == eos
+            if done.all():
+                break
+            ids = token[:, None]
+        if columns:
+            rows = torch.stack(columns, 1).tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    def _beams(self, cache, ids, max_new_tokens, num_beams):
+        """Beam search of transformers, behind the same prefix."""
+        from transformers import GenerationConfig
+
+        past = cache.get_seq_length()
+        # generate() wants ids for the cached positions too, and strips them with the prompt
+        filler = ids.new_full((len(ids), past), self.tokenizer.eos_token_id)
+        full = torch.cat([filler, ids], 1)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        out = self.lm.generate(
+            full,
+            attention_mask=torch.ones_like(full),
+            past_key_values=cache,
+            generation_config=config,
+        )
+        return out[:, full.shape[1] :]
+
+    def validation(self, batch, style, max_new_tokens, num_beams=1):
+        """Loss and captions of B clips behind one prefix pass.
+
+        Returns (summed loss, number of tokens, B strings); the loss is None without `labels`.
+        """
+        with torch.inference_mode():
+            cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
+            total, tokens = None, 0
+            if batch["input_ids"].numel():
+                total, counts = self.loss(copy.deepcopy(cache), batch["input_ids"], batch["labels"])
+                total, tokens = total.item(), int(counts.sum())
+            return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
+
+
+def build(manifest, lm_name, device, dtype, **sizes):
+    """A new captioner over the features of `manifest`. Returns it and the LM's fingerprint.
+
+    sizes: num_queries, num_blocks, num_heads, dropout of `QFormer`. Raises UserError if the language
+    model cannot be had or the sizes do not divide.
+    """
+    lm, tokenizer, fingerprint = load_lm(lm_name, device, dtype)
+    embeddings = lm.get_input_embeddings().weight
+    if embeddings.shape[1] % sizes["num_heads"]:
+        raise UserError(f"--num-heads {sizes['num_heads']} does not divide {embeddings.shape[1]}")
+    qformer = QFormer(
+        width=embeddings.shape[1],
+        video_width=manifest["settings"]["width"],
+        grid=manifest["settings"]["grid"],
+        output_norm=embeddings.float().norm(dim=1).mean().item(),
+        **sizes,
+    )
+    return VideoCaptioner(qformer.to(device), lm, tokenizer), fingerprint
+
+
+def load_lm(name, device, dtype):
+    """Return (causal LM on the device, tokenizer, fingerprint) for a folder or Hub id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = hub.find_model(name, "--lm")
+    lm = hub.load(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
+    tokenizer = hub.load(AutoTokenizer, folder, "--lm")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--lm {name}: its tokenizer has no end-of-text token")
+    return lm, tokenizer, hub.fingerprint(folder)
+
+
+def read_checkpoint(path):
+    """Load a checkpoint file, or the `best.pt` of a run folder, without executing anything in it.
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} does not exist. Run train.py first.")
+    try:
+        checkpoint = torch.load(str(path), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises whatever the damage happens to trip over
+        raise UserError(
+            f"--checkpoint {path} is no readable checkpoint ({type(error).__name__})"
+        ) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("checkpoint_version") is None:
+        raise UserError(f"--checkpoint {path} was not written by train.py")
+    if checkpoint["checkpoint_version"] != CHECKPOINT_VERSION:
+        raise UserError(
+            f"--checkpoint {path} has version {checkpoint['checkpoint_version']},"
+            f" this code reads {CHECKPOINT_VERSION}"
+        )
+    return checkpoint
+
+
+def model_state(captioner, manifest, lm_name, fingerprint):
+    """What a checkpoint needs to rebuild the captioner: no frozen weight, plain types and tensors."""
+    return {
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "qformer": captioner.qformer.state_dict(),
+        "sizes": captioner.qformer.sizes,
+        "manifest": manifest,
+        "lm": {"name": str(lm_name), "fingerprint": fingerprint},
+        "styles": dict(STYLES),
+    }
+
+
+def from_checkpoint(checkpoint, device, dtype, lm_name=None):
+    """Rebuild a captioner; `lm_name` says where the same language model lies, if elsewhere."""
+    name = lm_name or checkpoint["lm"]["name"]
+    lm, tokenizer, fingerprint = load_lm(name, device, dtype)
+    if fingerprint != checkpoint["lm"]["fingerprint"]:
+        raise UserError(
+            f"--lm {name} has fingerprint {fingerprint}, but the checkpoint was trained with"
+            f" {checkpoint['lm']['name']} ({checkpoint['lm']['fingerprint']})"
+        )
+    if checkpoint["styles"] != STYLES:
+        raise UserError(
+            f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
+        )
+    qformer = QFormer(**checkpoint["sizes"])
+    qformer.load_state_dict(checkpoint["qformer"])
+    return VideoCaptioner(qformer.to(device), lm, tokenizer).eval()

@@ -1,0 +1,142 @@
+"""V-JEPA 2: uint8 frames -> normalised pixels -> features -> what is stored.
+
+One set of `settings` (the manifest's) decides all of it, so that preprocessing and inference cannot
+differ. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import hub
+from cli import UserError
+from dataset import FORMAT_VERSION
+
+# ImageNet statistics, V-JEPA 2's (Assran et al. 2025, arXiv:2506.09985) and most others'
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def transform(frames, size, resize):
+    """Resize and normalise one clip on its device: uint8 (F, H, W, 3) -> float32 (F, 3, size, size).
+
+    resize: "squash" keeps the whole field of view and gives up the aspect ratio; "crop" is V-JEPA 2's
+    published transform (shortest edge to size * 256/224, central crop); "pad" keeps both and fills
+    with the mean colour, which is zero after normalisation.
+    """
+    x = frames.permute(0, 3, 1, 2).float()  # (F, 3, H, W)
+    height, width = x.shape[-2:]
+    new = {
+        "squash": (size, size),
+        "crop": _scaled(height, width, size * 256 // 224, min(height, width)),
+        "pad": _scaled(height, width, size, max(height, width)),
+    }[resize]
+    x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
+    x = x.round().clamp(0, 255) / 255  # the published transform resizes 8-bit images
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    x = (x - mean) / std
+    top, left = (round((edge - size) / 2) for edge in new)
+    if resize == "crop":
+        x = x[..., top : top + size, left : left + size]
+    if resize == "pad":
+        x = F.pad(x, (-left, size - new[1] + left, -top, size - new[0] + top))
+    return x  # (F, 3, size, size)
+
+
+def _scaled(height, width, target, edge):
+    return tuple(max(1, int(target * n / edge)) for n in (height, width))
+
+
+def quantise(features):
+    """Affine int8 per channel: (N, E) float32 -> {"features" int8, "scale" (E,), "offset" (E,)}.
+
+    x = scale * q + offset with offset = (min + max) / 2, so a channel far from zero keeps its detail.
+    """
+    low, high = features.aminmax(dim=0)  # (E,)
+    offset, scale = (low + high) / 2, (high - low) / 254
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a constant channel: q = 0
+    q = ((features - offset) / scale).round().clamp(-127, 127).to(torch.int8)
+    return {"features": q.cpu(), "scale": scale.cpu(), "offset": offset.cpu()}
+
+
+class VideoEncoder:
+    """A frozen V-JEPA 2 with the settings under which its features are kept."""
+
+    def __init__(self, model, settings, device):
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.settings, self.device = settings, device
+
+    @classmethod
+    def from_pretrained(cls, name, device, dtype, num_frames, sampling, resize, pool, store):
+        """Load `name` (folder or Hub id). Raises UserError if sizes do not go together."""
+        model, fingerprint = _load(name, dtype)
+        config = model.config
+        patch, tubelet = config.patch_size, config.tubelet_size
+        side = config.crop_size // (patch if isinstance(patch, int) else patch[0])
+        if num_frames % tubelet:
+            raise UserError(f"--num-frames {num_frames} must be a multiple of {tubelet}")
+        if side % pool:
+            raise UserError(f"--pool {pool} does not divide the encoder's {side} x {side} grid")
+        settings = {
+            "format_version": FORMAT_VERSION,
+            "encoder_fingerprint": fingerprint,
+            "num_frames": num_frames,
+            "sampling": sampling,
+            "resize": resize,
+            "size": config.crop_size,
+            "pool": pool,
+            "grid": [num_frames // tubelet, side // pool, side // pool],
+            "width": config.hidden_size,
+            "store": store,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        }
+        return cls(model, settings, device)
+
+    @classmethod
+    def from_manifest(cls, manifest, device, name=None):
+        """Load the encoder that made a cache; `name` says where it lies now, if elsewhere."""
+        settings = manifest["settings"]
+        name = name or manifest["info"]["encoder"]
+        model, fingerprint = _load(name, getattr(torch, settings["compute_dtype"]))
+        if fingerprint != settings["encoder_fingerprint"]:
+            raise UserError(
+                f"--encoder {name} has fingerprint {fingerprint}, but the checkpoint was trained on"
+                f" features of {manifest['info']['encoder']} ({settings['encoder_fingerprint']})"
+            )
+        return cls(model, settings, device)
+
+    @torch.inference_mode()
+    def encode(self, clips):
+        """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device."""
+        s, dtype = self.settings, next(self.model.parameters()).dtype
+        pixels = torch.stack(
+            [transform(torch.as_tensor(c).to(self.device), s["size"], s["resize"]) for c in clips]
+        )  # (B, F, 3, S, S)
+        if s["sampling"] == "still":
+            pixels = pixels[:, :1].expand_as(pixels)
+        # On CPU one by one: matmul kernels, and so the last bits, would depend on the batch's size
+        groups = [pixels] if self.device.type == "cuda" else pixels.split(1)
+        x = torch.cat([self.model.get_vision_features(g.to(dtype)).float() for g in groups])
+        t, h, w = s["grid"]
+        p, (b, _, e) = s["pool"], x.shape
+        x = x.view(b, t, h, p, w, p, e).mean((3, 5))  # pool space, never time
+        return x.reshape(b, t * h * w, e)
+
+    def stored(self, clips):
+        """B clips -> B dicts in stored form (see `dataset.save_features`), None where not finite."""
+        store = {"int8": quantise, "fp16": _half}[self.settings["store"]]
+        records = [store(x) if x.isfinite().all() else None for x in self.encode(clips)]
+        fine = [r is not None and bool(r["features"].float().isfinite().all()) for r in records]
+        return [r if ok else None for r, ok in zip(records, fine, strict=True)]
+
+
+def _half(features):
+    return {"features": features.half().cpu().clone()}
+
+
+def _load(name, dtype):
+    from transformers import AutoModel
+
+    folder = hub.find_model(name, "--encoder")
+    model = hub.load(AutoModel, folder, "--encoder", dtype=dtype)
+    if not hasattr(model, "get_vision_features") or model.config.model_type != "vjepa2":
+        raise UserError(f"--encoder {name} is a {model.config.model_type} model, not V-JEPA 2")
+    return model, hub.fingerprint(folder)

@@ -1,0 +1,88 @@
+"""Find a pretrained model (a local folder, the Hub's cache, the Hub) and name its exact weights."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from cli import UserError
+
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository
+
+
+def find_model(name, flag):
+    """Return the local folder that holds model `name`, a folder or a Hub id.
+
+    The Hub's cache is tried first, then the Hub, once. Raises UserError naming `flag` when the
+    model is nowhere, or incomplete.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if missing := _missing_files(folder):
+            raise UserError(f"{flag} {name}: the folder has no {missing}")
+        return folder
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if not _missing_files(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        HfApi().model_info(name, timeout=10)  # one request, no retries: is there a Hub at all?
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except HfHubHTTPError as error:
+        why = f"the Hub answered: {str(error).splitlines()[0]}"
+    except Exception as error:  # httpx, requests, ssl, socket: whatever the network throws
+        why = f"the Hub cannot be reached ({type(error).__name__})"
+    raise UserError(
+        f"{flag} {name} is not in the local cache and {why}."
+        f" Download the model elsewhere and pass its folder: {flag} /path/to/{name.split('/')[1]}"
+    )
+
+
+def _missing_files(folder):
+    """The first file that a complete model folder would have and this one lacks, or None."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return next((s for s in shards if not (folder / s).is_file()), None)
+    return None if (folder / "model.safetensors").is_file() else "model.safetensors"
+
+
+def fingerprint(folder):
+    """sha256 over config.json and every weight file's name, size, first and last MiB.
+
+    It depends on the content alone, so the Hub's copy of a model and a folder downloaded from it
+    agree, and a fine-tuned one does not.
+    """
+    folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(mib))
+            file.seek(max(0, size - mib))
+            digest.update(file.read(mib))
+    return digest.hexdigest()[:16]
+
+
+def load(auto_class, folder, flag, **kwargs):
+    """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(folder, local_files_only=True, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{flag} {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
