@@ -74,10 +74,12 @@ class VideoCaptioner(nn.Module):
         hidden, target = hidden[:, :-1][real], targets[real]  # (M, D), (M,)
         head = self.lm.get_output_embeddings()
 
-        def cross_entropy(h, t):
-            return F.cross_entropy(head(h).float(), t, reduction="sum")
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=dtype)
 
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        def cross_entropy(h, t):
+            return F.cross_entropy(head(h).to(dtype), t, reduction="sum")
+
         for h, t in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
             total = total + checkpoint(cross_entropy, h, t, use_reentrant=False)
         return total, real.sum(1)
@@ -88,15 +90,17 @@ class VideoCaptioner(nn.Module):
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
         clips = cache.layers[0].keys.shape[0]
-        decode = self._greedy if num_beams == 1 else self._beams
-        rows = decode(cache, ids.expand(clips, -1), max_new_tokens, num_beams)
+        ids = ids.expand(clips, -1)  # (B, L)
+        if num_beams == 1:
+            rows = self._greedy(cache, ids, max_new_tokens)
+        else:
+            rows = self._beams(cache, ids, max_new_tokens, num_beams)
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
-    def _greedy(self, cache, ids, max_new_tokens, _):
-        eos, rows = self.tokenizer.eos_token_id, [[] for _ in ids]
+    def _greedy(self, cache, ids, max_new_tokens):
+        eos, columns = self.tokenizer.eos_token_id, []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        columns = []
         for _ in range(max_new_tokens):
             out = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             logits = self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])  # (B, V)
@@ -106,8 +110,7 @@ class VideoCaptioner(nn.Module):
             if done.all():
                 break
             ids = token[:, None]
-        if columns:
-            rows = torch.stack(columns, 1).tolist()
+        rows = torch.stack(columns, 1).tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
@@ -115,7 +118,8 @@ class VideoCaptioner(nn.Module):
         from transformers import GenerationConfig
 
         past = cache.get_seq_length()
-        # generate() wants ids for the cached positions too, and strips them with the prompt
+        cache.batch_repeat_interleave(num_beams)  # generate() repeats the ids only
+        # it wants ids for the cached positions too, and strips them with the prompt
         filler = ids.new_full((len(ids), past), self.tokenizer.eos_token_id)
         full = torch.cat([filler, ids], 1)
         config = GenerationConfig(
@@ -131,6 +135,12 @@ class VideoCaptioner(nn.Module):
             generation_config=config,
         )
         return out[:, full.shape[1] :]
+
+    @torch.inference_mode()
+    def captions(self, batch, style, max_new_tokens=50, num_beams=1):
+        """Caption B clips given as `features` (B, N, E), `scale` and `offset` (B, E)."""
+        cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
+        return self.generate(cache, style, max_new_tokens, num_beams)
 
     def validation(self, batch, style, max_new_tokens, num_beams=1):
         """Loss and captions of B clips behind one prefix pass.

@@ -113,6 +113,14 @@ def number(least=None, above=None, below=None):
     return parse
 
 
+def shard(text):
+    """argparse type: part i (from 0) of n, written i/n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 0 <= i < n")
+    return int(part), int(parts)
+
+
 def existing(path, what, hint):
     """Return `path` as a Path. Raises UserError with `hint` (what to run next) if it is not there."""
     path = Path(path)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import signal
 import zlib
 from pathlib import Path
 
@@ -126,6 +127,11 @@ def by_hash(ids, seed):
     return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
 
 
+def in_shard(clip_id, part, parts):
+    """True for the clips of part `part` (from 0) of `parts`, by a stable hash of the id."""
+    return int(hashlib.sha256(clip_id.encode()).hexdigest(), 16) % parts == part
+
+
 def choose_captions(record, count, seed, epoch):
     """Draw `count` pairs (style, text) for one clip: a pure function of (seed, epoch, id).
 
@@ -228,19 +234,54 @@ def load_features(path, clip_id, settings):
         raise broken(f"are {tuple(features.shape)} {features.dtype}, not {shape} {dtype}")
     if record.get("crc32") != checksum(clip_id, record):
         raise broken("have a wrong checksum")
-    ones = torch.ones(settings["width"])
+    return {"id": clip_id, **with_scale(record)}
+
+
+def with_scale(stored):
+    """The tensors of a clip in stored form; float16 has scale 1 and offset 0."""
+    import torch
+
+    width = stored["features"].shape[1]
     return {
-        "id": clip_id,
-        "features": features,
-        "scale": record.get("scale", ones),
-        "offset": record.get("offset", ones * 0),
-        "decoder": record.get("decoder"),
+        "features": stored["features"],
+        "scale": stored.get("scale", torch.ones(width)),
+        "offset": stored.get("offset", torch.zeros(width)),
     }
+
+
+def stack_stored(clips):
+    """B clips in stored form -> {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}."""
+    import torch
+
+    clips = [with_scale(c) for c in clips]
+    return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
 
 
 def _num_tokens(settings):
     t, h, w = settings["grid"]
     return t * h * w
+
+
+def channel_statistics(features, split, ids, settings, workers):
+    """Mean and standard deviation (E,) of the channels over some clips, in float64, std >= 1e-6."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    def sums(clip_id):
+        item = load_features(Path(features) / split / f"{clip_id}.pt", clip_id, settings)
+        x = item["features"].double() * item["scale"].double() + item["offset"].double()
+        return x.sum(0), x.square().sum(0)
+
+    total = square = 0.0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for s, q in tqdm(
+            pool.map(sums, ids), total=len(ids), unit="clip", desc="statistics", leave=False
+        ):
+            total, square = total + s, square + q
+    mean = total / (len(ids) * _num_tokens(settings))
+    variance = square / (len(ids) * _num_tokens(settings)) - mean.square()
+    return mean.float(), variance.clamp(min=1e-12).sqrt().float()
 
 
 class FeatureDataset:
@@ -290,7 +331,7 @@ def collate(items):
     """
     import torch
 
-    batch = {k: torch.stack([item[k] for item in items]) for k in ("features", "scale", "offset")}
+    batch = stack_stored(items)
     pairs = [pair for item in items for pair in item["captions"]]
     length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
     batch["input_ids"] = torch.zeros(len(pairs), length, dtype=torch.long)
@@ -302,7 +343,7 @@ def collate(items):
     return {"ids": [item["id"] for item in items], **batch}
 
 
-def loader(dataset, batch_size, workers, pin=False):
+def loader(dataset, batch_size, workers):
     """A DataLoader that draws nothing from the global random state, whatever the worker count."""
     import torch
     from torch.utils.data import DataLoader
@@ -312,6 +353,13 @@ def loader(dataset, batch_size, workers, pin=False):
         batch_size,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=pin,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(_):
+    """Ctrl-C reaches the whole process group; a worker that died of it would spoil the last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

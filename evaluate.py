@@ -1,0 +1,234 @@
+"""Caption a split from its cached features and score the captions, with controls beside each score.
+
+    python evaluate.py                        (results/ssv2/best.pt on the validation split)
+    python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
+
+Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json; the table goes to
+stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import cli
+from cli import UserError, note
+from dataset import (
+    STYLES,
+    TRAIN,
+    VALIDATION,
+    FeatureDataset,
+    check_same_settings,
+    in_shard,
+    load_manifest,
+    load_records,
+    loader,
+    read_json,
+    require_features,
+    write_json,
+)
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    group = parser.add_argument_group("what to score")
+    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help="file or run folder")
+    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
+    group.add_argument(
+        "--annotations", default="data/annotations", help="of prepare_annotations.py"
+    )
+    group.add_argument(
+        "--predictions", nargs="+", help="score these files (the parts of a sharded run) instead"
+    )
+    group.add_argument("--split", default=VALIDATION, help="which split")
+    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument(
+        "--control",
+        choices=["none", "still"],
+        default="none",
+        help="still: --features holds a cache made with preprocess_ssv2.py --still",
+    )
+    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+    group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
+    group.add_argument("--output", help="folder of the results (default: the checkpoint's)")
+    group = parser.add_argument_group("generation")
+    group.add_argument("--batch-size", type=cli.whole(1), default=64, help="clips at once")
+    group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
+    group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
+    cli.add_common(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    records = load_records(args.annotations, args.split)
+    everything = records
+    records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
+    if args.style == "sentence" and not any(r["paraphrases"] for r in records):
+        raise UserError(
+            f"split {args.split!r} has no paraphrases: --style sentence has no references"
+        )
+    if args.predictions:
+        predictions = read_predictions(args.predictions)
+        output, settings = Path(args.output or Path(args.predictions[0]).parent), {}
+        source = [str(p) for p in args.predictions]
+    else:
+        predictions, settings = predict(args, records)
+        path = Path(args.checkpoint)
+        output = Path(args.output or (path if path.is_dir() else path.parent))
+        source = str(path)
+    output.mkdir(parents=True, exist_ok=True)
+    name = result_name(args)
+    if not args.predictions:
+        write_predictions(output / f"predictions_{name}.json", predictions)
+        note(f"captions written to {output / f'predictions_{name}.json'}")
+    if args.shard != (0, 1):
+        note("a part only: score all parts together with --predictions PART PART …")
+        return
+
+    import metrics
+
+    result, _ = score(predictions, records, everything, args.annotations, args.style, args.seed)
+    result |= {
+        "checkpoint": source,
+        "settings": {"split": args.split, "style": args.style} | settings,
+    }
+    write_json(output / f"evaluation_{name}.json", result)
+    print(metrics.format_table(result))
+    note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def result_name(args):
+    """The split and whatever is not the default, so that no result replaces another kind's."""
+    parts = [args.split]
+    parts += [args.style] if args.style != "label" else []
+    parts += [args.control] if args.control != "none" else []
+    parts += [f"first{args.limit}"] if args.limit else []
+    parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
+    return "_".join(parts)
+
+
+def predict(args, records):
+    """Caption `records` with the checkpoint. Returns {id: caption} and the settings used."""
+    manifest = load_manifest(args.features)
+    clips = require_features(args.features, args.split, records)
+    device, dtype = cli.device_and_dtype(args)
+    from captioner import from_checkpoint, read_checkpoint
+
+    checkpoint = read_checkpoint(Path(args.checkpoint))
+    wanted = dict(checkpoint["manifest"]["settings"])
+    if args.control == "still":
+        wanted["sampling"] = "still"
+    check_same_settings(wanted, manifest["settings"], f"the cache {args.features}")
+    captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
+    batches = clip_batches(captioner, args, args.split, clips, args.style, args.batch_size)
+    predictions, loss = caption(captioner, batches, args.style, args.max_new_tokens, args.num_beams)
+    settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}
+    return predictions, settings | {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def clip_batches(captioner, args, split, records, style, batch_size):
+    """A loader over clips, each with its one reference of the style, if it has one."""
+    settings = load_manifest(args.features)["settings"]
+    choose = partial(reference, style=style)
+    data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
+    return loader(data, batch_size, args.workers)
+
+
+def reference(record, style):
+    """[(style, text)] to measure the loss on, or [] where the clip has no caption of the style."""
+    texts = {"label": [record["label"]], "sentence": record["paraphrases"]}[style][:1]
+    return [(style, text) for text in texts if text]
+
+
+def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
+    """Caption every clip of a loader. Returns {id: caption} and the mean loss per reference token.
+
+    The loss is None where a clip has no reference. Leaves the captioner in the mode it was in.
+    """
+    from tqdm import tqdm
+
+    mode = captioner.training
+    captioner.eval()
+    predictions, total, tokens = {}, 0.0, 0
+    try:
+        with tqdm(total=len(batches.dataset), unit="clip", desc="caption", leave=False) as bar:
+            for batch in batches:
+                batch = to_device(batch, captioner.device)
+                loss, n, texts = captioner.validation(batch, style, max_new_tokens, num_beams)
+                predictions |= zip(batch["ids"], texts, strict=True)
+                total, tokens = None if loss is None or total is None else total + loss, tokens + n
+                bar.update(len(texts))
+    finally:
+        captioner.train(mode)
+    return predictions, total / tokens if total is not None and tokens else None
+
+
+def to_device(batch, device):
+    """Move a batch's tensors; from pinned memory the copy overlaps with work on the GPU."""
+    return {k: v if k == "ids" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def score(predictions, records, everything, annotations, style="label", seed=0):
+    """`metrics.score` with what it needs from the annotations.
+
+    everything: all records of the split; CIDEr's document frequencies come from them, so that a part
+    of a split is scored as in the whole. Templates and the commonest caption come from training.
+    """
+    import metrics
+
+    known = training_captions(annotations)
+    templates = {r["template"] for r in [*known, *everything]} - {None}
+    texts = [
+        t for r in known for t in ([r["label"]] if style == "label" else r["paraphrases"]) if t
+    ]
+    commonest = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
+    return metrics.score(
+        predictions,
+        records,
+        style=style,
+        templates=sorted(templates),
+        all_records=everything,
+        most_frequent=commonest,
+        seed=seed,
+    )
+
+
+def training_captions(annotations):
+    """The training records, or none where the folder has no training split."""
+    return load_records(annotations, TRAIN) if Path(annotations, f"{TRAIN}.json").is_file() else []
+
+
+def write_predictions(path, predictions):
+    """COCO result format: [{"image_id": id, "caption": text}, …]"""
+    write_json(path, [{"image_id": i, "caption": text} for i, text in predictions.items()])
+
+
+def read_predictions(paths):
+    """{id: caption} of files in COCO result format. Raises UserError; an id may occur once only."""
+    predictions, twice = {}, []
+    for path in paths:
+        entries = read_json(path, "predictions")
+        fine = isinstance(entries, list) and all(
+            isinstance(e, dict) and isinstance(e.get("caption"), str) and "image_id" in e
+            for e in entries
+        )
+        if not fine:
+            raise UserError(
+                f'predictions {path} must be a JSON list of {{"image_id": id, "caption": text}}'
+            )
+        for entry in entries:
+            clip_id = str(entry["image_id"])
+            twice += [clip_id] if clip_id in predictions else []
+            predictions[clip_id] = entry["caption"]
+    if twice:
+        raise UserError(f"{len(twice)} ids are predicted twice (first: {', '.join(twice[:3])})")
+    return predictions
+
+
+if __name__ == "__main__":
+    cli.run(main)

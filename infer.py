@@ -1,0 +1,222 @@
+"""Caption video files: any container, any length, no dataset needed.
+
+    python infer.py clip.webm other.mp4 folder/ --checkpoint results/ssv2/best.pt
+    python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (of SSv2's test split)
+
+One line a clip on stdout, `path<TAB>caption`; clips longer than --window seconds are cut into windows,
+`path<TAB>start-end<TAB>caption` each. Exit code 3 if some clips failed, 1 if all did.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import cli
+from cli import DONE, FAILED, PARTIAL, UserError, note
+from dataset import STYLES, TEST, by_hash, load_records, stack_stored, write_json
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("clips", nargs="*", help="video files, or folders of them (recursive)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help="file or run folder")
+    group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
+    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+    group = parser.add_argument_group("captions")
+    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument(
+        "--window", type=cli.number(above=0), default=6.0, help="seconds captioned at once"
+    )
+    group.add_argument(
+        "--stride", type=cli.number(above=0), default=6.0, help="seconds between windows' starts"
+    )
+    group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
+    group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
+    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows at once")
+    group.add_argument(
+        "--timeout", type=cli.whole(1), default=60, help="seconds to decode a window"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="a JSON object a line instead of text")
+    group.add_argument("--output", help="folder for captions.json")
+    group = parser.add_argument_group("samples of a dataset")
+    group.add_argument("--num-samples", type=cli.whole(1), help="draw N clips of the test split")
+    group.add_argument("--videos", default="data/20bn-something-something-v2", help="clips' folder")
+    group.add_argument(
+        "--annotations", default="data/annotations", help="of prepare_annotations.py"
+    )
+    cli.add_common(parser, workers=2)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if bool(args.clips) == bool(args.num_samples):
+        raise UserError("name the clips to caption, or draw some with --num-samples N (not both)")
+    paths = draw_samples(args) if args.num_samples else find_clips(args.clips)
+    paths = paths[: args.limit]
+    output = args.output or ("results/samples" if args.num_samples else None)
+
+    device, dtype = cli.device_and_dtype(args)
+    from captioner import from_checkpoint, read_checkpoint
+    from encoder import VideoEncoder
+
+    checkpoint = read_checkpoint(Path(args.checkpoint))
+    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
+    captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
+
+    results = []
+    for result in caption_files(paths, encoder, captioner, args):
+        results.append(result)
+        if "error" in result:
+            note(f"{result['path']}: {result['error']}")
+        elif "warning" in result:
+            note(f"{result['path']}: {result['warning']}")
+        for line in [json.dumps(result)] if args.json else text_lines(result):
+            print(line, flush=True)
+    if output:
+        save_results(Path(output), results, copy_clips=bool(args.num_samples))
+    failed = sum("error" in r for r in results)
+    if failed:
+        note(f"{failed} of {len(results)} clips failed")
+    return FAILED if failed == len(results) else PARTIAL if failed else DONE
+
+
+def find_clips(names):
+    """The files meant by names of files and folders. Raises UserError for one that is not there."""
+    from video import VIDEO_EXTENSIONS
+
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_EXTENSIONS)
+            if not inside:
+                raise UserError(f"folder {path} holds no video ({' '.join(VIDEO_EXTENSIONS)})")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"clip not found: {path}")
+    return paths
+
+
+def draw_samples(args):
+    """Files of N seeded clips of the test split."""
+    records = {r["id"]: r for r in load_records(args.annotations, TEST)}
+    videos = cli.existing(args.videos, "--videos", "It is the folder of the dataset's clips.")
+    paths = []
+    for clip_id in by_hash(records, args.seed):
+        names = filter(None, (records[clip_id]["video"], f"{clip_id}.webm", f"{clip_id}.mp4"))
+        paths += [videos / name for name in names if (videos / name).is_file()][:1]
+        if len(paths) == args.num_samples:
+            break
+    if len(paths) < args.num_samples:
+        raise UserError(
+            f"--num-samples {args.num_samples}: only {len(paths)} of the {len(records)} test clips"
+            f" are in {videos}"
+        )
+    return paths
+
+
+def caption_files(paths, encoder, captioner, args):
+    """Caption every window of every file; yields a dict per file, in order.
+
+    {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
+    "warning" beside a caption of a clip that is cut short.
+    """
+    import video
+    from tqdm import tqdm
+
+    cuts, errors = {}, {}
+    for n, path in enumerate(paths):
+        try:
+            cuts[n] = video.windows(video.probe(path).duration, args.window, args.stride)
+        except video.VideoError as error:
+            errors[n] = str(error)
+    jobs = [
+        ((n, start, end), paths[n], *((start, end) if len(cuts[n]) > 1 else ()))
+        for n in cuts
+        for start, end in cuts[n]
+    ]
+    parts = {n: {} for n in cuts}  # n -> {(start, end): caption or VideoError}
+    warned, batch, ready = set(), [], 0
+
+    def flush():
+        stored = encoder.stored([clip.frames for _, clip in batch])
+        fine = [(key, s) for (key, _), s in zip(batch, stored, strict=True) if s is not None]
+        for (n, start, end), _ in batch:
+            parts[n][start, end] = video.VideoError("non_finite", "the encoder returned NaN")
+        if fine:
+            features = stack_stored([s for _, s in fine])
+            sent = {k: v.to(captioner.device) for k, v in features.items()}
+            texts = captioner.captions(sent, args.style, args.max_new_tokens, args.num_beams)
+            for ((n, start, end), _), text in zip(fine, texts, strict=True):
+                parts[n][start, end] = text
+        batch.clear()
+
+    def result(n):
+        path = str(paths[n])
+        if n in errors:
+            return {"path": path, "error": errors[n]}
+        said = {w: text for w, text in parts[n].items() if isinstance(text, str)}
+        if not said:
+            return {"path": path, "error": str(next(iter(parts[n].values())))}
+        if len(cuts[n]) == 1:
+            found = {"path": path, "caption": next(iter(said.values()))}
+        else:
+            windows = [{"start": s, "end": e, "caption": said[s, e]} for s, e in sorted(said)]
+            found = {"path": path, "windows": windows}
+        if n in warned:
+            found["warning"] = "the file is cut short; what is there was captioned"
+        if lost := len(parts[n]) - len(said):
+            found["warning"] = f"{lost} of {len(parts[n])} windows could not be decoded"
+        return found
+
+    clips = video.decode_many(
+        jobs,
+        encoder.settings["num_frames"],
+        workers=min(args.workers, len(jobs)),
+        timeout=args.timeout,
+    )
+    with tqdm(total=len(jobs), unit="window", disable=len(jobs) < 2) as bar:
+        for key, clip in clips:
+            bar.update()
+            if isinstance(clip, video.VideoError):
+                parts[key[0]][key[1:]] = clip
+            else:
+                if clip.truncated:
+                    warned.add(key[0])
+                batch.append((key, clip))
+            if len(batch) == args.batch_size:
+                flush()
+            while ready in errors or len(parts.get(ready, ())) == len(cuts.get(ready, (None,))):
+                yield result(ready)
+                ready += 1
+        if batch:
+            flush()
+    for n in range(ready, len(paths)):
+        yield result(n)
+
+
+def text_lines(result):
+    """The stdout lines of one file; none for one that failed."""
+    if "windows" in result:
+        for w in result["windows"]:
+            yield f"{result['path']}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
+    elif "caption" in result:
+        yield f"{result['path']}\t{result['caption']}"
+
+
+def save_results(output, results, copy_clips):
+    """Write captions.json, and the clips beside it."""
+    output.mkdir(parents=True, exist_ok=True)
+    if copy_clips:
+        for r in results:
+            shutil.copyfile(r["path"], output / Path(r["path"]).name)
+    write_json(output / "captions.json", results)
+    note(f"written to {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,200 @@
+"""The run folder: what a training run leaves behind, and how it continues exactly.
+
+args.json, metrics.jsonl, losses.txt, validation_epoch_N.json, last.pt; each is whole at any moment.
+"""
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cli import UserError, note
+from dataset import STYLES, check_same_settings, torch_bytes, write_atomic, write_json
+
+# Flags that do not change what is learned, so that a resumed run may have others
+MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", "resume"} | {
+    "save_every",
+    "workers",
+    "dry_run",
+    "allow_missing",
+}
+
+
+def claim(args):
+    """Return the run folder's path. Raises UserError where a run is there already, unless told."""
+    folder = Path(args.output)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if not args.dry_run and not args.resume and not args.overwrite and any(folder.glob("*")):
+        raise UserError(
+            f"--output {folder} already holds a run: continue it with --resume, replace it with"
+            " --overwrite, or name another folder"
+        )
+    return folder
+
+
+def start(folder, args, device, **counts):
+    """Create the folder, clear it under --overwrite, and write down what runs with what, on what."""
+    from importlib.metadata import version
+
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for path in folder.iterdir():
+            if path.is_file():
+                path.unlink()
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    facts = {
+        "args": vars(args),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **counts,
+    }
+    write_json(folder / "args.json", facts)
+
+
+class Log:
+    """Progress on stderr, and the same as lines of metrics.jsonl and losses.txt.
+
+    Opening it drops the lines of steps that the checkpoint, at `step`, does not contain.
+    """
+
+    def __init__(self, folder, step, total):
+        from tqdm import tqdm
+
+        self.folder, self.began = folder, time.perf_counter()
+        cut(folder / "metrics.jsonl", step, lambda line: json.loads(line)["step"])
+        cut(folder / "losses.txt", step, lambda line: int(line.split("\t")[0]))
+        self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
+        self.losses = open(folder / "losses.txt", "a")  # noqa: SIM115
+        self.bar = tqdm(total=total, initial=step, unit="step", smoothing=0.1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in (self.metrics, self.losses, self.bar):
+            file.close()
+
+    def step(self, step, epoch, lr, loss, norm, tokens, window):
+        """loss: summed over `tokens` caption tokens; norm: of the gradient before clipping."""
+        ids = [i for batch in window for i in batch["ids"]]
+        seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
+        mean = loss / tokens
+        entry = {
+            "step": step,
+            "epoch": epoch + 1,
+            "loss": mean if math.isfinite(mean) else None,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "clips_per_second": round(len(ids) / seconds, 2),
+        }
+        if entry["loss"] is None or entry["grad_norm"] is None:
+            entry["skipped"] = ids
+            note(
+                f"\nstep {step} skipped: no finite loss or gradient (clips {', '.join(ids[:8])} …)"
+            )
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.losses.write(f"{step}\t{mean:.6f}\n")
+        self.metrics.flush(), self.losses.flush()
+        rate = entry["clips_per_second"]
+        self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} clip/s", refresh=False)
+        self.bar.update()
+
+    def epoch(self, step, epoch, loss, result, predictions, records):
+        """Write validation_epoch_N.json, with the first captions to look at."""
+        samples = [
+            {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}
+            for r in records[:20]
+        ]
+        head = {"epoch": epoch + 1, "step": step, "loss": loss}
+        path = self.folder / f"validation_epoch_{epoch + 1}.json"
+        write_json(path, head | result | {"samples": samples})
+        shown = {k: v for k, v in result["metrics"].items() if k in ("CIDEr", "template_accuracy")}
+        text = ", ".join(f"{k} {v:.3f}" for k, v in {"loss": loss, **shown}.items())
+        self.bar.write(f"epoch {epoch + 1}: validation {text}", file=sys.stderr)
+        self.began = time.perf_counter()
+
+
+def cut(path, step, step_of):
+    """Keep the whole lines of steps up to `step`."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    write_atomic(path, "".join(s for s in lines if s.endswith("\n") and step_of(s) <= step))
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step finish (`signal` is set); a second one leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        signal.signal(signal.SIGINT, self.request)
+        signal.signal(signal.SIGTERM, self.request)
+
+    def request(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        note("\nfinishing this step, then saving; a second signal leaves at once")
+
+
+def save(path, state, args, records, optimizer, device):
+    """Write all that an exact continuation needs: `state`, optimizer, random state, flags, data."""
+    import torch
+
+    on_cuda = device.type == "cuda"
+    state = state | {
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
+        "args": flags(args),
+        "data": data_hash(records),
+    }
+    write_atomic(path, torch_bytes(state))
+
+
+def restore(state, frozen, args, records, model, optimizer):
+    """Continue from last.pt. Returns (step, best score); raises UserError naming what differs."""
+    import torch
+
+    ours, theirs = flags(args), state["args"]
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"--resume: the run in {args.output} was started with"
+                f" --{key.replace('_', '-')} {theirs.get(key)}, not {ours.get(key)}"
+            )
+    settings = [m["manifest"]["settings"] for m in (state, frozen)]
+    check_same_settings(*settings, f"the cache {args.features}")
+    if state["lm"]["fingerprint"] != frozen["lm"]["fingerprint"]:
+        raise UserError(f"--resume: --lm {args.lm} is not the model that the run began with")
+    if state["data"] != data_hash(records) or state["styles"] != STYLES:
+        raise UserError("--resume: the training clips or their captions have changed")
+    model.qformer.load_state_dict(state["qformer"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if model.device.type == "cuda" and state["rng_cuda"] is not None:
+        torch.cuda.set_rng_state(state["rng_cuda"], model.device)
+    return state["step"], state["best"]
+
+
+def flags(args):
+    return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+
+
+def data_hash(records):
+    """Of the training clips and their captions: a run cannot continue on others."""
+    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,107 @@
+"""Tiny models in place of the real ones: the architectures are the same, the sizes are not."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import pytest
+import torch
+
+WIDTH, VOCABULARY = 32, 130
+
+
+class CharTokenizer:
+    """One token per ASCII character; 0 is the end of text."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=False, return_tensors=None):
+        ids = [min(ord(c), VOCABULARY - 1) for c in text]
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return ["".join(chr(t) for t in row if t) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer():
+    return CharTokenizer()
+
+
+@pytest.fixture
+def lm():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # far from uniform logits, so that argmax has no near ties
+        attention_dropout=0.1,  # must never act
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture
+def make_qformer():
+    from qformer import QFormer
+
+    def make(grid=(4, 3, 5), dropout=0.0, num_blocks=1, video_width=24, **kwargs):
+        qformer = QFormer(
+            num_queries=6,
+            width=WIDTH,
+            video_width=video_width,
+            grid=grid,
+            num_blocks=num_blocks,
+            num_heads=4,
+            dropout=dropout,
+            **kwargs,
+        )
+        qformer.standardise(torch.randn(video_width), torch.rand(video_width) + 0.5)
+        return qformer
+
+    return make
+
+
+@pytest.fixture
+def make_clips():
+    """B clips in stored form: int8 or float16 features, scale, offset."""
+
+    def make(count, tokens=60, width=24, store="int8"):
+        if store == "int8":
+            features = torch.randint(-127, 128, (count, tokens, width), dtype=torch.int8)
+            return features, torch.rand(count, width) * 0.02, torch.randn(count, width)
+        features = torch.randn(count, tokens, width).half()
+        return features, torch.ones(count, width), torch.zeros(count, width)
+
+    return make
+
+
+@pytest.fixture
+def make_batch(make_clips, tokenizer):
+    """A collated batch of clips with the given captions: [[(style, text), ...], ...]"""
+    from dataset import collate, encode_caption
+
+    def make(captions, features=None):
+        x, scale, offset = features or make_clips(len(captions))
+        items = [
+            {
+                "id": str(i),
+                "features": x[i],
+                "scale": scale[i],
+                "offset": offset[i],
+                "captions": [encode_caption(tokenizer, *c) for c in texts],
+            }
+            for i, texts in enumerate(captions)
+        ]
+        return collate(items)
+
+    return make

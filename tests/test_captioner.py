@@ -1,0 +1,255 @@
+"""The frozen language model, the shared prefix, the loss, generation, checkpoints."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import captioner as module
+from captioner import VideoCaptioner, from_checkpoint, model_state, read_checkpoint
+from cli import UserError
+from dataset import STYLES
+
+CAPTIONS = [
+    [("label", "moving red ball"), ("sentence", "A ball.")],
+    [("label", "up"), ("sentence", "Somebody lifts a very heavy box over the edge.")],
+    [("label", "dropping it"), ("sentence", "It falls down.")],
+]
+
+
+@pytest.fixture
+def captioner(make_qformer, lm, tokenizer):
+    return VideoCaptioner(make_qformer(), lm, tokenizer).double()
+
+
+def double(batch):
+    return {k: v.double() if k in ("scale", "offset") else v for k, v in batch.items()}
+
+
+# Qwen2's norms compute in float32 whatever the model's dtype: in float64 the rest agrees to 1e-7
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def loss_and_gradient(captioner, batch):
+    """Summed loss, token counts and the Q-Former's gradient through one shared prefix."""
+    batch = double(batch)
+    captioner.zero_grad()
+    cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
+    total, counts = captioner.loss(cache, batch["input_ids"], batch["labels"])
+    total.backward()
+    return total.detach(), counts, [p.grad.clone() for p in captioner.qformer.parameters()]
+
+
+def plain_loss(captioner, features, scale, offset, style, text):
+    """One caption in one pass, all logits, cross-entropy from its definition."""
+    soft = captioner.qformer(features, scale.double(), offset.double())  # (1, Q, D)
+    prompt = captioner.tokenizer(STYLES[style])["input_ids"]
+    target = [*captioner.tokenizer(" " + text)["input_ids"], captioner.tokenizer.eos_token_id]
+    words = captioner.lm.get_input_embeddings()(torch.tensor([prompt + target]))
+    logits = captioner.lm(inputs_embeds=torch.cat([soft, words], 1)).logits[0]
+    first = soft.shape[1] + len(prompt)
+    log_probs = logits[first - 1 : -1].log_softmax(-1)
+    return -log_probs[torch.arange(len(target)), torch.tensor(target)].sum()
+
+
+def test_shared_prefix_is_separate_passes(captioner, make_batch, make_clips):
+    """K captions behind one prefix give the loss and gradient of K full passes; so pads, style
+    prompt and prefix carry no loss, and no row sees another's text."""
+    clips = make_clips(3)
+    total, counts, grads = loss_and_gradient(captioner, make_batch(CAPTIONS, clips))
+    captioner.zero_grad()
+    plain = sum(
+        plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
+        for i, texts in enumerate(CAPTIONS)
+        for style, text in texts
+    )
+    plain.backward()
+    torch.testing.assert_close(total, plain.detach(), **EXACT)
+    for ours, p in zip(grads, captioner.qformer.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-5)
+    lengths = [len(text) + 2 for texts in CAPTIONS for _, text in texts]  # leading space, eos
+    assert counts.tolist() == lengths
+
+
+def test_chunked_logits_are_all_logits(captioner, make_batch, monkeypatch):
+    batch = make_batch(CAPTIONS)
+    whole = loss_and_gradient(captioner, batch)
+    monkeypatch.setattr(module, "LOGITS_CHUNK", 7)
+    chunked = loss_and_gradient(captioner, batch)
+    torch.testing.assert_close(whole, chunked, **EXACT)
+
+
+def test_a_neighbours_longer_caption_changes_nothing(captioner, make_batch, make_clips):
+    """The original trained on pads, so a caption's loss depended on the longest in its batch."""
+    clips = make_clips(2)
+
+    def loss_of_first(second):
+        batch = double(make_batch([[("label", "up")], [("label", second)]], clips))
+        batch["labels"][1] = -100
+        cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
+        return captioner.loss(cache, batch["input_ids"], batch["labels"])[0]
+
+    torch.testing.assert_close(loss_of_first("down"), loss_of_first("d" * 60), **EXACT)
+
+
+def test_frozen_stays_frozen(captioner, make_batch):
+    """`.train()` must not wake the language model's dropout, nor a step move its weights."""
+    captioner.train()
+    assert captioner.qformer.training and not captioner.lm.training
+    assert not any(m.training for m in captioner.lm.modules())
+    before = {n: p.clone() for n, p in captioner.lm.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in captioner.parameters() if p.requires_grad], lr=1.0)
+    a = loss_and_gradient(captioner, make_batch(CAPTIONS))
+    optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in captioner.lm.named_parameters())
+    assert all(p.grad is None for p in captioner.lm.parameters())
+    b = loss_and_gradient(captioner, make_batch(CAPTIONS))
+    assert a[0] != b[0]
+
+
+def test_generate_is_a_naive_argmax_loop(captioner, make_clips):
+    x, scale, offset = make_clips(5)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    fast = captioner.captions(batch, "sentence", max_new_tokens=12)
+    for i in range(5):
+        soft = captioner.qformer(
+            x[i : i + 1], batch["scale"][i : i + 1], batch["offset"][i : i + 1]
+        )
+        ids = captioner.tokenizer(STYLES["sentence"])["input_ids"]
+        tokens = []
+        for _ in range(12):
+            words = captioner.lm.get_input_embeddings()(torch.tensor([ids + tokens]))
+            logits = captioner.lm(inputs_embeds=torch.cat([soft, words], 1)).logits[0, -1]
+            token = int(logits.argmax())
+            if token == captioner.tokenizer.eos_token_id:
+                break
+            tokens.append(token)
+        text = captioner.tokenizer.batch_decode([tokens])[0]
+        assert fast[i] == " ".join(text.split())
+    assert len(set(fast)) > 1, "the video must matter for this test to mean anything"
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batched_is_one_by_one(captioner, make_clips, num_beams):
+    """Also for beams: the cache has to be repeated per beam, not the ids alone."""
+    x, scale, offset = make_clips(4)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    together = captioner.captions(batch, "label", 10, num_beams)
+    alone = [
+        captioner.captions({k: v[i : i + 1] for k, v in batch.items()}, "label", 10, num_beams)[0]
+        for i in range(4)
+    ]
+    assert together == alone
+
+
+def test_generation_stops_at_eos(captioner, make_clips):
+    """A finished row stays finished while its neighbours go on."""
+    head = captioner.lm.get_output_embeddings()
+    x, scale, offset = make_clips(2)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    head.weight.data[0] = head.weight.data[0] * 0  # eos scores 0
+    texts = captioner.captions(batch, "label", 8)
+    assert all(chr(0) not in t for t in texts)
+    head.weight.data *= 0  # all tokens tie, and argmax takes the first, eos
+    assert captioner.captions(batch, "label", 8) == ["", ""]
+
+
+def test_validation_shares_the_prefix(captioner, make_batch):
+    """Generating after the loss must not continue from the loss's text."""
+    batch = double(make_batch([[c[0]] for c in CAPTIONS]))
+    total, tokens, texts = captioner.validation(batch, "label", 9)
+    assert texts == captioner.captions(batch, "label", 9)
+    want, counts, _ = loss_and_gradient(captioner, batch)
+    assert tokens == int(counts.sum())
+    assert total == pytest.approx(float(want), rel=1e-6)
+
+
+def checkpoint_of(captioner, manifest=None):
+    return model_state(captioner, manifest or {"settings": {}, "info": {}}, "toy", "f" * 16)
+
+
+def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, make_clips):
+    captioner = captioner.float()
+    state = checkpoint_of(captioner) | {"step": 3}
+    torch.save(state, tmp_path / "best.pt")
+    monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "f" * 16))
+    again = from_checkpoint(read_checkpoint(tmp_path), torch.device("cpu"), torch.float32)
+    x, scale, offset = make_clips(2)
+    batch = {"features": x, "scale": scale, "offset": offset}
+    assert again.captions(batch, "label", 9) == captioner.eval().captions(batch, "label", 9)
+    frozen = sum(p.numel() * 4 for p in lm.parameters())
+    assert (tmp_path / "best.pt").stat().st_size < frozen + 4 * sum(
+        p.numel() for p in captioner.qformer.parameters()
+    )
+    assert not any(key.startswith("lm.") for key in state["qformer"])
+    monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "0" * 16))
+    with pytest.raises(UserError, match="fingerprint"):
+        from_checkpoint(state, torch.device("cpu"), torch.float32)
+
+
+class Bomb:
+    """Pickled, it would run a command when loaded."""
+
+    def __reduce__(self):
+        return (open, ("bomb_went_off", "w"))
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "text", "cut", "foreign", "bomb"])
+def test_foreign_checkpoints_are_refused(captioner, tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "best.pt"
+    torch.save(checkpoint_of(captioner), path)
+    whole = path.read_bytes()
+    if content == "missing":
+        path.unlink()
+    elif content in ("foreign", "bomb"):
+        torch.save({"foreign": {"a": torch.zeros(3)}, "bomb": Bomb()}[content], path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}[content])
+    with pytest.raises(UserError, match=r"checkpoint .*best\.pt"):
+        read_checkpoint(path)
+    assert not (tmp_path / "bomb_went_off").exists()
+
+
+def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make_clips):
+    """8 x 2 = 1 x 16 after a whole optimizer step, also when the last window is ragged and when
+    captions differ in length. The original divided by 16 whatever the group's size."""
+    import copy
+
+    import train
+
+    for clips in (16, 11):
+        features = make_clips(clips)
+        texts = [
+            [("label", "x" * (1 + 3 * i % 17)), ("sentence", "Y" * (i + 1))] for i in range(clips)
+        ]
+        captioner = VideoCaptioner(make_qformer(), copy.deepcopy(lm), tokenizer).double()
+        after = []
+        for size in (2, 16):
+            ours = copy.deepcopy(captioner).train()
+            optimizer = torch.optim.AdamW(train.parameter_groups(ours.qformer, 0.03), lr=1e-2)
+            window = [
+                double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
+                for i in range(0, clips, size)
+            ]
+            loss, tokens = train.micro_steps(ours, window)
+            train.scale_and_clip(ours.qformer, tokens, 1.0)
+            optimizer.step()
+            after.append((loss, tokens, [p.detach() for p in ours.qformer.parameters()]))
+        assert after[0][1] == after[1][1]
+        assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
+        # Adam's first step is lr * g/|g|: compare gradients' signs through the parameters
+        for a, b in zip(after[0][2], after[1][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
+    """The logged loss equals torch's own mean cross-entropy over the same tokens."""
+    import train
+
+    batch = double(make_batch(CAPTIONS))
+    total, tokens = train.micro_steps(captioner.eval(), [batch])
+    cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
+    cache.batch_repeat_interleave(2)
+    logits = captioner.lm(input_ids=batch["input_ids"], past_key_values=cache).logits
+    mean = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert total / tokens == pytest.approx(mean.item(), rel=1e-6)

@@ -1,0 +1,112 @@
+"""The absorbed cross-attention is the textbook one, in values and gradients."""
+
+import pytest
+import torch
+
+
+def both_ways(qformer, clips):
+    """Soft prompts and parameter gradients of the absorbed and of the textbook path."""
+    results = []
+    for absorb in (True, False):
+        qformer.absorb = absorb
+        torch.manual_seed(1)  # the same dropout masks
+        qformer.zero_grad()
+        out = qformer(*clips)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append((out.detach(), {n: p.grad.clone() for n, p in qformer.named_parameters()}))
+    return results
+
+
+@pytest.mark.parametrize("store", ["int8", "fp16"])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_absorbed_is_textbook(make_qformer, make_clips, store, batch, dropout, num_blocks):
+    """Positions, standardisation, scale, offset, and with dropout row sums that are not one."""
+    qformer = make_qformer(dropout=dropout, num_blocks=num_blocks).double()
+    x, scale, offset = make_clips(batch, store=store)
+    (a, grads_a), (b, grads_b) = both_ways(qformer, (x, scale.double(), offset.double()))
+    assert a.shape == (batch, 6, 32)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for name, grad in grads_b.items():
+        torch.testing.assert_close(grads_a[name], grad, rtol=1e-8, atol=1e-9, msg=name)
+    assert all(g.abs().max() > 0 for g in grads_b.values()), "a parameter that nothing trains"
+
+
+def test_outlier_channels_survive_bfloat16(make_qformer, make_clips):
+    """A channel far from zero is a small difference of large numbers: in bfloat16 the pooled vector
+    lost 11 %, so the absorbed path computes it in float32 even under autocast."""
+    qformer = make_qformer()
+    x, scale, offset = make_clips(4)
+    offset[:, :3] += 300.0  # massive activations, as vision transformers have
+    qformer.standardise(offset.mean(0), torch.full((24,), 1.5))
+    exact = make_qformer().double()
+    exact.load_state_dict(qformer.state_dict())
+    exact.absorb = qformer.absorb = True
+    want = exact(x, scale.double(), offset.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        absorbed = qformer(x, scale, offset)
+        qformer.absorb = False
+        textbook = qformer(x, scale, offset)
+
+    def error(got):
+        return (got.double() - want).norm() / want.norm()
+
+    assert error(absorbed) < 0.02
+    assert error(absorbed) <= 1.5 * error(textbook)
+
+
+def test_positions_tell_left_from_right(make_qformer, make_clips):
+    """Without positions a clip and its mirror image are the same bag of tokens."""
+    qformer = make_qformer(grid=(2, 3, 4))
+    x, scale, offset = make_clips(1, tokens=24)
+    mirrored = x.view(1, 2, 3, 4, 24).flip(3).reshape(1, 24, 24)
+    assert (qformer(x, scale, offset) - qformer(mirrored, scale, offset)).abs().max() > 1e-3
+    torch.nn.init.zeros_(qformer.pos[2])
+    same = qformer(x, scale, offset) - qformer(mirrored, scale, offset)
+    assert same.abs().max() < 1e-5
+
+
+def test_a_clip_does_not_see_its_neighbours(make_qformer, make_clips):
+    qformer = make_qformer(num_blocks=2).double()
+    x, scale, offset = make_clips(3)
+    whole = qformer(x, scale.double(), offset.double())
+    alone = qformer(x[1:2], scale[1:2].double(), offset[1:2].double())
+    torch.testing.assert_close(whole[1:2], alone, rtol=0, atol=1e-12)
+
+
+def test_soft_prompts_start_with_the_norm_of_embeddings(make_qformer, make_clips):
+    """A bare LayerNorm of width 1536 has norm 39 where the model's embeddings have about 1."""
+    out = make_qformer(output_norm=0.9)(*make_clips(2))
+    torch.testing.assert_close(out.norm(dim=-1), torch.full((2, 6), 0.9), rtol=1e-3, atol=0)
+
+
+def test_the_cheaper_path_is_chosen():
+    from qformer import QFormer
+
+    sizes = {"width": 64, "video_width": 64, "grid": (2, 2, 2), "num_blocks": 1, "num_heads": 4}
+    assert QFormer(num_queries=2, **sizes).absorb
+    assert not QFormer(num_queries=64, **sizes).absorb
+
+
+def test_default_size_is_the_published_one():
+    """39.5 million parameters, counted in the model that train.py's defaults build for SSv2."""
+    from transformers import Qwen2Config, VJEPA2Config
+
+    import train
+    from qformer import QFormer
+
+    args = train.parse_args([])
+    qwen = {"hidden_size": 1536}  # Qwen2-1.5B's; Qwen2Config's own default is another model
+    video = VJEPA2Config()  # ViT-L
+    with torch.device("meta"):
+        qformer = QFormer(
+            num_queries=args.num_queries,
+            width=Qwen2Config(**qwen).hidden_size,
+            video_width=video.hidden_size,
+            grid=(16, 16, 16),
+            num_blocks=args.num_blocks,
+            num_heads=args.num_heads,
+        )
+    assert round(sum(p.numel() for p in qformer.parameters()) / 1e6, 1) == 39.5
+    assert qformer.absorb

@@ -1,0 +1,391 @@
+"""video.py on clips written here by PyAV: what is taken, what damage is seen, what survives."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import video
+from video import VideoError, decode, decode_many, frame_indices, probe, windows
+
+av = pytest.importorskip("av")
+LOSSLESS = {"lossless": "1", "cpu-used": "8", "deadline": "realtime"}
+
+
+def grey(i, width=64, height=48):
+    """A frame whose brightness is its number."""
+    return np.full((height, width, 3), 20 + 4 * i, np.uint8)
+
+
+def noise(i, width=64, height=48):
+    return np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+
+
+def numbers(clip):
+    """Read the frame numbers back."""
+    return np.round((clip.frames.mean((1, 2, 3)) - 20) / 4).astype(int).tolist()
+
+
+def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=None, pts=None, **box):
+    """Write n frames at 12 a second, or at the milliseconds `pts`."""
+    try:
+        av.codec.Codec(codec, "w")
+    except ValueError:
+        pytest.skip(f"this ffmpeg has no encoder {codec}")
+    options = LOSSLESS if options is None and codec == "libvpx-vp9" else options or {}
+    with av.open(str(path), "w", options=box) as container:
+        stream = container.add_stream(codec, rate=12, options=options)
+        if pts:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        stream.height, stream.width = frame(0).shape[:2]
+        stream.pix_fmt, stream.codec_context.thread_count = pix, 1
+        for i in range(n):
+            image = av.VideoFrame.from_ndarray(frame(i), format="rgb24")
+            image.pts = i if pts is None else pts[i]
+            image.time_base = Fraction(1, 12 if pts is None else 1000)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    return path
+
+
+def damaged(path, begin, end, cut=False):
+    """Zero the bytes between two fractions of a file, or cut the file at the first."""
+    data = bytearray(path.read_bytes())
+    begin, end = int(begin * len(data)), int(end * len(data))
+    if cut:
+        del data[begin:]
+    else:
+        data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    return path
+
+
+def both(path, num_frames, *window):
+    """Decode with both decoders; they must agree byte for byte."""
+    pytest.importorskip("decord")
+    one = decode(path, num_frames, *window, backend="decord")
+    two = decode(path, num_frames, *window, backend="pyav")
+    assert (one.decoder, two.decoder) == ("decord", "pyav")
+    np.testing.assert_array_equal(one.frames, two.frames)
+    return one
+
+
+# ---- which frames --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 500])
+def test_indices_are_bin_centres(n):
+    chosen = frame_indices(n, 32)
+    assert chosen.shape == (32,) and chosen[0] >= 0 and chosen[-1] < n
+    assert (np.diff(chosen) >= 0).all() and np.ptp(np.diff(chosen)) <= 1
+    assert chosen.tolist() == [int((i + 0.5) * n / 32) for i in range(32)]
+    if n <= 32:
+        assert set(chosen) == set(range(n))
+    if n == 32:
+        assert chosen.tolist() == list(range(32))
+
+
+def test_no_frames_is_an_error():
+    with pytest.raises(ValueError):
+        frame_indices(0, 32)
+
+
+def test_frames_taken_are_the_ones_asked_for(tmp_path):
+    clip = both(write(tmp_path / "a.webm"), 8)
+    assert numbers(clip) == frame_indices(48, 8).tolist()
+    assert clip.frames.dtype == np.uint8 and clip.frames.shape == (8, 48, 64, 3)
+    assert clip.duration == pytest.approx(4.0) and not clip.truncated
+
+
+def test_short_clip_repeats_frames_and_never_pads_with_black(tmp_path):
+    clip = both(write(tmp_path / "a.webm", n=5), 16)
+    assert numbers(clip) == frame_indices(5, 16).tolist()
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_window_takes_frames_by_timestamp(tmp_path, backend):
+    path = write(tmp_path / "a.webm", options={**LOSSLESS, "g": "12"})
+    if backend == "decord":
+        pytest.importorskip("decord")
+    for start, end in [(0, 1), (1.5, 2.5), (3, 4), (3.2, None), (None, 0.5)]:
+        inside = [i for i in range(48) if (start or 0) <= i / 12 + 1e-3 < (end or 9)]
+        clip = decode(path, len(inside), start, end, backend)
+        assert numbers(clip) == inside and not clip.truncated
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libx264"])
+def test_decoders_agree_byte_for_byte(tmp_path, codec):
+    path = write(tmp_path / "a.mkv", frame=noise, codec=codec, options={"g": "12"})
+    both(path, 32)
+    both(path, 8, 1.3, 2.9)
+
+
+def test_odd_heights_are_not_given_to_decord(tmp_path):
+    """At odd heights decord's older scaler misplaces chroma: other bytes than PyAV, and worse."""
+    for width, height in [(37, 29), (37, 28)]:
+        path = write(tmp_path / "a.webm", n=6, frame=lambda i, s=(width, height): noise(i, *s))
+        clip = decode(path, 6)
+        assert clip.frames.shape == (6, height, width, 3)
+        np.testing.assert_array_equal(clip.frames, decode(path, 6, backend="pyav").frames)
+
+
+def test_seeking_and_vp8_alt_ref(tmp_path):
+    """VP8 may store packets that show nothing; a count of packets would then be wrong."""
+    options = {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "2M", "g": "12"}
+    path = write(tmp_path / "a.webm", codec="libvpx", options=options)
+    assert numbers(decode(path, 48)) == list(range(48))
+    assert numbers(decode(path, 12, 2, 3)) == list(range(24, 36))
+
+
+def test_window_between_two_frames_shows_the_frame_on_screen(tmp_path):
+    path = write(tmp_path / "a.webm", n=4, pts=[0, 100, 200, 5000])
+    assert numbers(both(path, 2, 2, 4)) == [2, 2]
+    with pytest.raises(VideoError) as error:
+        decode(path, 2, 60, 70)
+    assert error.value.reason == "truncated"
+
+
+def test_large_clips_bypass_decord(tmp_path, monkeypatch):
+    """decord decodes ahead without bound, so that a long 4K clip would fill the memory."""
+    path = write(tmp_path / "a.webm", n=4)
+    monkeypatch.setattr(video, "DECORD_BYTES", 1000)
+    assert decode(path, 4).decoder == "pyav"
+
+
+def test_without_decord_pyav_does_the_work(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.webm", n=4)
+    monkeypatch.setitem(sys.modules, "decord", None)  # import decord now raises ImportError
+    assert decode(path, 4).decoder == "pyav"
+    with pytest.raises(VideoError):
+        decode(path, 4, backend="decord")
+
+
+# ---- unusual and damaged files ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [(0.5, 1, True), (0.5, 1), (0.4, 0.6)])
+def test_missing_part_of_a_webm_is_noticed(tmp_path, where):
+    """Every decoder returns 24 of 48 frames of a half-downloaded clip without an error."""
+    path = damaged(write(tmp_path / "a.webm", frame=noise, options={"b": "1M"}), *where)
+    for backend in ("auto", "pyav"):
+        assert decode(path, 8, backend=backend).truncated
+    assert decode(path, 8, 0, 4).truncated
+    assert not decode(path, 8, 0, 1).truncated
+
+
+@pytest.mark.parametrize("where", [(0.5, 1, True), (0.5, 1), (0.4, 0.6)])
+def test_damage_in_an_mp4_is_noticed(tmp_path, where):
+    """decord returns concealed H.264 frames as if they were intact, whatever its fault_tol."""
+    path = write(tmp_path / "a.mp4", frame=noise, codec="libx264", movflags="faststart")
+    clip = decode(damaged(path, *where), 8)
+    assert clip.truncated and clip.decoder == "pyav"
+
+
+def test_cut_mp4_with_its_index_at_the_end_is_unreadable(tmp_path):
+    path = damaged(write(tmp_path / "a.mp4", codec="libx264", frame=noise), 0.5, 1, cut=True)
+    with pytest.raises(VideoError) as error:
+        decode(path, 8)
+    assert error.value.reason == "unreadable"
+
+
+def test_undecodable_packet_is_damage_not_a_repeated_frame(tmp_path):
+    path = write(tmp_path / "a.webm", frame=noise, options={"b": "1M"})
+    with av.open(str(path)) as container:
+        packet = [bytes(p) for p in container.demux(video=0)][20]
+    path.write_bytes(path.read_bytes().replace(packet, b"\xff" * 12 + packet[12:]))
+    clip = decode(path, 48)
+    assert clip.truncated and clip.decoder == "pyav" and len(clip.frames) == 48
+
+
+@pytest.mark.parametrize("suffix, codec", [("webm", "libvpx-vp9"), ("mp4", "libx264")])
+def test_intact_clip_of_variable_rate_is_not_called_truncated(tmp_path, suffix, codec):
+    """frames < duration x rate condemns phone and screen recordings that dropped frames."""
+    pts = [0, 33, 66, 100, 1500, 1533, 1566, 3000, 3033, 3066, 4500]
+    clip = decode(write(tmp_path / f"a.{suffix}", n=11, pts=pts, codec=codec), 11)
+    assert not clip.truncated and len(clip.frames) == 11
+
+
+def test_files_that_are_no_video(tmp_path):
+    (tmp_path / "empty.webm").touch()
+    (tmp_path / "text.mp4").write_text("not a video at all\n" * 100)
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), "s16", "mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    reasons = {"empty.webm": "empty", "text.mp4": "unreadable", "sound.mkv": "no_video"}
+    for name, reason in {**reasons, "absent.webm": "unreadable", ".": "unreadable"}.items():
+        for function in (probe, lambda path: decode(path, 4)):
+            with pytest.raises(VideoError) as error:
+                function(tmp_path / name)
+            assert error.value.reason == reason and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_and_two_frames(tmp_path, n):
+    """decord refuses a clip of a single frame."""
+    assert numbers(decode(write(tmp_path / "a.webm", n=n), 4)) == frame_indices(n, 4).tolist()
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotated_clip_comes_out_upright(tmp_path, degrees):
+    """Phones store sideways pictures and a matrix; PyAV leaves it to the caller to apply it."""
+
+    def corner(i):  # red in the upper left corner
+        image = np.full((64, 128, 3), 128, np.uint8)  # decord fails on widths it would have to pad
+        image[:32, :64] = 255, 0, 0
+        return image
+
+    path = write(tmp_path / "a.mp4", n=4, frame=corner, codec="libx264")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
+    c, s = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    one = 1 << 16
+    matrix = (c * one, s * one, 0, -s * one, c * one, 0, 0, 0, 1 << 30)  # clockwise
+    data[at : at + 36] = struct.pack(">9i", *matrix)
+    path.write_bytes(data)
+    for clip in (decode(path, 2), both(path, 2)):
+        upright = np.rot90(corner(0), -degrees // 90)
+        assert clip.frames.shape[1:] == upright.shape
+        assert np.abs(clip.frames[0].astype(int) - upright).mean() < 10
+    info = probe(path)
+    assert (info.height, info.width) == upright.shape[:2] and info.rotation == (-degrees) % 360
+
+
+@pytest.mark.parametrize(
+    "name, codec, pix",
+    [
+        ("ten_bit.mp4", "libx264", "yuv420p10le"),
+        ("av1.mp4", "libsvtav1", "yuv420p"),
+        ("a.gif", "gif", "rgb8"),
+        ("a.avi", "mpeg4", "yuv420p"),
+    ],
+)
+def test_formats_beyond_decord(tmp_path, name, codec, pix):
+    clip = decode(write(tmp_path / name, n=24, codec=codec, pix=pix), 6)
+    assert clip.decoder == "pyav" and not clip.truncated
+    assert np.abs(np.array(numbers(clip)) - frame_indices(24, 6)).max() <= 3  # gif: few greys
+    assert clip.duration == pytest.approx(2, abs=0.1)
+
+
+def test_probe_reads_the_header(tmp_path):
+    info = probe(write(tmp_path / "a:b %d.webm"))
+    assert info == video.Info(pytest.approx(4.0), pytest.approx(12.0), 64, 48, 0)
+
+
+# ---- windows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duration", [0.5, 6, 6.01, 8.9, 9, 9.1, 12, 12.0001, 61.3, 600])
+@pytest.mark.parametrize("window, stride", [(6, 6), (6, 3), (6, 5.5), (6, 20), (0.7, 0.1)])
+def test_windows_cover_the_video_without_slivers(duration, window, stride):
+    spans = windows(duration, window, stride)
+    assert spans[0][0] == 0 and spans[-1][1] == duration
+    if duration <= window:
+        assert spans == [(0, duration)]
+    else:
+        assert all(0.5 * window <= end - start < 1.5 * window for start, end in spans)
+    assert all(a < b for (a, _), (b, _) in itertools.pairwise(spans))
+    if stride <= window:
+        assert all(b <= a for (_, a), (b, _) in itertools.pairwise(spans))
+
+
+# ---- many clips ----------------------------------------------------------------------------
+
+
+def behave(path, num_frames, start=None, end=None):
+    """A decoder for the workers that does what the path says."""
+    name = os.path.basename(path)
+    if name.startswith("hang"):
+        os.mkfifo(path)
+        av.open(path)  # in C, where no Python signal handler runs
+    if name.startswith("die"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name.startswith("bug"):
+        raise KeyError(name)
+    if name.startswith("slow"):
+        time.sleep(0.5)
+    return name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_hang_and_crash_cost_one_clip_only(tmp_path):
+    """decord hangs on some files and dies on others: neither may end a run of 220,847 clips."""
+    names = ["a", "hang", "b", "die", "c", "bug", "d", "e"]
+    jobs = [(i, str(tmp_path / name)) for i, name in enumerate(names)]
+    got = list(decode_many(jobs, 4, workers=2, timeout=1.5, decode=behave))
+    assert [key for key, _ in got] == list(range(len(names)))
+    answers = [getattr(answer, "reason", answer) for _, answer in got]
+    assert answers == ["a", "timeout", "b", "crashed", "c", "crashed", "d", "e"]
+    assert not multiprocessing.active_children()
+
+
+def half_sent(path, num_frames):
+    """Die with part of the answer in the pipe, as when the machine runs out of memory."""
+    if path == "die":
+        import threading
+
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return Endless()
+    return path
+
+
+class Endless:
+    def __reduce__(self):
+        time.sleep(30)
+
+
+def test_worker_killed_while_answering_does_not_stop_the_others():
+    """pebble's pool shares one pipe: a worker killed while sending kept all others waiting."""
+    jobs = [(name, name) for name in ("a", "die", "b", "c")]
+    got = dict(decode_many(jobs, 4, workers=2, timeout=20, decode=half_sent))
+    assert got.pop("die").reason == "crashed"
+    assert got == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_waiting_for_a_worker_does_not_count_as_decoding(tmp_path):
+    jobs = [(i, f"slow{i}") for i in range(4)]  # 2 s of work for one worker
+    got = list(decode_many(jobs, 4, workers=1, timeout=1.2, ahead=4, decode=behave))
+    assert [answer for _, answer in got] == [f"slow{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decode_many_gives_what_decode_gives(tmp_path, workers):
+    good, bad = write(tmp_path / "a.webm"), tmp_path / "absent.webm"
+    jobs = [("whole", good), ("bad", bad), ("part", good, 1.0, 2.0)]
+    got = list(decode_many(jobs, 6, workers=workers))
+    assert [key for key, _ in got] == ["whole", "bad", "part"]
+    np.testing.assert_array_equal(got[0][1].frames, decode(good, 6).frames)
+    np.testing.assert_array_equal(got[2][1].frames, decode(good, 6, 1.0, 2.0).frames)
+    assert got[1][1].reason == "unreadable"
+
+
+def test_look_ahead_is_bounded_and_closing_kills_the_workers():
+    taken = []
+
+    def jobs():
+        for i in range(1000):
+            taken.append(i)
+            yield i, f"clip{i}" if i < 2 else f"slow{i}"
+
+    clips = decode_many(jobs(), 4, workers=2, ahead=4, decode=behave)
+    assert next(clips) == (0, "clip0")
+    assert len(taken) == 4
+    begin = time.monotonic()
+    clips.close()
+    assert time.monotonic() - begin < 2 and not multiprocessing.active_children()
+
+
+def test_import_is_light():
+    code = "import sys, video; print({'torch', 'av', 'decord', 'transformers'} & set(sys.modules))"
+    root = os.path.dirname(video.__file__)
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root).strip() == b"set()"

@@ -1,0 +1,319 @@
+"""Teach a frozen language model to caption videos: train a Q-Former on cached features.
+
+    python train.py               (SSv2 with its defaults; --dry-run prints the plan and stops)
+    python train.py --resume      (continues exactly where a run was stopped)
+
+One 24 GB GPU. Writes <output>/: last.pt, best.pt (best validation CIDEr), metrics.jsonl, losses.txt,
+validation_epoch_N.json, predictions_validation.json, evaluation_validation.json, args.json.
+"""
+
+import math
+import random
+import signal
+import time
+from collections import namedtuple
+from functools import partial
+from itertools import islice, pairwise
+
+import cli
+import runfolder
+from cli import INTERRUPTED, TERMINATED, UserError, note
+from dataset import (
+    TRAIN,
+    VALIDATION,
+    FeatureDataset,
+    by_hash,
+    channel_statistics,
+    choose_captions,
+    load_manifest,
+    load_records,
+    loader,
+    require_features,
+    torch_bytes,
+    write_atomic,
+    write_json,
+)
+from evaluate import caption, clip_batches, score, to_device, write_predictions
+
+STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
+BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
+
+# manifest of the features; records to train on, to validate on at the end, and after each epoch;
+# `split`: all validation records, whose references give CIDEr its document frequencies
+Data = namedtuple("Data", "manifest train validation subset split")
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
+    group.add_argument(
+        "--annotations", default="data/annotations", help="of prepare_annotations.py"
+    )
+    group.add_argument("--output", default="results/ssv2", help="run folder")
+    group.add_argument(
+        "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--lm", default="Qwen/Qwen2-1.5B", help="Hub id or folder of a causal LM")
+    group.add_argument("--num-queries", type=cli.whole(1), default=64, help="soft prompts")
+    group.add_argument("--num-blocks", type=cli.whole(1), default=1, help="Q-Former blocks")
+    group.add_argument("--num-heads", type=cli.whole(1), default=4, help="attention heads")
+    group.add_argument("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over the clips")
+    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips a micro-batch")
+    group.add_argument("--grad-accum", type=cli.whole(1), default=8, help="micro-batches a step")
+    group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
+    group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
+    group.add_argument("--weight-decay", type=cli.number(least=0), default=0.03, help="of AdamW")
+    group.add_argument("--warmup-steps", type=cli.whole(0), default=500, help="linear warm-up")
+    group.add_argument("--clip-grad", type=cli.number(above=0), default=1.0, help="gradient norm")
+    group = parser.add_argument_group("run")
+    group.add_argument("--eval-clips", type=cli.whole(1), default=2000, help="scored each epoch")
+    group.add_argument("--save-every", type=cli.whole(1), default=100, help="steps between saves")
+    group.add_argument("--resume", action="store_true", help="continue the run in --output")
+    group.add_argument("--overwrite", action="store_true", help="start over in --output")
+    group.add_argument("--dry-run", action="store_true", help="print the plan, time three steps")
+    cli.add_common(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = runfolder.claim(args)
+    data = read_data(args)
+    per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
+    total = args.epochs * per_epoch
+
+    import torch
+
+    import captioner
+
+    device, dtype = cli.device_and_dtype(args)
+    torch.manual_seed(args.seed)
+    model, lm_fingerprint = captioner.build(
+        data.manifest,
+        args.lm,
+        device,
+        dtype,
+        num_queries=args.num_queries,
+        num_blocks=args.num_blocks,
+        num_heads=args.num_heads,
+        dropout=args.dropout,
+    )
+    frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
+    frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.qformer, args.weight_decay), fused=device.type == "cuda"
+    )
+
+    step, best = 0, -1.0
+    if args.resume and (folder / "last.pt").is_file():
+        state = captioner.read_checkpoint(folder / "last.pt")
+        step, best = runfolder.restore(state, frozen, args, data.train, model, optimizer)
+        note(f"resuming after step {step:,} of {total:,}")
+    else:
+        if args.resume:
+            note(f"--resume: there is no {folder / 'last.pt'}, starting from the first step")
+        model.qformer.standardise(*statistics(args, data))
+    print_plan(args, data, model, total)
+    if args.dry_run:
+        return time_steps(args, data, model, total)
+
+    def state():
+        return frozen | {"qformer": model.qformer.state_dict(), "step": step, "best": best}
+
+    def save():
+        runfolder.save(folder / "last.pt", state(), args, data.train, optimizer, device)
+
+    trainable = sum(p.numel() for p in model.qformer.parameters())
+    runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
+    stop, bad = runfolder.Stop(), 0
+    model.train()
+    with runfolder.Log(folder, step, total) as log:
+        for epoch, window in windows(args, data, model.tokenizer, step):
+            lr = lr_at(step, total, args.lr, args.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, tokens = micro_steps(model, window)
+            norm = scale_and_clip(model.qformer, tokens, args.clip_grad)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            log.step(step, epoch, lr, loss, norm, tokens, window)
+            bad = 0 if finite else bad + 1
+            if bad == BAD_STEPS:
+                raise UserError(
+                    f"{bad} steps in a row had no finite loss and gradient; {folder / 'last.pt'} is"
+                    " the last good state. Try a lower --lr, and preprocess_ssv2.py --verify.",
+                    code=1,
+                )
+            if step % per_epoch == 0:
+                result, predictions, val_loss = evaluate(args, data, model, data.subset)
+                log.epoch(step, epoch, val_loss, result, predictions, data.subset)
+                if result["metrics"]["CIDEr"] > best:
+                    best = result["metrics"]["CIDEr"]
+                    write_atomic(folder / "best.pt", torch_bytes(state()))
+            if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stop.signal):
+                save()
+            if stop.signal:
+                note(f"stopped after step {step:,}; continue with --resume")
+                return {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}[stop.signal]
+    return finish(args, data, model, folder)
+
+
+def read_data(args):
+    """The manifest and the records that have a label and features. Raises UserError."""
+
+    def labelled(split):
+        records = [r for r in load_records(args.annotations, split)[: args.limit] if r["label"]]
+        if not records:
+            raise UserError(f"split {split!r} in {args.annotations} has no captions")
+        return records, require_features(args.features, split, records, args.allow_missing)
+
+    manifest = load_manifest(args.features)
+    _, train = labelled(TRAIN)
+    split, validation = labelled(VALIDATION)
+    chosen = set(by_hash((r["id"] for r in validation), args.seed)[: args.eval_clips])
+    return Data(manifest, train, validation, [r for r in validation if r["id"] in chosen], split)
+
+
+def statistics(args, data):
+    """Per-channel mean and standard deviation of a seeded sample of the training clips."""
+    ids = by_hash((r["id"] for r in data.train), args.seed)[:STATISTICS_CLIPS]
+    return channel_statistics(args.features, TRAIN, ids, data.manifest["settings"], args.workers)
+
+
+def lr_at(step, total, peak, warmup):
+    """Linear warm-up, then a cosine to zero: a pure function of the step, from 0."""
+    warmup = min(warmup, total // 2)  # a short run still reaches its peak
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def epoch_order(records, seed, epoch):
+    """The clips in the order of one epoch: a pure function of (seed, epoch, ids)."""
+    records = list(records)
+    random.Random(f"order:{seed}:{epoch}").shuffle(records)
+    return records
+
+
+def parameter_groups(qformer, weight_decay):
+    """Weight decay on the weights of Linear layers only: not on biases, norms, tables and gain."""
+    import torch
+
+    linear = [m.weight for m in qformer.modules() if isinstance(m, torch.nn.Linear)]
+    known = {id(p) for p in linear}
+    others = [p for p in qformer.parameters() if id(p) not in known]
+    return [
+        {"params": linear, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def windows(args, data, tokenizer, step):
+    """Yield (epoch from 0, the micro-batches of one step), from `step` to the last.
+
+    The last window of an epoch is as short as the clips that are left.
+    """
+    clips = args.batch_size * args.grad_accum
+    start, done = divmod(step, math.ceil(len(data.train) / clips))
+    for epoch in range(start, args.epochs):
+        choose = partial(choose_captions, count=args.captions_per_clip, seed=args.seed, epoch=epoch)
+        order = epoch_order(data.train, args.seed, epoch)[done * clips :]
+        settings = data.manifest["settings"]
+        dataset = FeatureDataset(args.features, TRAIN, order, settings, tokenizer, choose)
+        batches = iter(loader(dataset, args.batch_size, args.workers))
+        while window := list(islice(batches, args.grad_accum)):
+            yield epoch, window
+        done = 0
+
+
+def micro_steps(model, window):
+    """Forward and backward of each micro-batch, on sums. Returns (summed loss, number of tokens)."""
+    loss, tokens = 0.0, 0
+    for batch in window:
+        b = to_device(batch, model.device)
+        cache = model.prefix(b["features"], b["scale"], b["offset"])
+        total, counts = model.loss(cache, b["input_ids"], b["labels"])
+        total.backward()
+        loss, tokens = loss + total.detach(), tokens + counts.sum()
+    return loss.item(), int(tokens)
+
+
+def scale_and_clip(qformer, tokens, clip_grad):
+    """Make the summed gradient that of the mean over a window's tokens, then clip its norm.
+
+    Dividing once by the real count is exact however the tokens fall on micro-batches and however
+    short the last window is. Returns the norm before clipping.
+    """
+    import torch
+
+    for p in qformer.parameters():
+        p.grad /= tokens
+    return torch.nn.utils.clip_grad_norm_(qformer.parameters(), clip_grad).item()
+
+
+def evaluate(args, data, model, records):
+    """Caption validation clips in label style. Returns (result, {id: caption}, loss per token)."""
+    size = 8 * args.batch_size  # no gradient, so more clips fit
+    batches = clip_batches(model, args, VALIDATION, records, "label", size)
+    predictions, loss = caption(model, batches, "label")
+    result, _ = score(predictions, records, data.split, args.annotations, seed=args.seed)
+    return result, predictions, loss
+
+
+def finish(args, data, model, folder):
+    """Score the best checkpoint on all validation clips."""
+    import captioner
+    import metrics
+
+    best = captioner.read_checkpoint(folder / "best.pt")
+    model.qformer.load_state_dict(best["qformer"])
+    result, predictions, loss = evaluate(args, data, model, data.validation)
+    write_predictions(folder / "predictions_validation.json", predictions)
+    settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
+    result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}
+    write_json(folder / "evaluation_validation.json", result)
+    print(metrics.format_table(result))
+    note(f"best checkpoint: {folder / 'best.pt'} (step {best['step']:,})")
+
+
+def print_plan(args, data, model, total):
+    """The derived facts, once."""
+    settings, k = data.manifest["settings"], args.captions_per_clip
+    trained = sum(p.numel() for p in model.qformer.parameters())
+    frozen = sum(p.numel() for p in model.lm.parameters())
+    tokens = math.prod(settings["grid"])
+    size = tokens * settings["width"] * {"int8": 1, "fp16": 2}[settings["store"]]
+    paraphrases = sum(len(r["paraphrases"]) for r in data.train)
+    note(
+        f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
+        f"clips        {len(data.train):,} training, {len(data.validation):,} validation"
+        f" ({len(data.subset):,} scored each epoch)\n"
+        f"captions     {len(data.train):,} labels, {paraphrases:,} paraphrases,"
+        f" {k} per clip and pass, {k * args.epochs} caption passes\n"
+        f"step         {args.batch_size} x {args.grad_accum} x {k}"
+        f" = {args.batch_size * args.grad_accum * k} captions, {total:,} steps in {args.epochs} epochs\n"
+        f"features     {tokens} x {settings['width']} {settings['store']},"
+        f" {size * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
+    )
+
+
+def time_steps(args, data, model, total):
+    """--dry-run: time three steps without changing anything."""
+    times = [time.perf_counter()]
+    for _, window in islice(windows(args, data, model.tokenizer, 0), 3):
+        micro_steps(model, window)
+        times.append(time.perf_counter())
+    step = min(b - a for a, b in pairwise(times))
+    print(f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,463 @@
+"""A clip on disk -> F upright uint8 RGB frames, evenly spread over what can really be decoded.
+
+decord reads what it is good at (short VP9 clips, which is what SSv2 consists of), PyAV everything
+else; on VP9 both give the same bytes. Damage is reported, never papered over: decord alone would
+return concealed or repeated frames, and every decoder returns half a file without an error.
+Shapes: F frames, H and W the upright height and width. Times are seconds from the first frame.
+"""
+
+import re
+import threading
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
+SAMPLING = "bin-centres"  # the name of `frame_indices` in a manifest
+
+# decord decodes in the background without bound, so it only gets clips that fit here as a whole.
+DECORD_BYTES = 256 * 2**20
+
+
+class VideoError(Exception):
+    """One clip cannot be used; the message is a sentence.
+
+    `reason`: unreadable, empty (no byte or no frame), no_video, truncated (the window asked for lies
+    in the missing part), timeout or crashed.
+    """
+
+    def __init__(self, reason, message):
+        super().__init__(reason, message)  # both are args, so that the error survives pickling
+        self.reason = reason
+
+    def __str__(self):
+        return self.args[1]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`frames` uint8 (F, H, W, 3); `decoder` decord or pyav; `duration` of the video in seconds.
+
+    `truncated`: the file ends early or a frame inside is damaged; `frames` show what is there.
+    """
+
+    frames: np.ndarray
+    decoder: str
+    duration: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file says of itself: seconds, frames per second, upright size in pixels, degrees."""
+
+    duration: float
+    rate: float
+    width: int
+    height: int
+    rotation: int
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What a pass over the packets, without decoding, finds out. Frames may yet be fewer."""
+
+    times: np.ndarray  # seconds from the first frame, ascending
+    keys: list  # pts of keyframes, ascending
+    first: int | None  # pts of the first frame; None: the file has no timestamps, count frames
+    tick: Fraction  # seconds per pts unit
+    rate: float
+    covered: float  # seconds from the first frame to the end of the last
+    damaged: bool
+    claimed: float | None  # duration in the header
+    plain_vp9: bool  # what decord decodes to the same bytes as PyAV, or fails on
+    size: int  # bytes of one frame in RGB
+
+    @property
+    def duration(self):
+        return self.claimed or self.covered
+
+    def time(self, frame, ordinal):
+        if self.first is None or frame.pts is None:
+            return ordinal / self.rate
+        return float((frame.pts - self.first) * self.tick)
+
+
+def frame_indices(num_decoded, num_frames):
+    """Choose F of n frames: the centres of F equal bins, int64 (F,).
+
+    Every frame once, in order, at n = F; repeats when n < F. Raises ValueError if n or F < 1.
+    """
+    if num_decoded < 1 or num_frames < 1:
+        raise ValueError(f"cannot choose {num_frames} of {num_decoded} frames")
+    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * num_decoded // (2 * num_frames)
+
+
+def windows(duration, window, stride):
+    """Cut a video of `duration` seconds into a list of (start, end), each about `window` long.
+
+    Windows start every `stride` seconds; with stride <= window they leave no gap. The last one ends
+    at `duration`. A rest shorter than half a window would be a sliver: the window before it is
+    stretched over it instead. If a stride above `window` leaves a longer rest, one whole window
+    is put at the end. Raises ValueError unless window and stride are positive.
+    """
+    if not (window > 0 and stride > 0):
+        raise ValueError(f"window {window} and stride {stride} must be positive")
+    spans = [(0.0, min(window, duration))]
+    while spans[-1][1] < duration and len(spans) * stride < duration:
+        start = len(spans) * stride
+        spans.append((start, min(start + window, duration)))
+    if len(spans) > 1 and spans[-1][1] - spans[-1][0] < window / 2:
+        spans.pop()
+    rest = duration - spans[-1][1]
+    if 0 < rest < window / 2:
+        spans[-1] = (spans[-1][0], duration)
+    elif rest > 0:
+        spans.append((duration - window, duration))
+    return spans
+
+
+# ---- one clip ------------------------------------------------------------------------------
+
+
+def probe(path):
+    """Read a file's header and first frame into an `Info`.
+
+    Raises VideoError: unreadable, no_video or empty.
+    """
+    with _open(path) as (container, stream):
+        frame = next((f for f in _frames(container, stream) if f is not None), None)
+        if frame is None:
+            raise VideoError("empty", f"{path} has no frame that can be decoded")
+        width, height = frame.width, frame.height
+        if frame.rotation % 180 == 90:
+            width, height = height, width
+        duration = _claimed_duration(container, stream)
+        rate = float(stream.average_rate or 0)
+    if duration is None:
+        duration = _scan(path).duration
+    return Info(duration, rate, width, height, frame.rotation % 360)
+
+
+def decode(path, num_frames, start=None, end=None, backend="auto"):
+    """Decode `num_frames` frames, evenly spread over those shown in [start, end), into a `Clip`.
+
+    A window in which no new frame appears gives the frame that is on screen. backend: auto, decord
+    or pyav. Raises VideoError: unreadable, no_video, empty or truncated.
+    """
+    scan = _scan(path)
+    low, high = _bounds(path, scan, start, end)
+    chosen = np.flatnonzero((scan.times >= low) & (scan.times < high))
+    frames, decoder, damaged = None, "decord", scan.damaged
+    # On other codecs decord shows concealed damage as if it were intact; on VP9 it raises.
+    suits = scan.plain_vp9 and not damaged and len(scan.times) * scan.size <= DECORD_BYTES
+    if backend == "decord" or (backend == "auto" and suits):
+        picks = chosen[frame_indices(len(chosen), num_frames)]
+        frames = _decode_decord(path, picks, len(scan.times))
+        if frames is None and backend == "decord":
+            raise VideoError("unreadable", f"{path} cannot be decoded by decord")
+    if frames is None:
+        decoder = "pyav"
+        frames, broken = _decode_pyav(path, scan, low, high, len(chosen), num_frames)
+        damaged = damaged or broken
+    # Not frames against duration x rate: that condemns intact clips of variable frame rate.
+    short = scan.covered < scan.duration - max(0.25, 0.05 * scan.duration)
+    reaches_gap = min(high, scan.duration) > scan.covered + 0.25
+    return Clip(frames, decoder, scan.duration, bool(damaged or (short and reaches_gap)))
+
+
+@contextmanager
+def _open(path):
+    import av
+
+    path = Path(path)
+    try:
+        # Reading takes several passes, so a pipe will not do, and opening one might wait for ever.
+        if not path.is_file():
+            what = "is not a regular file" if path.exists() else "does not exist"
+            raise VideoError("unreadable", f"{path} {what}")
+        if path.stat().st_size == 0:
+            raise VideoError("empty", f"{path} is an empty file")
+        # "file:" keeps ffmpeg from taking a colon in the name for a protocol.
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            streams = _video_streams(container)
+            if not streams:
+                raise VideoError("no_video", f"{path} has no video stream")
+            if streams[0].codec_context is None:
+                raise VideoError("unreadable", f"{path} has a codec this build cannot decode")
+            streams[0].codec_context.thread_count = 1  # parallel over clips; AUTO is 5x slower
+            streams[0].codec_context.thread_type = "NONE"
+            yield container, streams[0]
+    except (av.FFmpegError, OSError) as error:
+        why = error.strerror or type(error).__name__
+        raise VideoError("unreadable", f"{path} cannot be read as a video: {why}") from None
+
+
+def _video_streams(container):
+    from av.stream import Disposition
+
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def _claimed_duration(container, stream):
+    """Seconds from first frame to end that the file claims for its video stream, or None."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    seconds = tag and int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    if not seconds and len(container.streams) == 1 and container.duration:
+        seconds = container.duration / 1_000_000
+    if seconds and "matroska" in container.format.name and (stream.start_time or 0) > 0:
+        seconds -= float(stream.start_time * stream.time_base)  # Matroska counts from zero
+    return seconds or None
+
+
+def _scan(path):
+    import av
+
+    pts, keys, damaged, shown = [], [], False, {}
+    with _open(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    pts.append(packet.pts)
+                    shown[packet.pts] = packet.duration or 0
+                    damaged |= packet.is_corrupt
+                    if packet.is_keyframe:
+                        keys.append(packet.pts)
+        except av.FFmpegError:
+            damaged = True
+        if not pts:
+            raise VideoError("empty", f"{path} has no frame that can be decoded")
+        rate, tick = float(stream.average_rate or 25), stream.time_base
+        context = stream.codec_context
+        if None in pts:  # AVI and raw streams
+            times, keys, first, last = np.arange(len(pts)) / rate, [], None, 1 / rate
+        else:
+            first = min(pts)
+            times = np.array([float((p - first) * tick) for p in sorted(pts)])
+            last = max(float(shown[max(pts)] * tick), times[-1] / max(1, len(pts) - 1))
+        covered = float(times[-1] + last)
+        # At odd heights the two scale chroma apart; of several streams it might take another.
+        plain_vp9 = (
+            (context.codec.canonical_name, context.pix_fmt) == ("vp9", "yuv420p")
+            and context.height % 2 == 0
+            and len(_video_streams(container)) == 1
+        )
+        claimed, size = _claimed_duration(container, stream), context.width * context.height * 3
+    return _Scan(times, sorted(keys), first, tick, rate, covered, damaged, claimed, plain_vp9, size)
+
+
+def _bounds(path, scan, start, end):
+    low, high = start or 0.0, np.inf if end is None else end
+    if ((scan.times >= low) & (scan.times < high)).any():
+        return low, high
+    if not 0 <= low < min(high, scan.covered):
+        raise VideoError("truncated", f"{path} has no frame in {low:g}-{high:g} s")
+    return float(scan.times[scan.times <= low].max()), high
+
+
+def _decode_decord(path, picks, count):
+    """uint8 (F, H, W, 3), or None where decord is missing, fails or sees other frames than PyAV."""
+    try:
+        import decord
+    except (ImportError, OSError):  # no wheel for macOS and Linux on ARM
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        # fault_tol: raise as soon as one frame would be replaced by its neighbour
+        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
+        return reader.get_batch(picks).asnumpy() if len(reader) == count else None
+    except Exception:  # decord documents no exceptions; whatever it is, PyAV has the last word
+        return None
+
+
+def _decode_pyav(path, scan, low, high, count, num_frames):
+    """Decode until packets and frames agree on the number of frames in [low, high)."""
+    before = [key for key in scan.keys if (key - scan.first) * scan.tick <= low]
+    seek = before[-1] if before and before[-1] > scan.first else None
+    while True:
+        frames, found, damaged = _pyav_pass(path, scan, low, high, count, num_frames, seek)
+        if found == count:
+            return frames, damaged
+        if seek is not None:  # the seek may have landed behind `low`
+            seek = None
+        elif found:  # packets without a frame of their own (VP8 alt-ref), or damaged ones
+            count = found
+        else:
+            raise VideoError("empty", f"{path} has no frame that can be decoded")
+
+
+def _pyav_pass(path, scan, low, high, count, num_frames, seek):
+    """Keep only the frames that `frame_indices(count, F)` asks for: a 4K clip does not fit whole."""
+    from av.video.reformatter import VideoReformatter
+
+    picks = frame_indices(count, num_frames)
+    convert = VideoReformatter().reformat  # frame.to_ndarray would build a converter per frame
+    output, found, damaged = None, 0, False
+    with _open(path) as (container, stream):
+        if seek is not None:
+            container.seek(seek, stream=stream)
+        for ordinal, frame in enumerate(_frames(container, stream)):
+            if frame is None:
+                damaged = True
+                continue
+            time = scan.time(frame, ordinal)
+            if time >= high:
+                break
+            if time < low:
+                continue
+            damaged |= frame.is_corrupt
+            if found in picks:
+                if output is None:
+                    size = {"width": frame.width, "height": frame.height}  # may change later on
+                rgb = convert(frame, format="rgb24", **size).to_ndarray()  # (H, W, 3)
+                if frame.rotation % 90 == 0:
+                    rgb = np.rot90(rgb, frame.rotation // 90)  # counter-clockwise, both of them
+                if output is None:
+                    output = np.empty((num_frames, *rgb.shape), np.uint8)
+                output[picks == found] = rgb
+            found += 1
+    return output, found, damaged
+
+
+def _frames(container, stream):
+    """Yield the frames in the order of display, and None where the file is damaged."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            frames = next(packets).decode()
+        except (StopIteration, av.EOFError):
+            return
+        except av.FFmpegError:  # of the decoder: go on behind the packet; of the container: the end
+            yield None
+            continue
+        yield from frames
+
+
+# ---- many clips ----------------------------------------------------------------------------
+
+
+def decode_many(jobs, num_frames, workers=4, timeout=60.0, ahead=None, decode=decode):
+    """Decode clips in worker processes; yield (key, Clip or VideoError) in the order of the jobs.
+
+    jobs: iterable, read lazily, of (key, path) or (key, path, start, end).
+    timeout: seconds for one clip, from when a worker takes it up; a decoder that hangs or dies
+    costs its own clip only. ahead: clips in flight or waiting for the caller, 2 x workers unless
+    given, so memory is about `ahead` clips. workers=0 decodes in this process, without time limit.
+    decode: what a worker runs, with the arguments of `decode`; importable by name.
+    Closing the generator, as an exception in the caller's loop does, kills the workers at once.
+    Raises RuntimeError if no worker can be started.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    if workers == 0:
+        for key, *job in jobs:
+            yield key, _attempt(decode, job[0], num_frames, *job[1:])
+        return
+    crew, waiting = _Crew(decode, timeout), deque()
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for key, *job in jobs:
+            waiting.append((key, threads.submit(crew.ask, job[0], num_frames, *job[1:])))
+            if len(waiting) >= (ahead or 2 * workers):
+                yield waiting[0][0], waiting.popleft()[1].result()
+        while waiting:
+            yield waiting[0][0], waiting.popleft()[1].result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        crew.close()
+        threads.shutdown()
+
+
+class _Crew:
+    """Worker processes, one per asking thread, each with a pipe of its own.
+
+    A pool with one shared pipe (pebble, concurrent.futures) comes to a halt when a worker is killed,
+    say for memory, while it holds the pipe's lock or has sent half a clip.
+    """
+
+    def __init__(self, decode, timeout):
+        self.decode, self.timeout = decode, timeout
+        self.all, self.idle, self.closed, self.lock = [], [], False, threading.Lock()
+
+    def ask(self, path, *arguments):
+        process, pipe = self.idle.pop() if self.idle else self._start()
+        try:
+            pipe.send((path, *arguments))
+            if pipe.poll(self.timeout):
+                answer = pipe.recv()
+                self.idle.append((process, pipe))
+                return answer
+            error = VideoError("timeout", f"{path} took more than {self.timeout:g} s to decode")
+        except (EOFError, OSError):
+            process.join(5)
+            code = process.exitcode
+            error = VideoError("crashed", f"{path} made the decoder die (exit code {code})")
+        self._end(process, pipe)
+        return error
+
+    def _start(self):
+        import multiprocessing
+
+        # spawn: decord crashes in a process forked after CUDA was initialised
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("decoding was stopped")
+            process = context.Process(target=_serve, args=(theirs, self.decode), daemon=True)
+            process.start()
+            self.all.append((process, pipe))
+        theirs.close()
+        try:
+            pipe.recv()  # imports are done: the clip's time limit does not pay for them
+        except (EOFError, OSError):
+            process.join(5)
+            raise RuntimeError(
+                f"a decoding process could not start (exit code {process.exitcode})"
+            ) from None
+        return process, pipe
+
+    def _end(self, process, pipe):
+        with self.lock:
+            if (process, pipe) in self.all:
+                self.all.remove((process, pipe))
+        process.kill()
+        process.join()
+        pipe.close()
+
+    def close(self):
+        with self.lock:
+            self.closed = True
+            for process, _ in self.all:
+                process.kill()
+            for process, _ in self.all:
+                process.join()
+
+
+def _serve(pipe, decode):
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent acts
+    try:
+        pipe.send("ready")
+        while True:
+            pipe.send(_attempt(decode, *pipe.recv()))
+    except (EOFError, OSError):  # the parent is gone
+        return
+
+
+def _attempt(decode, path, *arguments):
+    try:
+        return decode(path, *arguments)
+    except VideoError as error:
+        return error
+    except Exception as error:  # one clip that trips over a bug of ours must not end the run
+        return VideoError("crashed", f"{path}: {type(error).__name__}: {error}")
