@@ -182,7 +182,7 @@ def check_same_settings(ours, theirs, what, allow=()):
     for key in sorted(ours.keys() | theirs.keys()):
         if key not in allow and ours.get(key) != theirs.get(key):
             raise UserError(
-                f"{what} has {key} = {theirs.get(key)!r}, but {ours.get(key)!r} is asked for."
+                f"{what} has {key} = {theirs.get(key)!r}, but {ours.get(key)!r} is asked for here."
                 " Use the same setting, or another folder."
             )
 

@@ -78,11 +78,12 @@ def fingerprint(folder):
 def load(auto_class, folder, flag, **kwargs):
     """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(folder, local_files_only=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{flag} {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None

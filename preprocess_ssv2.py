@@ -127,25 +127,26 @@ def fill(args, paths, missing):
     done = complete(features, paths)
     todo = {key: path for key, path in paths.items() if key not in done}
     note(f"{len(paths):,} clips found, {len(missing):,} missing, {len(done):,} already encoded")
-    if not todo and not args.dry_run and (features / "manifest.json").is_file():
-        return report(len(done), {}, missing)
-
     device, dtype = cli.device_and_dtype(args)
+    asked = {
+        "num_frames": args.num_frames,
+        "sampling": "still" if args.still else "bin_centres",
+        "resize": args.resize,
+        "pool": args.pool,
+        "store": args.store,
+    }
+    manifest = features / "manifest.json"
+    theirs = load_manifest(features)["settings"] if manifest.is_file() else None
+    if theirs:  # what can be told without the encoder, before it is loaded
+        compute = {"compute_dtype": str(dtype).removeprefix("torch.")}
+        check_same_settings(theirs | asked | compute, theirs, f"the cache {features}")
+        if not todo and not args.dry_run:
+            return report(len(done), {}, missing)
+
     from encoder import VideoEncoder
 
-    encoder = VideoEncoder.from_pretrained(
-        args.encoder,
-        device,
-        dtype,
-        args.num_frames,
-        "still" if args.still else "bin_centres",
-        args.resize,
-        args.pool,
-        args.store,
-    )
-    manifest = features / "manifest.json"
-    if manifest.is_file():
-        theirs = load_manifest(features)["settings"]
+    encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **asked)
+    if theirs:
         check_same_settings(encoder.settings, theirs, f"the cache {features}")
     if args.dry_run:
         return dry_run(args, encoder, todo)

@@ -268,20 +268,20 @@ def motion(action, frames, rng):
     ease, there_and_back = t * t * (3 - 2 * t), np.sin(np.pi * t)
     still = np.zeros(frames)
     if action in {a.keyword for a in SINGLE}:
-        x, y, r = rng.uniform(22, 42), rng.uniform(20, 40), rng.uniform(10.5, 12.5)
-        far, back = rng.uniform(24, 30), rng.uniform(15, 18)
+        x, y, r = rng.uniform(27, 37), rng.uniform(24, 34), rng.uniform(12, 13.5)
+        far, back = rng.uniform(22, 26), rng.uniform(15, 18)
         floor = 63 - r
         fall = np.clip((t - 0.2) / 0.3, 0, 1) ** 2 * (floor - y)
         bounce = np.clip((t - 0.5) / 0.35, 0, 1)
         turn = {"clockwise": 1, "anticlockwise": -1}.get(action, 0) * 2 * np.pi * ease
-        start = rng.uniform(0, 2 * np.pi)
+        start = rng.uniform(-0.3, 0.3) - np.pi / 2  # from the top of the circle
         dx, dy, zoom = {
             "right": (far * ease, still, still),
             "left": (-far * ease, still, still),
             "up": (still, -far * ease, still),
             "down": (still, far * ease, still),
             "drop": (still, fall - 0.7 * (floor - y) * 4 * bounce * (1 - bounce), still),
-            "near": (still, still, 0.8 * ease),
+            "near": (still, still, 0.9 * ease),
             "far": (still, still, -0.6 * ease),
             "sham": (back * there_and_back * rng.choice((-1, 1)), still, still),
             "feint": (still, -back * there_and_back, still),
@@ -289,11 +289,11 @@ def motion(action, frames, rng):
         if dy is None:
             dy = 13 * (np.sin(start + turn) - np.sin(start))
         return np.stack([x + dx, y + dy], -1)[None], (r * (1 + zoom))[None]
-    angle, half = rng.uniform(-0.35, 0.35), rng.uniform(15, 16.5)
+    angle, half = rng.uniform(-0.15, 0.15), rng.uniform(15.5, 16.5)
     side = 1 if action in SYMMETRIC else rng.choice((-1, 1))  # 1: the first object is on the left
     axis = side * np.array([np.cos(angle), np.sin(angle)])
-    middle = rng.uniform((30, 27), (34, 37))
-    r = rng.uniform(9, 10.5, 2)
+    middle = rng.uniform((31, 28), (33, 36))
+    r = rng.uniform(10, 11, 2)
     gap = 2 * half - r.sum()
     hit, flight = np.clip(t / 0.45, 0, 1), np.clip((t - 0.45) / 0.45, 0, 1)
     a, b = {  # steps of both along the axis, which points from the first to the second

@@ -1,0 +1,208 @@
+"""prepare_annotations.py: SSv2's layouts, one's own clips, and everything it refuses."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import prepare_annotations
+from cli import UserError
+from dataset import load_records
+from prepare_annotations import main
+
+TRAIN = [
+    {
+        "id": "1",
+        "label": "holding potato next to bottle",
+        "template": "Holding [something] next to [something]",
+        "placeholders": ["potato", "bottle"],
+    },
+    {
+        "id": "2",
+        "label": "dropping cup",
+        "template": "Dropping [something]",
+        "placeholders": ["cup"],
+    },
+]
+VALIDATION = [
+    {
+        "id": "3",
+        "label": "dropping pen",
+        "template": "Dropping [something]",
+        "placeholders": ["pen"],
+    }
+]
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """Writes a labels folder and returns it."""
+
+    def write(prefix="", train=TRAIN, validation=VALIDATION):
+        folder = tmp_path / "labels"
+        folder.mkdir(exist_ok=True)
+        files = {
+            "train": train,
+            "validation": validation,
+            "test": [{"id": "4"}, {"id": "5"}],
+            "labels": {"Dropping something": "0", "Holding something next to something": "1"},
+        }
+        for name, content in files.items():
+            (folder / f"{prefix}{name}.json").write_text(json.dumps(content))
+        (folder / "test-answers.csv").write_text(
+            "4;Dropping something\n5;Holding something next to something\n"
+        )
+        return folder
+
+    return write
+
+
+def run(tmp_path, *flags):
+    main([*map(str, flags), "--output", str(tmp_path / "out")])
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
+def test_both_layouts_give_the_same_records(labels, tmp_path, prefix, capsys):
+    """The original wrote `ssv2_train` and then read `train`."""
+    out = run(tmp_path, "--labels", labels(prefix))
+    records = load_records(out, "train")
+    assert records[0] == TRAIN[0] | {"video": "1.webm", "paraphrases": []}
+    assert [r["id"] for r in load_records(out, "validation")] == ["3"]
+    assert [r["template"] for r in load_records(out, "test")] == [
+        "Dropping [something]",
+        "Holding [something] next to [something]",
+    ]
+    assert sorted(p.stem for p in out.iterdir()) == ["test", "train", "validation"]
+    printed = capsys.readouterr().out
+    assert "2 clips" in printed and "holding potato next to bottle" in printed
+
+
+@pytest.mark.parametrize("given", ["folder", "glob", "file"])
+def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
+    folder = tmp_path / "paraphrases"
+    folder.mkdir()
+    one, two = {"1": ["A  hand\nholds it.", ""]}, {"2": ["It falls."], "99": ["Nobody knows me."]}
+    if given == "file":
+        (folder / "ssv2_paraphrase.json").write_text(json.dumps(one | two))
+    else:
+        (folder / "ssv2_paraphrase_train_0.json").write_text(json.dumps(one))
+        (folder / "ssv2_paraphrase_train_1.json").write_text(json.dumps(two))
+    where = {"folder": folder, "glob": f"{folder}/*.json", "file": folder / "ssv2_paraphrase.json"}
+    records = load_records(
+        run(tmp_path, "--labels", labels(), "--paraphrases", where[given]), "train"
+    )
+    assert [r["paraphrases"] for r in records] == [["A hand holds it."], ["It falls."]]
+
+
+@pytest.mark.parametrize(
+    ("train", "complaint"),
+    [
+        ([*TRAIN, TRAIN[0]], "1 ids occur twice"),
+        ([*TRAIN, VALIDATION[0]], r"3 \(train and validation\)"),
+        ([TRAIN[0] | {"id": "../../x"}], "1 ids .*no plain file names.*x"),
+        ([TRAIN[0] | {"id": None}], "no plain file names"),
+        ([TRAIN[0] | {"label": " \n"}], "1 clips .* empty label"),
+        ([TRAIN[0] | {"template": 3}], "wrong type"),
+        ({"1": "x"}, "must hold a JSON list"),
+    ],
+)
+def test_bad_labels_are_refused(labels, tmp_path, train, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(tmp_path, "--labels", labels(train=train))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_paraphrases_are_refused(labels, tmp_path):
+    """The original dumped str(list), which is not JSON."""
+    file = tmp_path / "p.json"
+    for content, complaint in [
+        ("{'1': ['a']}", "as JSON"),
+        ('{"1": "a"}', "must hold"),
+        ("[]", "must hold"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(UserError, match=complaint):
+            run(tmp_path, "--labels", labels(), "--paraphrases", file)
+    with pytest.raises(UserError, match="no such file"):
+        run(tmp_path, "--labels", labels(), "--paraphrases", tmp_path / "none*.json")
+
+
+def test_missing_labels_say_what_was_found(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        run(tmp_path, "--labels", tmp_path / "nowhere")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "readme.txt").write_text("")
+    with pytest.raises(UserError, match=r"needs train\.json.*found readme\.txt"):
+        run(tmp_path, "--labels", tmp_path / "labels")
+
+
+ROWS = [
+    ("a.mp4", "a cat", "train"),
+    ("b/c.mp4", "a dog", "validation"),
+    ("a.mp4", "a cat, asleep", "train"),
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_own_captions(tmp_path, kind):
+    """Repeated rows are more captions of the same clip."""
+    path = tmp_path / f"mine.{kind}"
+    if kind == "csv":
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet saves it
+            csv.writer(file).writerows([("video", "caption", "split"), *ROWS])
+    else:
+        keys = ("video", "caption", "split")
+        path.write_text("\n".join(json.dumps(dict(zip(keys, r, strict=True))) for r in ROWS))
+    out = run(tmp_path, "--captions", path)
+    (train,), (validation,) = load_records(out, "train"), load_records(out, "validation")
+    assert train["id"] == "a" and train["video"] == "a.mp4" and train["template"] is None
+    assert train["label"] == "a cat" and train["paraphrases"] == ["a cat, asleep"]
+    assert validation["id"] == "c" and validation["video"] == "b/c.mp4"
+
+
+def test_own_captions_without_splits_hold_some_out(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("video,caption\n" + "".join(f"clips/{i}.mp4,clip {i}\n" for i in range(40)))
+    out = run(tmp_path, "--captions", path, "--validation-share", 0.25)
+    train, validation = load_records(out, "train"), load_records(out, "validation")
+    assert (len(train), len(validation)) == (30, 10)
+    assert not {r["id"] for r in train} & {r["id"] for r in validation}
+
+
+def test_clips_of_the_same_name_get_their_folders(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("video,caption,split\nx/1.mp4,one,train\ny/1.mp4,other,train\n")
+    assert [r["id"] for r in load_records(run(tmp_path, "--captions", path), "train")] == [
+        "x__1",
+        "y__1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "needs a header"),
+        ("clip,text\na.mp4,hi\n", "needs a header"),
+        ("video,caption\n", "holds no rows"),
+        ("video,caption\na.mp4,\n", "line 2.*|1 rows .* lack"),
+        ("video,caption,split\na.mp4,hi,train\na.mp4,ho,validation\n", "two splits"),
+        ("video,caption,split\na.mp4,hi,../x\n", "no plain names"),
+        ("video,caption,split\na.mp4,hi,train\nb.mp4,ho,\n", "have no split"),
+        ("video,caption\na.mp4,hi\na.webm,ho\n", "differ in their extension|have unusable|occur"),
+    ],
+)
+def test_bad_captions_are_refused(tmp_path, text, complaint):
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        run(tmp_path, "--captions", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_the_columns_are(capsys):
+    with pytest.raises(SystemExit):
+        prepare_annotations.parse_args(["--help"])
+    assert "video,caption[,split]" in capsys.readouterr().out
+    assert Path(prepare_annotations.__file__).name == "prepare_annotations.py"

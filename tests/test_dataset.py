@@ -1,0 +1,194 @@
+"""The on-disk formats, caption choice, collation."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+import dataset
+from cli import UserError
+from encoder import quantise
+
+SETTINGS = {"grid": [2, 3, 4], "width": 5, "store": "int8"}
+RECORD = {"id": "7", "label": "moving it", "paraphrases": ["One.", "Two.", "Three."]}
+
+
+def write(path, clip_id="7"):
+    dataset.save_features(path, clip_id, quantise(torch.randn(24, 5)), "decord")
+    return path
+
+
+def test_features_round_trip(tmp_path):
+    stored = quantise(torch.randn(24, 5))
+    dataset.save_features(tmp_path / "7.pt", "7", stored, "decord")
+    item = dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
+    assert all(torch.equal(item[k], stored[k]) for k in stored)
+    raw = torch.load(str(tmp_path / "7.pt"), weights_only=True, mmap=True)
+    assert raw.keys() == {"features", "scale", "offset", "crc32", "decoder"}
+    half = {"features": torch.randn(24, 5).half()}
+    dataset.save_features(tmp_path / "8.pt", "8", half, "pyav")
+    item = dataset.load_features(tmp_path / "8.pt", "8", SETTINGS | {"store": "fp16"})
+    assert torch.equal(item["features"], half["features"])
+    assert (item["scale"] == 1).all() and (item["offset"] == 0).all()
+
+
+def test_bytes_depend_on_the_content_only(tmp_path):
+    """torch.save(path) writes the file's name into the bytes: two equal caches would differ."""
+    torch.manual_seed(3)
+    a = write(tmp_path / "a.pt").read_bytes()
+    torch.manual_seed(3)
+    assert write(tmp_path / "b.pt").read_bytes() == a
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda b: b[: len(b) // 2], "cannot be read"),
+        (lambda b: b"", "cannot be read"),
+        (lambda b: b"#!/bin/sh", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, damage, complaint):
+    path = write(tmp_path / "7.pt")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"clip 7 .*{complaint}"):
+        dataset.load_features(path, "7", SETTINGS)
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    """torch.load notices no flipped byte of a tensor; the checksum does."""
+    path = write(tmp_path / "7.pt")
+    whole = path.read_bytes()
+    at = whole.index(bytes(dataset.load_features(path, "7", SETTINGS)["features"][0].numpy()))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    with pytest.raises(UserError, match="checksum"):
+        dataset.load_features(path, "7", SETTINGS)
+
+
+def test_another_clips_file_is_refused(tmp_path):
+    path = write(tmp_path / "7.pt", clip_id="8")
+    with pytest.raises(UserError, match="checksum"):
+        dataset.load_features(path, "7", SETTINGS)
+    with pytest.raises(UserError, match="are missing"):
+        dataset.load_features(tmp_path / "9.pt", "9", SETTINGS)
+    with pytest.raises(UserError, match=r"not \(36, 5\)"):
+        dataset.load_features(path, "7", SETTINGS | {"grid": [3, 3, 4]})
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="not a feature file"):
+        dataset.load_features(path, "7", SETTINGS)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    dataset.write_atomic(path, b"old")
+    monkeypatch.setattr(dataset.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        dataset.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_caption_choice():
+    """Slot 0 is the label, then paraphrases without repetition, wrapping when they run out."""
+    for epoch in range(5):
+        chosen = dataset.choose_captions(RECORD, 4, seed=0, epoch=epoch)
+        assert chosen[0] == ("label", "moving it")
+        assert sorted(text for _, text in chosen[1:]) == ["One.", "Three.", "Two."]
+        assert {style for style, _ in chosen[1:]} == {"sentence"}
+        assert chosen == dataset.choose_captions(RECORD, 4, seed=0, epoch=epoch)
+    orders = {tuple(dataset.choose_captions(RECORD, 4, 0, e)) for e in range(20)}
+    assert len(orders) > 3
+    wrapped = Counter(text for _, text in dataset.choose_captions(RECORD, 6, 0, 0))
+    assert sorted(wrapped.values()) == [1, 1, 2, 2]
+    alone = RECORD | {"paraphrases": []}
+    assert dataset.choose_captions(alone, 3, 0, 0) == [("label", "moving it")] * 3
+
+
+def test_a_single_slot_is_a_label_half_of_the_time():
+    styles = Counter(
+        dataset.choose_captions(RECORD | {"id": str(i)}, 1, 0, 0)[0][0] for i in range(2000)
+    )
+    assert 0.45 < styles["label"] / 2000 < 0.55
+
+
+def test_collate_puts_loss_on_caption_and_eos_only(tokenizer):
+    clip = quantise(torch.randn(24, 5))
+    items = [
+        {"id": "1", **clip, "captions": [dataset.encode_caption(tokenizer, "label", "up")]},
+        {"id": "2", **clip, "captions": [dataset.encode_caption(tokenizer, "sentence", "Go up.")]},
+    ]
+    batch = dataset.collate(items)
+    for row, (style, text) in enumerate([("label", "up"), ("sentence", "Go up.")]):
+        labels, ids = batch["labels"][row], batch["input_ids"][row]
+        real = labels != -100
+        assert labels[real].tolist() == [*map(ord, " " + text), tokenizer.eos_token_id]
+        assert torch.equal(ids[real], labels[real])
+        prompt = dataset.STYLES[style]
+        assert ids[: len(prompt)].tolist() == [*map(ord, prompt)]
+        assert not real[: len(prompt)].any()
+
+
+def test_ids_are_plain_file_names():
+    good = ["1", "78687", "a b", "clip.final", "ä"]
+    bad = ["", "..", "../../x", "a/b", "a\\b", ".hidden", "a\nb", "c:x", "x" * 300, None, 7]
+    assert [i for i in good + bad if dataset.is_clip_id(i)] == good
+
+
+def test_shards_are_a_partition():
+    ids = [str(i) for i in range(300)]
+    parts = [[i for i in ids if dataset.in_shard(i, part, 3)] for part in range(3)]
+    assert sorted(sum(parts, [])) == sorted(ids)
+    assert all(60 < len(p) < 140 for p in parts)
+
+
+def test_missing_features_are_counted_and_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    write(tmp_path / "train" / "7.pt")
+    records = [{"id": i} for i in ("7", "8", "9")]
+    with pytest.raises(UserError, match=r"2 of 3 clips .*first: 8, 9.*--splits train"):
+        dataset.require_features(tmp_path, "train", records)
+    assert dataset.require_features(tmp_path, "train", records, 2) == records[:1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "{}",
+        "[1]",
+        '[{"id": 7}]',
+        '[{"id": "../x"}]',
+        '[{"id": "1"}, {"id": "1"}]',
+        "[" * 9999,
+    ]
+    + ['[{"id": "1", "label": 3}]', '[{"id": "1", "paraphrases": [3]}]'],
+)
+def test_wrong_annotations_are_refused(tmp_path, content):
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "train.json"))):
+        dataset.load_records(tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"width": 3}}'])
+def test_wrong_manifests_are_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest"):
+        dataset.load_manifest(tmp_path)
+
+
+def test_channel_statistics(tmp_path):
+    (tmp_path / "train").mkdir()
+    clips, ids = [], []
+    for i in range(7):
+        x = torch.randn(24, 5) * torch.arange(5) + 1000
+        stored = quantise(x)
+        dataset.save_features(tmp_path / "train" / f"{i}.pt", str(i), stored, "decord")
+        clips.append(stored["features"].double() * stored["scale"] + stored["offset"])
+        ids.append(str(i))
+    mean, std = dataset.channel_statistics(tmp_path, "train", ids, SETTINGS, workers=2)
+    every = torch.cat(clips)
+    torch.testing.assert_close(mean, every.mean(0).float())
+    torch.testing.assert_close(std[1:], every.std(0, correction=0).float()[1:], rtol=1e-4, atol=0)
+    assert std[0] >= 1e-6  # a constant channel must not divide by zero

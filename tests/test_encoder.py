@@ -1,0 +1,204 @@
+"""Frames -> pixels -> features -> stored form."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hub
+from cli import UserError
+from encoder import MEAN, STD, VideoEncoder, quantise, transform
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    config = VJEPA2Config(
+        crop_size=64,
+        frames_per_clip=8,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+    )
+    VJEPA2Model(config).save_pretrained(folder)
+    return folder
+
+
+def make(folder, **settings):
+    asked = {
+        "num_frames": 8,
+        "sampling": "bin_centres",
+        "resize": "squash",
+        "pool": 1,
+        "store": "int8",
+    }
+    return VideoEncoder.from_pretrained(
+        str(folder), torch.device("cpu"), torch.float32, **asked | settings
+    )
+
+
+def clips(count, height=40, width=71):
+    return [
+        np.random.default_rng(i).integers(0, 256, (8, height, width, 3), dtype=np.uint8)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 427), (300, 200), (256, 256)])
+def test_crop_is_the_published_transform(height, width):
+    """V-JEPA 2's processor: shortest edge to 292, bilinear with antialias on 8-bit images, central
+    crop of 256, 1/255, ImageNet mean and deviation."""
+    frames = torch.as_tensor(clips(1, height, width)[0][:2])
+    short = 292
+    new = (
+        (short, int(short * width / height))
+        if height <= width
+        else (int(short * height / width), short)
+    )
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float(), new, mode="bilinear", antialias=True)
+    x = x.round().clamp(0, 255)
+    top, left = round((new[0] - 256) / 2), round((new[1] - 256) / 2)
+    x = x[:, :, top : top + 256, left : left + 256] / 255
+    want = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(transform(frames, 256, "crop"), want, rtol=0, atol=1e-5)
+
+
+def test_transforms_show_what_they_promise():
+    """squash keeps the borders that crop cuts off; pad keeps the aspect ratio and fills with the
+    mean. The original squashed, enlarged and then cropped a fifth of the picture away."""
+    frames = torch.zeros(1, 64, 128, 3, dtype=torch.uint8)
+    frames[:, :, :8] = 255  # a white left edge
+    white, black = ((v - torch.tensor(MEAN)) / torch.tensor(STD) for v in (1, 0))
+    squash, crop, pad = (transform(frames, 64, r)[0] for r in ("squash", "crop", "pad"))
+    torch.testing.assert_close(squash[:, 30, 0], white)
+    torch.testing.assert_close(crop[:, 30, 0], black)
+    assert squash.shape == crop.shape == pad.shape == (3, 64, 64)
+    assert (pad[:, :16] == 0).all() and (pad[:, 48:] == 0).all()
+    torch.testing.assert_close(pad[:, 32, 0], white)
+
+
+def test_quantise_is_close_also_far_from_zero():
+    """Symmetric int8 loses 14 % on a channel far from zero, affine 1 %."""
+    x = torch.randn(500, 6) * torch.tensor([1, 0.01, 5, 1, 1, 0]) + torch.tensor(
+        [0, 3, 90, -7, 0, 4.5]
+    )
+    q = quantise(x)
+    back = q["features"].float() * q["scale"] + q["offset"]
+    assert q["features"].dtype == torch.int8
+    assert ((back - x).abs() <= q["scale"] / 2 * 1.001 + 1e-6).all()
+    assert (back[:, 5] == 4.5).all()
+    spread = x[:, :5] - x[:, :5].mean(0)
+    assert ((back - x)[:, :5].norm(dim=0) / spread.norm(dim=0)).max() < 0.011
+
+
+def test_features_do_not_depend_on_the_batch(folder):
+    encoder = make(folder)
+    together = encoder.stored(clips(5))
+    for i, clip in enumerate(clips(5)):
+        alone = encoder.stored([clip])[0]
+        assert all(torch.equal(alone[k], together[i][k]) for k in alone)
+        assert alone["features"].untyped_storage().nbytes() == alone["features"].numel()
+
+
+def test_features_are_the_models(folder):
+    from transformers import AutoModel
+
+    encoder = make(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    pixels = transform(torch.as_tensor(clips(1)[0]), 64, "squash")[None]
+    with torch.no_grad():
+        want = model.get_vision_features(pixels)
+    torch.testing.assert_close(encoder.encode(clips(1)), want)
+    assert want.shape == (1, 4 * 4 * 4, 48)
+
+
+def test_pooling_is_over_space_never_time(folder):
+    whole, pooled = make(folder).encode(clips(1)), make(folder, pool=2).encode(clips(1))
+    want = whole.view(1, 4, 2, 2, 2, 2, 48).mean((3, 5)).reshape(1, 16, 48)
+    torch.testing.assert_close(pooled, want)
+
+
+def test_still_shows_the_first_frame_only(folder):
+    encoder, moving = make(folder, sampling="still"), clips(1)[0]
+    frozen = np.repeat(moving[:1], 8, axis=0)
+    assert torch.equal(encoder.encode([moving]), make(folder).encode([frozen]))
+
+
+def test_features_that_are_not_finite_are_told(folder):
+    encoder = make(folder)
+    with torch.no_grad():
+        encoder.model.encoder.layernorm.bias[3] = float("nan")
+    assert encoder.stored(clips(2)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [({"num_frames": 7}, "multiple of 2"), ({"pool": 3}, "does not divide")],
+)
+def test_sizes_that_do_not_fit_are_refused(folder, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make(folder, **settings)
+
+
+def test_another_model_is_refused(folder, tmp_path):
+    from transformers import VJEPA2Model
+
+    manifest = {"settings": make(folder).settings, "info": {"encoder": str(folder)}}
+    VideoEncoder.from_manifest(manifest, torch.device("cpu"))
+    model = VJEPA2Model.from_pretrained(folder)
+    model.encoder.layernorm.weight.data += 1e-3
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="fingerprint"):
+        VideoEncoder.from_manifest(manifest, torch.device("cpu"), str(tmp_path))
+
+
+def test_fingerprint_is_of_the_content(folder, tmp_path):
+    """A model downloaded into a folder is the same model as the Hub's copy in the cache."""
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").write_text("downloaded elsewhere")
+    assert hub.fingerprint(copy) == hub.fingerprint(folder)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert hub.fingerprint(copy) != hub.fingerprint(folder)
+
+
+def test_the_hubs_cache_is_tried_first(folder, tmp_path, monkeypatch):
+    """A cached model needs no network; an uncached one ends in a sentence that says what to pass."""
+    import shutil
+
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--facebook--tiny-vjepa"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, repo / "snapshots" / "abc")
+    found = hub.find_model("facebook/tiny-vjepa", "--encoder")
+    assert hub.fingerprint(found) == hub.fingerprint(folder)
+    with pytest.raises(
+        UserError, match=r"pass its folder: --encoder /path/to/vjepa2-vitl-fpc64-256"
+    ):
+        hub.find_model("facebook/vjepa2-vitl-fpc64-256", "--encoder")
+
+
+def test_incomplete_folders_are_refused(folder, tmp_path):
+    import shutil
+
+    with pytest.raises(UserError, match=r"config\.json"):
+        hub.find_model(str(tmp_path), "--lm")
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        hub.find_model(str(tmp_path), "--lm")
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        make(tmp_path)
