@@ -9,6 +9,7 @@ stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
 
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import cli
@@ -173,7 +174,7 @@ def to_device(batch, device):
     return {k: v if k == "ids" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def score(predictions, records, everything, annotations, style="label", seed=0):
+def score(predictions, records, everything, annotations, style="label", seed=0, **kwargs):
     """`metrics.score` with what it needs from the annotations.
 
     everything: all records of the split; CIDEr's document frequencies come from them, so that a part
@@ -195,6 +196,7 @@ def score(predictions, records, everything, annotations, style="label", seed=0):
         all_records=everything,
         most_frequent=commonest,
         seed=seed,
+        **kwargs,
     )
 
 
@@ -210,24 +212,12 @@ def write_predictions(path, predictions):
 
 def read_predictions(paths):
     """{id: caption} of files in COCO result format. Raises UserError; an id may occur once only."""
-    predictions, twice = {}, []
-    for path in paths:
-        entries = read_json(path, "predictions")
-        fine = isinstance(entries, list) and all(
-            isinstance(e, dict) and isinstance(e.get("caption"), str) and "image_id" in e
-            for e in entries
-        )
-        if not fine:
-            raise UserError(
-                f'predictions {path} must be a JSON list of {{"image_id": id, "caption": text}}'
-            )
-        for entry in entries:
-            clip_id = str(entry["image_id"])
-            twice += [clip_id] if clip_id in predictions else []
-            predictions[clip_id] = entry["caption"]
-    if twice:
-        raise UserError(f"{len(twice)} ids are predicted twice (first: {', '.join(twice[:3])})")
-    return predictions
+    import metrics
+
+    files = [read_json(path, "predictions") for path in paths]
+    if not all(isinstance(entries, list) for entries in files):
+        raise UserError(f"predictions {', '.join(paths)} must hold JSON lists")
+    return metrics.predictions_by_id(list(chain.from_iterable(files)))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ without Java it tokenises in Python and leaves METEOR out, with the reason.
 """
 
 import gzip
-import importlib.util
 import random
 import re
-import shutil
-import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,166 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+import ptb
 from cli import UserError
+from templates import Templates
 
-JAVA_LIMIT = 600  # seconds for one run of Java; METEOR took 36 s for 24,777 captions, busy machine
 RESAMPLES = 1000
 CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
 PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  # means over clips
-
-
-# ---- Java ----------------------------------------------------------------------------------
-
-
-class JavaError(Exception):
-    """Why Java gave no result, in a few words."""
-
-
-def _jar(*path):
-    spec = importlib.util.find_spec("pycocoevalcap")
-    if spec is None:
-        raise JavaError("pycocoevalcap is not installed")
-    return Path(next(iter(spec.submodule_search_locations)), *path)
-
-
-def _java(arguments, lines, time_limit):
-    """Run Java on `lines` (stdin) and return the lines of its stdout. Raises JavaError."""
-    java = shutil.which("java")
-    if java is None:
-        raise JavaError("java not found")
-    # METEOR reads and prints numbers in the locale's format, and hangs on a decimal comma.
-    locale = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
-    text = "".join(f"{line}\n" for line in lines)
-    try:
-        done = subprocess.run(
-            [java, *locale, *arguments],
-            input=text.encode(),
-            capture_output=True,
-            timeout=time_limit,
-        )
-    except subprocess.TimeoutExpired:
-        raise JavaError(f"java took longer than {time_limit:g} s") from None
-    except OSError as error:
-        raise JavaError(f"java cannot be started: {error}") from None
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-        raise JavaError(f"java exited with {done.returncode}: {last[:200]}")
-    # not splitlines(): that would also cut at U+2028 and its kind
-    return done.stdout.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-# ---- tokenizer -----------------------------------------------------------------------------
-
-# What pycocoevalcap's PTBTokenizer drops. It lists -LRB- and the other brackets too, but Java prints
-# them in lower case, so that they stay; scores comparable with everybody else's need the same.
-_DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-
-_LETTER, _CHAR = r"[^\W\d_]", r"(?:[^\W_²³¹½¼¾⅓⅔]|[\u0300-\u036f])"
-_ABBREVIATIONS = (
-    "adj|al|alex|apr|assn|aug|ave|bldg|bros|capt|cf|cie|co|col|corp|dec|dept|dr|est|etc|ext|feb|"
-    "fri|ft|gen|gov|hon|inc|jan|jos|jr|lt|ltd|maj|mar|messrs|mo|mon|mr|mrs|ms|mt|nov|oct|pres|"
-    "prof|rd|rep|rev|sen|sept|sgt|sr|st|tel|thu|thurs|tue|tues|univ|vs|wed|wm"
-)
-_TOKEN = re.compile(
-    "|".join(
-        (
-            r"-[lr][rsc]b-",  # brackets, spelt by the Penn Treebank
-            r"(?:https?://|www\.)\S+",
-            rf"(?:{_LETTER}\.){{2,}}(?!\w)",  # u.s. p.m. e.g.
-            rf"(?:{_ABBREVIATIONS})\.(?!\w)",
-            r"(?:no|nos|fig|pp|art|ca)\.(?=\s*\d)",
-            # an initial, but not at the end of a sentence
-            rf"{_LETTER}\.(?!\s*$|\s+(?-i:[A-Z])|{_LETTER}|\.)|{_LETTER}+\.(?=[,;:])",
-            r"n't|'(?:s|m|re|ve|ll|d|em|cause|til|\d0s)(?!\w)|'n'|'t(?=\s+(?:is|was)\b)",
-            r"ol'|y'(?=all)|(?:o|d|l)'[^\W\d_]{2,}|ma'am|c'mon",
-            r"[-+]?\d+(?:[.,:]\d+)+(?:-\w+)*(?!\w)|\d+(?:[.,:]\d+)+(?=[^\W\d])|[-+]?\.\d+|[-+]\d+",
-            # letters and digits, held together by what the Penn Treebank rules hold together
-            rf"{_CHAR}+(?:(?:[-/]|(?<={_LETTER})(?:[.?!_](?={_LETTER})|@|(?-i:(?<=[A-Z])&(?=[A-Z]))))"
-            rf"{_CHAR}+)*",
-            r"@\w+|#[^\W\d_]\w*|c\+\+|[!?]{2,}|\*+|_+|\S",
-        )
-    ),
-    re.IGNORECASE,
-)
-_CLITIC = re.compile(r"(?<=[^\W_])(n't|'(?:s|m|re|ve|ll|d))(?![^\W_])", re.IGNORECASE)
-_JOINED = re.compile(
-    r"\b(can(?=not)|gon(?=na)|wan(?=na)|got(?=ta)|lem(?=me)|gim(?=me))(\w\w\w?)\b(?!['-])",
-    re.IGNORECASE,
-)
-_TWAS = re.compile(r"(?<!\w)'t(is|was)\b", re.IGNORECASE)
-_SPELT = str.maketrans(
-    {"’": "'", "‘": "'", "‛": "'", "‹": "'", "›": "'"}
-    | {"–": " - ", "—": " - ", "―": " - ", "…": " . ", "‐": "", "‑": ""}
-    | dict.fromkeys('"“”«»`', " ")
-    | {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- "}
-    | {"{": " -lcb- ", "}": " -rcb- ", "€": "$", "£": " # ", "¢": " cents "}
-    | {"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
-)
-_ENTITIES = {"&amp;": " & ", "&lt;": " < ", "&gt;": " > ", "&quot;": " "}
-
-
-def clean(text):
-    """Put a caption on one line: unprintable characters and astral ones (emoji) become spaces.
-
-    Java's tokenizer takes `\\r`, `\\f` and U+2028 for line ends, which gives every later caption to
-    the wrong clip, and deletes what lies beyond U+FFFF.
-    """
-    if not text.isascii() or not text.isprintable():
-        text = "".join(c if c.isprintable() and c <= "\uffff" else " " for c in text)
-    return " ".join(text.split())
-
-
-def _tokenize_python(text):
-    """Imitate `PTBTokenizer -lowerCase` on one cleaned caption.
-
-    It knowingly differs on smileys, <tags>, US$5, (555) 555-1234, "cups,5", a phrase in single
-    quotes that ends in s, initials (J. Smith) and rare symbols, and knows fewer abbreviations.
-    """
-    for entity, character in _ENTITIES.items():
-        text = text.replace(entity, character)
-    text = _JOINED.sub(r"\1 \2", text.translate(_SPELT).replace("''", " "))
-    text = _TWAS.sub(r"'t \1", _CLITIC.sub(r" \1 ", text))
-    return " ".join(t for t in _TOKEN.findall(text) if t not in _DROPPED).lower()
-
-
-def _tokenize_java(texts, time_limit):
-    """Tokenise cleaned texts in one run of Java; raises JavaError.
-
-    A line with a capital after each makes a caption independent of what follows: Java looks there
-    to decide whether the full stop of "... x." belongs to the x.
-    """
-    main = ("edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8")
-    jar = _jar("tokenizer", "stanford-corenlp-3.4.1.jar")
-    lines = [line for text in texts for line in (text, "A")]
-    out = _java(
-        ["-cp", str(jar), *main, "-preserveLines", "-lowerCase"], lines or ["A"], time_limit
-    )
-    if len(out) != len(lines) or set(out[1::2]) != {"a"}:
-        raise JavaError(f"the tokenizer gave {len(out)} lines for {len(lines)}")
-    # split() also parts "1\xa01/2", as the n-gram metrics would
-    return [" ".join(t for t in line.split() if t not in _DROPPED) for line in out[::2]]
-
-
-def tokenize(captions, tokenizer=None, time_limit=JAVA_LIMIT):
-    """Tokenise and lower-case captions and drop punctuation, as pycocoevalcap's PTBTokenizer does.
-
-    captions: {id: list of texts}; tokenizer: None (Java if it works), or "python" to do without.
-    Returns ({id: list of tokens joined by spaces}, name "ptb" or "python", reason why not "ptb" or
-    None). Predictions and references must go through one call: the two tokenizers differ in places.
-    Each distinct text is tokenised once, whatever its neighbours.
-    """
-    cleaned = {text: clean(text) for texts in captions.values() for text in texts}
-    distinct = sorted(set(cleaned.values()))
-    name, reason, done = "python", None, None
-    if tokenizer != "python":
-        try:
-            done, name = _tokenize_java(distinct, time_limit), "ptb"
-        except JavaError as error:
-            reason = str(error)
-    if done is None:
-        done = [_tokenize_python(text) for text in distinct]
-    done = dict(zip(distinct, done, strict=True))
-    return {i: [done[cleaned[t]] for t in texts] for i, texts in captions.items()}, name, reason
 
 
 # ---- n-gram metrics ------------------------------------------------------------------------
@@ -202,38 +46,38 @@ def rouge_l(hypotheses, references):
     return float(Rouge().compute_score({i: references[i] for i in lists}, lists)[0])
 
 
-def meteor(hypotheses, references, time_limit=JAVA_LIMIT):
+def meteor(hypotheses, references, time_limit=ptb.JAVA_LIMIT):
     """Corpus METEOR 1.5 (Denkowski and Lavie 2014), English, -norm: a float in 0..1.
 
     The jar, spoken to through pipes, hangs for ever after any error. So it gets all it will ever
     hear at once and has `time_limit` seconds for it, twice: matching, then adding up.
-    Raises JavaError.
+    Raises ptb.JavaError.
     """
 
     def one_line(text):
-        return clean(text).replace("|", " ")  # ||| is the jar's separator
+        return ptb.clean(text).replace("|", " ")  # ||| is the jar's separator
 
-    jar = str(_jar("meteor", "meteor-1.5.jar"))
+    jar = str(ptb.jar("meteor", "meteor-1.5.jar"))
     options = ["-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
     score = [
         " ||| ".join(["SCORE", *map(one_line, references[i]), one_line(text)])
         for i, text in hypotheses.items()
     ]
-    matches = _java(options, score, time_limit)
+    matches = ptb.run_java(options, score, time_limit)
     if len(matches) != len(score) or not all(re.fullmatch(r"[\d. ]+", m) for m in matches):
-        raise JavaError(f"METEOR matched {len(matches)} of {len(score)}: {matches[-1][:100]!r}")
+        raise ptb.JavaError(f"METEOR matched {len(matches)} of {len(score)}: {matches[-1][:100]!r}")
     with tempfile.TemporaryDirectory() as folder:
         # Adding up needs no paraphrases, and loading them takes 10 s.
         paraphrases = Path(folder, "none.gz")
         paraphrases.write_bytes(gzip.compress(b""))
         evaluate = " ||| ".join(["EVAL", *matches])
-        out = _java([*options, "-a", str(paraphrases)], [evaluate], time_limit)
+        out = ptb.run_java([*options, "-a", str(paraphrases)], [evaluate], time_limit)
     try:
         scores = [float(line) for line in out]
     except ValueError:
-        raise JavaError(f"METEOR printed {out[-1][:100]!r}") from None
+        raise ptb.JavaError(f"METEOR printed {out[-1][:100]!r}") from None
     if len(scores) != len(score) + 1 or not 0 <= scores[-1] <= 1:
-        raise JavaError(f"METEOR gave {len(scores)} scores for {len(score)} captions")
+        raise ptb.JavaError(f"METEOR gave {len(scores)} scores for {len(score)} captions")
     return scores[-1]
 
 
@@ -276,73 +120,6 @@ class Cider:
             for i, value in self(kth).items():
                 best[i] = max(best[i], value)
         return best
-
-
-# ---- templates -----------------------------------------------------------------------------
-
-
-def _plain(text):
-    return " ".join(text.lower().split())
-
-
-def canonical(template):
-    """A template without brackets, lower-case: the form of SSv2's labels.json and test-answers.csv."""
-    return _plain(re.sub(r"[\[\]]", "", template))
-
-
-class Templates:
-    """Finds the template that a caption was made from.
-
-    Each template such as "Holding [something] next to [something]" stands for the regular
-    expression with `(.+?)` per bracket and its other text taken literally, whatever the case and
-    the white space; the whole caption must match. Of several, the one with the most literal
-    characters wins, then the first in the list.
-    """
-
-    def __init__(self, templates):
-        # The literal parts, searched one after the other, find what the regular expression would,
-        # in linear time: on a caption that stutters, (.+?) thrice would take minutes.
-        parts = [(t, re.split(r"\[[^\]]*\]", _plain(t))) for t in dict.fromkeys(templates)]
-        self._parts = sorted(parts, key=lambda p: -sum(map(len, p[1])))
-        self._known = {}
-
-    def parse(self, caption):
-        """Return (template, fillers in lower case), or None where no template matches.
-
-        A full stop at the end of the caption is ignored.
-        """
-        text = _plain(caption).rstrip(". ")
-        if text not in self._known:
-            self._known[text] = None
-            for template, parts in self._parts:
-                fillers = self._fillers(parts, text) if text.startswith(parts[0]) else None
-                if fillers is not None:
-                    self._known[text] = template, fillers
-                    break
-        return self._known[text]
-
-    def finds(self, template, caption):
-        """True if `parse` finds this template (brackets or not) in the caption."""
-        found = self.parse(caption)
-        return found is not None and (
-            found[0] == template or canonical(found[0]) == canonical(template)
-        )
-
-    @staticmethod
-    def _fillers(parts, text):
-        first, *middle, last = parts if len(parts) > 1 else (*parts, None)
-        if last is None:
-            return [] if text == first else None
-        if not text.endswith(last):
-            return None
-        fillers, start, end = [], len(first), len(text) - len(last)
-        for part in middle:
-            at = text.find(part, start + 1, end)  # + 1: a filler has at least one character
-            if at < 0:
-                return None
-            fillers.append(text[start:at])
-            start = at + len(part)
-        return [*fillers, text[start:end]] if start < end else None
 
 
 # ---- controls and intervals ----------------------------------------------------------------
@@ -427,7 +204,7 @@ def _attempt(skipped, name, compute):
     """compute(), or None and the reason in `skipped`: one metric must not take the others with it."""
     try:
         return compute()
-    except JavaError as error:
+    except ptb.JavaError as error:
         skipped[name] = str(error)
     except Exception as error:  # other people's code may trip over anything
         skipped[name] = f"{type(error).__name__}: {error}"
@@ -511,14 +288,16 @@ def score(
     most_frequent=None,
     seed=0,
     tokenizer=None,
-    time_limit=JAVA_LIMIT,
+    time_limit=ptb.JAVA_LIMIT,
+    with_meteor=True,
 ):
     """Score one caption per clip. Returns (result, per_clip).
 
     predictions: {id: text}; records: the clips to score (dataset.load_records); all_records: the
     whole split, whose references set CIDEr's document frequencies (None: records); templates: the
     class templates, with brackets; most_frequent: the commonest training caption of this style;
-    tokenizer: see `tokenize`; time_limit: seconds for each run of Java.
+    tokenizer: see `ptb.tokenize`; time_limit: seconds for each run of Java;
+    with_meteor: METEOR loads its paraphrases for 10 s, however few the clips.
 
     result, ready for JSON: `n`; `metrics` (CIDEr of 10, the others of 1); `controls`: `shuffled`
     (the predictions dealt out anew, so that none stays with its clip), `most_frequent` (one caption
@@ -542,10 +321,12 @@ def score(
     split = {i: texts for i, texts in split.items() if texts and any(references.values())}
     skipped = _why_missing(records, split, style, templates)
     systems = _systems(predictions, most_frequent, seed, skipped)
+    if references and not with_meteor:
+        skipped["METEOR"] = "not asked for"
 
     texts = {text for captions in systems.values() for text in captions.values()}
     texts.update(*split.values(), *(r["placeholders"] for r in records))
-    tokens, tokenizer, reason = tokenize({t: [t] for t in texts}, tokenizer, time_limit)
+    tokens, tokenizer, reason = ptb.tokenize({t: [t] for t in texts}, tokenizer, time_limit)
     tokens = {text: tokenised for text, [tokenised] in tokens.items()}
     skipped |= {"PTBTokenizer": reason} if reason else {}
     split = {i: [tokens[text] for text in texts] for i, texts in split.items()}
@@ -554,9 +335,9 @@ def score(
     parser = None if "template_accuracy" in skipped else Templates(templates)
 
     said = {name: {i: tokens[c[i]] for i in c} for name, c in systems.items()}
-    values, scores = {}, {}
+    values, scores, waiting = {}, {}, None
     with ThreadPoolExecutor(1) as beside:  # METEOR takes as long as everything else
-        if references:
+        if references and "METEOR" not in skipped:
             ask = partial(meteor, said["main"], references, time_limit)
             waiting = beside.submit(_attempt, skipped, "METEOR", ask)
         for name, captions in systems.items():
@@ -566,7 +347,7 @@ def score(
             scores[name] = {m: float(np.mean([*v.values()])) for m, v in values[name].items()}
             if references:
                 scores[name] |= _whole_set(said[name], references, skipped, name == "main")
-        if references and waiting.result() is not None:
+        if waiting and waiting.result() is not None:
             scores["main"]["METEOR"] = waiting.result()
     main = values["main"]
     order = dict.fromkeys((*CAPTION_METRICS, *PER_CLIP))

@@ -259,12 +259,19 @@ def scale_and_clip(qformer, tokens, clip_grad):
     return torch.nn.utils.clip_grad_norm_(qformer.parameters(), clip_grad).item()
 
 
-def evaluate(args, data, model, records):
+def evaluate(args, data, model, records, with_meteor=False):
     """Caption validation clips in label style. Returns (result, {id: caption}, loss per token)."""
     size = 8 * args.batch_size  # no gradient, so more clips fit
     batches = clip_batches(model, args, VALIDATION, records, "label", size)
     predictions, loss = caption(model, batches, "label")
-    result, _ = score(predictions, records, data.split, args.annotations, seed=args.seed)
+    result, _ = score(
+        predictions,
+        records,
+        data.split,
+        args.annotations,
+        seed=args.seed,
+        with_meteor=with_meteor,
+    )
     return result, predictions, loss
 
 
@@ -275,7 +282,7 @@ def finish(args, data, model, folder):
 
     best = captioner.read_checkpoint(folder / "best.pt")
     model.qformer.load_state_dict(best["qformer"])
-    result, predictions, loss = evaluate(args, data, model, data.validation)
+    result, predictions, loss = evaluate(args, data, model, data.validation, with_meteor=True)
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
     result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}

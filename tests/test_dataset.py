@@ -138,7 +138,7 @@ def test_ids_are_plain_file_names():
 def test_shards_are_a_partition():
     ids = [str(i) for i in range(300)]
     parts = [[i for i in ids if dataset.in_shard(i, part, 3)] for part in range(3)]
-    assert sorted(sum(parts, [])) == sorted(ids)
+    assert sorted(i for part in parts for i in part) == sorted(ids)
     assert all(60 < len(p) < 140 for p in parts)
 
 
@@ -162,8 +162,9 @@ def test_missing_features_are_counted_and_named(tmp_path):
         '[{"id": "../x"}]',
         '[{"id": "1"}, {"id": "1"}]',
         "[" * 9999,
-    ]
-    + ['[{"id": "1", "label": 3}]', '[{"id": "1", "paraphrases": [3]}]'],
+        '[{"id": "1", "label": 3}]',
+        '[{"id": "1", "paraphrases": [3]}]',
+    ],
 )
 def test_wrong_annotations_are_refused(tmp_path, content):
     (tmp_path / "train.json").write_text(content)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import metrics
+import ptb
 from cli import UserError
+from templates import Templates
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -112,10 +114,10 @@ CAPTIONS = CAPTIONS.split("\n")
 
 @needs_java
 def test_python_tokenizer_equals_java():
-    ptb, name, reason = metrics.tokenize({"all": CAPTIONS}, time_limit=60)
-    python, *_ = metrics.tokenize({"all": CAPTIONS}, "python")
+    java, name, reason = ptb.tokenize({"all": CAPTIONS}, time_limit=60)
+    python, *_ = ptb.tokenize({"all": CAPTIONS}, "python")
     assert (name, reason) == ("ptb", None)
-    for text, ours, theirs in zip(CAPTIONS, python["all"], ptb["all"], strict=True):
+    for text, ours, theirs in zip(CAPTIONS, python["all"], java["all"], strict=True):
         assert ours == theirs, text
 
 
@@ -129,7 +131,7 @@ def test_equals_pycocoevalcaps_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(ptbtokenizer, "__file__", str(tmp_path / "ptbtokenizer.py"))
     texts = [t for t in CAPTIONS if t.strip() and not re.search("😀|½|3 1/2|holding", t)]
     theirs = ptbtokenizer.PTBTokenizer().tokenize({"all": [{"caption": t} for t in texts]})
-    assert metrics.tokenize({"all": texts})[0] == theirs
+    assert ptb.tokenize({"all": texts})[0] == theirs
 
 
 HOSTILE = [
@@ -146,19 +148,19 @@ HOSTILE = [
 def test_line_ends_inside_captions_do_not_shift_the_others():
     """pycocoevalcap's tokenizer gave every caption after a `\\r` the text of its neighbour."""
     captions = {str(i): [text, f"number {i}."] for i, text in enumerate([*HOSTILE, "", " ", "?"])}
-    ptb, name, _ = metrics.tokenize(captions, time_limit=60)
+    java, name, _ = ptb.tokenize(captions, time_limit=60)
     assert name == "ptb"
     for i in range(len(HOSTILE)):
-        assert ptb[str(i)] == ["one two", f"number {i}"]
-    assert [ptb[str(i)][0] for i in range(len(HOSTILE), len(captions))] == ["", "", ""]
-    assert metrics.tokenize(captions, "python")[0] == ptb
+        assert java[str(i)] == ["one two", f"number {i}"]
+    assert [java[str(i)][0] for i in range(len(HOSTILE), len(captions))] == ["", "", ""]
+    assert ptb.tokenize(captions, "python")[0] == java
 
 
 @needs_java
 def test_a_caption_is_tokenised_the_same_whatever_follows_it():
     """Java looked at the next line's first letter to decide whether "x." ends a sentence."""
     tokens = [
-        metrics.tokenize({"a": ["holding x.", following]}, time_limit=60)[0]["a"][0]
+        ptb.tokenize({"a": ["holding x.", following]}, time_limit=60)[0]["a"][0]
         for following in ("zoo", "Zoo")
     ]
     assert tokens == ["holding x", "holding x"]
@@ -248,10 +250,8 @@ def small_meteor(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "paraphrase-en.gz").write_bytes(gzip.compress(b""))
     monkeypatch.setattr(meteor, "__file__", str(tmp_path / "meteor.py"))
-    jar = metrics._jar
-    monkeypatch.setattr(
-        metrics, "_jar", lambda *p: tmp_path / p[1] if p[0] == "meteor" else jar(*p)
-    )
+    jar = ptb.jar
+    monkeypatch.setattr(ptb, "jar", lambda *p: tmp_path / p[1] if p[0] == "meteor" else jar(*p))
     return meteor.Meteor
 
 
@@ -261,7 +261,7 @@ def test_meteor_equals_pycocoevalcap_in_a_german_jvm(small_meteor, monkeypatch):
     references = {str(i): [r["label"], "he holds a big thing"] for i, r in enumerate(world(12))}
     said = {i: texts[0].replace("holding", "keeping") for i, texts in references.items()}
     said |= {str(i): text for i, text in enumerate([*HOSTILE, "a ||| b", ""])}
-    tame = {i: [" ".join(metrics.clean(t).replace("|", " ").split())] for i, t in said.items()}
+    tame = {i: [" ".join(ptb.clean(t).replace("|", " ").split())] for i, t in said.items()}
     theirs, _ = small_meteor().compute_score(references, tame)
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     assert metrics.meteor(said, references, 60) == pytest.approx(theirs, abs=1e-12)
@@ -343,8 +343,8 @@ def test_a_metric_that_raises_is_skipped_with_its_reason(no_java, monkeypatch):
 )
 def test_template_parser(caption, template, fillers):
     expected = None if template is None else (TEMPLATES[template], fillers)
-    assert metrics.Templates(TEMPLATES).parse(caption) == expected
-    assert metrics.Templates(TEMPLATES[::-1]).parse(caption) == expected
+    assert Templates(TEMPLATES).parse(caption) == expected
+    assert Templates(TEMPLATES[::-1]).parse(caption) == expected
 
 
 def test_parser_equals_the_regular_expression():
@@ -358,7 +358,7 @@ def test_parser_equals_the_regular_expression():
         caption = caption.rstrip(". ")
         pattern = "(.+?)".join(map(re.escape, re.split(r"\[[^\]]*\]", template)))
         match = re.fullmatch(pattern, caption)
-        found = metrics.Templates([template]).parse(caption)
+        found = Templates([template]).parse(caption)
         assert (found and found[1]) == (match and list(match.groups())), (template, caption)
         hits += match is not None
     assert hits > 100
