@@ -307,16 +307,16 @@ class FeatureDataset:
         return item
 
 
-def require_features(features, split, records, allow_missing=0):
-    """Return the records whose features exist. Raises UserError if more than `allow_missing` lack."""
+def require_features(features, split, records, allow_missing=None):
+    """Return the records whose features exist. Raises UserError if any lack, or over `allow_missing`."""
     root = Path(features) / split
     have = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
     missing = [r["id"] for r in records if f"{r['id']}.pt" not in have]
-    if len(missing) > allow_missing:
+    if len(missing) > (allow_missing or 0):
         raise UserError(
             f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
-            f" (first: {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
-            " or accept them with --allow-missing N."
+            f" (first: {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split}"
+            + (", or accept them with --allow-missing N." if allow_missing is not None else ".")
         )
     lost = set(missing)
     return [r for r in records if r["id"] not in lost]

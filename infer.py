@@ -125,8 +125,10 @@ def caption_files(paths, encoder, captioner, args):
     {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
     "warning" beside a caption of a clip that is cut short.
     """
-    import video
     from tqdm import tqdm
+
+    import pool
+    import video
 
     cuts, errors = {}, {}
     for n, path in enumerate(paths):
@@ -173,7 +175,7 @@ def caption_files(paths, encoder, captioner, args):
             found["warning"] = f"{lost} of {len(parts[n])} windows could not be decoded"
         return found
 
-    clips = video.decode_many(
+    clips = pool.decode_many(
         jobs,
         encoder.settings["num_frames"],
         workers=min(args.workers, len(jobs)),

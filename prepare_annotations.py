@@ -233,9 +233,8 @@ def read_captions(path, validation_share, seed):
         refuse([v for v, s in split_of.items() if s is None], "clips have no split, others do")
     if not given:
         held_out = by_hash((r["id"] for r in clips.values()), seed)
-        held_out = set(held_out[: max(1, round(validation_share * len(clips)))])
-        if len(clips) < 2 or not validation_share:
-            held_out = set()
+        least = 2 if validation_share else 0  # one clip alone has no CIDEr
+        held_out = set(held_out[: max(least, round(validation_share * len(clips)))])
         for video, r in clips.items():
             split_of[video] = VALIDATION if r["id"] in held_out else TRAIN
         note(f"no split column: {len(held_out)} of {len(clips)} clips held out for validation")

@@ -180,7 +180,8 @@ def fill(args, paths, missing):
 
 def encode(encoder, todo, features, args):
     """Decode, encode and save; yields (key, None or (reason, detail)) for every clip of `todo`."""
-    import video
+    import pool
+    from video import VideoError
 
     def save(key, stored, decoder):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
@@ -191,7 +192,7 @@ def encode(encoder, todo, features, args):
             if record is None:
                 yield key, ("non_finite", "the encoder returned NaN or infinity")
             else:
-                writes.append((key, pool.submit(save, key, record, clip.decoder)))
+                writes.append((key, disk.submit(save, key, record, clip.decoder)))
 
     def written(limit):
         while len(writes) > limit:
@@ -200,12 +201,12 @@ def encode(encoder, todo, features, args):
             yield key, None
 
     batch, writes = [], []
-    clips = video.decode_many(
+    clips = pool.decode_many(
         todo.items(), args.num_frames, workers=args.workers, timeout=args.timeout
     )
-    with ThreadPoolExecutor(4) as pool:  # fsync waits for the disk, not for us
+    with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, not for us
         for key, clip in clips:
-            if isinstance(clip, video.VideoError):
+            if isinstance(clip, VideoError):
                 yield key, (clip.reason, str(clip))
             elif clip.truncated:
                 yield key, ("truncated", f"ends before its declared {clip.duration:.2f} s")

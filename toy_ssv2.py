@@ -19,6 +19,7 @@ claims nothing about SSv2. About 100 s on two cores and 40 MB at the defaults:
 Everything is a pure function of the flags. A second run keeps what is finished.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cli import UserError, note, number, parser, run, whole
+from cli import UserError, note, parser, run, whole
 from dataset import STYLES, TEST, TRAIN, VALIDATION, encode_caption, read_json, write_json
 
 WORLD = 1  # raise it when the same flags would give other files
@@ -50,7 +51,7 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (8, 8, 8),
 }
-SHAPES = ("disc", "square", "triangle", "ring", "cross", "bar")
+SHAPES = ("disc", "bar", "pole", "cross", "ladder", "fence")
 SUBJECTS = ("A hand", "Someone", "A person")
 
 # One action in three lines: the keyword that stands for it in the language model's lessons, and its
@@ -127,8 +128,7 @@ def parse_args(argv=None):
         "--old-names", action="store_true", help="something-something-v2-train.json and so on"
     )
     group = p.add_argument_group("language model")
-    group.add_argument("--lm-steps", type=whole(1), default=1500, help="steps of batch 32")
-    group.add_argument("--lm-lr", type=number(above=0), default=2e-3, help="peak learning rate")
+    group.add_argument("--lm-steps", type=whole(1), default=600, help="steps of batch 32")
     group = p.add_argument_group("machine")
     group.add_argument(
         "--workers", type=whole(1), default=2, help="worker processes that write clips"
@@ -312,18 +312,17 @@ def signed_distance(shape, x, y):
     """Distance in pixels from the outline of a shape of radius 1, negative inside, scaled by x, y."""
     import numpy as np
 
+    if shape in ("pole", "fence"):
+        x, y, shape = y, x, {"pole": "bar", "fence": "ladder"}[shape]
     ax, ay = np.abs(x), np.abs(y)
     if shape == "disc":
         return np.sqrt(x * x + y * y) - 1
-    if shape == "ring":
-        return np.abs(np.sqrt(x * x + y * y) - 0.76) - 0.27
-    if shape == "square":
-        return np.maximum(ax, ay) - 0.9
-    if shape == "triangle":  # the point is on top
-        return np.maximum(y - 0.8, 0.88 * ax - 0.47 * y - 0.46)
-    if shape == "cross":
-        return np.maximum(np.minimum(ax, ay) - 0.27, np.maximum(ax, ay) - 1)
-    return np.maximum(ax - 1.05, ay - 0.4)  # bar
+    if shape == "bar":
+        return np.maximum(ax - 1.1, ay - 0.36)
+    if shape == "ladder":  # three rungs
+        return np.maximum(ax - 0.95, np.minimum(ay, np.abs(ay - 0.74)) - 0.22)
+    u, v = np.abs(x + y) * 0.707, np.abs(x - y) * 0.707
+    return np.maximum(np.minimum(u, v) - 0.24, np.maximum(u, v) - 1.1)  # cross
 
 
 def render(clip, seed):
@@ -450,32 +449,28 @@ def draw_lessons(count, seed, objects, pairs):
     return list(lessons.values())
 
 
-def build_lm(seed):
+def build_lm(tokenizer, seed):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    def make(tokenizer):
-        torch.manual_seed(seed)
-        return Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-
-    return make
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
 
 
-def pretrain_lm(model, tokenizer, lessons, steps, lr, seed, progress):
+def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
     """Teach `<keywords><style prompt> <caption><eos>`, loss on the caption. Returns the final loss.
 
     Noise on the keywords' embeddings makes the model take vectors that are near a word for it.
@@ -485,28 +480,16 @@ def pretrain_lm(model, tokenizer, lessons, steps, lr, seed, progress):
 
     rng, noise = random.Random(f"lm:{seed}"), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
-    encode = {}  # a text is tokenised once
-
-    def tokens(style, caption):
-        if (style, caption) not in encode:
-            encode[style, caption] = encode_caption(tokenizer, style, caption)
-        return encode[style, caption]
-
-    words = {}
-
-    def context_ids(text):
-        for word in text.split():
-            if word not in words:
-                words[word] = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        return [i for word in text.split() for i in words[word]]
-
+    tokens = functools.cache(functools.partial(encode_caption, tokenizer))
+    word_ids = functools.cache(lambda w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"])
     table, losses = model.get_input_embeddings(), []
     for step in range(steps):
         rows = []
         for clip in rng.choices(lessons, k=32):
             style = rng.choice(tuple(STYLES))
             caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
-            rows.append((context_ids(keywords_of(clip, rng)), *tokens(style, caption)))
+            context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
+            rows.append((context, *tokens(style, caption)))
         length = max(sum(map(len, row)) for row in rows)
         ids = torch.zeros(32, length, dtype=torch.long)
         labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
@@ -561,8 +544,8 @@ def write_lm(folder, args, progress):
     objects, unseen, pairs, unseen_pairs = divide_objects(args.seed)
     lessons = draw_lessons(6000, args.seed, objects, pairs)
     tokenizer = train_tokenizer(folder, lessons)
-    model = build_lm(args.seed)(tokenizer)
-    loss = pretrain_lm(model, tokenizer, lessons, args.lm_steps, args.lm_lr, args.seed, progress)
+    model = build_lm(tokenizer, args.seed)
+    loss = pretrain_lm(model, tokenizer, lessons, args.lm_steps, args.seed, progress)
     model.eval().save_pretrained(folder)
     tests = {
         "unseen pairs": draw_lessons(150, args.seed, objects, unseen_pairs),
@@ -640,7 +623,7 @@ def main(argv=None):
 
     root = Path(args.output)
     settings = {"world": WORLD, "clips": args.clips, "seed": args.seed}
-    settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps, "lm_lr": args.lm_lr}
+    settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps}
     claim(root, settings)
     clips = plan(args.clips, args.seed)
     part(root, "labels", lambda folder: write_labels(folder, clips, args.old_names))

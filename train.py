@@ -108,7 +108,7 @@ def main(argv=None):
         parameter_groups(model.qformer, args.weight_decay), fused=device.type == "cuda"
     )
 
-    step, best = 0, -1.0
+    step, best = 0, -math.inf
     if args.resume and (folder / "last.pt").is_file():
         state = captioner.read_checkpoint(folder / "last.pt")
         step, best = runfolder.restore(state, frozen, args, data.train, model, optimizer)
@@ -155,8 +155,11 @@ def main(argv=None):
             if step % per_epoch == 0:
                 result, predictions, val_loss = evaluate(args, data, model, data.subset)
                 log.epoch(step, epoch, val_loss, result, predictions, data.subset)
-                if result["metrics"]["CIDEr"] > best:
-                    best = result["metrics"]["CIDEr"]
+                quality = result["metrics"].get(
+                    "CIDEr", -val_loss
+                )  # without CIDEr, the loss decides
+                if quality > best:
+                    best = quality
                     write_atomic(folder / "best.pt", torch_bytes(state()))
             if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stop.signal):
                 save()
@@ -173,6 +176,8 @@ def read_data(args):
         records = [r for r in load_records(args.annotations, split)[: args.limit] if r["label"]]
         if not records:
             raise UserError(f"split {split!r} in {args.annotations} has no captions")
+        if split == VALIDATION and len(records) < 2:
+            raise UserError(f"split {split!r} needs two captioned clips: CIDEr compares clips")
         return records, require_features(args.features, split, records, args.allow_missing)
 
     manifest = load_manifest(args.features)

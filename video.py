@@ -7,8 +7,6 @@ Shapes: F frames, H and W the upright height and width. Times are seconds from t
 """
 
 import re
-import threading
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
-SAMPLING = "bin-centres"  # the name of `frame_indices` in a manifest
 
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20
@@ -339,125 +336,3 @@ def _frames(container, stream):
             yield None
             continue
         yield from frames
-
-
-# ---- many clips ----------------------------------------------------------------------------
-
-
-def decode_many(jobs, num_frames, workers=4, timeout=60.0, ahead=None, decode=decode):
-    """Decode clips in worker processes; yield (key, Clip or VideoError) in the order of the jobs.
-
-    jobs: iterable, read lazily, of (key, path) or (key, path, start, end).
-    timeout: seconds for one clip, from when a worker takes it up; a decoder that hangs or dies
-    costs its own clip only. ahead: clips in flight or waiting for the caller, 2 x workers unless
-    given, so memory is about `ahead` clips. workers=0 decodes in this process, without time limit.
-    decode: what a worker runs, with the arguments of `decode`; importable by name.
-    Closing the generator, as an exception in the caller's loop does, kills the workers at once.
-    Raises RuntimeError if no worker can be started.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    if workers == 0:
-        for key, *job in jobs:
-            yield key, _attempt(decode, job[0], num_frames, *job[1:])
-        return
-    crew, waiting = _Crew(decode, timeout), deque()
-    threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for key, *job in jobs:
-            waiting.append((key, threads.submit(crew.ask, job[0], num_frames, *job[1:])))
-            if len(waiting) >= (ahead or 2 * workers):
-                yield waiting[0][0], waiting.popleft()[1].result()
-        while waiting:
-            yield waiting[0][0], waiting.popleft()[1].result()
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        crew.close()
-        threads.shutdown()
-
-
-class _Crew:
-    """Worker processes, one per asking thread, each with a pipe of its own.
-
-    A pool with one shared pipe (pebble, concurrent.futures) comes to a halt when a worker is killed,
-    say for memory, while it holds the pipe's lock or has sent half a clip.
-    """
-
-    def __init__(self, decode, timeout):
-        self.decode, self.timeout = decode, timeout
-        self.all, self.idle, self.closed, self.lock = [], [], False, threading.Lock()
-
-    def ask(self, path, *arguments):
-        process, pipe = self.idle.pop() if self.idle else self._start()
-        try:
-            pipe.send((path, *arguments))
-            if pipe.poll(self.timeout):
-                answer = pipe.recv()
-                self.idle.append((process, pipe))
-                return answer
-            error = VideoError("timeout", f"{path} took more than {self.timeout:g} s to decode")
-        except (EOFError, OSError):
-            process.join(5)
-            code = process.exitcode
-            error = VideoError("crashed", f"{path} made the decoder die (exit code {code})")
-        self._end(process, pipe)
-        return error
-
-    def _start(self):
-        import multiprocessing
-
-        # spawn: decord crashes in a process forked after CUDA was initialised
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("decoding was stopped")
-            process = context.Process(target=_serve, args=(theirs, self.decode), daemon=True)
-            process.start()
-            self.all.append((process, pipe))
-        theirs.close()
-        try:
-            pipe.recv()  # imports are done: the clip's time limit does not pay for them
-        except (EOFError, OSError):
-            process.join(5)
-            raise RuntimeError(
-                f"a decoding process could not start (exit code {process.exitcode})"
-            ) from None
-        return process, pipe
-
-    def _end(self, process, pipe):
-        with self.lock:
-            if (process, pipe) in self.all:
-                self.all.remove((process, pipe))
-        process.kill()
-        process.join()
-        pipe.close()
-
-    def close(self):
-        with self.lock:
-            self.closed = True
-            for process, _ in self.all:
-                process.kill()
-            for process, _ in self.all:
-                process.join()
-
-
-def _serve(pipe, decode):
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent acts
-    try:
-        pipe.send("ready")
-        while True:
-            pipe.send(_attempt(decode, *pipe.recv()))
-    except (EOFError, OSError):  # the parent is gone
-        return
-
-
-def _attempt(decode, path, *arguments):
-    try:
-        return decode(path, *arguments)
-    except VideoError as error:
-        return error
-    except Exception as error:  # one clip that trips over a bug of ours must not end the run
-        return VideoError("crashed", f"{path}: {type(error).__name__}: {error}")

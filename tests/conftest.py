@@ -105,3 +105,72 @@ def make_batch(make_clips, tokenizer):
         return collate(items)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small toy world, written by the real script; nobody may write into it."""
+    import toy_ssv2
+
+    folder = tmp_path_factory.mktemp("toy") / "world"
+    toy_ssv2.main([str(folder), "--clips", "100", "--lm-steps", "30"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(world, tmp_path_factory):
+    """Annotations and features of the world."""
+    import prepare_annotations
+
+    folder = tmp_path_factory.mktemp("prepared")
+    flags = ["--labels", world / "labels", "--paraphrases", world / "paraphrases"]
+    prepare_annotations.main([*map(str, flags), "--output", str(folder / "annotations")])
+    assert preprocess(world, folder) == 0
+    return folder
+
+
+def preprocess(world, folder, *flags, videos=None, features=None):
+    """Run preprocess_ssv2.py on the world, as a user would; returns its exit code."""
+    import preprocess_ssv2
+
+    return (
+        preprocess_ssv2.main(
+            [
+                *["--videos", str(videos or world / "videos")],
+                *["--annotations", str(folder / "annotations")],
+                *["--features", str(features or folder / "features")],
+                *["--encoder", str(world / "encoder"), "--num-frames", "16", "--workers", "0"],
+                *map(str, flags),
+            ]
+        )
+        or 0
+    )
+
+
+def train_flags(world, prepared, output, *flags):
+    """Flags of a training run of a few seconds."""
+    return [
+        *["--features", str(prepared / "features"), "--output", str(output)],
+        *["--annotations", str(prepared / "annotations"), "--lm", str(world / "lm")],
+        *["--num-queries", "4", "--batch-size", "8", "--grad-accum", "3", "--epochs", "2"],
+        *["--lr", "2e-3", "--warmup-steps", "2", "--workers", "0", "--eval-clips", "10"],
+        *map(str, flags),
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(world, prepared, tmp_path_factory):
+    """A run folder of the real train.py: 2 epochs of 5 steps, the last of each with 4 clips."""
+    import train
+
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metrics.meteor", lambda *_: 0.25)  # see quick_meteor
+        assert not train.main(train_flags(world, prepared, output))
+    return output
+
+
+@pytest.fixture
+def quick_meteor(monkeypatch):
+    """METEOR reads its paraphrases for 10 s each time; test_metrics.py tests it for itself."""
+    monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)

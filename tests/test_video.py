@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import video
-from video import VideoError, decode, decode_many, frame_indices, probe, windows
+from pool import decode_many
+from video import VideoError, decode, frame_indices, probe, windows
 
 av = pytest.importorskip("av")
 LOSSLESS = {"lossless": "1", "cpu-used": "8", "deadline": "realtime"}

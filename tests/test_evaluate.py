@@ -1,0 +1,229 @@
+"""evaluate.py and infer.py on a trained toy model."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+from conftest import preprocess
+
+import evaluate
+import infer
+from cli import DONE, FAILED, PARTIAL, UserError
+from dataset import load_records
+
+pytestmark = pytest.mark.usefixtures("quick_meteor")
+
+
+@pytest.fixture
+def run(prepared, trained, tmp_path):
+    """Runs evaluate.py into a folder of its own; returns that folder."""
+
+    def call(*flags, checkpoint=True):
+        base = ["--annotations", prepared / "annotations", "--output", tmp_path / "out"]
+        base += ["--workers", 0]
+        if checkpoint:
+            base += ["--checkpoint", trained, "--features", prepared / "features"]
+        evaluate.main([*map(str, [*base, *flags])])
+        return tmp_path / "out"
+
+    return call
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def test_every_clip_is_scored_once_under_its_own_id(run, prepared, trained):
+    """The original numbered clips idx * len(batch) + i: in a short last batch ids collided."""
+    clips = [r["id"] for r in load_records(prepared / "annotations", "validation")]
+    assert len(clips) % 7, "the last batch must be short"
+    out = run("--batch-size", 7)
+    predictions = load(out / "predictions_validation.json")
+    assert [p["image_id"] for p in predictions] == clips
+    # training captioned them in other batches, after the same checkpoint
+    assert predictions == load(trained / "predictions_validation.json")
+    ours, theirs = (load(f / "evaluation_validation.json") for f in (out, trained))
+    assert ours["n"] == len(clips)
+    assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
+    assert ours["settings"]["loss"] == pytest.approx(theirs["settings"]["loss"], rel=1e-5)
+
+
+def test_rescoring_needs_no_model(run, trained, capsys):
+    """Also from the parts of a sharded run, put together."""
+    whole = load(trained / "evaluation_validation.json")
+    out = run("--predictions", trained / "predictions_validation.json", checkpoint=False)
+    again = load(out / "evaluation_validation.json")
+    assert again["metrics"] == whole["metrics"] and again["controls"] == whole["controls"]
+    assert "CIDEr" in capsys.readouterr().out
+    for part in ("0/2", "1/2"):
+        run("--shard", part)
+    parts = sorted(out.glob("predictions_validation_part*.json"))
+    assert len(parts) == 2
+    run("--predictions", *parts, checkpoint=False)
+    assert load(out / "evaluation_validation.json")["metrics"] == whole["metrics"]
+    with pytest.raises(UserError, match=r"of \d+ clips, \d+ clips have no prediction"):
+        run("--predictions", parts[0], checkpoint=False)
+    with pytest.raises(UserError, match="more than once"):
+        run("--predictions", parts[0], *parts, checkpoint=False)
+
+
+def test_results_of_another_kind_have_other_names(run):
+    run("--style", "sentence", "--limit", 5)
+    out = run("--split", "train")
+    assert {p.name for p in out.iterdir()} == {
+        "evaluation_validation_sentence_first5.json",
+        "predictions_validation_sentence_first5.json",
+        "evaluation_train.json",
+        "predictions_train.json",
+    }
+    sentence = load(out / "evaluation_validation_sentence_first5.json")
+    assert sentence["n"] == 5 and "template_accuracy" in sentence["skipped"]
+
+
+def test_a_split_without_captions_gets_template_accuracy_only(run, world, prepared, tmp_path):
+    features = shutil.copytree(prepared / "features", tmp_path / "features")
+    preprocess(world, prepared, "--splits", "test", features=features)
+    result = load(run("--split", "test", "--features", features) / "evaluation_test.json")
+    assert list(result["metrics"]) == ["template_accuracy"]
+    assert "CIDEr" in result["skipped"] and "METEOR" in result["skipped"]
+
+
+def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
+    with pytest.raises(UserError, match="sampling = 'bin_centres', but 'still'"):
+        run("--control", "still")
+    still = tmp_path / "still"
+    preprocess(world, prepared, "--splits", "validation", "--still", features=still)
+    with pytest.raises(UserError, match="sampling = 'still', but 'bin_centres'"):
+        run("--features", still)
+    out = run("--features", still, "--control", "still")
+    assert (out / "evaluation_validation_still.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--split", "nowhere"), "no annotations for split 'nowhere'"),
+        (("--checkpoint", "/nowhere/best.pt"), "does not exist. Run train.py"),
+        (("--features", "/nowhere"), "no feature cache"),
+        (("--split", "validation_objects", "--style", "sentence"), "has no paraphrases"),
+        (("--lm", "/nowhere"), "neither a folder nor a Hub id"),
+    ],
+)
+def test_usage_errors(run, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(*flags)
+
+
+# ---- infer.py ------------------------------------------------------------------------------
+
+
+def caption(trained, *args):
+    return infer.main([*map(str, args), "--checkpoint", str(trained), "--workers", "0"])
+
+
+def test_infer_says_what_evaluate_said(world, trained, capsys):
+    """A file captioned alone gets the caption of the same clip in the cache."""
+    predictions = load(trained / "predictions_validation.json")[:6]
+    paths = [world / "videos" / f"{p['image_id']}.webm" for p in predictions]
+    assert caption(trained, *paths, "--batch-size", 4) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{path}\t{p['caption']}" for path, p in zip(paths, predictions, strict=True)]
+
+
+def test_a_clip_that_fails_is_no_caption(world, trained, tmp_path, capsys):
+    """The original wrote the error's text where the caption belongs."""
+    good = sorted((world / "videos").iterdir())[:2]
+    folder = tmp_path / "clips" / "inner"
+    folder.mkdir(parents=True)
+    shutil.copy(good[0], folder / "b.webm")
+    (folder / "a.webm").write_text("not a video")
+    (folder / "notes.txt").write_text("not meant")
+    assert caption(trained, tmp_path / "clips", "--json") == PARTIAL
+    printed = capsys.readouterr()
+    first, second = map(json.loads, printed.out.splitlines())
+    assert first["path"].endswith("a.webm") and "caption" not in first and first["error"]
+    assert second["path"].endswith("b.webm") and second["caption"]
+    assert "a.webm" in printed.err and "1 of 2 clips failed" in printed.err
+    assert caption(trained, folder / "a.webm") == FAILED
+    assert capsys.readouterr().out == ""
+
+
+def test_a_truncated_clip_is_captioned_with_a_warning(world, trained, tmp_path, capsys):
+    whole = next(iter(sorted((world / "videos").iterdir()))).read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
+    assert caption(trained, tmp_path / "cut.webm", "--json") == DONE
+    result = json.loads(capsys.readouterr().out)
+    assert result["caption"] and "cut short" in result["warning"]
+
+
+def test_long_clips_are_captioned_by_windows(world, trained, capsys):
+    path = next(iter(sorted((world / "videos").iterdir())))  # 1.5 to 2.4 s
+    assert caption(trained, path, "--window", "0.5", "--stride", "0.5") == DONE
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) >= 3 and all(len(line) == 3 for line in lines)
+    spans = [tuple(map(float, line[1].split("-"))) for line in lines]
+    assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(spans))
+    assert caption(trained, path, "--window", "0.5", "--stride", "0.5", "--json") == DONE
+    windows = json.loads(capsys.readouterr().out)["windows"]
+    assert [w["caption"] for w in windows] == [line[2] for line in lines]
+
+
+def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
+    flags = ["--num-samples", 3, "--videos", world / "videos"]
+    flags += ["--annotations", prepared / "annotations", "--output", tmp_path / "samples"]
+    assert caption(trained, *flags) == DONE
+    printed = capsys.readouterr().out
+    test = {r["id"] for r in load_records(prepared / "annotations", "test")}
+    saved = load(tmp_path / "samples" / "captions.json")
+    assert len(saved) == 3 == len(printed.splitlines())
+    assert {p.stem for p in (tmp_path / "samples").glob("*.webm")} <= test
+    assert caption(trained, *flags) == DONE
+    assert capsys.readouterr().out == printed, "the same seed, the same clips"
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ((), "name the clips"),
+        (("a.mp4", "--num-samples", "2"), "not both"),
+        (("/nowhere/a.mp4",), "clip not found: /nowhere/a.mp4"),
+        (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),
+    ],
+)
+def test_infer_usage_errors(trained, args, complaint):
+    with pytest.raises(UserError, match=complaint):
+        caption(trained, *args)
+
+
+def test_an_empty_folder_is_said(trained, tmp_path):
+    with pytest.raises(UserError, match="holds no video"):
+        caption(trained, tmp_path)
+
+
+# ---- one's own clips -----------------------------------------------------------------------
+
+
+def test_own_clips_end_to_end(world, tmp_path, capsys):
+    """A CSV and a folder of clips, through all five scripts."""
+    import prepare_annotations
+    import train
+
+    clips = sorted((world / "videos").iterdir())[:12]
+    rows = ["video,caption", *(f"{p.name},a thing moves {i % 3}" for i, p in enumerate(clips))]
+    rows.append(f"{clips[0].name},another caption")
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    where = ["--annotations", tmp_path / "annotations"]
+    prepare_annotations.main(
+        [*map(str, ["--captions", tmp_path / "mine.csv", "--output", tmp_path / "annotations"])]
+    )
+    assert preprocess(world, tmp_path) == DONE
+    where += ["--features", tmp_path / "features", "--workers", 0]
+    flags = [*where, "--lm", world / "lm", "--output", tmp_path / "run", "--epochs", 1]
+    flags += ["--num-queries", 4, "--grad-accum", 1]
+    assert not train.main([*map(str, flags)])
+    capsys.readouterr()
+    evaluate.main([*map(str, [*where, "--checkpoint", tmp_path / "run"])])
+    assert "the clips have no templates" in capsys.readouterr().out
+    assert caption(tmp_path / "run", clips[0]) == DONE
+    assert capsys.readouterr().out.startswith(str(clips[0]))

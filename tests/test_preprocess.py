@@ -1,0 +1,135 @@
+"""preprocess_ssv2.py on real files: what it keeps, what it refuses, what it reports."""
+
+import json
+import shutil
+
+import pytest
+from conftest import preprocess
+
+from cli import DONE, FAILED, PARTIAL, UserError
+from dataset import load_records
+
+
+def files(folder):
+    """{relative name: bytes} of a cache, without the manifest's date."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*.pt"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture
+def few(world, prepared, tmp_path):
+    """A folder with the annotations of 12 training clips and none of their features."""
+    records = load_records(prepared / "annotations", "train")[:12]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def test_written_under_the_names_that_training_reads(prepared):
+    """The original wrote `ssv2_train` and read `train`."""
+    for split in ("train", "validation"):
+        ids = {r["id"] for r in load_records(prepared / "annotations", split)}
+        assert {p.stem for p in (prepared / "features" / split).iterdir()} == ids
+
+
+@pytest.mark.parametrize("flags", [("--workers", 2), ("--batch-size", 5)])
+def test_bytes_do_not_depend_on_workers_batch_or_restarts(world, prepared, few, flags):
+    preprocess(world, few, "--splits", "train", *flags)
+    got = files(few / "features")
+    assert got == {k: v for k, v in files(prepared / "features").items() if k in got}
+    assert len(got) == 12
+    for name in list(got)[::3]:
+        (few / "features" / name).unlink()
+    assert preprocess(world, few, "--splits", "train") == DONE
+    assert files(few / "features") == got
+
+
+def test_shards_make_the_whole(world, prepared, few):
+    preprocess(world, few, "--splits", "train", "--shard", "0/2")
+    half = len(files(few / "features"))
+    assert 0 < half < 12
+    assert preprocess(world, few, "--splits", "train", "--shard", "1/2") == DONE
+    got = files(few / "features")
+    assert got == {k: v for k, v in files(prepared / "features").items() if k in got}
+    assert len(got) == 12
+
+
+def test_damaged_and_missing_clips_are_counted_and_named(world, prepared, few, capsys):
+    """ok + failed + missing = asked for; and a clip that was mended is tried again."""
+    ids = [r["id"] for r in load_records(few / "annotations", "train")]
+    videos = few / "videos"
+    videos.mkdir()
+    for i in ids[:10]:
+        shutil.copy(world / "videos" / f"{i}.webm", videos)
+    whole = (videos / f"{ids[0]}.webm").read_bytes()
+    (videos / f"{ids[0]}.webm").write_bytes(whole[: len(whole) // 2])
+    (videos / f"{ids[1]}.webm").write_text("not a video")
+    (videos / f"{ids[2]}.webm").write_bytes(b"")
+    assert preprocess(world, few, "--splits", "train", videos=videos) == PARTIAL
+    assert "7 ok, 3 failed" in capsys.readouterr().out
+    lines = [json.loads(s) for s in (few / "features" / "failures.jsonl").read_text().splitlines()]
+    assert {s["id"]: s["reason"] for s in lines} == {
+        ids[0]: "truncated",
+        ids[1]: "unreadable",
+        ids[2]: "empty",
+    }
+    assert len(files(few / "features")) == 7
+    (videos / f"{ids[0]}.webm").write_bytes(whole)
+    assert preprocess(world, few, "--splits", "train", videos=videos) == PARTIAL
+    assert "8 ok, 2 failed" in capsys.readouterr().out
+    assert f'"{ids[0]}"' not in (few / "features" / "failures.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (("--num-frames", 8), "num_frames"),
+        (("--resize", "crop"), "resize"),
+        (("--store", "fp16"), "store"),
+        (("--pool", 2), "pool"),
+        (("--still",), "sampling"),
+        (("--dtype", "bfloat16"), "compute_dtype"),
+    ],
+)
+def test_another_setting_is_refused_by_name(world, prepared, flags, field):
+    """Also when nothing is left to do: --still on a finished cache once said that all was well."""
+    with pytest.raises(UserError, match=f"has {field} = "):
+        preprocess(world, prepared, *flags)
+
+
+def test_verify(world, prepared, few, capsys):
+    preprocess(world, few, "--splits", "train")
+    assert preprocess(world, few, "--splits", "train", "--verify") == DONE
+    victim = sorted((few / "features" / "train").iterdir())[3]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    sorted((few / "features" / "train").iterdir())[5].unlink()
+    capsys.readouterr()
+    assert preprocess(world, few, "--splits", "train", "--verify") == FAILED
+    printed = capsys.readouterr()
+    assert "10 whole, 1 damaged, 1 absent" in printed.out
+    assert victim.stem in printed.err
+
+
+def test_dry_run_writes_nothing(world, few, capsys):
+    assert preprocess(world, few, "--splits", "train", "--dry-run") == DONE
+    printed = capsys.readouterr().out
+    assert "for 12 clips" in printed and "estimated time" in printed
+    assert not (few / "features").exists()
+    preprocess(world, few, "--splits", "train")
+    sizes = {p.stat().st_size for p in (few / "features" / "train").iterdir()}
+    promised = int(printed.split("bytes per clip")[1].split()[0].replace(",", ""))
+    assert abs(max(sizes) - promised) < 1500
+
+
+def test_a_folder_without_the_clips_says_what_was_looked_for(world, few):
+    with pytest.raises(UserError, match=r"none of the 12 clips .*looked for \d+\.webm"):
+        preprocess(world, few, "--splits", "train", videos=world / "labels")
+    with pytest.raises(UserError, match="--videos not found"):
+        preprocess(world, few, "--splits", "train", videos=few / "nowhere")
+    with pytest.raises(UserError, match="no annotations for split 'test'"):
+        preprocess(world, few, "--splits", "test")

@@ -1,0 +1,188 @@
+"""The toy world: deterministic, in SSv2's layout, its splits as disjoint as they promise."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+import toy_ssv2
+from cli import UserError
+
+FLAGS = ["--clips", "100", "--lm-steps", "3", "--workers", "1"]
+SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "world"
+    assert not toy_ssv2.main([str(root), *FLAGS])
+    return root
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def digests(root):
+    files = (p for p in root.rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def pairs_of(clips):
+    return {frozenset(c["objects"]) for c in clips if len(c["objects"]) == 2}
+
+
+def objects_of(clips):
+    return {name for c in clips for name in c["objects"]}
+
+
+def split_of(clips, split):
+    return [c for c in clips if c["split"] == split]
+
+
+def test_same_seed_same_bytes(world, tmp_path):
+    """Videos, labels and weights alike; two workers write what one does."""
+    toy_ssv2.main([str(tmp_path / "again"), *FLAGS[:-1], "2"])
+    assert digests(tmp_path / "again") == digests(world)
+
+
+def test_another_seed_another_world():
+    assert toy_ssv2.plan(100, 0) == toy_ssv2.plan(100, 0) != toy_ssv2.plan(100, 1)
+    assert toy_ssv2.divide_objects(0)[1] != toy_ssv2.divide_objects(1)[1]
+
+
+@pytest.mark.parametrize("clips", [100, 6000])
+def test_splits_are_as_disjoint_as_they_promise(clips):
+    plan = toy_ssv2.plan(clips, 0)
+    train = split_of(plan, "train")
+    assert len(train) == clips and len({c["id"] for c in plan}) == len(plan)
+    assert all(c["id"].isdecimal() for c in plan)
+
+    pairs = split_of(plan, "validation_pairs")
+    assert all(len(c["objects"]) == 2 for c in pairs)
+    assert not pairs_of(pairs) & pairs_of(train)
+    assert objects_of(pairs) <= objects_of(train)
+
+    unseen, seen = objects_of(split_of(plan, "validation_objects")), objects_of(train)
+    assert not unseen & seen
+    for part in (0, 1):  # colour, shape
+        assert {n.split()[part] for n in unseen} <= {n.split()[part] for n in seen}
+
+
+def test_the_language_model_learns_nothing_held_out():
+    objects, unseen, pairs, unseen_pairs = toy_ssv2.divide_objects(0)
+    lessons = toy_ssv2.draw_lessons(3000, 0, objects, pairs)
+    assert not objects_of(lessons) & set(unseen) and not pairs_of(lessons) & unseen_pairs
+    assert pairs | unseen_pairs == {frozenset(p) for p in combinations(objects, 2)}
+
+
+def test_records_look_like_ssv2(world):
+    clips = {c["id"]: c for c in toy_ssv2.plan(100, 0)}
+    names = read(world / "labels" / "labels.json")
+    assert all(isinstance(number, str) for number in names.values()) and len(names) >= 12
+    seen = set()
+    for split in SPLITS:
+        records = read(world / "labels" / f"{split}.json")
+        assert [r["id"] for r in records] == [c["id"] for c in split_of(clips.values(), split)]
+        for r in records:
+            assert list(r) == ["id", "label", "template", "placeholders"]
+            filled = r["template"].lower()
+            for name in r["placeholders"]:
+                filled = filled.replace("[something]", name, 1)
+            assert r["label"] == filled and "[" not in filled and len(filled.split()) >= 4
+            assert r["template"].replace("[", "").replace("]", "") in names
+            seen.add(r["template"])
+    assert seen == {a.template for a in toy_ssv2.ACTIONS}
+    test = read(world / "labels" / "test.json")
+    rows = (world / "labels" / "test-answers.csv").read_text().splitlines()
+    assert [r.split(";")[0] for r in rows] == [r["id"] for r in test]
+    assert all(list(r) == ["id"] for r in test) and {r.split(";")[1] for r in rows} <= set(names)
+
+
+def test_old_names(tmp_path):
+    toy_ssv2.write_labels(tmp_path, toy_ssv2.plan(100, 0), old_names=True)
+    names = {p.stem for p in tmp_path.glob("*.json")}
+    assert names == {f"something-something-v2-{s}" for s in (*SPLITS, "test", "labels")}
+
+
+def test_paraphrases_cover_training_once_and_are_sentences(world):
+    shards = [read(world / "paraphrases" / f"ssv2_paraphrase_train_{i}.json") for i in range(10)]
+    ids = [i for shard in shards for i in shard]
+    assert sorted(ids) == sorted(r["id"] for r in read(world / "labels" / "train.json"))
+    validation = read(world / "paraphrases" / "ssv2_paraphrase_validation.json")
+    assert list(validation) == [r["id"] for r in read(world / "labels" / "validation.json")]
+    clips = {c["id"]: c for c in toy_ssv2.plan(100, 0)}
+    for shard in [*shards, validation]:
+        for i, texts in shard.items():
+            assert 1 <= len(texts) <= 8 and len(set(texts)) == len(texts)
+            for text in texts:
+                assert text[0].isupper() and text.endswith(".")
+                assert all(name in text.lower() for name in clips[i]["objects"])
+
+
+def test_videos_decode_with_the_promised_frames(world):
+    av = pytest.importorskip("av")
+    plan = toy_ssv2.plan(100, 0)
+    assert {p.stem for p in (world / "videos").iterdir()} == {c["id"] for c in plan}
+    for clip in plan[:8]:
+        drawn = toy_ssv2.render(clip, 0)
+        with av.open(str(world / "videos" / f"{clip['id']}.webm")) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name in ("vp9", "libvpx-vp9") and stream.average_rate == 12
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert 16 < toy_ssv2.FRAMES[0] <= len(frames) == len(drawn) <= toy_ssv2.FRAMES[1]
+        assert abs(drawn.astype(float) - frames).mean() < 10
+
+
+def test_models_load_from_their_folders(world):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    assert AutoModel.from_pretrained(world / "encoder").config.model_type == "vjepa2"
+    tokenizer = AutoTokenizer.from_pretrained(world / "lm")
+    saved = Fast(tokenizer_file=str(world / "lm" / "tokenizer.json"))
+    for clip in toy_ssv2.plan(100, 0)[:50]:
+        for text in (toy_ssv2.label_of(clip), *toy_ssv2.sentences_of(clip)):
+            ids = tokenizer(" " + text)["input_ids"]
+            assert ids == saved(" " + text)["input_ids"] and tokenizer.decode(ids) == " " + text
+            assert len(ids) <= len(text.split()) + 1  # a word is a token, and so is the full stop
+    lm = AutoModelForCausalLM.from_pretrained(world / "lm")
+    assert lm.config.eos_token_id == tokenizer.eos_token_id is not None
+    assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+
+
+def test_second_run_keeps_and_mends(world, capsys):
+    before, victim = digests(world), sorted((world / "videos").iterdir())[0]
+    victim.unlink()
+    written = (world / "lm" / "model.safetensors").stat().st_mtime_ns
+    toy_ssv2.main([str(world), *FLAGS])
+    assert "lm/ is finished and kept" in capsys.readouterr().err
+    assert digests(world) == before
+    assert (world / "lm" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_other_settings_and_foreign_folders_are_refused(world, tmp_path):
+    before = digests(world)
+    with pytest.raises(UserError, match="clips = 100, but 101"):
+        toy_ssv2.main([str(world), "--clips", "101", *FLAGS[2:]])
+    assert digests(world) == before
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        toy_ssv2.main([str(tmp_path), *FLAGS])
+    with pytest.raises(UserError, match="is a file"):
+        toy_ssv2.main([str(tmp_path / "mine.txt"), *FLAGS])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys, toy_ssv2
+try: toy_ssv2.main(["--help"])
+except SystemExit: pass
+sys.exit(any(m in sys.modules for m in ("torch", "transformers", "av", "numpy")))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(toy_ssv2.__file__).parent)

@@ -1,0 +1,182 @@
+"""train.py on real features: continuation, refusals, what it leaves behind."""
+
+import json
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import train_flags
+
+import runfolder
+import train
+from cli import TERMINATED, UserError
+from dataset import load_records
+
+pytestmark = pytest.mark.usefixtures("quick_meteor")
+
+
+def state(folder):
+    return torch.load(str(folder / "last.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def log(folder):
+    lines = [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in s.items() if k not in ("seconds", "clips_per_second")} for s in lines]
+
+
+@pytest.mark.parametrize(("stop_after", "workers"), [(3, 0), (5, 0), (8, 2)])
+def test_resumed_is_uninterrupted(
+    world, prepared, trained, tmp_path, monkeypatch, stop_after, workers
+):
+    """SIGTERM within an epoch, at its end and in the second one: weights, optimizer, random state,
+    logs and predictions continue bit for bit, with dropout on, whatever the number of workers."""
+    output, step = tmp_path / "run", runfolder.Log.step
+
+    def step_then_stop(self, number, *rest):
+        step(self, number, *rest)
+        if number == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runfolder.Log, "step", step_then_stop)
+    assert train.main(train_flags(world, prepared, output)) == TERMINATED
+    assert state(output)["step"] == stop_after
+    monkeypatch.undo()
+    with open(output / "metrics.jsonl", "a") as file:  # a step that the checkpoint does not have
+        file.write(json.dumps({"step": stop_after + 1, "loss": 0}) + '\n{"step": ')
+    flags = train_flags(world, prepared, output, "--resume", "--workers", workers)
+    assert not train.main(flags)
+    one, two = state(trained), state(output)
+    assert one.keys() == two.keys()
+    assert same(one["optimizer"], two["optimizer"]) and same(one["rng"], two["rng"])
+    assert same(one["qformer"], two["qformer"]) and one["best"] == two["best"]
+    assert log(output) == log(trained)
+    for name in ("losses.txt", "predictions_validation.json"):
+        assert (output / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_what_a_run_leaves_behind(prepared, trained):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {
+        *("args.json", "metrics.jsonl", "losses.txt", "last.pt", "best.pt"),
+        *("validation_epoch_1.json", "validation_epoch_2.json"),
+        *("predictions_validation.json", "evaluation_validation.json"),
+    }
+    assert [s["step"] for s in log(trained)] == list(range(1, 11))
+    clips = len(load_records(prepared / "annotations", "validation"))
+    predictions = json.loads((trained / "predictions_validation.json").read_text())
+    assert len({p["image_id"] for p in predictions}) == clips
+    losses = [s["loss"] for s in log(trained)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert json.loads((trained / "args.json").read_text())["args"]["num_queries"] == 4
+
+
+def test_checkpoints_hold_no_frozen_weight(trained, world):
+    best = torch.load(str(trained / "best.pt"), weights_only=True)
+    trained_bytes = sum(v.numel() * v.element_size() for v in best["qformer"].values())
+    assert (trained / "best.pt").stat().st_size < trained_bytes * 1.1 + 30_000
+    assert best["templates"] and best["manifest"]["settings"]["num_frames"] == 16
+
+
+def test_a_run_is_not_overwritten(world, prepared, trained):
+    before = (trained / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        train.main(train_flags(world, prepared, trained))
+    with pytest.raises(UserError, match="exclude each other"):
+        train.main(train_flags(world, prepared, trained, "--resume", "--overwrite"))
+    assert (trained / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [(("--lr", "1e-3"), "--lr"), (("--batch-size", 4), "--batch-size")]
+)
+def test_resume_refuses_a_changed_flag_by_name(world, prepared, trained, flags, name):
+    with pytest.raises(UserError, match=f"started with {name}"):
+        train.main(train_flags(world, prepared, trained, "--resume", *flags))
+
+
+def test_resume_refuses_other_captions(world, prepared, trained, tmp_path):
+    import shutil
+
+    other = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
+    records = json.loads((other / "train.json").read_text())
+    records[0]["label"] = "something else"
+    (other / "train.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="captions have changed"):
+        train.main(train_flags(world, prepared, trained, "--resume", "--annotations", other))
+
+
+def test_resume_without_a_checkpoint_starts(world, prepared, tmp_path, capsys):
+    flags = train_flags(world, prepared, tmp_path / "new", "--resume", "--epochs", 1, "--limit", 10)
+    assert not train.main(flags)
+    assert "starting from the first step" in capsys.readouterr().err
+    assert state(tmp_path / "new")["step"] == 1
+
+
+def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
+    assert not train.main(train_flags(world, prepared, tmp_path / "new", "--dry-run"))
+    printed = capsys.readouterr()
+    assert "estimated time" in printed.out and "10 steps in 2 epochs" in printed.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, tmp_path):
+    import shutil
+
+    features = shutil.copytree(prepared / "features", tmp_path / "features")
+    victims = sorted((features / "train").iterdir())[:2]
+    for path in victims:
+        path.unlink()
+    flags = train_flags(world, prepared, tmp_path / "run", "--features", features)
+    with pytest.raises(UserError, match=r"2 of 100 clips .* no features"):
+        train.main([*flags, "--lm", "/nowhere"])
+    assert not (tmp_path / "run").exists()
+    assert not train.main([*flags, "--allow-missing", "2", "--epochs", "1"])
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
+    world, prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "scale_and_clip", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="5 steps in a row") as error:
+        train.main(train_flags(world, prepared, tmp_path / "run"))
+    assert error.value.code == 1
+    lines = log(tmp_path / "run")
+    assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
+
+
+def test_learning_rate():
+    rates = [train.lr_at(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.01
+    short = [train.lr_at(step, 10, 1.0, 500) for step in range(10)]
+    assert max(short) == 1.0, "a run shorter than its warm-up never learned"
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    records = [{"id": str(i)} for i in range(50)]
+    order = train.epoch_order(records, 0, 1)
+    assert order == train.epoch_order(records, 0, 1) != train.epoch_order(records, 0, 2)
+    assert order != train.epoch_order(records, 1, 1)
+    assert sorted(order, key=lambda r: int(r["id"])) == records
+
+
+def test_decay_is_on_matrices_only(make_qformer):
+    qformer = make_qformer(num_blocks=2)
+    decayed, rest = train.parameter_groups(qformer, 0.03)
+    names = {id(p): n for n, p in qformer.named_parameters()}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])
+    assert {"queries", "gain", "pos.0"} <= {names[id(p)] for p in rest["params"]}
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.03, 0.0)
