@@ -1,6 +1,7 @@
 """What every script shares: exit codes, one-sentence errors, the common flags. Standard library only."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -50,6 +51,20 @@ def run(main):
     except BrokenPipeError:  # `infer.py ... | head`: nobody reads on, which is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        note(
+            f"{script}: the disk is full ({error.filename or 'while writing'}); what was written is whole"
+        )
+        code = FAILED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        note(
+            f"{script}: out of GPU memory; halve --batch-size (and double --grad-accum in train.py)"
+        )
+        code = FAILED
     sys.exit(code)
 
 

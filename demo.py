@@ -23,6 +23,17 @@ TRAINING = (
     " --batch-size 32 --grad-accum 1 --captions-per-clip 2"
 )
 
+ROWS = {
+    "cider": "validation: clips never seen",
+    "cider_unseen_pairs": "pairs of objects never seen together",
+    "cider_unseen_objects": "objects never seen",
+    "cider_sentence": "validation, sentence style",
+    "cider_shuffled": "control: predictions shuffled",
+    "cider_still": "control: first frame only",
+    "cider_most_frequent": "control: most frequent label",
+    "cider_ceiling": "ceiling of these references",
+}
+
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
@@ -39,6 +50,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.table:
+        print(markdown(args.table))
+        return
     data, run = Path(args.data), Path(args.output)
     seed = ["--seed", str(args.seed)]
     splits = ["train", "validation", "validation_pairs", "validation_objects"]
@@ -54,7 +68,7 @@ def main(argv=None):
         data / "encoder",
     ]
     encode += ["--num-frames", "16", "--workers", "2"]
-    checkpoint = ["evaluate.py", "--checkpoint", run, *where, "--workers", "0"]
+    checkpoint = ["evaluate.py", "--checkpoint", run, *where, "--workers", "0", "--no-meteor"]
     lm_steps = ["--lm-steps", str(args.lm_steps)] if args.lm_steps else []
     seconds = {}
 
@@ -140,17 +154,7 @@ def summarise(run, seconds):
 
 def table(s):
     """What the demo ends with."""
-    rows = [
-        ("validation: clips never seen", s["cider"]),
-        ("pairs of objects never seen together", s["cider_unseen_pairs"]),
-        ("objects never seen", s["cider_unseen_objects"]),
-        ("validation, sentence style", s["cider_sentence"]),
-        ("control: predictions shuffled", s["cider_shuffled"]),
-        ("control: first frame only", s["cider_still"]),
-        ("control: most frequent label", s["cider_most_frequent"]),
-        ("ceiling of these references", s["cider_ceiling"]),
-    ]
-    lines = [f"{name:<38} {value:6.2f}" for name, value in rows]
+    lines = [f"{name:<38} {s[key]:6.2f}" for key, name in ROWS.items()]
     return "\n".join(
         [
             f"{'toy world':<38}  CIDEr",
@@ -160,6 +164,25 @@ def table(s):
             "A tiny world of moving shapes: no claim about Something-Something-V2.",
         ]
     )
+
+
+def markdown(files):
+    """Mean and range of several runs, as the README shows them."""
+    runs = [read_json(f, "summary") for f in files]
+
+    def cell(values, digits=2):
+        mean = sum(values) / len(values)
+        return f"{mean:.{digits}f} | {min(values):.{digits}f} – {max(values):.{digits}f}"
+
+    lines = ["| toy world, CIDEr | mean | range |", "|---|---|---|"]
+    lines += [f"| {name} | {cell([r[key] for r in runs])} |" for key, name in ROWS.items()]
+    lines += [
+        f"| template accuracy | {cell([r['template_accuracy'] for r in runs], 3)} |",
+        f"| exact match | {cell([r['exact_match'] for r in runs], 3)} |",
+        f"| seconds on two cores | {cell([r['seconds']['total'] for r in runs], 0)} |",
+        f"| CPU-seconds | {cell([r['cpu_seconds'] for r in runs], 0)} |",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ def parse_args(argv=None):
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
     group.add_argument("--output", help="folder of the results (default: the checkpoint's)")
+    group.add_argument(
+        "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
+    )
     group = parser.add_argument_group("generation")
     group.add_argument("--batch-size", type=cli.whole(1), default=64, help="clips at once")
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
@@ -89,7 +92,15 @@ def main(argv=None):
 
     import metrics
 
-    result, _ = score(predictions, records, everything, args.annotations, args.style, args.seed)
+    result, _ = score(
+        predictions,
+        records,
+        everything,
+        args.annotations,
+        args.style,
+        args.seed,
+        with_meteor=not args.no_meteor,
+    )
     result |= {
         "checkpoint": source,
         "settings": {"split": args.split, "style": args.style} | settings,

@@ -17,6 +17,7 @@ import cli
 from cli import UserError, note
 from dataset import TRAIN, VALIDATION, by_hash, is_clip_id, read_json, write_json
 
+PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release
 
 
@@ -24,7 +25,10 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("Something-Something-V2")
     group.add_argument("--labels", default="data/labels", help="folder with train.json, …")
-    group.add_argument("--paraphrases", help='file, folder or glob of {"id": ["sentence", …]}')
+    group.add_argument(
+        "--paraphrases",
+        help=f'file, folder or glob of {{"id": ["sentence", …]}} (default: {PARAPHRASES}, if there)',
+    )
     group = parser.add_argument_group("your own clips")
     group.add_argument("--captions", help="CSV with a header, or .jsonl: video, caption[, split]")
     group.add_argument(
@@ -46,8 +50,8 @@ def main(argv=None):
         splits = read_captions(args.captions, args.validation_share, args.seed)
     else:
         splits = read_labels(args.labels)
-        if args.paraphrases:
-            add_paraphrases(splits, args.paraphrases)
+        if args.paraphrases or Path(PARAPHRASES).is_dir():
+            add_paraphrases(splits, args.paraphrases or PARAPHRASES)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):

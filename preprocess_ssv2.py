@@ -276,7 +276,7 @@ def report(ok, failed, missing):
     )
     if missing:
         note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
-    if not ok:
+    if not ok and (failed or missing):
         return FAILED
     return PARTIAL if failed or missing else DONE
 

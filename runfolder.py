@@ -23,6 +23,10 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "allow_missing",
 }
 
+# What --overwrite removes: a run's own files, never what else lies in the folder
+OURS = ["args.json", "metrics.jsonl", "losses.txt", "last.pt", "best.pt"]
+OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
+
 
 def claim(args):
     """Return the run folder's path. Raises UserError where a run is there already, unless told."""
@@ -45,9 +49,8 @@ def start(folder, args, device, **counts):
 
     folder.mkdir(parents=True, exist_ok=True)
     if args.overwrite:
-        for path in folder.iterdir():
-            if path.is_file():
-                path.unlink()
+        for path in (p for pattern in OURS for p in folder.glob(pattern)):
+            path.unlink()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

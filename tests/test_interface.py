@@ -1,0 +1,107 @@
+"""What a person meets first: --help, one-sentence errors, exit codes, the README."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if "def parse_args(" in p.read_text())
+HEAVY = {"torch", "transformers", "av", "decord", "pycocoevalcap", "PIL"}
+
+
+def script(name, *args, **kwargs):
+    command = [sys.executable, str(HERE / f"{name}.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_all_scripts_are_known():
+    assert {"prepare_annotations", "preprocess_ssv2", "train", "evaluate", "infer"} < set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_quick_and_shows_every_default(name):
+    """--help imports neither torch nor transformers, which take seconds."""
+    code = (
+        f"import sys; sys.argv = ['{name}.py', '--help']; import {name}\n"
+        f"try:\n    {name}.parse_args()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
+    assert len(flags) == len(set(flags)) > 2
+    assert done.stdout.startswith("usage:") and "python " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "sentence"),
+    [
+        ("infer /nowhere.mp4 --checkpoint x", 2, "infer.py: clip not found: /nowhere.mp4"),
+        ("infer", 2, "infer.py: name the clips to caption"),
+        ("train --features /nowhere", 2, "train.py: no feature cache: /nowhere/manifest.json"),
+        (
+            "evaluate --annotations /nowhere",
+            2,
+            "evaluate.py: no annotations for split 'validation'",
+        ),
+        ("preprocess_ssv2 --annotations /nowhere", 2, "Run prepare_annotations.py first"),
+        ("prepare_annotations --labels /nowhere", 2, "--labels not found: /nowhere"),
+        ("train --epochs 0", 2, "argument --epochs: 0 is below 1"),
+        ("train --lr nan", 2, "argument --lr"),
+        ("train --batch 3", 2, "unrecognized arguments: --batch 3"),
+        ("preprocess_ssv2 --shard 3/3", 2, "is not i/n with 0 <= i < n"),
+        ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
+    ],
+)
+def test_mistakes_get_one_sentence(command, code, sentence, tmp_path):
+    name, *args = shlex.split(command)
+    done = script(name, *args, cwd=tmp_path)
+    assert done.returncode == code and sentence in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert not list(tmp_path.iterdir()), "a mistake must not leave anything behind"
+
+
+def readme_commands():
+    """The python commands in the README's code blocks, continuation lines joined."""
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*python ", line)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_parse(command):
+    """8 of 21 admired repositories have a README command that cannot run."""
+    _, name, *args = shlex.split(command)
+    assert (HERE / name).is_file()
+    importlib.import_module(Path(name).stem).parse_args(args)
+
+
+def test_readme_paths_exist():
+    """Every link and every file that the README names is there."""
+    text = (HERE / "README.md").read_text()
+    assert len(readme_commands()) > 8
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    names = [n for n in links if not n.startswith("http")]
+    names += re.findall(r"`((?:[a-z0-9_]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
+    names = [n for n in names if n not in ("preprocess_something_something_v2.py",)]
+    assert not [n for n in names if not (HERE / n).exists()]
+
+
+def test_readme_lists_every_file():
+    text = (HERE / "README.md").read_text()
+    assert not [p.name for p in HERE.glob("*.py") if f"`{p.name}`" not in text]
+
+
+def test_readme_table_is_the_measured_one():
+    """A number in the README has a file in results/ behind it."""
+    import demo
+
+    files = sorted((HERE / "results").glob("demo_seed*.json"))
+    assert len(files) >= 3
+    assert demo.markdown(files) in (HERE / "README.md").read_text()
