@@ -29,7 +29,8 @@ def transform(frames, size, resize):
         "crop": _scaled(height, width, size * 256 // 224, min(height, width)),
         "pad": _scaled(height, width, size, max(height, width)),
     }[resize]
-    x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
+    if new != (height, width):
+        x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
     x = x.round().clamp(0, 255) / 255  # the published transform resizes 8-bit images
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     x = (x - mean) / std

@@ -202,7 +202,11 @@ def encode(encoder, todo, features, args):
 
     batch, writes = [], []
     clips = pool.decode_many(
-        todo.items(), args.num_frames, workers=args.workers, timeout=args.timeout
+        todo.items(),
+        args.num_frames,
+        workers=args.workers,
+        timeout=args.timeout,
+        ahead=2 * (args.batch_size + args.workers),  # the next batch decodes while one is encoded
     )
     with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, not for us
         for key, clip in clips:

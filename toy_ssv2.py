@@ -39,17 +39,17 @@ WORLD = 1  # raise it when the same flags would give other files
 SIZE, RATE = 64, 12  # pixels; frames per second, as SSv2
 FRAMES = (18, 28)  # above the 16 that the encoder takes, so that sampling is real
 PAIRS, OBJECTS = "validation_pairs", "validation_objects"
-COLOURS = {
-    "red": (215, 25, 30),
+COLOURS = {  # all brighter than the ground: a shape's contrast has one sign, whatever its colour
+    "red": (255, 40, 40),
     "orange": (255, 140, 0),
-    "yellow": (250, 240, 40),
-    "green": (20, 130, 40),
-    "cyan": (60, 225, 235),
-    "blue": (25, 50, 225),
-    "purple": (120, 20, 160),
+    "yellow": (255, 240, 50),
+    "green": (30, 200, 60),
+    "cyan": (60, 235, 240),
+    "blue": (60, 90, 255),
+    "purple": (165, 50, 225),
     "pink": (255, 150, 205),
-    "white": (252, 252, 252),
-    "black": (8, 8, 8),
+    "brown": (140, 85, 40),
+    "white": (250, 250, 250),
 }
 SHAPES = ("disc", "bar", "pole", "cross", "ladder", "fence")
 SUBJECTS = ("A hand", "Someone", "A person")
@@ -115,7 +115,6 @@ ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().spl
 ACTIONS = tuple(Action(*ROWS[i], *ROWS[i + 1 : i + 3]) for i in range(0, len(ROWS), 3))
 SINGLE = [a for a in ACTIONS if a.template.count("[") == 1]
 DOUBLE = [a for a in ACTIONS if a.template.count("[") == 2]
-SYMMETRIC = ("together", "apart")  # the object on the left is named first
 
 
 def parse_args(argv=None):
@@ -290,8 +289,7 @@ def motion(action, frames, rng):
             dy = 13 * (np.sin(start + turn) - np.sin(start))
         return np.stack([x + dx, y + dy], -1)[None], (r * (1 + zoom))[None]
     angle, half = rng.uniform(-0.15, 0.15), rng.uniform(15.5, 16.5)
-    side = 1 if action in SYMMETRIC else rng.choice((-1, 1))  # 1: the first object is on the left
-    axis = side * np.array([np.cos(angle), np.sin(angle)])
+    axis = np.array([np.cos(angle), np.sin(angle)])  # the object on the left is named first
     middle = rng.uniform((31, 28), (33, 36))
     r = rng.uniform(10, 11, 2)
     gap = 2 * half - r.sum()
@@ -333,8 +331,8 @@ def render(clip, seed):
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     centres, radii = motion(clip["action"], frames, rng)
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
-    slope = rng.uniform(-0.3, 0.3, 2)
-    ground = rng.uniform(105, 140) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
+    slope = rng.uniform(-0.2, 0.2, 2)
+    ground = rng.uniform(15, 40) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
     ground = (ground + rng.normal(0, 3, (SIZE, SIZE))).astype(np.float32)
     video = np.repeat(ground[None], frames, 0)[None].repeat(3, 0)  # (3, frames, SIZE, SIZE)
     for name, path, radius in reversed(list(zip(clip["objects"], centres, radii, strict=True))):
