@@ -39,11 +39,14 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data", default="data/toy", help="folder of the toy world")
     parser.add_argument("--output", default="results/demo", help="run folder")
-    parser.add_argument("--clips", type=cli.whole(50), default=6000, help="training clips")
-    parser.add_argument("--epochs", type=cli.whole(1), default=7, help="passes over them")
+    parser.add_argument("--clips", type=cli.whole(50), default=4000, help="training clips")
+    parser.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over them")
     parser.add_argument("--lm-steps", type=cli.whole(1), help="pre-training of the toy's LM")
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
+    )
+    parser.add_argument(
+        "--table", nargs="+", metavar="FILE", help="print the README's table of these summaries"
     )
     return parser.parse_args(argv)
 
@@ -53,51 +56,42 @@ def main(argv=None):
     if args.table:
         print(markdown(args.table))
         return
-    data, run = Path(args.data), Path(args.output)
-    seed = ["--seed", str(args.seed)]
-    splits = ["train", "validation", "validation_pairs", "validation_objects"]
-    where = ["--annotations", data / "annotations"]
-    features = ["--features", data / "features"]
-    still = ["--features", data / "features_still"]
-    encode = [
-        "preprocess_ssv2.py",
-        "--videos",
-        data / "videos",
-        *where,
-        "--encoder",
-        data / "encoder",
-    ]
-    encode += ["--num-frames", "16", "--workers", "2"]
-    checkpoint = ["evaluate.py", "--checkpoint", run, *where, "--workers", "0", "--no-meteor"]
-    lm_steps = ["--lm-steps", str(args.lm_steps)] if args.lm_steps else []
-    seconds = {}
+    run, seconds = Path(args.output), {}
+    data, output, seed = shlex.quote(args.data), shlex.quote(args.output), args.seed
+    lm_steps = f" --lm-steps {args.lm_steps}" if args.lm_steps else ""
+    annotations = f"--annotations {data}/annotations"
+    cached = f"--features {data}/features {annotations}"
+    still = f"--features {data}/features_still {annotations}"
+    encode = f"preprocess_ssv2.py --videos {data}/videos --encoder {data}/encoder --num-frames 16"
+    score = f"evaluate.py --checkpoint {output} --workers 0 --no-meteor"
 
-    def step(name, *command):
+    def step(name, command):
         began = time.perf_counter()
         shell(command)
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - began, 1)
 
-    step("world", "toy_ssv2.py", data, "--clips", str(args.clips), *lm_steps, *seed)
+    step("world", f"toy_ssv2.py {data} --clips {args.clips} --seed {seed}{lm_steps}")
     step(
         "annotations",
-        *["prepare_annotations.py", "--labels", data / "labels"],
-        *["--paraphrases", data / "paraphrases", "--output", data / "annotations"],
+        f"prepare_annotations.py --labels {data}/labels --paraphrases {data}/paraphrases"
+        f" --output {data}/annotations",
     )
-    step("features", *encode, *features, "--splits", *splits)
-    step("features", *encode, *still, "--splits", "validation", "--still")
+    splits = "train validation validation_pairs validation_objects"
+    step("features", f"{encode} {cached} --workers 2 --splits {splits}")
+    step("features", f"{encode} {still} --workers 2 --splits validation --still")
     step(
         "training",
-        *["train.py", *features, *where, "--output", run, "--overwrite", "--lm", data / "lm"],
-        *["--epochs", str(args.epochs), *shlex.split(TRAINING), "--workers", "0", *seed],
+        f"train.py {cached} --lm {data}/lm --output {output} --overwrite --seed {seed} --workers 0"
+        f" --epochs {args.epochs} {TRAINING}",
     )
-    step("evaluation", *checkpoint, *features, "--split", "validation_pairs")
-    step("evaluation", *checkpoint, *features, "--split", "validation_objects")
-    step("evaluation", *checkpoint, *features, "--style", "sentence")
-    step("evaluation", *checkpoint, *still, "--control", "still")
-    clips = read_json(run / "predictions_validation.json", "predictions")[:3]
-    clips = [data / "videos" / f"{c['image_id']}.webm" for c in clips]
-    step("captions", "infer.py", *clips, "--checkpoint", run)
-    step("captions", "infer.py", *clips, "--checkpoint", run, "--style", "sentence")
+    step("evaluation", f"{score} {cached} --split validation_pairs")
+    step("evaluation", f"{score} {cached} --split validation_objects")
+    step("evaluation", f"{score} {cached} --style sentence")
+    step("evaluation", f"{score} {still} --control still")
+    said = read_json(run / "predictions_validation.json", "predictions")[:3]
+    clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
+    step("captions", f"infer.py {clips} --checkpoint {output}")
+    step("captions", f"infer.py {clips} --checkpoint {output} --style sentence")
 
     summary = summarise(run, seconds)
     write_json(run / "summary.json", summary)
@@ -107,12 +101,11 @@ def main(argv=None):
 
 def shell(command):
     """Echo one script's command line and run it. Raises UserError with its exit code."""
-    command = [str(part) for part in command]
-    note(f"\n$ python {shlex.join(command)}")
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, str(here / command[0]), *command[1:]])
+    note(f"\n$ python {command}")
+    name, *args = shlex.split(command)
+    done = subprocess.run([sys.executable, str(Path(__file__).parent / name), *args])
     if done.returncode:
-        raise UserError(f"{command[0]} ended with exit code {done.returncode}", code=1)
+        raise UserError(f"{name} ended with exit code {done.returncode}", code=1)
 
 
 def summarise(run, seconds):

@@ -121,7 +121,7 @@ def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument("output", help="folder for the toy world")
     group = p.add_argument_group("world")
-    group.add_argument("--clips", type=whole(50), default=6000, help="clips for training")
+    group.add_argument("--clips", type=whole(50), default=4000, help="clips for training")
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
     group.add_argument(
         "--old-names", action="store_true", help="something-something-v2-train.json and so on"
