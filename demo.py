@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="data/toy", help="folder of the toy world")
     parser.add_argument("--output", default="results/demo", help="run folder")
     parser.add_argument("--clips", type=cli.whole(50), default=4000, help="training clips")
-    parser.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over them")
+    parser.add_argument("--epochs", type=cli.whole(1), default=7, help="passes over them")
     parser.add_argument("--lm-steps", type=cli.whole(1), help="pre-training of the toy's LM")
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
