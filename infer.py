@@ -9,6 +9,7 @@ One line a clip on stdout, `path<TAB>caption`; clips longer than --window second
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import cli
@@ -125,80 +126,80 @@ def caption_files(paths, encoder, captioner, args):
     {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
     "warning" beside a caption of a clip that is cut short.
     """
+    import video
+
+    spans, errors = {}, {}
+    for n, path in enumerate(paths):
+        try:
+            spans[n] = video.windows(video.probe(path).duration, args.window, args.stride)
+        except video.VideoError as error:
+            errors[n] = str(error)
+    jobs = []
+    for n in spans:
+        # a short clip is decoded as a whole, as preprocess_ssv2.py did
+        cut = spans[n] if len(spans[n]) > 1 else [()]
+        jobs += [(n, paths[n], *span) for span in cut]
+    outcomes = caption_windows(jobs, encoder, captioner, args)
+    for n, path in enumerate(paths):
+        if n in errors:
+            yield {"path": str(path), "error": errors[n]}
+        else:
+            yield describe(path, spans[n], list(islice(outcomes, len(spans[n]))))
+
+
+def caption_windows(jobs, encoder, captioner, args):
+    """Decode and caption jobs; yields (caption or VideoError, whether the file is cut short) each."""
     from tqdm import tqdm
 
     import pool
-    import video
-
-    cuts, errors = {}, {}
-    for n, path in enumerate(paths):
-        try:
-            cuts[n] = video.windows(video.probe(path).duration, args.window, args.stride)
-        except video.VideoError as error:
-            errors[n] = str(error)
-    jobs = [
-        ((n, start, end), paths[n], *((start, end) if len(cuts[n]) > 1 else ()))
-        for n in cuts
-        for start, end in cuts[n]
-    ]
-    parts = {n: {} for n in cuts}  # n -> {(start, end): caption or VideoError}
-    warned, batch, ready = set(), [], 0
-
-    def flush():
-        stored = encoder.stored([clip.frames for _, clip in batch])
-        fine = [(key, s) for (key, _), s in zip(batch, stored, strict=True) if s is not None]
-        for (n, start, end), _ in batch:
-            parts[n][start, end] = video.VideoError("non_finite", "the encoder returned NaN")
-        if fine:
-            features = stack_stored([s for _, s in fine])
-            sent = {k: v.to(captioner.device) for k, v in features.items()}
-            texts = captioner.captions(sent, args.style, args.max_new_tokens, args.num_beams)
-            for ((n, start, end), _), text in zip(fine, texts, strict=True):
-                parts[n][start, end] = text
-        batch.clear()
-
-    def result(n):
-        path = str(paths[n])
-        if n in errors:
-            return {"path": path, "error": errors[n]}
-        said = {w: text for w, text in parts[n].items() if isinstance(text, str)}
-        if not said:
-            return {"path": path, "error": str(next(iter(parts[n].values())))}
-        if len(cuts[n]) == 1:
-            found = {"path": path, "caption": next(iter(said.values()))}
-        else:
-            windows = [{"start": s, "end": e, "caption": said[s, e]} for s, e in sorted(said)]
-            found = {"path": path, "windows": windows}
-        if n in warned:
-            found["warning"] = "the file is cut short; what is there was captioned"
-        if lost := len(parts[n]) - len(said):
-            found["warning"] = f"{lost} of {len(parts[n])} windows could not be decoded"
-        return found
+    from video import VideoError
 
     clips = pool.decode_many(
         jobs,
         encoder.settings["num_frames"],
         workers=min(args.workers, len(jobs)),
         timeout=args.timeout,
+        ahead=args.batch_size + 2 * args.workers,
     )
     with tqdm(total=len(jobs), unit="window", disable=len(jobs) < 2) as bar:
-        for key, clip in clips:
-            bar.update()
-            if isinstance(clip, video.VideoError):
-                parts[key[0]][key[1:]] = clip
-            else:
-                if clip.truncated:
-                    warned.add(key[0])
-                batch.append((key, clip))
-            if len(batch) == args.batch_size:
-                flush()
-            while ready in errors or len(parts.get(ready, ())) == len(cuts.get(ready, (None,))):
-                yield result(ready)
-                ready += 1
-        if batch:
-            flush()
-    for n in range(ready, len(paths)):
-        yield result(n)
+        while batch := [clip for _, clip in islice(clips, args.batch_size)]:
+            decoded = [clip for clip in batch if not isinstance(clip, VideoError)]
+            stored = encoder.stored([clip.frames for clip in decoded]) if decoded else []
+            fine = [s for s in stored if s is not None]
+            texts = []
+            if fine:
+                features = {k: v.to(captioner.device) for k, v in stack_stored(fine).items()}
+                texts = captioner.captions(
+                    features, args.style, args.max_new_tokens, args.num_beams
+                )
+            texts, stored = iter(texts), iter(stored)
+            for clip in batch:
+                bar.update()
+                if isinstance(clip, VideoError):
+                    yield clip, False
+                elif next(stored) is None:
+                    yield VideoError("non_finite", "the encoder returned NaN"), False
+                else:
+                    yield next(texts), clip.truncated
+
+
+def describe(path, spans, outcomes):
+    """One file's result from the outcomes of its windows."""
+    said = [
+        (s, text) for s, (text, _) in zip(spans, outcomes, strict=True) if isinstance(text, str)
+    ]
+    if not said:
+        return {"path": str(path), "error": str(outcomes[0][0])}
+    if len(spans) == 1:
+        result = {"path": str(path), "caption": said[0][1]}
+    else:
+        windows = [{"start": start, "end": end, "caption": text} for (start, end), text in said]
+        result = {"path": str(path), "windows": windows}
+    if len(said) < len(spans):
+        result["warning"] = f"{len(spans) - len(said)} of {len(spans)} windows could not be decoded"
+    elif any(truncated for _, truncated in outcomes):
+        result["warning"] = "the file is cut short; what is there was captioned"
+    return result
 
 
 def text_lines(result):

@@ -19,102 +19,30 @@ claims nothing about SSv2. About 100 s on two idle cores (est.) and 47 MB at the
 Everything is a pure function of the flags. A second run keeps what is finished.
 """
 
-import functools
-import itertools
-import json
-import math
 import multiprocessing
 import os
-import random
 import shutil
 import signal
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cli import UserError, note, parser, run, whole
-from dataset import STYLES, TEST, TRAIN, VALIDATION, encode_caption, read_json, write_json
+from dataset import TEST, TRAIN, VALIDATION, read_json, write_json
+from toy_models import SIZE, write_encoder, write_lm
+from toy_world import (
+    ACTIONS,
+    COLOURS,
+    SINGLE,
+    action_of,
+    label_of,
+    paraphrases_of,
+    plan,
+)
 
 WORLD = 1  # raise it when the same flags would give other files
-SIZE, RATE = 64, 12  # pixels; frames per second, as SSv2
+RATE = 12  # frames per second, as SSv2
 FRAMES = (18, 28)  # above the 16 that the encoder takes, so that sampling is real
-PAIRS, OBJECTS = "validation_pairs", "validation_objects"
-COLOURS = {  # all brighter than the ground: a shape's contrast has one sign, whatever its colour
-    "red": (255, 40, 40),
-    "orange": (255, 140, 0),
-    "yellow": (255, 240, 50),
-    "green": (30, 200, 60),
-    "cyan": (60, 235, 240),
-    "blue": (60, 90, 255),
-    "purple": (165, 50, 225),
-    "pink": (255, 150, 205),
-    "brown": (140, 85, 40),
-    "white": (250, 250, 250),
-}
-SHAPES = ("disc", "bar", "pole", "cross", "ladder", "fence")
-SUBJECTS = ("A hand", "Someone", "A person")
-
-# One action in three lines: the keyword that stands for it in the language model's lessons, and its
-# template; what follows each of SUBJECTS; sentences of their own. {a} and {b} are the objects in
-# the template's order.
-TABLE = """
-    right | Moving [something] over to the right side
-        moves {a} rightwards | takes {a} to the right
-        {a} travels to the right | {a} is taken rightwards
-    left | Moving [something] over to the left side
-        moves {a} leftwards | takes {a} to the left
-        {a} travels to the left | {a} is taken leftwards
-    up | Raising [something] slowly towards the top
-        raises {a} slowly | lifts {a} to the top
-        {a} rises slowly | {a} is lifted to the top
-    down | Lowering [something] slowly towards the bottom
-        lowers {a} slowly | brings {a} down to the bottom
-        {a} sinks slowly | {a} is brought down to the bottom
-    drop | [Something] falling fast and bouncing off the floor
-        drops {a} on the floor | lets {a} fall and bounce
-        {a} hits the floor and bounces | {a} is dropped and bounces
-    clockwise | Swinging [something] round in a clockwise circle
-        swings {a} round clockwise | leads {a} along a clockwise circle
-        {a} circles clockwise | {a} is swung round clockwise
-    anticlockwise | Swinging [something] round in an anticlockwise circle
-        swings {a} round anticlockwise | leads {a} along an anticlockwise circle
-        {a} circles anticlockwise | {a} is swung round anticlockwise
-    near | Bringing the camera nearer until [something] looks big
-        brings the camera nearer to {a} | zooms in on {a}
-        {a} grows in the picture | the camera comes up to {a}
-    far | Taking the camera back until [something] looks small
-        takes the camera back from {a} | zooms out from {a}
-        {a} shrinks in the picture | the camera goes back from {a}
-    sham | Pretending to shift [something] sideways and bringing it back
-        pretends to shift {a} sideways | only makes as if to shift {a}
-        {a} goes sideways and comes back | {a} is shifted but put back
-    feint | Pretending to lift [something] and setting it down again
-        pretends to lift {a} | only makes as if to lift {a}
-        {a} goes up and comes down again | {a} is lifted but set down again
-    against | Moving [something] right up against [something]
-        moves {a} up against {b} | takes {a} to where {b} stands
-        {a} comes to rest beside {b} | {a} is moved up against {b}
-    leave | Moving [something] well away from a waiting [something]
-        moves {a} far away from {b} | takes {a} away and leaves {b} waiting
-        {a} leaves {b} behind | {a} is moved far away from {b}
-    together | Bringing [something] and [something] together in the middle
-        brings {a} and {b} together | makes {a} and {b} meet
-        {a} and {b} meet in the middle | {a} and {b} are brought together
-    apart | Drawing [something] and [something] apart to both sides
-        draws {a} and {b} apart | makes {a} and {b} part
-        {a} and {b} part in the middle | {a} and {b} are drawn apart
-    knock | Knocking [something] out of its place with [something]
-        knocks {a} away with {b} | lets {b} bump into {a}
-        {a} is knocked away by {b} | {b} strikes {a}
-    cover | Sliding [something] on top of [something] to hide it
-        slides {a} on top of {b} | hides {b} under {a}
-        {a} slides over {b} | {b} is hidden under {a}
-"""
-Action = namedtuple("Action", "keyword template acts events")
-ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
-ACTIONS = tuple(Action(*ROWS[i], *ROWS[i + 1 : i + 3]) for i in range(0, len(ROWS), 3))
-SINGLE = [a for a in ACTIONS if a.template.count("[") == 1]
-DOUBLE = [a for a in ACTIONS if a.template.count("[") == 2]
 
 
 def parse_args(argv=None):
@@ -135,84 +63,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# ---- what happens in each clip, and in which words -----------------------------------------
-
-
-def deck(rng, cards):
-    """Deal `cards` for ever, reshuffled after each round: everything occurs about equally often."""
-    while True:
-        yield from rng.sample(cards, len(cards))
-
-
-def divide_objects(seed):
-    """Return what training may show: (objects, held-out objects, pairs, held-out pairs).
-
-    An object is "colour shape"; one shape of each colour is held out. A pair is a frozenset.
-    """
-    rng = random.Random(f"objects:{seed}")
-    shapes = deck(rng, SHAPES)
-    unseen = [f"{colour} {next(shapes)}" for colour in rng.sample(list(COLOURS), len(COLOURS))]
-    objects = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in unseen]
-    pairs = [frozenset(p) for p in itertools.combinations(objects, 2)]
-    rng.shuffle(pairs)
-    return objects, unseen, set(pairs[len(pairs) // 5 :]), set(pairs[: len(pairs) // 5])
-
-
-def plan(clips, seed):
-    """Decide every clip: a list of {"id", "split", "action" (keyword), "objects" (names)}."""
-    objects, unseen, pairs, unseen_pairs = divide_objects(seed)
-    few = max(32, clips // 24)
-    splits = {  # split: clips, actions, objects, pairs that may meet
-        TRAIN: (clips, ACTIONS, objects, pairs),
-        VALIDATION: (max(64, clips // 16), ACTIONS, objects, pairs),
-        PAIRS: (few, DOUBLE, objects, unseen_pairs),
-        OBJECTS: (few, ACTIONS, unseen, {frozenset(p) for p in itertools.combinations(unseen, 2)}),
-        TEST: (max(32, clips // 60), ACTIONS, objects, pairs),
-    }
-    total = sum(count for count, *_ in splits.values())
-    ids = iter(random.Random(f"ids:{seed}").sample(range(1, 220_848 + 4 * total), total))
-    out = []
-    for split, (count, actions, names, allowed) in splits.items():
-        rng = random.Random(f"{split}:{seed}")
-        action_deck, object_deck = deck(rng, actions), deck(rng, names)
-        for _ in range(count):
-            action, chosen = next(action_deck), [next(object_deck)]
-            if action in DOUBLE:
-                partners = [n for n in names if frozenset((chosen[0], n)) in allowed]
-                chosen.append(rng.choice(partners))
-                rng.shuffle(chosen)
-            out.append(
-                {"id": str(next(ids)), "split": split, "action": action.keyword, "objects": chosen}
-            )
-    return out
-
-
-def action_of(clip):
-    return next(a for a in ACTIONS if a.keyword == clip["action"])
-
-
-def label_of(clip):
-    """SSv2's label: the template in lower case, its brackets filled."""
-    text = action_of(clip).template.lower()
-    for name in clip["objects"]:
-        text = text.replace("[something]", name, 1)
-    return text
-
-
-def sentences_of(clip):
-    """Every admissible paraphrase of the clip: eight sentences."""
-    action = action_of(clip)
-    names = {k: f"the {name}" for k, name in zip("ab", clip["objects"], strict=False)}
-    texts = [f"{subject} {act}" for subject in SUBJECTS for act in action.acts]
-    texts = [text.format(**names) for text in (*texts, *action.events)]
-    return [f"{text[0].upper()}{text[1:]}." for text in texts]
-
-
-def paraphrases_of(clip, seed):
-    """The sentences that the clip gets: 4 to 8, one clip in ten 1 to 3."""
-    rng = random.Random(f"paraphrases:{seed}:{clip['id']}")
-    count = rng.randint(1, 3) if rng.random() < 0.1 else rng.randint(4, 8)
-    return rng.sample(sentences_of(clip), count)
+# ---- labels and paraphrases ---------------------------------------------------------------
 
 
 def write_labels(folder, clips, old_names):
@@ -378,188 +229,6 @@ def ignore_interrupt():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
 
 
-# ---- models --------------------------------------------------------------------------------
-
-
-def write_encoder(folder, seed):
-    """A V-JEPA 2 with random weights: 16 frames of 64x64 become 8 x 4 x 4 tokens of width 192."""
-    import torch
-    from transformers import VJEPA2Config, VJEPA2Model
-
-    torch.manual_seed(seed)
-    config = VJEPA2Config(
-        patch_size=16,
-        tubelet_size=2,
-        crop_size=SIZE,
-        frames_per_clip=16,
-        hidden_size=192,
-        num_attention_heads=3,
-        num_hidden_layers=1,
-        initializer_range=0.1,  # at 0.02 the block adds next to nothing to the patches
-        pred_hidden_size=48,
-        pred_num_attention_heads=1,
-        pred_num_hidden_layers=1,
-        pred_num_mask_tokens=1,
-    )
-    VJEPA2Model(config).save_pretrained(folder)
-
-
-def train_tokenizer(folder, clips):
-    """A byte-level BPE learned through Qwen2's own pre-tokenizer, which AutoTokenizer puts back."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoTokenizer, Qwen2Tokenizer
-
-    blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,  # enough for each word to become one token; the text has no more
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    texts = [label_of(c) for c in clips] + [s for c in clips for s in sentences_of(c)]
-    texts += [keywords_of(c, random.Random(i)) for i, c in enumerate(clips)] + list(STYLES.values())
-    bpe.train_from_iterator([f" {text}" for text in texts], trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]
-    Qwen2Tokenizer(vocab=learned["vocab"], merges=merges).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def keywords_of(clip, rng):
-    """What the soft prompts must learn to imitate: one word each for the action and for colour and
-    shape of the objects, the second object in capitals; any order, each word one to three times.
-    """
-    names = [clip["action"], clip["objects"][0], *(n.upper() for n in clip["objects"][1:])]
-    words = [word for word in " ".join(names).split() for _ in range(rng.randint(1, 3))]
-    rng.shuffle(words)
-    return " ".join(words)
-
-
-def draw_lessons(count, seed, objects, pairs):
-    """Random (action, objects) for the language model, all different."""
-    rng, pairs = random.Random(f"lessons:{seed}"), sorted(sorted(p) for p in pairs)
-    lessons = {}
-    for _ in range(count):
-        action = rng.choice(ACTIONS)
-        chosen = rng.sample(rng.choice(pairs), 2) if action in DOUBLE else [rng.choice(objects)]
-        lessons[action.keyword, *chosen] = {"action": action.keyword, "objects": chosen}
-    return list(lessons.values())
-
-
-def build_lm(tokenizer, seed):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
-    """Teach `<keywords><style prompt> <caption><eos>`, loss on the caption. Returns the final loss.
-
-    Noise on the keywords' embeddings makes the model take vectors that are near a word for it.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    rng, noise = random.Random(f"lm:{seed}"), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
-    tokens = functools.cache(functools.partial(encode_caption, tokenizer))
-    word_ids = functools.cache(lambda w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"])
-    table, losses = model.get_input_embeddings(), []
-    for step in range(steps):
-        rows = []
-        for clip in rng.choices(lessons, k=32):
-            style = rng.choice(tuple(STYLES))
-            caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
-            context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
-            rows.append((context, *tokens(style, caption)))
-        length = max(sum(map(len, row)) for row in rows)
-        ids = torch.zeros(32, length, dtype=torch.long)
-        labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
-        for i, (context, prompt, target) in enumerate(rows):
-            start, end = len(context) + len(prompt), len(context) + len(prompt) + len(target)
-            ids[i, :end] = torch.tensor(context + prompt + target)
-            labels[i, start:end] = torch.tensor(target)
-            is_context[i, : len(context)] = 1
-        embeds = table(ids)  # (B, L, D)
-        sigma = 0.5 * table.weight.detach().square().mean().sqrt()
-        embeds = embeds + is_context * sigma * torch.randn(embeds.shape, generator=noise)
-        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        keep = labels[:, 1:] >= 0
-        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep])
-        warm = min(1, (step + 1) / (0.1 * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 50 == 0:
-            progress(f"LM step {step}/{steps}, loss {losses[-1]:.2f}")
-    return sum(losses[-50:]) / len(losses[-50:])
-
-
-def check_lm(model, tokenizer, lessons, seed):
-    """Share of contexts from which greedy decoding gives the label, and an admissible sentence."""
-    rng, right = random.Random(f"check:{seed}"), {}
-    for style in STYLES:
-        rows = []
-        for clip in lessons:
-            words = tokenizer(" " + keywords_of(clip, rng), add_special_tokens=False)["input_ids"]
-            rows.append(words + encode_caption(tokenizer, style, "")[0])
-        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=40, do_sample=False)
-        texts = tokenizer.batch_decode(
-            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        allowed = (lambda clip: [label_of(clip)]) if style == "label" else sentences_of
-        hits = sum(t.strip() in allowed(c) for t, c in zip(texts, lessons, strict=True))
-        right[style] = hits / len(lessons)
-    return right
-
-
-def write_lm(folder, args, progress):
-    """Train tokenizer and language model. The held-out objects and pairs are not in its lessons."""
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)  # the weights depend on it
-    objects, unseen, pairs, unseen_pairs = divide_objects(args.seed)
-    lessons = draw_lessons(6000, args.seed, objects, pairs)
-    tokenizer = train_tokenizer(folder, lessons)
-    model = build_lm(tokenizer, args.seed)
-    loss = pretrain_lm(model, tokenizer, lessons, args.lm_steps, args.seed, progress)
-    model.eval().save_pretrained(folder)
-    tests = {
-        "unseen pairs": draw_lessons(150, args.seed, objects, unseen_pairs),
-        "unseen objects": draw_lessons(
-            150, args.seed, unseen, map(frozenset, itertools.combinations(unseen, 2))
-        ),
-    }
-    text = []
-    for name, some in tests.items():
-        share = check_lm(model, tokenizer, some, args.seed)
-        text.append(f"{name}: {share['label']:.1%} of labels, {share['sentence']:.1%} of sentences")
-    return f"LM: final loss {loss:.3f}; from keywords it writes right, {'; '.join(text)}"
-
-
 # ---- the folder ----------------------------------------------------------------------------
 
 
@@ -639,7 +308,11 @@ def main(argv=None):
         try:
             futures = start_clips(pool, root / "videos", clips, args.seed, bar)
             part(root, "encoder", lambda folder: write_encoder(folder, args.seed))
-            lm = part(root, "lm", lambda folder: write_lm(folder, args, bar.set_postfix_str))
+            lm = part(
+                root,
+                "lm",
+                lambda folder: write_lm(folder, args.seed, args.lm_steps, bar.set_postfix_str),
+            )
             for future in futures:
                 future.result()
         except OSError as error:  # a full disk, mostly
