@@ -31,7 +31,8 @@ ROWS = {
     "cider_shuffled": "control: predictions shuffled",
     "cider_still": "control: first frame only",
     "cider_most_frequent": "control: most frequent label",
-    "cider_ceiling": "ceiling of these references",
+    "cider_ceiling": "ceiling: the references themselves",
+    "cider_sentence_ceiling": "ceiling, sentence style",
 }
 
 
@@ -131,6 +132,7 @@ def summarise(run, seconds):
         "cider_still": still["metrics"]["CIDEr"],
         "cider_most_frequent": main["controls"]["most_frequent"]["CIDEr"],
         "cider_ceiling": main["controls"]["ceiling"]["CIDEr"],
+        "cider_sentence_ceiling": sentence["controls"]["ceiling"]["CIDEr"],
         "template_accuracy": main["metrics"]["template_accuracy"],
         "exact_match": main["metrics"]["exact_match"],
         "clips": {
