@@ -27,13 +27,12 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys):
     """Trained on a few clips the captions already say more of their own clip than of another: real
     minus shuffled CIDEr is over 1. A model that cannot be steered reads well and scores 0."""
     world = ["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")]
-    world += ["--clips", "800", "--lm-steps", "300"]
-    demo.main([*world, "--epochs", "8"])
+    world += ["--clips", "600", "--lm-steps", "250"]
+    demo.main([*world, "--epochs", "7"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    print(json.dumps(summary))
     assert summary["cider"] - summary["cider_shuffled"] > 1
     assert summary["cider"] > summary["cider_still"] > 0
-    assert summary["clips"]["train"] == 800 and summary["trainable_parameters"] > 100_000
+    assert summary["clips"]["train"] == 600 and summary["trainable_parameters"] > 100_000
     assert set(summary["seconds"]) > {"total", "world", "features", "training", "evaluation"}
     assert "validation: clips never seen" in capsys.readouterr().out
     first = list(in_process)
