@@ -144,6 +144,17 @@ def existing(path, what, hint):
     return path
 
 
+def output_folder(path, flag):
+    """Return `path` as a Path to write into, not yet made. Raises UserError if it cannot be."""
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag} {path}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {there} cannot be written to; name another folder")
+    return path
+
+
 def device_and_dtype(args):
     """Resolve --device and --dtype to a torch.device and a torch.dtype."""
     import torch

@@ -72,15 +72,13 @@ def main(argv=None):
         raise UserError(
             f"split {args.split!r} has no paraphrases: --style sentence has no references"
         )
+    path = Path(args.predictions[0] if args.predictions else args.checkpoint)
+    default = path if path.is_dir() else path.parent
+    output = cli.output_folder(args.output or default, "--output")
     if args.predictions:
-        predictions = read_predictions(args.predictions)
-        output, settings = Path(args.output or Path(args.predictions[0]).parent), {}
-        source = [str(p) for p in args.predictions]
+        predictions, settings = read_predictions(args.predictions), {}
     else:
         predictions, settings = predict(args, records)
-        path = Path(args.checkpoint)
-        output = Path(args.output or (path if path.is_dir() else path.parent))
-        source = str(path)
     output.mkdir(parents=True, exist_ok=True)
     name = result_name(args)
     if not args.predictions:
@@ -102,7 +100,7 @@ def main(argv=None):
         with_meteor=not args.no_meteor,
     )
     result |= {
-        "checkpoint": source,
+        "checkpoint": args.predictions or args.checkpoint,
         "settings": {"split": args.split, "style": args.style} | settings,
     }
     write_json(output / f"evaluation_{name}.json", result)

@@ -58,6 +58,7 @@ def main(argv=None):
     paths = draw_samples(args) if args.num_samples else find_clips(args.clips)
     paths = paths[: args.limit]
     output = args.output or ("results/samples" if args.num_samples else None)
+    output = output and cli.output_folder(output, "--output")
 
     device, dtype = cli.device_and_dtype(args)
     from captioner import from_checkpoint, read_checkpoint
@@ -77,7 +78,7 @@ def main(argv=None):
         for line in [json.dumps(result)] if args.json else text_lines(result):
             print(line, flush=True)
     if output:
-        save_results(Path(output), results, copy_clips=bool(args.num_samples))
+        save_results(output, results, copy_clips=bool(args.num_samples))
     failed = sum("error" in r for r in results)
     if failed:
         note(f"{failed} of {len(results)} clips failed")

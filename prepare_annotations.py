@@ -44,6 +44,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    output = cli.output_folder(args.output, "--output")
     if args.captions:
         if args.paraphrases:
             raise UserError("--paraphrases belongs to --labels; in --captions, repeat the row")
@@ -52,7 +53,6 @@ def main(argv=None):
         splits = read_labels(args.labels)
         if args.paraphrases or Path(PARAPHRASES).is_dir():
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
-    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):
         note(f"note: {output} also holds splits of an earlier run: {', '.join(stale)}")

@@ -123,7 +123,7 @@ def complete(features, paths):
 
 def fill(args, paths, missing):
     """Encode what the cache lacks."""
-    features = Path(args.features)
+    features = cli.output_folder(args.features, "--features")
     done = complete(features, paths)
     todo = {key: path for key, path in paths.items() if key not in done}
     note(f"{len(paths):,} clips found, {len(missing):,} missing, {len(done):,} already encoded")

@@ -57,7 +57,7 @@ def main(argv=None):
     for s in strips:
         picture.paste(s, (0, top))
         top += s.height
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    cli.output_folder(Path(args.output).parent, "--output").mkdir(parents=True, exist_ok=True)
     picture.save(args.output, optimize=True)
     note(f"{len(strips)} clips drawn: {args.output}")
 

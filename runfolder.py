@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import UserError, note
+from cli import UserError, note, output_folder
 from dataset import STYLES, check_same_settings, torch_bytes, write_atomic, write_json
 
 # Flags that do not change what is learned, so that a resumed run may have others
@@ -30,7 +30,7 @@ OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
 
 def claim(args):
     """Return the run folder's path. Raises UserError where a run is there already, unless told."""
-    folder = Path(args.output)
+    folder = output_folder(args.output, "--output")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if not args.dry_run and not args.resume and not args.overwrite and any(folder.glob("*")):

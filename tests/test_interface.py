@@ -66,6 +66,14 @@ def test_mistakes_get_one_sentence(command, code, sentence, tmp_path):
     assert not list(tmp_path.iterdir()), "a mistake must not leave anything behind"
 
 
+def test_an_output_that_is_a_file_is_told_before_the_work(tmp_path):
+    """It once cost a whole evaluation, and ended in a traceback."""
+    (tmp_path / "file").write_text("")
+    for name, flag in [("train", "--output"), ("prepare_annotations", "--output")]:
+        done = script(name, flag, tmp_path / "file" / "run", cwd=tmp_path)
+        assert done.returncode == 2 and "is a file, not a folder" in done.stderr
+
+
 def readme_commands():
     """The python commands in the README's code blocks, continuation lines joined."""
     text = (HERE / "README.md").read_text()
