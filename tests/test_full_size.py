@@ -19,10 +19,10 @@ def test_forward_and_backward_at_full_size(tokenizer):
     from qformer import QFormer
 
     args = train.parse_args([])
+    vitl = VJEPA2Model(VJEPA2Config())  # float32, preprocess_ssv2.py's choice on a CPU
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        vitl = VJEPA2Model(VJEPA2Config())
         qwen = Qwen2Config(
             vocab_size=151936,
             hidden_size=1536,
@@ -49,6 +49,7 @@ def test_forward_and_backward_at_full_size(tokenizer):
     began = time.perf_counter()
     (stored,) = encoder.stored([clip])
     encode = time.perf_counter() - began
+    print(f"\nencode {encode:.0f} s a clip", flush=True)
     assert stored["features"].shape == (4096, 1024)
     qformer = QFormer(
         num_queries=args.num_queries,
@@ -74,6 +75,6 @@ def test_forward_and_backward_at_full_size(tokenizer):
     assert loss / tokens == pytest.approx(np.log(151936), rel=0.1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"\n{sum(p.numel() for p in qformer.parameters()):,} trained parameters; encode {encode:.0f} s,"
+        f"{sum(p.numel() for p in qformer.parameters()):,} trained parameters;"
         f" forward and backward {step:.0f} s a clip with 2 captions, peak {peak:.1f} GiB"
     )
