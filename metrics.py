@@ -316,9 +316,8 @@ def score(
     """
     references = references_of(records, style)
     _check(predictions, records, references, style)
-    predictions = {
-        i: predictions[i] for i in references
-    }  # sums depend on the order, in the last bit
+    # in the records' order: a sum depends on the order, in its last bit
+    predictions = {i: predictions[i] for i in references}
     split = references_of(all_records or records, style)
     assert split.keys() >= references.keys(), "all_records must contain records"
     split = {i: texts for i, texts in split.items() if texts and any(references.values())}
