@@ -81,7 +81,9 @@ class VideoCaptioner(nn.Module):
             return F.cross_entropy(head(h).to(dtype), t, reduction="sum")
 
         for h, t in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
-            total = total + checkpoint(cross_entropy, h, t, use_reentrant=False)
+            total = total + checkpoint(
+                cross_entropy, h, t, use_reentrant=False, preserve_rng_state=False
+            )
         return total, real.sum(1)
 
     @torch.inference_mode()
@@ -122,6 +124,7 @@ class VideoCaptioner(nn.Module):
         # it wants ids for the cached positions too, and strips them with the prompt
         filler = ids.new_full((len(ids), past), self.tokenizer.eos_token_id)
         full = torch.cat([filler, ids], 1)
+        self.lm.generation_config = GenerationConfig()  # a model may bring sampling or penalties
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,

@@ -36,6 +36,7 @@ def run(main):
 
     signal.signal(signal.SIGTERM, terminate)
     script = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
     try:
         code = main() or DONE
         sys.stdout.flush()
@@ -166,6 +167,8 @@ def device_and_dtype(args):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:

@@ -75,7 +75,7 @@ def is_clip_id(name):
     """True if `name` is a plain file name: it can neither leave a folder nor hide in one."""
     return (
         isinstance(name, str)
-        and 0 < len(name) <= 200
+        and 0 < len(name.encode()) <= 200  # bytes: a file name may have 255, and gets suffixes
         and not name.startswith(".")
         and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
     )
@@ -167,6 +167,7 @@ def load_manifest(features):
     manifest = read_json(path, "manifest")
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
     needed = {"format_version", "encoder_fingerprint", "num_frames", "sampling", "grid", "width"}
+    needed |= {"resize", "size", "pool", "store", "compute_dtype"}
     if not isinstance(settings, dict) or not needed <= settings.keys():
         raise UserError(f"manifest {path} is not one written by preprocess_ssv2.py")
     if settings["format_version"] != FORMAT_VERSION:
@@ -302,7 +303,10 @@ class FeatureDataset:
 
     def __getitem__(self, i):
         record = self.records[i]
-        item = load_features(self.root / f"{record['id']}.pt", record["id"], self.settings)
+        try:
+            item = load_features(self.root / f"{record['id']}.pt", record["id"], self.settings)
+        except UserError as error:
+            return error  # raised by `batches`: in a worker it would become a traceback
         item["captions"] = [encode_caption(self.tokenizer, *c) for c in self.choose(record)]
         return item
 
@@ -331,6 +335,8 @@ def collate(items):
     """
     import torch
 
+    if error := next((item for item in items if isinstance(item, UserError)), None):
+        return error
     batch = stack_stored(items)
     pairs = [pair for item in items for pair in item["captions"]]
     length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
@@ -360,6 +366,17 @@ def loader(dataset, batch_size, workers):
 
 
 def _leave_signals_to_the_parent(_):
-    """Ctrl-C reaches the whole process group; a worker that died of it would spoil the last step."""
+    """Ctrl-C reaches the whole process group; a worker that died of it would spoil the last step.
+
+    SIGTERM must end a worker: it is how the parent's exit gets rid of those it could not shut down.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def batches(loader):
+    """Iterate over a loader; a clip that could not be read raises its UserError here."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

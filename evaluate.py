@@ -8,7 +8,7 @@ stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
 """
 
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from dataset import (
     require_features,
     write_json,
 )
+from dataset import batches as read_batches
 
 
 def parse_args(argv=None):
@@ -114,7 +115,14 @@ def result_name(args):
     parts += [args.style] if args.style != "label" else []
     parts += [args.control] if args.control != "none" else []
     parts += [f"first{args.limit}"] if args.limit else []
+    parts += [f"beams{args.num_beams}"] if args.num_beams != 1 else []
+    parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens != 50 else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
+    path = Path(args.checkpoint)
+    if args.predictions:
+        parts += ["rescored"]  # of whatever file: it must not replace what a checkpoint scored
+    elif path.suffix == ".pt" and path.stem != "best":
+        parts += [path.stem]
     return "_".join(parts)
 
 
@@ -167,7 +175,7 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     predictions, total, tokens = {}, 0.0, 0
     try:
         with tqdm(total=len(batches.dataset), unit="clip", desc="caption", leave=False) as bar:
-            for batch in batches:
+            for batch in read_batches(batches):
                 batch = to_device(batch, captioner.device)
                 loss, n, texts = captioner.validation(batch, style, max_new_tokens, num_beams)
                 predictions |= zip(batch["ids"], texts, strict=True)
@@ -191,12 +199,8 @@ def score(predictions, records, everything, annotations, style="label", seed=0, 
     """
     import metrics
 
-    known = training_captions(annotations)
-    templates = {r["template"] for r in [*known, *everything]} - {None}
-    texts = [
-        t for r in known for t in ([r["label"]] if style == "label" else r["paraphrases"]) if t
-    ]
-    commonest = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
+    templates, commonest = training_facts(str(annotations), style)
+    templates = templates | {r["template"] for r in everything} - {None}
     return metrics.score(
         predictions,
         records,
@@ -209,9 +213,19 @@ def score(predictions, records, everything, annotations, style="label", seed=0, 
     )
 
 
-def training_captions(annotations):
-    """The training records, or none where the folder has no training split."""
-    return load_records(annotations, TRAIN) if Path(annotations, f"{TRAIN}.json").is_file() else []
+@cache
+def training_facts(annotations, style):
+    """The training clips' templates and commonest caption; none without a training split.
+
+    Read once: training asks after each epoch, and the file is large.
+    """
+    path = Path(annotations, f"{TRAIN}.json")
+    known = load_records(annotations, TRAIN) if path.is_file() else []
+    texts = [
+        t for r in known for t in ([r["label"]] if style == "label" else r["paraphrases"]) if t
+    ]
+    commonest = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
+    return frozenset(r["template"] for r in known) - {None}, commonest
 
 
 def write_predictions(path, predictions):

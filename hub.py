@@ -23,7 +23,11 @@ def find_model(name, flag):
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
@@ -31,6 +35,8 @@ def find_model(name, flag):
             return cached
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: neither a folder nor a Hub id") from None
     try:
         HfApi().model_info(name, timeout=10)  # one request, no retries: is there a Hub at all?
         return Path(snapshot_download(name, allow_patterns=WANTED))
@@ -56,7 +62,7 @@ def _missing_files(folder):
 
 
 def fingerprint(folder):
-    """sha256 over config.json and every weight file's name, size, first and last MiB.
+    """sha256 over config.json, the tokenizer and each weight file's name, size, first and last MiB.
 
     It depends on the content alone, so the Hub's copy of a model and a folder downloaded from it
     agree, and a fine-tuned one does not.
@@ -65,6 +71,8 @@ def fingerprint(folder):
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
+    if (folder / "tokenizer.json").is_file():
+        digest.update((folder / "tokenizer.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())

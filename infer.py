@@ -92,7 +92,9 @@ def find_clips(names):
     paths = []
     for path in map(Path, names):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_EXTENSIONS)
+            inside = sorted(
+                p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_EXTENSIONS
+            )
             if not inside:
                 raise UserError(f"folder {path} holds no video ({' '.join(VIDEO_EXTENSIONS)})")
             paths += inside
@@ -205,20 +207,22 @@ def describe(path, spans, outcomes):
 
 def text_lines(result):
     """The stdout lines of one file; none for one that failed."""
+    path = result["path"].replace("\t", "\\t").replace("\n", "\\n")  # a line stays a line
     if "windows" in result:
         for w in result["windows"]:
-            yield f"{result['path']}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
+            yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
     elif "caption" in result:
-        yield f"{result['path']}\t{result['caption']}"
+        yield f"{path}\t{result['caption']}"
 
 
 def save_results(output, results, copy_clips):
     """Write captions.json, and the clips beside it."""
     output.mkdir(parents=True, exist_ok=True)
-    if copy_clips:
-        for r in results:
-            shutil.copyfile(r["path"], output / Path(r["path"]).name)
     write_json(output / "captions.json", results)
+    for path in [Path(r["path"]) for r in results if copy_clips]:
+        copy = output / path.name
+        if not (copy.exists() and copy.samefile(path)):
+            shutil.copyfile(path, copy)
     note(f"written to {output}")
 
 

@@ -8,6 +8,7 @@ Your own clips, a CSV or JSON-lines file with video,caption[,split]; more rows, 
 
 import csv
 import glob
+import io
 import json
 import re
 from collections import Counter
@@ -223,7 +224,7 @@ def read_captions(path, validation_share, seed):
     clips = {}  # video -> record, in order of appearance
     split_of, clash = {}, []
     for n, row in rows:
-        video, split = clean(row["video"]), clean(row.get("split")) or None
+        video, split = row["video"].strip(), clean(row.get("split")) or None
         if video not in clips:
             clips[video], split_of[video] = record(None, video, clean(row["caption"])), split
         else:
@@ -239,6 +240,10 @@ def read_captions(path, validation_share, seed):
         held_out = by_hash((r["id"] for r in clips.values()), seed)
         least = 2 if validation_share else 0  # one clip alone has no CIDEr
         held_out = set(held_out[: max(least, round(validation_share * len(clips)))])
+        if len(held_out) == len(clips):
+            raise UserError(
+                f"--captions {path} has too few clips to hold two out: add a split column"
+            )
         for video, r in clips.items():
             split_of[video] = VALIDATION if r["id"] in held_out else TRAIN
         note(f"no split column: {len(held_out)} of {len(clips)} clips held out for validation")
@@ -256,7 +261,7 @@ def read_rows(path):
         raise UserError(f"--captions {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix.lower() in (".jsonl", ".json"):
         try:
-            rows = [(n, json.loads(t)) for n, t in enumerate(text.splitlines(), 1) if t.strip()]
+            rows = [(n, json.loads(t)) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
         except ValueError as error:
             raise UserError(f"--captions {path} is not JSON lines: {error}") from None
         refuse(
@@ -264,13 +269,16 @@ def read_rows(path):
             f"lines of {path} are no object",
         )
     else:
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         if not {"video", "caption"} <= set(reader.fieldnames or ()):
             raise UserError(
                 f"--captions {path} needs a header with video,caption[,split];"
                 f" its first line is {','.join(reader.fieldnames or ['empty'])[:100]!r}"
             )
-        rows = [(reader.line_num, row) for row in reader]
+        try:
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"--captions {path} is no readable CSV: {error}") from None
     if not rows:
         raise UserError(f"--captions {path} holds no rows")
     return rows

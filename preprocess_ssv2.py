@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cli
+import hub
 from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import (
     TRAIN,
@@ -138,8 +139,11 @@ def fill(args, paths, missing):
     manifest = features / "manifest.json"
     theirs = load_manifest(features)["settings"] if manifest.is_file() else None
     if theirs:  # what can be told without the encoder, before it is loaded
-        compute = {"compute_dtype": str(dtype).removeprefix("torch.")}
-        check_same_settings(theirs | asked | compute, theirs, f"the cache {features}")
+        asked_all = asked | {
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "encoder_fingerprint": hub.fingerprint(hub.find_model(args.encoder, "--encoder")),
+        }
+        check_same_settings(theirs | asked_all, theirs, f"the cache {features}")
         if not todo and not args.dry_run:
             return report(len(done), {}, missing)
 
@@ -157,7 +161,8 @@ def fill(args, paths, missing):
         write_json(manifest, {"settings": encoder.settings, "info": info(args)})
 
     failed = {}
-    log = features / "failures.jsonl"
+    part = "_part{}of{}".format(*args.shard) if args.shard != (0, 1) else ""
+    log = features / f"failures{part}.jsonl"  # shards run side by side, and each replaces its own
     keep = {key: line for key, line in read_failures(log).items() if key not in todo}
     write_atomic(log, "".join(keep.values()))  # those to be tried again may now succeed
     with open(log, "a", encoding="utf-8") as file, progress(len(todo), "clip") as bar:

@@ -143,14 +143,20 @@ class Stop:
 
     def __init__(self):
         self.signal = None
-        signal.signal(signal.SIGINT, self.request)
-        signal.signal(signal.SIGTERM, self.request)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.request) for number in numbers}
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def request(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        note("\nfinishing this step, then saving; a second signal leaves at once")
+        note(
+            "\nfinishing this step, and the evaluation if one is due, then saving; a second signal leaves at once"
+        )
 
 
 def save(path, state, args, records, optimizer, device):
@@ -172,6 +178,10 @@ def restore(state, frozen, args, records, model, optimizer):
     """Continue from last.pt. Returns (step, best score); raises UserError naming what differs."""
     import torch
 
+    if "optimizer" not in state:
+        raise UserError(
+            f"--resume: {args.output}/last.pt is no state of a run (a copy of best.pt?)"
+        )
     ours, theirs = flags(args), state["args"]
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):

@@ -22,6 +22,7 @@ from dataset import (
     TRAIN,
     VALIDATION,
     FeatureDataset,
+    batches,
     by_hash,
     channel_statistics,
     choose_captions,
@@ -166,6 +167,7 @@ def main(argv=None):
             if stop.signal:
                 note(f"stopped after step {step:,}; continue with --resume")
                 return {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}[stop.signal]
+    stop.restore()  # all is saved: from here a signal ends the script as usual
     return finish(args, data, model, folder)
 
 
@@ -233,8 +235,8 @@ def windows(args, data, tokenizer, step):
         order = epoch_order(data.train, args.seed, epoch)[done * clips :]
         settings = data.manifest["settings"]
         dataset = FeatureDataset(args.features, TRAIN, order, settings, tokenizer, choose)
-        batches = iter(loader(dataset, args.batch_size, args.workers))
-        while window := list(islice(batches, args.grad_accum)):
+        clips_of_epoch = batches(loader(dataset, args.batch_size, args.workers))
+        while window := list(islice(clips_of_epoch, args.grad_accum)):
             yield epoch, window
         done = 0
 
@@ -267,8 +269,8 @@ def scale_and_clip(qformer, tokens, clip_grad):
 def evaluate(args, data, model, records, with_meteor=False):
     """Caption validation clips in label style. Returns (result, {id: caption}, loss per token)."""
     size = 8 * args.batch_size  # no gradient, so more clips fit
-    batches = clip_batches(model, args, VALIDATION, records, "label", size)
-    predictions, loss = caption(model, batches, "label")
+    loader = clip_batches(model, args, VALIDATION, records, "label", size)
+    predictions, loss = caption(model, loader, "label")
     result, _ = score(
         predictions,
         records,

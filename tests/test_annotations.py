@@ -162,6 +162,19 @@ def test_own_captions(tmp_path, kind):
     assert validation["id"] == "c" and validation["video"] == "b/c.mp4"
 
 
+def test_file_names_and_line_breaks_survive(tmp_path):
+    """Two spaces in a file name became one, and a line break in a quoted caption glued its words."""
+    path = tmp_path / "mine.csv"
+    path.write_text('video,caption,split\na  b.mp4,"picking\nup",train\n')
+    (record,) = load_records(run(tmp_path, "--captions", path), "train")
+    assert (record["video"], record["label"]) == ("a  b.mp4", "picking up")
+    path = tmp_path / "mine.jsonl"
+    row = {"video": "c.mp4", "caption": "one\u2028two", "split": "train"}
+    path.write_text(json.dumps(row, ensure_ascii=False))
+    (record,) = load_records(run(tmp_path, "--captions", path), "train")
+    assert record["label"] == "one two"
+
+
 def test_own_captions_without_splits_hold_some_out(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("video,caption\n" + "".join(f"clips/{i}.mp4,clip {i}\n" for i in range(40)))
@@ -186,6 +199,7 @@ def test_clips_of_the_same_name_get_their_folders(tmp_path):
         ("", "needs a header"),
         ("clip,text\na.mp4,hi\n", "needs a header"),
         ("video,caption\n", "holds no rows"),
+        ("video,caption\na.mp4,hi\nb.mp4,ho\n", "too few clips to hold two out"),
         ("video,caption\na.mp4,\n", "line 2.*|1 rows .* lack"),
         ("video,caption,split\na.mp4,hi,train\na.mp4,ho,validation\n", "two splits"),
         ("video,caption,split\na.mp4,hi,../x\n", "no plain names"),

@@ -128,6 +128,17 @@ def test_generate_is_a_naive_argmax_loop(captioner, make_clips):
     assert len(set(fast)) > 1, "the video must matter for this test to mean anything"
 
 
+def test_beams_take_nothing_from_the_models_own_settings(captioner, make_clips):
+    """A model may bring sampling and penalties in its generation_config: beams then differed with
+    the seed."""
+    x, scale, offset = make_clips(3)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    plain = captioner.captions(batch, "label", 10, 3)
+    config = captioner.lm.generation_config
+    config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 1.9
+    assert captioner.captions(batch, "label", 10, 3) == plain
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batched_is_one_by_one(captioner, make_clips, num_beams):
     """Also for beams: the cache has to be repeated per beam, not the ids alone."""

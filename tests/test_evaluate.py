@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import preprocess
@@ -53,7 +56,9 @@ def test_rescoring_needs_no_model(run, trained, capsys):
     """Also from the parts of a sharded run, put together."""
     whole = load(trained / "evaluation_validation.json")
     out = run("--predictions", trained / "predictions_validation.json", checkpoint=False)
-    again = load(out / "evaluation_validation.json")
+    again = load(
+        out / "evaluation_validation_rescored.json"
+    )  # another name: it once replaced scores
     assert again["metrics"] == whole["metrics"] and again["controls"] == whole["controls"]
     assert "CIDEr" in capsys.readouterr().out
     for part in ("0/2", "1/2"):
@@ -61,11 +66,33 @@ def test_rescoring_needs_no_model(run, trained, capsys):
     parts = sorted(out.glob("predictions_validation_part*.json"))
     assert len(parts) == 2
     run("--predictions", *parts, checkpoint=False)
-    assert load(out / "evaluation_validation.json")["metrics"] == whole["metrics"]
+    assert load(out / "evaluation_validation_rescored.json")["metrics"] == whole["metrics"]
     with pytest.raises(UserError, match=r"of \d+ clips, \d+ clips have no prediction"):
         run("--predictions", parts[0], checkpoint=False)
     with pytest.raises(UserError, match="more than once"):
         run("--predictions", parts[0], *parts, checkpoint=False)
+
+
+def test_a_damaged_feature_file_ends_the_run_with_its_name(prepared, trained, tmp_path):
+    """With loader workers the error became torch's traceback, and the process hung at its exit:
+    multiprocessing ends workers with SIGTERM, which they ignored."""
+    features = shutil.copytree(prepared / "features", tmp_path / "features")
+    victim = sorted((features / "validation").iterdir())[3]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    done = subprocess.run(
+        [
+            *[sys.executable, str(Path(evaluate.__file__)), "--checkpoint", str(trained)],
+            *["--features", str(features), "--annotations", str(prepared / "annotations")],
+            *["--output", str(tmp_path / "out"), "--workers", "2", "--batch-size", "4"],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and f"clip {victim.stem} " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_results_of_another_kind_have_other_names(run):
