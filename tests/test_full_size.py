@@ -9,7 +9,9 @@ import torch
 
 
 @pytest.mark.slow
-def test_forward_and_backward_at_full_size(tokenizer):
+@pytest.mark.parametrize("lm_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
+    """bfloat16 needs a processor that has it: without, one step takes more than ten minutes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
     import train
@@ -21,7 +23,7 @@ def test_forward_and_backward_at_full_size(tokenizer):
     args = train.parse_args([])
     vitl = VJEPA2Model(VJEPA2Config())  # float32, preprocess_ssv2.py's choice on a CPU
     dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(lm_dtype)
     try:
         qwen = Qwen2Config(
             vocab_size=151936,
