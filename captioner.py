@@ -56,35 +56,20 @@ class VideoCaptioner(nn.Module):
         out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), use_cache=True)
         return out.past_key_values
 
-    def loss(self, cache, input_ids, labels):
-        """Summed cross-entropy of K captions per clip, and each row's number of real tokens.
+    def loss(self, cache, input_ids, positions, targets):
+        """Summed cross-entropy of K captions per clip, a float32 scalar.
 
-        cache: of `prefix`, consumed by the call; input_ids, labels: (B*K, L), see `dataset.collate`.
-        Returns the sum, a float32 scalar, and counts (B*K,). Rows are padded on the right, which
-        causal attention never looks at, so no mask is needed. Logits exist only where there is a
-        label, a chunk at a time, and are computed again on the way back.
+        cache: of `prefix`, consumed by the call; input_ids (B*K, L), positions and targets (M,): see
+        `dataset.collate`. Rows are padded on the right, which causal attention never looks at, so
+        no mask is needed.
         """
         clips = cache.layers[0].keys.shape[0]
         cache.batch_repeat_interleave(len(input_ids) // clips)  # B -> B*K, differentiable
         hidden = self.lm.base_model(
             input_ids=input_ids, past_key_values=cache, use_cache=True
         ).last_hidden_state  # (B*K, L, D)
-        targets = labels[:, 1:]  # the style prompt's last token predicts the caption's first
-        real = targets != -100
-        hidden, target = hidden[:, :-1][real], targets[real]  # (M, D), (M,)
-        head = self.lm.get_output_embeddings()
-
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=dtype)
-
-        def cross_entropy(h, t):
-            return F.cross_entropy(head(h).to(dtype), t, reduction="sum")
-
-        for h, t in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
-            total = total + checkpoint(
-                cross_entropy, h, t, use_reentrant=False, preserve_rng_state=False
-            )
-        return total, real.sum(1)
+        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (M, D)
+        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, targets)
 
     @torch.inference_mode()
     def generate(self, cache, style, max_new_tokens=50, num_beams=1):
@@ -152,11 +137,30 @@ class VideoCaptioner(nn.Module):
         """
         with torch.inference_mode():
             cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
-            total, tokens = None, 0
-            if batch["input_ids"].numel():
-                total, counts = self.loss(copy.deepcopy(cache), batch["input_ids"], batch["labels"])
-                total, tokens = total.item(), int(counts.sum())
+            total = None
+            if tokens := len(batch["targets"]):
+                text = batch["input_ids"], batch["positions"], batch["targets"]
+                total = self.loss(copy.deepcopy(cache), *text).item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
+
+
+def chunked_cross_entropy(head, hidden, targets):
+    """Summed cross-entropy of head(hidden), hidden (M, D), targets (M,), at least in float32.
+
+    Logits exist a chunk at a time and are computed again on the way back: V is 99 times D in Qwen2,
+    so all of them at once would be the largest thing in memory.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+    def cross_entropy(h, t):
+        return F.cross_entropy(head(h).to(dtype), t, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=dtype)
+    for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+        total = total + checkpoint(
+            cross_entropy, h, t, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 def build(manifest, lm_name, device, dtype, **sizes):

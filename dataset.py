@@ -330,8 +330,9 @@ def collate(items):
     """Stack B clips of K captions; text is padded on the right, which causal attention never sees.
 
     Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E),
-             "input_ids" int64 (B*K, L), "labels" int64 (B*K, L)}, labels being -100 on the style
-    prompt and on pads: only caption and eos tokens carry loss.
+             "input_ids" int64 (B*K, L), "targets" int64 (M,), "positions" int64 (M,)}: only the M
+    caption and eos tokens carry loss, and `positions` are the places in the flattened (B*K*L) text
+    that predict them. Found here, in the worker: to ask a GPU which tokens count would stall it.
     """
     import torch
 
@@ -341,16 +342,27 @@ def collate(items):
     pairs = [pair for item in items for pair in item["captions"]]
     length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
     batch["input_ids"] = torch.zeros(len(pairs), length, dtype=torch.long)
-    batch["labels"] = torch.full((len(pairs), length), -100)
+    positions, targets = [], []
     for row, (prompt, target) in enumerate(pairs):
         end = len(prompt) + len(target)
         batch["input_ids"][row, :end] = torch.tensor(prompt + target)
-        batch["labels"][row, len(prompt) : end] = torch.tensor(target)
+        first = (
+            row * length + len(prompt) - 1
+        )  # the prompt's last token predicts the caption's first
+        positions.extend(range(first, first + len(target)))
+        targets.extend(target)
+    batch["positions"], batch["targets"] = (
+        torch.tensor(positions).long(),
+        torch.tensor(targets).long(),
+    )
     return {"ids": [item["id"] for item in items], **batch}
 
 
-def loader(dataset, batch_size, workers):
-    """A DataLoader that draws nothing from the global random state, whatever the worker count."""
+def loader(dataset, batch_size, workers, device):
+    """A DataLoader that draws nothing from the global random state, whatever the worker count.
+
+    For a GPU the batches lie in pinned memory, from which copies do not block.
+    """
     import torch
     from torch.utils.data import DataLoader
 
@@ -359,7 +371,7 @@ def loader(dataset, batch_size, workers):
         batch_size,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )

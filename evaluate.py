@@ -154,7 +154,7 @@ def clip_batches(captioner, args, split, records, style, batch_size):
     settings = load_manifest(args.features)["settings"]
     choose = partial(reference, style=style)
     data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
-    return loader(data, batch_size, args.workers)
+    return loader(data, batch_size, args.workers, captioner.device)
 
 
 def reference(record, style):

@@ -20,6 +20,7 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "save_every",
     "workers",
     "dry_run",
+    "no_meteor",
     "allow_missing",
 }
 

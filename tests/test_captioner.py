@@ -30,13 +30,13 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def loss_and_gradient(captioner, batch):
-    """Summed loss, token counts and the Q-Former's gradient through one shared prefix."""
+    """Summed loss and the Q-Former's gradient through one shared prefix."""
     batch = double(batch)
     captioner.zero_grad()
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-    total, counts = captioner.loss(cache, batch["input_ids"], batch["labels"])
+    total = captioner.loss(cache, batch["input_ids"], batch["positions"], batch["targets"])
     total.backward()
-    return total.detach(), counts, [p.grad.clone() for p in captioner.qformer.parameters()]
+    return total.detach(), [p.grad.clone() for p in captioner.qformer.parameters()]
 
 
 def plain_loss(captioner, features, scale, offset, style, text):
@@ -55,7 +55,8 @@ def test_shared_prefix_is_separate_passes(captioner, make_batch, make_clips):
     """K captions behind one prefix give the loss and gradient of K full passes; so pads, style
     prompt and prefix carry no loss, and no row sees another's text."""
     clips = make_clips(3)
-    total, counts, grads = loss_and_gradient(captioner, make_batch(CAPTIONS, clips))
+    batch = make_batch(CAPTIONS, clips)
+    total, grads = loss_and_gradient(captioner, batch)
     captioner.zero_grad()
     plain = sum(
         plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
@@ -67,7 +68,7 @@ def test_shared_prefix_is_separate_passes(captioner, make_batch, make_clips):
     for ours, p in zip(grads, captioner.qformer.parameters(), strict=True):
         torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-5)
     lengths = [len(text) + 2 for texts in CAPTIONS for _, text in texts]  # leading space, eos
-    assert counts.tolist() == lengths
+    assert len(batch["targets"]) == sum(lengths)
 
 
 def test_chunked_logits_are_all_logits(captioner, make_batch, monkeypatch):
@@ -84,9 +85,10 @@ def test_a_neighbours_longer_caption_changes_nothing(captioner, make_batch, make
 
     def loss_of_first(second):
         batch = double(make_batch([[("label", "up")], [("label", second)]], clips))
-        batch["labels"][1] = -100
+        first = len(" up") + 1  # targets of the first caption
+        text = batch["input_ids"], batch["positions"][:first], batch["targets"][:first]
         cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-        return captioner.loss(cache, batch["input_ids"], batch["labels"])[0]
+        return captioner.loss(cache, *text)
 
     torch.testing.assert_close(loss_of_first("down"), loss_of_first("d" * 60), **EXACT)
 
@@ -169,8 +171,8 @@ def test_validation_shares_the_prefix(captioner, make_batch):
     batch = double(make_batch([[c[0]] for c in CAPTIONS]))
     total, tokens, texts = captioner.validation(batch, "label", 9)
     assert texts == captioner.captions(batch, "label", 9)
-    want, counts, _ = loss_and_gradient(captioner, batch)
-    assert tokens == int(counts.sum())
+    want, _ = loss_and_gradient(captioner, batch)
+    assert tokens == len(batch["targets"])
     assert total == pytest.approx(float(want), rel=1e-6)
 
 
@@ -262,5 +264,5 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
     cache.batch_repeat_interleave(2)
     logits = captioner.lm(input_ids=batch["input_ids"], past_key_values=cache).logits
-    mean = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    mean = F.cross_entropy(logits.flatten(0, 1)[batch["positions"]], batch["targets"])
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)

@@ -120,13 +120,15 @@ def test_collate_puts_loss_on_caption_and_eos_only(tokenizer):
     ]
     batch = dataset.collate(items)
     for row, (style, text) in enumerate([("label", "up"), ("sentence", "Go up.")]):
-        labels, ids = batch["labels"][row], batch["input_ids"][row]
-        real = labels != -100
-        assert labels[real].tolist() == [*map(ord, " " + text), tokenizer.eos_token_id]
-        assert torch.equal(ids[real], labels[real])
+        length = batch["input_ids"].shape[1]
+        mine = batch["positions"] // length == row
+        targets = batch["targets"][mine]
+        assert targets.tolist() == [*map(ord, " " + text), tokenizer.eos_token_id]
+        after = batch["positions"][mine] % length + 1  # a token is predicted one place before it
+        assert torch.equal(batch["input_ids"][row, after], targets)
         prompt = dataset.STYLES[style]
-        assert ids[: len(prompt)].tolist() == [*map(ord, prompt)]
-        assert not real[: len(prompt)].any()
+        assert batch["input_ids"][row, : len(prompt)].tolist() == [*map(ord, prompt)]
+        assert after.min() == len(prompt)
 
 
 def test_ids_are_plain_file_names():
