@@ -4,6 +4,8 @@ One set of `settings` (the manifest's) decides all of it, so that preprocessing 
 differ. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +34,7 @@ def transform(frames, size, resize):
     if new != (height, width):
         x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
     x = x.round().clamp(0, 255) / 255  # the published transform resizes 8-bit images
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = _constants(x.device)
     x = (x - mean) / std
     top, left = (round((edge - size) / 2) for edge in new)
     if resize == "crop":
@@ -42,20 +44,27 @@ def transform(frames, size, resize):
     return x  # (F, 3, size, size)
 
 
+@cache
+def _constants(device):
+    """On the device once: a new tensor per clip would wait for all that the GPU still has to do."""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
+
+
 def _scaled(height, width, target, edge):
     return tuple(max(1, int(target * n / edge)) for n in (height, width))
 
 
 def quantise(features):
-    """Affine int8 per channel: (N, E) float32 -> {"features" int8, "scale" (E,), "offset" (E,)}.
+    """Affine int8 per clip and channel: float32 (..., N, E) -> {"features" int8 (..., N, E),
+    "scale" and "offset" (..., E)}.
 
     x = scale * q + offset with offset = (min + max) / 2, so a channel far from zero keeps its detail.
     """
-    low, high = features.aminmax(dim=0)  # (E,)
+    low, high = features.aminmax(dim=-2)  # (..., E)
     offset, scale = (low + high) / 2, (high - low) / 254
     scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a constant channel: q = 0
-    q = ((features - offset) / scale).round().clamp(-127, 127).to(torch.int8)
-    return {"features": q.cpu(), "scale": scale.cpu(), "offset": offset.cpu()}
+    q = ((features - offset.unsqueeze(-2)) / scale.unsqueeze(-2)).round().clamp(-127, 127)
+    return {"features": q.to(torch.int8), "scale": scale, "offset": offset}
 
 
 class VideoEncoder:
@@ -108,9 +117,8 @@ class VideoEncoder:
     def encode(self, clips):
         """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device."""
         s, dtype = self.settings, next(self.model.parameters()).dtype
-        pixels = torch.stack(
-            [transform(torch.as_tensor(c).to(self.device), s["size"], s["resize"]) for c in clips]
-        )  # (B, F, 3, S, S)
+        pixels = [transform(self._upload(c), s["size"], s["resize"]) for c in clips]
+        pixels = torch.stack(pixels)  # (B, F, 3, S, S)
         if s["sampling"] == "still":
             pixels = pixels[:, :1].expand_as(pixels)
         # On CPU one by one: matmul kernels, and so the last bits, would depend on the batch's size
@@ -121,16 +129,41 @@ class VideoEncoder:
         x = x.view(b, t, h, p, w, p, e).mean((3, 5))  # pool space, never time
         return x.reshape(b, t * h * w, e)
 
+    def _upload(self, clip):
+        frames = torch.as_tensor(clip)
+        on_gpu = self.device.type == "cuda"
+        return frames.pin_memory().to(self.device, non_blocking=True) if on_gpu else frames
+
+    @torch.inference_mode()
+    def launch(self, clips):
+        """Start B clips; the function returned waits for them and gives what `stored` gives.
+
+        On a GPU all is queued, the copy back included, so the next batch can be prepared meanwhile.
+        """
+        x = self.encode(clips)  # (B, N, E)
+        batch = quantise(x) if self.settings["store"] == "int8" else {"features": x.half()}
+        finite = batch["features"] if self.settings["store"] == "fp16" else x
+        batch["finite"] = finite.isfinite().flatten(1).all(1)  # (B,)
+        batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # pinned there
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        if done:
+            done.record()
+
+        def finish():
+            if done:
+                done.synchronize()
+            fine = batch.pop("finite").tolist()
+            # a copy each: a view of the batch would write the whole batch to disk
+            return [
+                {k: v[i].clone() for k, v in batch.items()} if ok else None
+                for i, ok in enumerate(fine)
+            ]
+
+        return finish
+
     def stored(self, clips):
         """B clips -> B dicts in stored form (see `dataset.save_features`), None where not finite."""
-        store = {"int8": quantise, "fp16": _half}[self.settings["store"]]
-        records = [store(x) if x.isfinite().all() else None for x in self.encode(clips)]
-        fine = [r is not None and bool(r["features"].float().isfinite().all()) for r in records]
-        return [r if ok else None for r, ok in zip(records, fine, strict=True)]
-
-
-def _half(features):
-    return {"features": features.half().cpu().clone()}
+        return self.launch(clips)()
 
 
 def _load(name, dtype):

@@ -191,9 +191,11 @@ def encode(encoder, todo, features, args):
     def save(key, stored, decoder):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
 
-    def flush(batch):
-        stored = encoder.stored([clip.frames for _, clip in batch])
-        for (key, clip), record in zip(batch, stored, strict=True):
+    def launch(batch):
+        return batch, encoder.launch([clip.frames for _, clip in batch])
+
+    def collect(batch, finish):
+        for (key, clip), record in zip(batch, finish(), strict=True):
             if record is None:
                 yield key, ("non_finite", "the encoder returned NaN or infinity")
             else:
@@ -205,7 +207,7 @@ def encode(encoder, todo, features, args):
             write.result()  # a full disk surfaces here
             yield key, None
 
-    batch, writes = [], []
+    batch, running, writes = [], None, []
     clips = pool.decode_many(
         todo.items(),
         args.num_frames,
@@ -222,11 +224,13 @@ def encode(encoder, todo, features, args):
             else:
                 batch.append((key, clip))
             if len(batch) == args.batch_size:
-                yield from flush(batch)
-                batch = []
+                previous, running, batch = running, launch(batch), []
+                if previous:  # a GPU works on the new batch while the last one is taken and saved
+                    yield from collect(*previous)
             yield from written(4 * args.batch_size)
-        if batch:
-            yield from flush(batch)
+        for rest in (running, launch(batch) if batch else None):
+            if rest:
+                yield from collect(*rest)
         yield from written(0)
 
 
