@@ -67,6 +67,13 @@ def quantise(features):
     return {"features": q.to(torch.int8), "scale": scale, "offset": offset}
 
 
+def pool_space(features, grid, pool):
+    """Mean over squares of pool x pool tokens, never over time: (B, T*H*W, E) -> (B, N / pool^2, E)."""
+    t, h, w = grid
+    x = features.unflatten(1, (t, h // pool, pool, w // pool, pool))
+    return x.mean((3, 5)).flatten(1, 3)
+
+
 class VideoEncoder:
     """A frozen V-JEPA 2 with the settings under which its features are kept."""
 
@@ -114,20 +121,22 @@ class VideoEncoder:
         return cls(model, settings, device)
 
     @torch.inference_mode()
-    def encode(self, clips):
-        """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device."""
+    def encode(self, clips, together=None):
+        """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device.
+
+        together: in one batch; by default on a GPU only. On a CPU a batch is hardly faster, and
+        matmul kernels, and so the last bits, may depend on its size.
+        """
         s, dtype = self.settings, next(self.model.parameters()).dtype
         pixels = [transform(self._upload(c), s["size"], s["resize"]) for c in clips]
         pixels = torch.stack(pixels)  # (B, F, 3, S, S)
         if s["sampling"] == "still":
             pixels = pixels[:, :1].expand_as(pixels)
-        # On CPU one by one: matmul kernels, and so the last bits, would depend on the batch's size
-        groups = [pixels] if self.device.type == "cuda" else pixels.split(1)
+        together = self.device.type == "cuda" if together is None else together
+        groups = [pixels] if together else pixels.split(1)
         x = torch.cat([self.model.get_vision_features(g.to(dtype)).float() for g in groups])
         t, h, w = s["grid"]
-        p, (b, _, e) = s["pool"], x.shape
-        x = x.view(b, t, h, p, w, p, e).mean((3, 5))  # pool space, never time
-        return x.reshape(b, t * h * w, e)
+        return pool_space(x, (t, h * s["pool"], w * s["pool"]), s["pool"])
 
     def _upload(self, clip):
         frames = torch.as_tensor(clip)

@@ -1,0 +1,719 @@
+"""Speed, memory and disk, side by side with the original's arithmetic. No data, no download.
+
+    python bench.py                     (about 3 minutes on two cores)
+    python bench.py --preset full       (the real shapes, on a CUDA GPU; 8 minutes at most)
+
+Random weights and synthetic inputs. Each variant is first shown to compute what the reference
+computes; then both are timed in the same run, turn by turn after a warm-up. The table goes to stdout,
+bench.json and bench.md to results/bench/<device>/.
+
+The reference is the original's arithmetic: keys and values of all video tokens written down by
+nn.MultiheadAttention, logits at every position, one caption per pass of a clip, float features read
+with torch.load, clips encoded one at a time, captions generated eight at a time by `generate`.
+
+Shapes: B clips, N = T*H*W video tokens, E video width, Q queries, D and V width and vocabulary of the
+language model, A heads, K captions per clip, L text tokens, M text tokens that carry loss.
+"""
+
+import copy
+import os
+import platform
+import re
+import tempfile
+import time
+from contextlib import nullcontext
+from functools import partial
+from importlib.metadata import version
+from itertools import chain, cycle, islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import cli
+from bench_data import (
+    PROMPT,
+    Words,
+    bench_features,
+    bench_preprocess,
+    clip_files,
+    dequantised,
+    make_clips,
+)
+from cli import UserError, note
+from dataset import collate, load_features, write_atomic, write_json
+from measure import (
+    Place,
+    check,
+    device_name,
+    difference,
+    inspect,
+    left_out,
+    matmul_peak,
+    measure,
+)
+
+# The shapes above, and: layers, mlp, lm_heads of the language model; tokens of a caption, at most; clips
+# captioned at once, at most; videos to decode; the V-JEPA 2 encoder's (layers, heads, pixels, frames), its width is E;
+# seconds for one comparison. The style prompt has as many tokens as "a video showing:".
+REAL = {"grid": (16, 16, 16), "E": 1024, "Q": 64, "A": 4, "encoder": (24, 16, 256, 32)}  # ViT-L
+REAL |= {"D": 1536, "V": 151936, "layers": 28, "mlp": 8960, "lm_heads": 12}  # Qwen2-1.5B
+REAL |= {"B": 8, "tokens": 16, "clips": 256, "videos": 32, "seconds": 12}
+# A quarter of the widths and queries, half the tokens, a seventh of the layers, a small vocabulary
+SMALL = REAL | {"grid": (8, 16, 16), "E": 256, "Q": 16, "encoder": (2, 4, 64, 16), "D": 384}
+SMALL |= {"V": 8192, "layers": 4, "mlp": 2240, "lm_heads": 6, "videos": 16, "seconds": 5}
+# For float64 and for tests
+TINY = SMALL | {"grid": (4, 2, 6), "E": 24, "Q": 6, "D": 32, "V": 130, "mlp": 64, "lm_heads": 4}
+TINY |= {"B": 3, "clips": 64, "videos": 4, "seconds": 0}
+PRESETS = {"cpu": SMALL, "full": REAL}
+CARD = 24e9  # bytes of the GPU that the real run is meant for
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="shapes")
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="fewer: no files written"
+    )
+    parser.add_argument("--output", default="results/bench", help="results go to <output>/<device>")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="of weights and inputs")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    output = cli.output_folder(args.output, "--output")
+    device, _ = cli.device_and_dtype(SimpleNamespace(device=args.device, dtype="auto"))
+    if args.preset == "full" and device.type == "cpu":
+        raise UserError("--preset full needs a CUDA GPU: on a CPU one step takes minutes")
+
+    # the profiler that counts a CPU's bytes has much to say
+    os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    import torch
+
+    torch.manual_seed(args.seed)
+    result = {
+        "device": device_name(device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "av", "numpy")}
+        | {"python": platform.python_version()},
+        "command": f"python bench.py --preset {args.preset}",
+        "shapes": PRESETS[args.preset],
+        "matmul_flops": matmul_peak(device),
+        "equal": equalities(device),
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for group in args.groups:
+            began = time.perf_counter()
+            place = Place(PRESETS[args.preset], device, Path(folder), result["matmul_flops"])
+            for row in GROUPS[group](place):
+                result["rows"].append({"group": group, **row})
+            note(f"{group:<11} {time.perf_counter() - began:4.0f} s")
+    print(markdown(result))
+    if args.groups == list(GROUPS):
+        folder = output / re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "bench.json", result)
+        write_atomic(folder / "bench.md", markdown(result) + "\n")
+        note(f"written to {folder}/bench.json and bench.md")
+
+
+# ---- the reference: the original's arithmetic ----------------------------------------------------
+
+
+def written_down(qformer):
+    """A (self-attention, cross-attention) pair of nn.MultiheadAttention per block, same weights."""
+    import torch
+
+    pairs = []
+    for block in qformer.blocks:
+        pair = []
+        for w, b, out in (
+            (block.qkv.weight, block.qkv.bias, block.out),
+            (
+                torch.cat([m.weight for m in (block.cross.q, block.cross.k, block.cross.v)]),
+                torch.cat([block.cross.q.bias, 0 * block.cross.q.bias, block.cross.v.bias]),
+                block.cross.out,
+            ),
+        ):
+            mha = torch.nn.MultiheadAttention(
+                w.shape[1], block.num_heads, batch_first=True, device=w.device, dtype=w.dtype
+            )
+            mha.load_state_dict(
+                {
+                    "in_proj_weight": w,
+                    "in_proj_bias": b,
+                    "out_proj.weight": out.weight,
+                    "out_proj.bias": out.bias,
+                }
+            )
+            pair.append(mha)
+        pairs.append(pair)
+    return pairs
+
+
+def reference_qformer(qformer, attention, features):
+    """features: float (B, N, E) -> soft prompts (B, Q, D)"""
+    import torch.nn.functional as F
+
+    t, h, w = qformer.pos
+    pos = (t[:, None, None] + h[None, :, None] + w).flatten(0, 2)  # (N, D)
+    kv = qformer.project((features - qformer.mean) / qformer.std) + pos  # (B, N, D)
+    x = qformer.queries.expand(len(features), -1, -1)  # (B, Q, D)
+    for block, (inner, cross) in zip(qformer.blocks, attention, strict=True):
+        y = block.norm_self(x)
+        x = x + inner(y, y, y, need_weights=False)[0]
+        x = x + cross(block.norm_cross(x), kv, kv, need_weights=False)[0]
+        x = x + block.mlp(block.norm_mlp(x))
+    return F.layer_norm(x, x.shape[-1:]) * qformer.gain
+
+
+def reference_loss(lm, soft, captions):
+    """Summed cross-entropy, logits at every position. captions: B token lists, one per clip."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = [PROMPT + c for c in captions]
+    length = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (length - len(r)) for r in rows], device=soft.device)
+    labels = torch.full((len(rows), soft.shape[1] + length), -100)
+    for row, c in zip(labels, captions, strict=True):
+        row[soft.shape[1] + len(PROMPT) :][: len(c)] = torch.tensor(c)
+    words = lm.get_input_embeddings()(ids)  # (B, L, D)
+    logits = lm(inputs_embeds=torch.cat([soft.to(words.dtype), words], 1), use_cache=False).logits
+    logits = logits[:, :-1].flatten(0, 1)  # (B*(Q+L-1), V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = labels[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def reference_read(paths, device):
+    """float16 files -> float32 (B, N, E)"""
+    import torch
+
+    clips = [torch.load(str(p), weights_only=True)["features"].float() for p in paths]
+    return torch.stack(clips).to(device)
+
+
+def reference_captions(lm, qformer, attention, paths, tokens):
+    """Token lists of the clips, eight at a time."""
+    import torch
+
+    out, device = [], qformer.queries.device
+    words = lm.get_input_embeddings()(torch.tensor([PROMPT], device=device))
+    for start in range(0, len(paths), 8):
+        features = reference_read(paths[start : start + 8], device)
+        with half_precision(device):
+            soft = reference_qformer(qformer, attention, features).to(words.dtype)  # (B, Q, D)
+        embeds = torch.cat([soft, words.expand(len(soft), -1, -1)], 1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
+        out += lm.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        ).tolist()
+    return out
+
+
+# ---- ours: the modules of this repository ----------------------------------------------------------
+
+
+def read(paths, settings, captions, device):
+    """int8 files and K captions a clip -> a batch on the device."""
+    from evaluate import to_device
+
+    items = [load_features(p, p.stem, settings) for p in paths]
+    for item, texts in zip(items, captions, strict=True):
+        item["captions"] = [(PROMPT, c) for c in texts]
+    return to_device(collate(items), device)
+
+
+# ---- weights and inputs ----------------------------------------------------------------------------
+
+
+def make_qformer(s, device, dtype=None):
+    import torch
+
+    from qformer import QFormer
+
+    qformer = QFormer(
+        num_queries=s["Q"],
+        width=s["D"],
+        video_width=s["E"],
+        grid=s["grid"],
+        num_blocks=1,
+        num_heads=s["A"],
+    )
+    for norm in (m for m in qformer.modules() if isinstance(m, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.bias, std=0.1)  # zeros would hide a mistake
+    return qformer.to(device, dtype)
+
+
+def make_lm(s, device, dtype):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=s["V"],
+        hidden_size=s["D"],
+        intermediate_size=s["mlp"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["lm_heads"],
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # further from uniform logits, so fewer near ties
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        return Qwen2ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def make_captions(s, count, per_clip):
+    """Token lists without 0, which ends each: count x per_clip."""
+    import random
+
+    rng = random.Random(0)
+
+    def one():
+        return [rng.randrange(1, s["V"]) for _ in range(rng.randint(s["tokens"] // 2, s["tokens"]))]
+
+    return [[[*one(), 0] for _ in range(per_clip)] for _ in range(count)]
+
+
+# ---- measuring -------------------------------------------------------------------------------------
+
+
+def half_precision(device):
+    """bfloat16 autocast on a GPU, as training has; nothing on a CPU."""
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def has_bfloat16(device):
+    """True if bfloat16 is no slower than float32 there."""
+    import torch
+
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+# ---- equality --------------------------------------------------------------------------------------
+
+
+def gradient(qformer, attention=None):
+    """The Q-Former's gradient as one vector; of the reference's, where its attention is given."""
+    import torch
+
+    grads = {name: p.grad for name, p in qformer.named_parameters()}
+    for i, (inner, cross) in enumerate(attention or ()):
+        at = f"blocks.{i}."
+        for kind in ("weight", "bias"):
+            grads[f"{at}qkv.{kind}"] = getattr(inner, f"in_proj_{kind}").grad
+            grads[f"{at}out.{kind}"] = getattr(inner.out_proj, kind).grad
+            parts = getattr(cross, f"in_proj_{kind}").grad.chunk(3)
+            for part, grad in zip("qkv", parts, strict=True):
+                grads[f"{at}cross.{part}.{kind}"] = grad
+            grads[f"{at}cross.out.{kind}"] = getattr(cross.out_proj, kind).grad
+    return torch.cat([grads[name].flatten() for name, _ in qformer.named_parameters()])
+
+
+def gradient_of(loss, qformer, attention=None):
+    """Backward of `loss()` from clean gradients -> (value, gradient)."""
+    modules = [qformer, *(m for pair in attention or () for m in pair)]
+    for module in modules:
+        module.zero_grad()
+    value = loss()
+    value.backward()
+    found = gradient(qformer, attention).clone()
+    for module in modules:
+        module.zero_grad()
+    return value.item(), found
+
+
+def equalities(device):
+    """What ours and the reference compute, in float64, float32 and bfloat16, on tiny shapes.
+
+    Returns [{"what", "found", "allowed"}]; raises UserError where they differ. bfloat16 is compared
+    by errors against float64: ours may be 1.5 times the reference's.
+    """
+    import torch
+
+    from captioner import VideoCaptioner
+
+    s, lines = TINY, []
+    stored = make_clips(s, s["B"])
+    x = dequantised(stored, torch.float32)
+    qformer = make_qformer(s, "cpu")
+    qformer.standardise(x.mean((0, 1)), x.std((0, 1)))
+    direction = torch.randn(s["B"], s["Q"], s["D"])
+    captions = make_captions(s, s["B"], 3)
+    lm = make_lm(s, "cpu", torch.float32)
+
+    def line(what, found, allowed):
+        lines.append({"what": what, "found": check(what, found, allowed), "allowed": allowed})
+
+    def both(dtype, cast=nullcontext, where="cpu"):
+        """(soft prompts, gradient) of ours and of the reference."""
+        q = copy.deepcopy(qformer).to(where, dtype)
+        attention = written_down(q)
+        args = (
+            stored["features"].to(where),
+            *(stored[k].to(where, dtype) for k in ("scale", "offset")),
+        )
+        features = dequantised(dict(zip(stored, args, strict=True)), dtype)
+        out = []
+        for soft, pairs in (
+            (lambda: q(*args), None),
+            (lambda: reference_qformer(q, attention, features), attention),
+        ):
+
+            def loss(soft=soft):
+                with cast():
+                    return (soft() * direction.to(where, dtype)).sum()
+
+            _, grad = gradient_of(loss, q, pairs)
+            with cast(), torch.no_grad():
+                out.append((soft().double().cpu(), grad.double().cpu()))
+        return out
+
+    exact = None
+    for dtype, allowed in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        ours, reference = both(dtype)
+        exact = exact or reference
+        for what, a, b in zip(("soft prompts", "gradient"), ours, reference, strict=True):
+            line(f"Q-Former, {what}, {str(dtype)[6:]}", difference(a, b), allowed)
+    where = device.type
+    ours, reference = both(torch.float32, lambda: torch.autocast(where, torch.bfloat16), device)
+    for what, a, b, want in zip(("soft prompts", "gradient"), ours, reference, exact, strict=True):
+        a, b = ((v - want).norm() / want.norm() for v in (a, b))
+        line(f"Q-Former, {what}, error in bfloat16 over the reference's", (a / b).item(), 1.5)
+
+    for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        q = copy.deepcopy(qformer).to(dtype)
+        model = VideoCaptioner(q, copy.deepcopy(lm).to(dtype), Words())
+        attention = written_down(q)
+        args = stored["features"], stored["scale"].to(dtype), stored["offset"].to(dtype)
+        features = dequantised(dict(zip(stored, args, strict=True)), dtype)
+        items = [
+            {
+                "id": str(i),
+                **{k: v[i] for k, v in stored.items()},
+                "captions": [(PROMPT, c) for c in texts],
+            }
+            for i, texts in enumerate(captions)
+        ]
+        batch = collate(items)
+
+        def ours(model=model, args=args, batch=batch):
+            text = batch["input_ids"], batch["positions"], batch["targets"]
+            return model.loss(model.prefix(*args), *text)
+
+        def passes(model=model, q=q, attention=attention, features=features):
+            return sum(
+                reference_loss(model.lm, reference_qformer(q, attention, features), one)
+                for one in zip(*captions, strict=True)
+            )
+
+        (a, grad_a), (b, grad_b) = gradient_of(ours, q), gradient_of(passes, q, attention)
+        name = str(dtype)[6:]
+        line(f"3 captions behind one prefix, loss, {name}", abs(a / b - 1), allowed)
+        line(f"3 captions behind one prefix, gradient, {name}", difference(grad_a, grad_b), allowed)
+    return lines
+
+
+# ---- the groups ------------------------------------------------------------------------------------
+
+
+def bench_qformer(place):
+    """Forward and backward of the Q-Former from features on the device, a micro-batch of clips."""
+    import torch
+
+    s, device = place.shapes, place.device
+    qformer = make_qformer(s, device)
+    stored = {k: v.to(device) for k, v in make_clips(s, s["B"]).items()}
+    features = dequantised(stored, torch.float32)
+    qformer.standardise(features.mean((0, 1)), features.std((0, 1)))
+    attention = written_down(qformer)
+    direction = torch.randn(s["B"], s["Q"], s["D"], device=device)
+
+    def reference():
+        return reference_qformer(qformer, attention, features)
+
+    def absorbed():
+        return qformer(**stored)
+
+    def step(soft):
+        with half_precision(device):
+            loss = (soft() * direction).sum()
+        loss.backward()
+
+    with torch.no_grad():
+        found = check("soft prompts", (absorbed() - reference()).abs().max().item(), 1e-4)
+    _, a = gradient_of(lambda: (absorbed() * direction).sum(), qformer)
+    _, b = gradient_of(lambda: (reference() * direction).sum(), qformer, attention)
+    check("the Q-Former's gradient", difference(a, b), 1e-4)
+    variants = {f.__name__: (partial(step, f), s["B"]) for f in (reference, absorbed)}
+    yield from measure(place, "clips/s", variants, lambda _: {"absorbed": found})
+
+
+def bench_loss(place):
+    """Output projection and cross-entropy, forward and backward, at as many places as in a run."""
+    import torch
+    import torch.nn.functional as F
+
+    from captioner import chunked_cross_entropy
+
+    s, device = place.shapes, place.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    prefix, captions = 64, [c[0] for c in make_captions(s, 8, 1)]
+    length = prefix + len(PROMPT) + max(map(len, captions))
+    head = torch.nn.Linear(s["D"], s["V"], bias=False, device=device, dtype=dtype)
+    head.requires_grad_(False)
+    hidden = torch.randn(8, length, s["D"], device=device, dtype=dtype, requires_grad=True)
+    labels = torch.full((8, length), -100)
+    for row, c in zip(labels, captions, strict=True):
+        row[prefix + len(PROMPT) :][: len(c)] = torch.tensor(c)
+    targets = labels[:, 1:].flatten().to(device)
+    positions = (targets != -100).nonzero()[:, 0]  # in a run the collate function knows them
+    labelled = targets[positions]
+
+    def reference():
+        logits = head(hidden[:, :-1].flatten(0, 1)).float()
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+    def chunked():
+        picked = hidden[:, :-1].flatten(0, 1).index_select(0, positions)
+        return chunked_cross_entropy(head, picked, labelled)
+
+    def step(loss):
+        hidden.grad = None
+        value = loss()
+        value.backward()
+        return value.item(), hidden.grad
+
+    (a, grad_a), (b, grad_b) = step(chunked), step(reference)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    check("the loss in chunks", abs(a / b - 1), allowed)
+    found = check("its gradient", difference(grad_a, grad_b), allowed)
+    variants = {f.__name__: (partial(step, f), 8) for f in (reference, chunked)}
+    rows = list(measure(place, "captions/s", variants, lambda _: {"chunked": found}))
+    for row in rows:
+        yield row | {"memory_factor": rows[0]["peak_bytes"] / row["peak_bytes"]}
+
+
+def bench_train(place):
+    """A micro-batch, from files to gradients; each row adds one technique to the one before."""
+    import torch
+
+    import train
+    from captioner import VideoCaptioner
+
+    s, device = place.shapes, place.device
+    floats, ints, settings = clip_files(place, s["B"])
+    qformer, features = make_qformer(s, device), reference_read(floats, device)
+    qformer.standardise(features.mean((0, 1)), features.std((0, 1)))
+    attention, captions = written_down(qformer), make_captions(s, s["B"], 8)
+    lm, on_gpu = make_lm(s, device, torch.float32), device.type == "cuda"
+
+    def times(paths, count):
+        return list(islice(cycle(paths), count))
+
+    def from_floats(soft, k=0, count=s["B"]):
+        x = reference_read(times(floats, count), device)
+        with half_precision(device):
+            loss = reference_loss(lm, soft(x), [c[k] for c in times(captions, count)])
+        loss.backward()
+
+    def reference(**kwargs):
+        from_floats(lambda x: reference_qformer(qformer, attention, x), **kwargs)
+
+    def absorbed():
+        one = torch.ones(s["B"], s["E"], device=device)
+        from_floats(lambda x: qformer(x, one, 0 * one))
+
+    def int8():
+        batch = read(ints, settings, [[]] * s["B"], device)
+        with half_precision(device):
+            soft = qformer(batch["features"], batch["scale"], batch["offset"])
+            loss = reference_loss(lm, soft, [c[0] for c in captions])
+        loss.backward()
+
+    def ours(k, model, count=s["B"]):
+        texts = [c[:k] for c in times(captions, count)]
+        batch = read(times(ints, count), settings, texts, device)
+        with half_precision(device) if model.lm.dtype == torch.float32 else nullcontext():
+            train.micro_steps(model, [batch])
+
+    def grad(run, pairs=None):
+        for module in (qformer, *chain(*attention)):
+            module.zero_grad()
+        run()
+        return gradient(qformer, pairs).clone()
+
+    def reference_four():
+        for k in range(4):
+            reference(k=k)
+
+    model = VideoCaptioner(qformer, lm, Words())
+    variants = {"reference": reference, "absorbed": absorbed, "int8": int8}
+    variants["chunked"] = partial(ours, 1, model)
+    if has_bfloat16(device):
+        model = VideoCaptioner(qformer, make_lm(s, device, torch.bfloat16), Words())
+        model.lm.load_state_dict(lm.state_dict())
+        variants["bfloat16"] = partial(ours, 1, model)
+    else:
+        yield left_out("bfloat16", "this processor computes it slower than float32")
+    variants |= {f"captions_{k}": partial(ours, k, model) for k in (2, 4, 8)}
+    want = {k: grad(run, attention) for k, run in ((1, reference), (4, reference_four))}
+    allowed, found = 2e-1 if on_gpu else 1e-4, {}  # on a GPU both are bfloat16's rounding away
+    for name in variants.keys() - {"reference", "captions_2", "captions_8"}:
+        theirs = want[4 if name == "captions_4" else 1]
+        found[name] = check(
+            f"the gradient of {name}", difference(grad(variants[name]), theirs), allowed
+        )
+    if on_gpu:
+        compiled = VideoCaptioner(copy.deepcopy(qformer), model.lm, Words())
+        compiled.qformer.compile()
+        variants["compile"] = partial(ours, 4, compiled)
+        variants["compile"]()  # compiles
+    else:
+        yield left_out("compile", "on a CPU it takes a minute and gains nothing")
+
+    per_clip = {"captions_2": 2, "captions_4": 4, "captions_8": 8, "compile": 4}
+    work = {name: (run, s["B"] * per_clip.get(name, 1)) for name, run in variants.items()}
+    for row in measure(place, "captions/s", work, lambda _: found):
+        row["ms_per_caption"] = 1e3 / row["median"]
+        row["ms_per_clip"] = row["ms_per_caption"] * per_clip.get(row["name"], 1)
+        if on_gpu and row["name"] in ("reference", "captions_4"):
+            ours_too = row["name"] != "reference"
+            run = partial(ours, 4, model) if ours_too else reference
+            row |= largest_batch(run, qformer, model.lm if ours_too else lm, device)
+        yield row
+
+
+def largest_batch(step, qformer, lm, device, card=CARD):
+    """The largest micro-batch for a 24 GB card: from two measured peaks, then measured itself."""
+    state = sum(
+        4 * p.numel() * p.element_size() for p in qformer.parameters()
+    )  # with grad and Adam
+    fixed = state + sum(p.numel() * p.element_size() for p in lm.parameters())
+
+    def held(clips):
+        return fixed + inspect(partial(step, count=clips), device)[2]
+
+    two, four = held(2), held(4)
+    batch = max(1, int(2 + (card - two) // ((four - two) / 2)))
+    while (most := held(batch)) > card and batch > 1:
+        batch -= max(1, batch // 20)
+    return {"largest_micro_batch": batch, "bytes_at_largest": most, "bytes_at_8": held(8)}
+
+
+def bench_evaluate(place):
+    """Greedy captions from files on disk."""
+    import torch
+
+    from captioner import VideoCaptioner
+
+    s, device = place.shapes, place.device
+    floats, ints, settings = clip_files(place, 32)
+    qformer, features = make_qformer(s, device), reference_read(floats, device)
+    qformer.standardise(features.mean((0, 1)), features.std((0, 1)))
+    lm = make_lm(s, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    qformer.requires_grad_(False)
+    model, attention = VideoCaptioner(qformer, lm, Words()).eval(), written_down(qformer)
+    for module in chain(*attention):
+        module.requires_grad_(False)
+
+    def reference(count=16):
+        with torch.inference_mode():
+            rows = reference_captions(lm, qformer, attention, floats[:count], s["tokens"])
+        return [" ".join(map(str, row[: row.index(0)] if 0 in row else row)) for row in rows]
+
+    def ours(count):
+        batch = read(list(islice(cycle(ints), count)), settings, [[]] * count, device)
+        return model.captions(batch, "label", s["tokens"])
+
+    sizes = [n for n in (8, 64, 256) if n <= s["clips"]]
+    variants = {"reference": (reference, 16)}
+    variants |= {f"shared_prefix_{n}": (partial(ours, n), n) for n in sizes}
+    same = {}
+
+    def verify(said):
+        theirs = reference(32)
+        if len(set(theirs)) < 8:
+            raise UserError("not equal: the random model writes one caption for all clips", code=1)
+        for name, captions in said.items():
+            pairs = list(zip(captions, cycle(theirs), strict=False))
+            same[name] = sum(a == b for a, b in pairs) / len(pairs)
+            if device.type == "cpu":
+                check(f"share of other captions in {name}", 1 - same[name], 0.0)
+        return {}
+
+    for row in measure(place, "captions/s", variants, verify):
+        yield row | {"identical_captions": same[row["name"]]}
+
+
+GROUPS = {
+    "qformer": bench_qformer,
+    "loss": bench_loss,
+    "train": bench_train,
+    "evaluate": bench_evaluate,
+    "features": bench_features,
+    "preprocess": bench_preprocess,
+}
+
+
+# ---- the table -------------------------------------------------------------------------------------
+
+
+NOTES = {  # what rows of some groups say beside the columns that all have
+    "ms_per_clip": "{:.1f} ms a clip",
+    "ms_per_caption": "{:.1f} ms a caption",
+    "largest_micro_batch": "micro-batches up to {} fit in 24 GB",
+    "bytes_at_8": "{:.3g} bytes at 8 clips, weights and optimizer included",
+    "memory_factor": "{:.1f} times less memory",
+    "identical_captions": "{:.0%} the same captions",
+    "relative_error": "{:.2%} error",
+    "bottleneck": "slowest stage: {}",
+    "left_out": "left out: {}",
+}
+
+
+def markdown(result):
+    """The table, and above it what ran where."""
+
+    def number(x):
+        return "" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    lines = [
+        f"{result['device']}; `{result['command']}`; torch {result['versions']['torch']};"
+        f" a large matrix product runs at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s",
+        "",
+        "| group | variant | median | spread | unit | factor | difference | peak memory | of matmul | |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|---|",
+    ]
+    for r in result["rows"]:
+        memory, share = r.get("peak_bytes"), r.get("share_of_matmul")
+        cells = [
+            r["group"],
+            f"`{r['name']}`",
+            number(r["median"]),
+            number(r["iqr"]),
+            r["unit"],
+            "" if r["factor"] is None else f"{r['factor']:.2f}",
+            "" if r["max_abs_diff"] is None else f"{r['max_abs_diff']:.0e}",
+            "" if memory is None else f"{memory / 1e6:,.0f} MB",
+            "" if share is None else f"{share:.0%}",
+            ", ".join(text.format(r[key]) for key, text in NOTES.items() if key in r),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Equal before anything was timed (found, allowed):", ""]
+    lines += [f"- {e['what']}: {e['found']:.1e}, {e['allowed']:g}" for e in result["equal"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
