@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cli import UserError, note, output_folder
@@ -160,19 +161,44 @@ class Stop:
         )
 
 
-def save(path, state, args, records, optimizer, device):
-    """Write all that an exact continuation needs: `state`, optimizer, random state, flags, data."""
+class Writer:
+    """Writes checkpoints in a thread: training waits for their bytes, not for the disk.
+
+    One at a time and in order; an error of the disk surfaces at the next write or at the end.
+    """
+
+    def __init__(self):
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.thread.shutdown()
+        self.wait()
+
+    def wait(self):
+        if self.writing:
+            self.writing.result()
+
+    def write(self, path, state):
+        """`state` is serialised now, so what training does to its tensors later is not in the file."""
+        self.wait()
+        self.writing = self.thread.submit(write_atomic, path, torch_bytes(state))
+
+
+def to_continue(state, args, records, optimizer, device):
+    """All that an exact continuation needs: `state`, optimizer, random state, flags, data."""
     import torch
 
     on_cuda = device.type == "cuda"
-    state = state | {
+    return state | {
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
         "args": flags(args),
         "data": data_hash(records),
     }
-    write_atomic(path, torch_bytes(state))
 
 
 def restore(state, frozen, args, records, model, optimizer):

@@ -30,8 +30,6 @@ from dataset import (
     load_records,
     loader,
     require_features,
-    torch_bytes,
-    write_atomic,
     write_json,
 )
 from evaluate import caption, clip_batches, score, to_device, write_predictions
@@ -130,14 +128,11 @@ def main(argv=None):
     def state():
         return frozen | {"qformer": model.qformer.state_dict(), "step": step, "best": best}
 
-    def save():
-        runfolder.save(folder / "last.pt", state(), args, data.train, optimizer, device)
-
     trainable = sum(p.numel() for p in model.qformer.parameters())
     runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
     stop, bad = runfolder.Stop(), 0
     model.train()
-    with runfolder.Log(folder, step, total) as log:
+    with runfolder.Log(folder, step, total) as log, runfolder.Writer() as disk:
         for epoch, window in windows(args, data, model.tokenizer, device, step):
             lr = lr_at(step, total, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
@@ -161,15 +156,16 @@ def main(argv=None):
             if step % per_epoch == 0:
                 result, predictions, val_loss = evaluate(args, data, model, data.subset)
                 log.epoch(step, epoch, val_loss, result, predictions, data.subset)
-                quality = result["metrics"].get(
-                    "CIDEr", -val_loss
-                )  # without CIDEr, the loss decides
+                # without CIDEr, the loss decides
+                quality = result["metrics"].get("CIDEr", -val_loss)
                 if quality > best:
                     best = quality
-                    write_atomic(folder / "best.pt", torch_bytes(state()))
+                    disk.write(folder / "best.pt", state())
             if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stop.signal):
-                save()
+                whole = runfolder.to_continue(state(), args, data.train, optimizer, device)
+                disk.write(folder / "last.pt", whole)
             if stop.signal:
+                disk.wait()
                 note(f"stopped after step {step:,}; continue with --resume")
                 return {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}[stop.signal]
     stop.restore()  # all is saved: from here a signal ends the script as usual

@@ -180,3 +180,21 @@ def test_decay_is_on_matrices_only(make_qformer):
     assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])
     assert {"queries", "gain", "pos.0"} <= {names[id(p)] for p in rest["params"]}
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.03, 0.0)
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path, monkeypatch):
+    """It is written while training goes on changing the very tensors; a failing disk is heard of."""
+    import threading
+
+    import runfolder
+
+    go, write = threading.Event(), runfolder.write_atomic
+    monkeypatch.setattr(runfolder, "write_atomic", lambda *a: go.wait(60) and write(*a))
+    weights = torch.zeros(3)
+    with runfolder.Writer() as disk:
+        disk.write(tmp_path / "last.pt", {"weights": weights})
+        weights += 1
+        go.set()
+    assert torch.load(tmp_path / "last.pt")["weights"].tolist() == [0, 0, 0]
+    with pytest.raises(FileNotFoundError), runfolder.Writer() as disk:
+        disk.write(tmp_path / "gone" / "last.pt", {})
