@@ -144,3 +144,92 @@ def device_name(device):
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = names[0] if names else model
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+NOTES = {  # what rows of some groups say beside the columns that all have
+    "ms_per_clip": "{:.1f} ms a clip",
+    "ms_per_caption": "{:.1f} ms a caption",
+    "largest_micro_batch": "micro-batches up to {} fit in 24 GB",
+    "bytes_at_8": "{:.3g} bytes at 8 clips, weights and optimizer included",
+    "memory_factor": "{:.1f} times less memory",
+    "identical_captions": "{:.0%} the same captions",
+    "relative_error": "{:.2%} error",
+    "bottleneck": "slowest stage: {}",
+    "left_out": "left out: {}",
+}
+
+
+def markdown(result):
+    """The table, and above it what ran where."""
+
+    def number(x):
+        return "" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    lines = [
+        f"{result['device']}; `{result['command']}`; torch {result['versions']['torch']};"
+        f" a large matrix product runs at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s",
+        "",
+        "| group | variant | median | spread | unit | factor | difference | peak memory | of matmul | |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|---|",
+    ]
+    for r in result["rows"]:
+        memory, share = r.get("peak_bytes"), r.get("share_of_matmul")
+        cells = [
+            r["group"],
+            f"`{r['name']}`",
+            number(r["median"]),
+            number(r["iqr"]),
+            r["unit"],
+            "" if r["factor"] is None else f"{r['factor']:.2f}",
+            "" if r["max_abs_diff"] is None else f"{r['max_abs_diff']:.0e}",
+            "" if memory is None else f"{memory / 1e6:,.0f} MB",
+            "" if share is None else f"{share:.0%}",
+            ", ".join(text.format(r[key]) for key, text in NOTES.items() if key in r),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Equal before anything was timed (found, allowed):", ""]
+    lines += [f"- {e['what']}: {e['found']:.1e}, {e['allowed']:g}" for e in result["equal"]]
+    return "\n".join(lines)
+
+
+SUMMARY = {  # the README's rows: what it says, and which figure of which row
+    "Q-Former, forward and backward: absorbed attention": ("qformer", "absorbed", "factor"),
+    "memory of logits and loss: labelled places only, in chunks": (
+        "loss",
+        "chunked",
+        "memory_factor",
+    ),
+    "training, per caption: absorbed attention": ("train", "absorbed", "factor"),
+    "+ int8 features, logits where a label is": ("train", "chunked", "factor"),
+    "+ bfloat16 throughout the language model": ("train", "bfloat16", "factor"),
+    "+ 2 captions behind one prefix": ("train", "captions_2", "factor"),
+    "+ 4 captions": ("train", "captions_4", "factor"),
+    "+ 8 captions": ("train", "captions_8", "factor"),
+    "captions written, batches of 8": ("evaluate", "shared_prefix_8", "factor"),
+    "batches of 64": ("evaluate", "shared_prefix_64", "factor"),
+    "batches of 256": ("evaluate", "shared_prefix_256", "factor"),
+    "disk: int8 instead of fp16": ("features", "int8", "factor"),
+    "disk: int8, 2 x 2 tokens pooled": ("features", "int8_pool2", "factor"),
+    "reading a clip's features, checksum included": ("features", "int8_read", "factor"),
+    "encoding clips in batches of 8": ("preprocess", "batched_encode", "factor"),
+}
+
+
+def summary(results):
+    """The README's table: factors over the reference, a column per device."""
+    columns = {
+        r["device"]: {(row["group"], row["name"]): row for row in r["rows"]} for r in results
+    }
+    if not any("full" in r["command"] for r in results):
+        columns["a CUDA GPU, `--preset full`"] = None
+
+    def cell(rows, group, name, field):
+        if rows is None:
+            return "not yet measured"
+        row = rows[group, name]
+        return row["left_out"] if "left_out" in row else f"{row[field]:.1f}x"
+
+    lines = [f"| times the reference | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for text, where in SUMMARY.items():
+        lines.append(f"| {text} | {' | '.join(cell(c, *where) for c in columns.values())} |")
+    return "\n".join(lines)

@@ -186,8 +186,6 @@ def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path, monkeypatch):
     """It is written while training goes on changing the very tensors; a failing disk is heard of."""
     import threading
 
-    import runfolder
-
     go, write = threading.Event(), runfolder.write_atomic
     monkeypatch.setattr(runfolder, "write_atomic", lambda *a: go.wait(60) and write(*a))
     weights = torch.zeros(3)

@@ -1,0 +1,118 @@
+"""bench.py: ours computes what the reference computes, the groups run, and the README says what was found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import captioner
+import measure
+import qformer
+from cli import UserError
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def place(tmp_path):
+    return measure.Place(bench.TINY, CPU, tmp_path, 1e9)
+
+
+def test_ours_is_the_reference():
+    """Q-Former to 1e-10 in float64 and 1e-5 in float32, in bfloat16 within 1.5 of the reference's own
+    error; K captions behind one prefix to 1e-6 and 1e-5, values and gradients."""
+    lines = bench.equalities(CPU)
+    assert len(lines) == 10
+    assert all(line["found"] <= line["allowed"] for line in lines)
+
+
+@pytest.mark.parametrize("mistake", ["offset", "position", "loss"])
+def test_a_difference_ends_the_run(monkeypatch, mistake):
+    """Nothing is timed that computes something else."""
+    if mistake == "loss":
+        exact = captioner.chunked_cross_entropy
+        monkeypatch.setattr(captioner, "chunked_cross_entropy", lambda *a: 1.0001 * exact(*a))
+    else:
+        exact = qformer.CrossAttention.absorbed
+
+        def wrong(self, x, video, project, pos):
+            if mistake == "offset":
+                video.offset = video.offset * 0.999
+            else:
+                pos = [pos[0], pos[1], 0 * pos[2]]
+            return exact(self, x, video, project, pos)
+
+        monkeypatch.setattr(qformer.CrossAttention, "absorbed", wrong)
+    with pytest.raises(UserError, match="not equal"):
+        bench.equalities(CPU)
+
+
+@pytest.mark.parametrize(
+    "group, names",
+    [
+        ("qformer", {"reference", "absorbed"}),
+        ("loss", {"reference", "chunked"}),
+        ("train", {"reference", "int8", "chunked", "captions_2", "captions_4", "captions_8"}),
+        ("evaluate", {"reference", "shared_prefix_8", "shared_prefix_64"}),
+        ("features", {"fp16", "int8", "int8_pool2", "int8_read", "loader_2"}),
+    ],
+)
+def test_groups_check_and_measure(place, group, names):
+    rows = list(bench.GROUPS[group](place))
+    assert names <= {row["name"] for row in rows}
+    keys = {"name", "unit", "median", "iqr", "factor", "max_abs_diff", "peak_bytes"}
+    assert all(keys <= row.keys() for row in rows)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_batched_encoding_is_one_by_one(place):
+    import bench_data
+
+    clips = [torch.randint(0, 256, (16, 90, 120, 3), dtype=torch.uint8).numpy() for _ in range(3)]
+    encoder = bench_data.make_encoder(place)
+    rows = {row["name"]: row for row in bench_data.encode_rows(place, encoder, clips)}
+    assert rows["batched_encode"]["max_abs_diff"] < 1e-5
+
+
+def test_the_largest_micro_batch_fits(place):
+    """Predicted from two small ones and then measured; one more clip would be over."""
+    weights = torch.nn.Linear(10, 10)  # 110 parameters
+
+    def step(count):
+        return torch.ones(count, 1000).sum()  # 4,000 bytes a clip
+
+    fixed = 5 * 4 * 110  # as language model, and four times as Q-Former: float32
+    found = bench.largest_batch(step, weights, weights, CPU, card=fixed + 40_100)
+    assert found["largest_micro_batch"] == 10
+    assert found["bytes_at_largest"] <= fixed + 40_100 < found["bytes_at_largest"] + 4000
+
+
+def test_peak_bytes_are_those_held_at_once():
+    def run():
+        for _ in range(5):
+            torch.ones(1000)  # let go at once
+        return torch.ones(500) + torch.ones(500)  # three of 2,000 bytes
+
+    _, flops, most = measure.inspect(run, CPU)
+    assert most == 6000
+    assert flops == 0
+    assert measure.inspect(lambda: torch.ones(3, 4) @ torch.ones(4, 5), CPU)[1] == 2 * 3 * 4 * 5
+
+
+def committed():
+    files = sorted((ROOT / "results" / "bench").glob("*/bench.json"))
+    return [json.loads(path.read_text()) for path in files]
+
+
+def test_the_readme_says_what_was_measured():
+    assert committed()
+    assert measure.summary(committed()) in (ROOT / "README.md").read_text()
+
+
+def test_committed_results_are_whole():
+    for result in committed():
+        assert set(bench.GROUPS) == {row["group"] for row in result["rows"]}
+        assert all(line["found"] <= line["allowed"] for line in result["equal"])
