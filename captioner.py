@@ -133,12 +133,14 @@ class VideoCaptioner(nn.Module):
     def validation(self, batch, style, max_new_tokens, num_beams=1):
         """Loss and captions of B clips behind one prefix pass.
 
-        Returns (summed loss, number of tokens, B strings); the loss is None without `labels`.
+        Returns (summed loss, number of tokens, B strings); the loss is None unless each clip has one
+        reference.
         """
         with torch.inference_mode():
             cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
             total = None
-            if tokens := len(batch["targets"]):
+            tokens = len(batch["targets"])
+            if len(batch["input_ids"]) == len(batch["ids"]):  # every clip has its reference
                 text = batch["input_ids"], batch["positions"], batch["targets"]
                 total = self.loss(copy.deepcopy(cache), *text).item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)

@@ -173,5 +173,6 @@ def device_and_dtype(args):
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")
+        torch.cuda.set_device(device)  # streams and events are of the current device
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     return device, getattr(torch, dtype)

@@ -346,15 +346,12 @@ def collate(items):
     for row, (prompt, target) in enumerate(pairs):
         end = len(prompt) + len(target)
         batch["input_ids"][row, :end] = torch.tensor(prompt + target)
-        first = (
-            row * length + len(prompt) - 1
-        )  # the prompt's last token predicts the caption's first
+        # the prompt's last token predicts the caption's first
+        first = row * length + len(prompt) - 1
         positions.extend(range(first, first + len(target)))
         targets.extend(target)
-    batch["positions"], batch["targets"] = (
-        torch.tensor(positions).long(),
-        torch.tensor(targets).long(),
-    )
+    batch["positions"] = torch.tensor(positions, dtype=torch.long)
+    batch["targets"] = torch.tensor(targets, dtype=torch.long)
     return {"ids": [item["id"] for item in items], **batch}
 
 

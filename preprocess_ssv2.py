@@ -192,14 +192,15 @@ def encode(encoder, todo, features, args):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
 
     def launch(batch):
-        return batch, encoder.launch([clip.frames for _, clip in batch])
+        names = [(key, clip.decoder) for key, clip in batch]  # and not the frames
+        return names, encoder.launch([clip.frames for _, clip in batch])
 
-    def collect(batch, finish):
-        for (key, clip), record in zip(batch, finish(), strict=True):
+    def collect(names, finish):
+        for (key, decoder), record in zip(names, finish(), strict=True):
             if record is None:
                 yield key, ("non_finite", "the encoder returned NaN or infinity")
             else:
-                writes.append((key, disk.submit(save, key, record, clip.decoder)))
+                writes.append((key, disk.submit(save, key, record, decoder)))
 
     def written(limit):
         while len(writes) > limit:
@@ -207,7 +208,7 @@ def encode(encoder, todo, features, args):
             write.result()  # a full disk surfaces here
             yield key, None
 
-    batch, running, writes = [], None, []
+    batch, running, writes = [], [], []
     clips = pool.decode_many(
         todo.items(),
         args.num_frames,
@@ -224,13 +225,15 @@ def encode(encoder, todo, features, args):
             else:
                 batch.append((key, clip))
             if len(batch) == args.batch_size:
-                previous, running, batch = running, launch(batch), []
-                if previous:  # a GPU works on the new batch while the last one is taken and saved
-                    yield from collect(*previous)
+                # a GPU begins this batch before the last one is taken and saved
+                running.append(launch(batch))
+                batch = []
+                while len(running) > (1 if encoder.device.type == "cuda" else 0):
+                    yield from collect(*running.pop(0))
             yield from written(4 * args.batch_size)
-        for rest in (running, launch(batch) if batch else None):
-            if rest:
-                yield from collect(*rest)
+        running += [launch(batch)] if batch else []
+        for launched in running:
+            yield from collect(*launched)
         yield from written(0)
 
 

@@ -173,11 +173,13 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.thread.shutdown()
-        self.wait()
+        if not error:
+            self.wait()
 
     def wait(self):
+        """Until the last write is done; raises what went wrong in it."""
         if self.writing:
             self.writing.result()
 

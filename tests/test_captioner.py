@@ -266,3 +266,10 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     logits = captioner.lm(input_ids=batch["input_ids"], past_key_values=cache).logits
     mean = F.cross_entropy(logits.flatten(0, 1)[batch["positions"]], batch["targets"])
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_a_clip_without_reference_is_captioned_all_the_same(captioner, make_batch):
+    """One clip without a paraphrase among those of its batch ended the evaluation of sentences."""
+    batch = double(make_batch([[CAPTIONS[0][1]], []]))
+    total, _, texts = captioner.validation(batch, "sentence", 9)
+    assert total is None and len(texts) == 2

@@ -55,6 +55,8 @@ def test_help_is_quick_and_shows_every_default(name):
         ("train --lr nan", 2, "argument --lr"),
         ("train --batch 3", 2, "unrecognized arguments: --batch 3"),
         ("preprocess_ssv2 --shard 3/3", 2, "is not i/n with 0 <= i < n"),
+        ("bench --preset full --device cpu", 2, "bench.py: --preset full needs a CUDA GPU"),
+        ("bench --table /nowhere.json", 2, "bench.py: bench result not found: /nowhere.json"),
         ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
     ],
 )
