@@ -1,11 +1,15 @@
-# The two commands of the README. Both need Python 3.11 or newer, and nothing else of ours.
+# The commands of the README. All need Python 3.11 or newer, and nothing else of ours.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo ablation test clean
 
 demo: .venv/demo
 	$(BIN)/python demo.py
+
+# 40 minutes on two idle cores; stop it at any time, start it again and it goes on
+ablation: .venv/demo
+	$(BIN)/python ablation.py
 
 test: .venv/test
 	$(BIN)/ruff format --check .
@@ -23,4 +27,4 @@ test: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv data/toy results/demo
+	rm -rf .venv data/toy data/ablation results/demo results/ablation_runs

@@ -1,0 +1,220 @@
+"""Each change does what its row says, and the table is what the runs measured."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ablation
+import ablation_table
+import dataset
+import evaluate
+import train
+from ablation_changes import CHANGES, any_caption, changed
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def double(clips):
+    features, scale, offset = clips
+    return features, scale.double(), offset.double()
+
+
+def test_without_positions_a_clip_is_its_mirror_image(make_qformer, make_clips):
+    x, scale, offset = make_clips(1, tokens=24)
+    mirrored = x.view(1, 2, 3, 4, 24).flip(3).reshape(1, 24, 24)
+    with changed("no_positions"):
+        qformer = make_qformer(grid=(2, 3, 4)).double()
+        a, b = (qformer(*double((clip, scale, offset))) for clip in (x, mirrored))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        again = make_qformer(grid=(2, 3, 4))
+        again.load_state_dict(qformer.state_dict())
+        assert not any("pos" in name for name, _ in qformer.named_parameters())
+    qformer = make_qformer(grid=(2, 3, 4))
+    assert (qformer(x, scale, offset) - qformer(mirrored, scale, offset)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_positions_on_keys_only_is_the_plainly_written_one(make_qformer, make_clips, num_blocks):
+    """One head, one query, one clip at a time, as one would write it on a blackboard."""
+    grid, width, heads = (2, 3, 4), 32, 4
+    qformer = make_qformer(grid=grid, num_blocks=num_blocks).double()
+    x, scale, offset = double(make_clips(2, tokens=24))
+
+    def plain(cross, queries, clip):
+        video = ((x[clip] * scale[clip] + offset[clip]) - qformer.mean) / qformer.std
+        tokens = video @ qformer.project.weight.T + qformer.project.bias
+        t, h, w = qformer.pos
+        keys = [
+            cross.k(tokens[(i * grid[1] + j) * grid[2] + k] + t[i] + h[j] + w[k])
+            for i in range(grid[0])
+            for j in range(grid[1])
+            for k in range(grid[2])
+        ]
+        rows = []
+        for query in queries:
+            parts = []
+            for head in range(heads):
+                part = slice(head * width // heads, (head + 1) * width // heads)
+                scores = [cross.q(query)[part] @ key[part] / (width / heads) ** 0.5 for key in keys]
+                weights = torch.stack(scores).softmax(0)
+                parts.append(weights @ cross.v(tokens)[:, part])
+            rows.append(cross.out(torch.cat(parts)))
+        return torch.stack(rows)
+
+    def by_hand(clip):
+        q = qformer.queries
+        for block in qformer.blocks:
+            q = q + block.self_attention(block.norm_self(q)[None])[0]
+            q = q + plain(block.cross, block.norm_cross(q), clip)
+            q = q + block.mlp(block.norm_mlp(q))
+        return torch.nn.functional.layer_norm(q, q.shape[-1:]) * qformer.gain
+
+    qformer.absorb = True
+    with changed("keys_only"):
+        got = qformer(x, scale, offset)
+    torch.testing.assert_close(got, torch.stack([by_hand(0), by_hand(1)]), rtol=0, atol=1e-10)
+    assert (got - qformer(x, scale, offset)).abs().max() > 1e-3  # with values it is another
+
+
+def test_without_standardisation():
+    data = SimpleNamespace(manifest={"settings": {"width": 5}})
+    with changed("no_standardisation"):
+        mean, std = train.statistics(None, data)
+    assert mean.tolist() == [0] * 5 and std.tolist() == [1] * 5
+
+
+def test_without_the_gain_prompts_start_with_a_layer_norms_norm(make_qformer, make_clips):
+    with changed("no_gain"):
+        out = make_qformer(output_norm=0.9)(*make_clips(2))
+    torch.testing.assert_close(out.norm(dim=-1), torch.full((2, 6), 32**0.5), rtol=1e-3, atol=0)
+
+
+def test_one_prompt_reaches_the_tokens(tokenizer):
+    one = dataset.encode_caption(tokenizer, "label", "x")
+    assert dataset.encode_caption(tokenizer, "sentence", "x") != one
+    with changed("no_style_prompts"):
+        assert dataset.encode_caption(tokenizer, "sentence", "x") == one
+
+
+def test_captions_are_drawn_uniformly():
+    record = {"id": "7", "label": "a", "paraphrases": ["b", "c", "d"]}
+    drawn = Counter(any_caption(record, 1, 0, epoch)[0] for epoch in range(4000))
+    assert set(drawn) == {("label", "a"), *(("sentence", t) for t in "bcd")}
+    assert all(abs(n - 1000) < 150 for n in drawn.values())  # five standard deviations
+    assert any_caption(record, 1, 0, 3) == any_caption(record, 1, 0, 3)
+
+
+def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokenizer):
+    """All of its changes act at once: one prompt, pads with loss, a constant rate."""
+    settings = dataset.load_manifest(prepared / "features")["settings"]
+    texts = {True: [("label", "ab")], False: [("sentence", "abcdef")]}
+    records = dataset.load_records(prepared / "annotations", "train")[:2]
+    with changed("original"):
+        batches = [
+            next(iter(module.loader(data, 2, 0, torch.device("cpu"))))
+            for module in (train, evaluate)
+            for data in [
+                dataset.FeatureDataset(
+                    *(prepared / "features", "train", records, settings, tokenizer),
+                    lambda record: texts[record is records[0]],
+                )
+            ]
+        ]
+        prompt = len(dataset.STYLES["label"])
+        assert train.lr_at(0, 100, 1e-3, 50) == train.lr_at(99, 100, 1e-3, 50) == 1e-3
+        assert train.choose_captions is any_caption
+    padded, usual = batches
+    assert len(usual["targets"]) == len(" ab") + len(" abcdef") + 2
+    assert padded["input_ids"].shape == (2, prompt + len(" abcdef") + 1)
+    eos = tokenizer.eos_token_id
+    assert padded["targets"].view(2, -1)[0].tolist() == [*map(ord, " ab"), *[eos] * 5]
+    assert padded["positions"].view(2, -1)[0].tolist() == list(range(prompt - 1, prompt + 7))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_ends_with_its_run(change):
+    styles = dict(dataset.STYLES)
+    places = [(o, n) for o, n, _ in CHANGES[change]() if not isinstance(o, dict)]
+    originals = [getattr(o, n) for o, n in places]
+    with pytest.raises(KeyError), changed(change):
+        assert [getattr(o, n) for o, n in places] != originals or change == "no_style_prompts"
+        raise KeyError
+    assert [getattr(o, n) for o, n in places] == originals and styles == dataset.STYLES
+
+
+@pytest.fixture
+def args(prepared, world, tmp_path):
+    """Flags of a small ablation whose world is prepared."""
+    from conftest import preprocess
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("lm", "toy.json"):
+        (data / name).symlink_to(world / name)
+    (data / "annotations").symlink_to(prepared / "annotations")
+    flags = ["--limit", "64", "--store", "fp16", "--splits", "train", "validation"]
+    assert preprocess(world, data, *flags, ablation.OBJECTS, features=data / "features_fp16") == 0
+    where = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--clips", "64"]
+    return ablation.parse_args([*where, "--seeds", "1", "--row", "original"])
+
+
+def test_a_run_is_the_real_training_and_is_not_repeated(args, monkeypatch, capsys):
+    """The whole of the original's recipe through train.py and evaluate.py. Then the other row fails,
+    for want of its features: it is named with its log, and the finished one is left alone."""
+    short = ablation.ROWS["original"]._replace(flags="--captions-per-clip 1 --epochs 2 --lr 1e-3")
+    monkeypatch.setattr(ablation, "ROWS", {"base": ablation.ROWS["base"], "original": short})
+    threads = torch.get_num_threads()
+    try:
+        assert ablation.run_row(args) is None
+    finally:
+        torch.set_num_threads(threads)
+    done = Path(args.runs) / "original_seed0" / "result.json"
+    result = json.loads(done.read_text())
+    assert result["cider"] >= 0 and result["seconds"] > 0 and len(result["curve"]) == 2
+    checkpoint = torch.load(done.parent / "best.pt", weights_only=True)
+    assert not any("pos" in name for name in checkpoint["qformer"])
+    assert checkpoint["styles"]["sentence"] == checkpoint["styles"]["label"]
+    assert checkpoint["qformer"]["std"].eq(1).all()
+
+    stamp = done.stat().st_mtime_ns
+    assert ablation.run_all(args) == ["base"]
+    assert done.stat().st_mtime_ns == stamp
+    assert not (Path(args.runs) / "original_seed0.log").exists()
+    log = Path(args.runs) / "base_seed0.log"
+    assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
+    assert "Run ablation.py first" in log.read_text()
+    args.clips = 65
+    assert ablation.finished(args, "original", 0) is None, "other flags are another run"
+
+
+def test_the_table_is_made_of_the_committed_results():
+    results = json.loads((RESULTS / "ablation.json").read_text())
+    assert (RESULTS / "ablation.md").read_text() == ablation_table.markdown(results)
+    assert list(results["rows"]) == list(ablation.ROWS)
+    assert all(len(row["runs"]) == 3 for row in results["rows"].values())
+
+
+def test_what_is_more_than_noise_is_bold():
+    """Standard deviation 0.1 in every row: 0.15 above the base is noise, 0.5 below it is not."""
+
+    def row(text, centre):
+        runs = [
+            {"seed": s, "seconds": 9.0, "curve": []}
+            | dict.fromkeys(ablation_table.SCORES, centre + d)
+            for s, d in enumerate((-0.1, 0, 0.1))
+        ]
+        sizes = {"parameters": 5, "bytes_per_clip": 7}
+        return {"text": text, "change": None, **sizes, "runs": runs}
+
+    rows = {"base": row("base", 4), "a": row("tie", 4.15), "b": row("loss", 3.5)}
+    facts = {"clips": 10, "cpu": "a processor", "versions": {"torch": "2"}}
+    text = ablation_table.markdown(facts | {"rows": rows})
+    assert "| tie | 4.15 ± 0.10 | +0.15 |" in text
+    assert "| loss | 3.50 ± 0.10 | **-0.50** |" in text
+    assert (
+        "(noise 0.10). Below the base: loss. Above it: none. Not told apart from it: tie." in text
+    )
