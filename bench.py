@@ -89,6 +89,8 @@ def main(argv=None):
     if args.table:
         print(summary([read_result(path) for path in args.table]))
         return
+    # the profiler that counts a CPU's bytes has much to say; torch reads this when it is imported
+    os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     asked = args.device or {"cpu": "cpu", "full": "cuda"}[args.preset]
     device, _ = cli.device_and_dtype(SimpleNamespace(device=asked, dtype="auto"))
     if args.preset == "full" and device.type == "cpu":
@@ -97,8 +99,6 @@ def main(argv=None):
     folder = Path(args.output, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
     cli.output_folder(folder, "--output").mkdir(parents=True, exist_ok=True)
 
-    # the profiler that counts a CPU's bytes has much to say
-    os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     import torch
 
     torch.manual_seed(0)

@@ -236,7 +236,7 @@ def summary(results):
         if rows is None:
             return "not yet measured"
         row = rows[group, name]
-        return row["left_out"] if "left_out" in row else f"{row[field]:.1f}x"
+        return "left out" if "left_out" in row else f"{row[field]:.1f}x"
 
     lines = [f"| times the reference | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for text, where in SUMMARY.items():
