@@ -65,7 +65,7 @@ SMALL = REAL | {"grid": (8, 16, 16), "E": 256, "Q": 16, "encoder": (2, 4, 64, 16
 SMALL |= {"V": 8192, "layers": 4, "mlp": 2240, "lm_heads": 6, "videos": 16, "seconds": 5}
 # For float64 and for tests
 TINY = SMALL | {"grid": (4, 2, 6), "E": 24, "Q": 6, "D": 32, "V": 130, "mlp": 64, "lm_heads": 4}
-TINY |= {"B": 3, "clips": 64, "videos": 4, "seconds": 0}
+TINY |= {"B": 3, "layers": 2, "tokens": 8, "clips": 64, "videos": 4, "seconds": 0}
 PRESETS = {"cpu": SMALL, "full": REAL}
 CARD = 24e9  # bytes of the GPU that the real run is meant for
 
@@ -570,23 +570,6 @@ def bench_train(place):
     def micro_step(k, model=model):
         train.micro_steps(model, [ours[k]])
 
-    def some(count):
-        rows = torch.arange(count) % s["B"]
-        return {k: v[rows] for k, v in stored.items()}, [captions[i] for i in rows]
-
-    def reference_of(count):
-        clips, texts = some(count)
-        with half_precision(device):
-            soft = reference_qformer(qformer, attention, as_floats(clips)["features"].to(device))
-            loss = reference_loss(lm, soft, [c[0] for c in texts])
-        loss.backward()
-
-    def four_captions_of(count):
-        clips, texts = some(count)
-        train.micro_steps(model, [collate(as_items(clips, [c[:4] for c in texts]))])
-
-    any_size = {"reference": reference_of, "captions_4": four_captions_of}
-
     # name: (callable, captions a clip, whose gradient counts)
     variants = {
         "reference": (partial(plain, "reference"), 1, attention),
@@ -629,16 +612,17 @@ def bench_train(place):
         variants["compile"] = partial(micro_step, 4, compiled), 4, None
         try:
             found["compile"] = check("compiled", error("compile", compiled.qformer), 6 * own)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as failure:
             del variants["compile"]
-            skipped = {"compile": f"it failed: {type(error).__name__}"}
+            skipped = {"compile": f"it failed: {type(failure).__name__}"}
 
     work = {name: (run, s["B"] * k) for name, (run, k, _) in variants.items()}
     for row in measure(place, "captions/s", work, lambda _: found):
         row["ms_per_caption"] = 1e3 / row["median"]
         row["ms_per_clip"] = row["ms_per_caption"] * variants[row["name"]][1]
-        if on_gpu(device) and row["name"] in any_size:
-            row |= largest_batch(any_size[row["name"]], qformer, lm, device)
+        if on_gpu(device) and row["name"] in ("reference", "captions_4"):
+            step = partial(step_of, row["name"], model, attention, stored, captions)
+            row |= largest_batch(step, qformer, lm, device)
         yield row
     yield from (left_out(name, why) for name, why in skipped.items())
 
@@ -647,6 +631,24 @@ NOT_ON_A_CPU = {
     "bfloat16": "most CPUs compute it slower than float32",
     "compile": "on a CPU it takes a minute and gains nothing",
 }
+
+
+def step_of(name, model, attention, stored, captions, count):
+    """A training step of `count` clips, the given ones again and again."""
+    import torch
+
+    import train
+
+    rows = torch.arange(count) % len(captions)
+    clips, texts = {k: v[rows] for k, v in stored.items()}, [captions[i][:4] for i in rows]
+    if name == "reference":
+        floats = as_floats(clips)["features"].to(model.device)
+        with half_precision(model.device):
+            soft = reference_qformer(model.qformer, attention, floats)
+            loss = reference_loss(model.lm, soft, [c[0] for c in texts])
+        loss.backward()
+    else:
+        train.micro_steps(model, [collate(as_items(clips, texts))])
 
 
 def largest_batch(step, qformer, lm, device, card=CARD):

@@ -55,7 +55,6 @@ def test_a_difference_ends_the_run(monkeypatch, mistake):
     [
         ("qformer", {"reference", "absorbed"}),
         ("loss", {"reference", "chunked"}),
-        ("train", {"reference", "int8", "chunked", "captions_2", "captions_4", "captions_8"}),
         ("evaluate", {"reference", "shared_prefix_8", "shared_prefix_64"}),
         ("features", {"fp16", "int8", "int8_pool2", "int8_read", "loader_2"}),
     ],
@@ -66,6 +65,40 @@ def test_groups_check_and_measure(place, group, names):
     keys = {"name", "unit", "median", "iqr", "factor", "max_abs_diff", "peak_bytes"}
     assert all(keys <= row.keys() for row in rows)
     json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize("emulate_gpu", [False, True])
+def test_every_training_row_is_checked(place, monkeypatch, emulate_gpu):
+    """On a GPU more variants run, under bfloat16; a CPU can stand in for all but the compiler."""
+    if emulate_gpu:
+        largest = bench.largest_batch
+        monkeypatch.setattr(bench, "on_gpu", lambda device: True)
+        monkeypatch.setattr(bench, "largest_batch", lambda *args: largest(*args, card=1e6))
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    rows = {row["name"]: row for row in bench.bench_train(place)}
+    assert {"absorbed", "int8", "chunked", "captions_4", "bfloat16", "compile"} < rows.keys()
+    measured = {name for name, row in rows.items() if "left_out" not in row}
+    assert measured >= {"bfloat16", "compile"} or not emulate_gpu
+    assert all(rows[name]["max_abs_diff"] is not None for name in measured - {"reference"})
+    assert rows["captions_4"].get("largest_micro_batch", 0) > 0 or not emulate_gpu
+
+
+def test_a_tenth_of_the_tokens_is_missed(place, monkeypatch):
+    """Behind a tolerance of 0.5 a tenth of the tokens could be lost without a word."""
+    import train
+
+    steps = train.micro_steps
+
+    def lossy(model, window):
+        b = window[0]
+        keep = torch.arange(len(b["targets"])) % 10 > 0
+        short = b | {"positions": b["positions"][keep], "targets": b["targets"][keep]}
+        return steps(model, [short])
+
+    monkeypatch.setattr(train, "micro_steps", lossy)
+    monkeypatch.setattr(bench, "on_gpu", lambda device: True)
+    with pytest.raises(UserError, match="not equal: the gradient of captions"):
+        list(bench.bench_train(place))
 
 
 def test_batched_encoding_is_one_by_one(place):
