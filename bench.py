@@ -65,7 +65,7 @@ SMALL = REAL | {"grid": (8, 16, 16), "E": 256, "Q": 16, "encoder": (2, 4, 64, 16
 SMALL |= {"V": 8192, "layers": 4, "mlp": 2240, "lm_heads": 6, "videos": 16, "seconds": 5}
 # For float64 and for tests
 TINY = SMALL | {"grid": (4, 2, 6), "E": 24, "Q": 6, "D": 32, "V": 130, "mlp": 64, "lm_heads": 4}
-TINY |= {"B": 3, "layers": 2, "tokens": 8, "clips": 64, "videos": 4, "seconds": 0}
+TINY |= {"B": 3, "tokens": 8, "clips": 64, "videos": 4, "seconds": 0}
 PRESETS = {"cpu": SMALL, "full": REAL}
 CARD = 24e9  # bytes of the GPU that the real run is meant for
 
