@@ -1,6 +1,7 @@
 """Each change does what its row says, and the table is what the runs measured."""
 
 import json
+import statistics
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,3 +219,18 @@ def test_what_is_more_than_noise_is_bold():
     assert (
         "(noise 0.10). Below the base: loss. Above it: none. Not told apart from it: tie." in text
     )
+
+
+def test_the_readme_quotes_the_table():
+    """A number in the README has a file in results/ behind it."""
+    rows = json.loads((RESULTS / "ablation.json").read_text())["rows"]
+    mean = {name: statistics.fmean(r["cider"] for r in row["runs"]) for name, row in rows.items()}
+    loss = {name: mean["base"] - value for name, value in mean.items()}
+    text = " ".join((RESULTS.parent / "README.md").read_text().split())
+    assert f"prompts are worth {loss['no_style_prompts']:.1f} CIDEr" in text
+    assert f"positions {loss['no_positions']:.1f};" in text
+    assert f"below 1 where the base has {mean['base']:.1f}." in text
+    assert mean["original"] < 1 and mean["original_lr"] < 1
+    assert f"int8 costs {-loss['fp16']:.2f} against fp16" in text
+    assert f"pooling 2 x 2 gains {-loss['pool2']:.2f}," in text
+    assert f"bare LayerNorm (by {-loss['no_gain']:.1f} CIDEr" in text
