@@ -91,7 +91,7 @@ def main(argv=None):
         return
     # the profiler that counts a CPU's bytes has much to say; torch reads this when it is imported
     os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    asked = args.device or {"cpu": "cpu", "full": "cuda"}[args.preset]
+    asked = args.device or {"cpu": "cpu", "full": "auto"}[args.preset]
     device, _ = cli.device_and_dtype(SimpleNamespace(device=asked, dtype="auto"))
     if args.preset == "full" and device.type == "cpu":
         raise UserError("--preset full needs a CUDA GPU: on a CPU one step takes minutes")
