@@ -20,6 +20,7 @@ from dataset import STYLES
 from qformer import QFormer
 
 CHECKPOINT_VERSION = 1
+READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
 LOGITS_CHUNK = 256  # labelled tokens at a time: 256 x V floats are 156 MB for Qwen2
 
 
@@ -52,7 +53,12 @@ class VideoCaptioner(nn.Module):
         """
         on_cuda = self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
-            soft = self.qformer(features, scale, offset)  # (B, Q, D)
+            clips = features, scale, offset
+            if torch.is_grad_enabled():
+                soft = self.qformer(*clips)  # (B, Q, D)
+            else:
+                groups = zip(*(t.split(READ_CHUNK) for t in clips), strict=True)
+                soft = torch.cat([self.qformer(*group) for group in groups])
         out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), use_cache=True)
         return out.past_key_values
 

@@ -142,8 +142,10 @@ def test_beams_take_nothing_from_the_models_own_settings(captioner, make_clips):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batched_is_one_by_one(captioner, make_clips, num_beams):
-    """Also for beams: the cache has to be repeated per beam, not the ids alone."""
+def test_batched_is_one_by_one(captioner, make_clips, num_beams, monkeypatch):
+    """Also for beams: the cache has to be repeated per beam, not the ids alone. In inference the
+    Q-Former reads a few clips at a time, here three and one."""
+    monkeypatch.setattr(module, "READ_CHUNK", 3)
     x, scale, offset = make_clips(4)
     batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
     together = captioner.captions(batch, "label", 10, num_beams)
