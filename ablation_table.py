@@ -21,7 +21,7 @@ TEXT = """\
 
 `make ablation`, one core per run ({cpu}, torch {torch}).
 {clips:,} training clips of the demo's world and its validation splits; seeds {seeds} of the run
-(initialisation, order, captions): one world, one language model, batches of 16 clips.
+(initialisation, order, captions): one world, one language model, batches of 16 clips, learning rate 2e-3.
 
 Mean ± standard deviation over the seeds, CIDEr of 10. Seconds: processor time of training, steps times
 the median step. "Right in either style": the caption is the clip's label or any sentence that the world
@@ -35,7 +35,7 @@ is bold.
 
 The original's recipe: captions drawn uniformly from the label and all paraphrases, one prompt for both, one
 caption a pass, pads trained on, no positions, no standardisation, a bare LayerNorm at the end, a constant
-learning rate without clipping, fp16 features, 9 passes. It is scored on labels, as the original does.
+learning rate (two were tried) without clipping, fp16 features, 9 passes. It is scored on labels, as the original does.
 
 A tiny world of moving shapes and a short training: no claim about Something-Something-V2.
 """

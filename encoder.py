@@ -124,8 +124,8 @@ class VideoEncoder:
     def encode(self, clips, together=None):
         """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device.
 
-        together: in one batch; by default on a GPU only. On a CPU a batch is hardly faster, and
-        matmul kernels, and so the last bits, may depend on its size.
+        together: in one batch; by default on a GPU only. On a CPU one by one, though a
+        batch is faster: matmul kernels, and so the last bits, may depend on its size.
         """
         s, dtype = self.settings, next(self.model.parameters()).dtype
         pixels = [transform(self._upload(c), s["size"], s["resize"]) for c in clips]

@@ -5,6 +5,7 @@ import re
 import statistics
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -46,15 +47,17 @@ def compare(variants, device, seconds, warm=False):
     return times
 
 
-def inspect(run, device):
+def inspect(run, device, compiled=False):
     """Call `run` under counters: (what it returns, FLOPs of its matrix products, peak bytes).
 
     The peak is the most that the call's tensors hold at once, beyond what was there before.
+    compiled: by torch.compile, which would run uncompiled ever after a call under the FLOP counter;
+    the FLOPs are then None.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with nullcontext() if compiled else FlopCounterMode(display=False) as counter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -67,7 +70,7 @@ def inspect(run, device):
             events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
             events.sort(key=lambda e: e.start_ns())
             most = max(accumulate(e.nbytes() for e in events))
-    return result, counter.get_total_flops(), most
+    return result, None if compiled else counter.get_total_flops(), most
 
 
 def measure(place, unit, variants, verify):
@@ -77,18 +80,21 @@ def measure(place, unit, variants, verify):
     variants do not agree, and returns {name: difference from the reference}.
     """
     next(iter(variants.values()))[0]()  # or the reference alone would pay for the gradients' memory
-    seen = {
-        name: inspect(run, place.device) for name, (run, _) in variants.items()
-    }  # warms up, too
+    seen = {  # warms up, too
+        name: inspect(run, place.device, compiled=name == "compile")
+        for name, (run, _) in variants.items()
+    }
     found = verify({name: result for name, (result, *_) in seen.items()})
     runs, first = {name: run for name, (run, _) in variants.items()}, None
     times = compare(runs, place.device, place.shapes["seconds"], warm=True)
     for name, (_, items) in variants.items():
         row = rate(name, unit, times[name], items, first, found.get(name))
         first = first or row["median"]
-        speed = seen[name][1] / statistics.median(times[name])
-        row |= {"peak_bytes": seen[name][2], "flops_per_second": speed}
-        yield row | {"share_of_matmul": speed / place.peak}
+        row["peak_bytes"] = seen[name][2]
+        if flops := seen[name][1]:
+            row["flops_per_second"] = flops / statistics.median(times[name])
+            row["share_of_matmul"] = row["flops_per_second"] / place.peak
+        yield row
 
 
 def rates(times, unit, items):
@@ -151,7 +157,7 @@ def device_name(device):
 NOTES = {  # what rows of some groups say beside the columns that all have
     "ms_per_clip": "{:.1f} ms a clip",
     "ms_per_caption": "{:.1f} ms a caption",
-    "largest_micro_batch": "{} clips at once fit in 24 GB",
+    "largest_micro_batch": "the tensors of {} clips at once fit in 24 GB",
     "bytes_at_8": "{:.3g} bytes at 8 clips with weights and optimizer",
     "memory_factor": "{:.1f} times less memory",
     "identical_captions": "{:.0%} the same captions",
@@ -220,7 +226,11 @@ SUMMARY = {  # the README's rows: what it says, and which figure of which row
     "disk: int8 instead of fp16": ("features", "int8", "factor"),
     "disk: int8, 2 x 2 tokens pooled": ("features", "int8_pool2", "factor"),
     "reading a clip's features, checksum included": ("features", "int8_read", "factor"),
-    "encoding clips in batches of 8": ("preprocess", "batched_encode", "factor"),
+    "encoding clips in batches of 8 (done on a GPU only)": (
+        "preprocess",
+        "batched_encode",
+        "factor",
+    ),
 }
 
 

@@ -177,6 +177,8 @@ class Writer:
         self.thread.shutdown()
         if not error:
             self.wait()
+        elif self.writing and self.writing.exception():
+            note(f"the last checkpoint was not written: {self.writing.exception()}")
 
     def wait(self):
         """Until the last write is done; raises what went wrong in it."""

@@ -229,7 +229,7 @@ def test_the_readme_quotes_the_table():
     text = " ".join((RESULTS.parent / "README.md").read_text().split())
     assert f"prompts are worth {loss['no_style_prompts']:.1f} CIDEr" in text
     assert f"positions {loss['no_positions']:.1f};" in text
-    assert f"below 1 where the base has {mean['base']:.1f}." in text
+    assert f"rates tried, where the base has {mean['base']:.1f}." in text
     assert mean["original"] < 1 and mean["original_lr"] < 1
     assert f"int8 costs {-loss['fp16']:.2f} against fp16" in text
     assert f"pooling 2 x 2 gains {-loss['pool2']:.2f}," in text
