@@ -26,7 +26,7 @@ import time
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import chain, cycle
+from itertools import accumulate, chain, cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -582,24 +582,17 @@ def bench_train(place):
     variants |= {"bfloat16": (bfloat16, 1, None)} if on_gpu(device) else {}
     variants |= {f"captions_{k}": (partial(micro_step, k), k, None) for k in ours}
 
-    def grad(run, pairs=None, qformer=qformer):
-        for module in (qformer, *chain(*attention)):
-            module.zero_grad()
-        run()
-        return gradient(qformer, pairs)
-
-    # the reference's gradient in float32, after 1, 2, 4 and 8 passes over the clips
+    # the reference's gradient in float32, summed over 1 to 8 passes of the clips
     exact_lm = copy.deepcopy(lm).float()
     float32 = partial(plain, "reference", lm=exact_lm, cast=lambda _: nullcontext())
-    exact, passed = {}, 0
-    for k in range(8):
-        passed = passed + grad(partial(float32, k), attention)
-        exact[k + 1] = passed
-    del exact_lm, float32
+    passes = [after(partial(float32, k), qformer, attention, attention) for k in range(8)]
+    exact = dict(enumerate(accumulate(passes), 1))
+    del exact_lm, float32, passes
 
     def error(name, qformer=qformer):
         run, k, pairs = variants[name]
-        return ((grad(run, pairs, qformer) - exact[k]).norm() / exact[k].norm()).item()
+        found = after(run, qformer, attention, pairs)
+        return ((found - exact[k]).norm() / exact[k].norm()).item()
 
     own = error("reference")  # on a GPU what autocast costs, on a CPU nothing
     found = {}
@@ -627,6 +620,14 @@ def bench_train(place):
             row |= largest_batch(step, qformer, lm, device)
         yield row
     yield from (left_out(name, why) for name, why in skipped.items())
+
+
+def after(run, qformer, attention, pairs):
+    """The gradient that `run` leaves, as one vector; of the reference's attention, if `pairs`."""
+    for module in (qformer, *chain(*attention)):
+        module.zero_grad()
+    run()
+    return gradient(qformer, pairs)
 
 
 NOT_ON_A_CPU = {
