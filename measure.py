@@ -207,30 +207,26 @@ def markdown(result):
     return "\n".join(lines)
 
 
-SUMMARY = {  # the README's rows: what it says, and which figure of which row
-    "Q-Former, forward and backward: absorbed attention": ("qformer", "absorbed", "factor"),
+SUMMARY = {  # the README's rows: what it says, of which row, and which figure if not the factor
+    "Q-Former, forward and backward: absorbed attention": ("qformer", "absorbed"),
     "memory of logits and loss: labelled places only, in chunks": (
         "loss",
         "chunked",
         "memory_factor",
     ),
-    "training, per caption: absorbed attention": ("train", "absorbed", "factor"),
-    "+ int8 features, logits where a label is": ("train", "chunked", "factor"),
-    "+ bfloat16 throughout the language model": ("train", "bfloat16", "factor"),
-    "+ 2 captions behind one prefix": ("train", "captions_2", "factor"),
-    "+ 4 captions": ("train", "captions_4", "factor"),
-    "+ 8 captions": ("train", "captions_8", "factor"),
-    "captions written, batches of 8": ("evaluate", "shared_prefix_8", "factor"),
-    "batches of 64": ("evaluate", "shared_prefix_64", "factor"),
-    "batches of 256": ("evaluate", "shared_prefix_256", "factor"),
-    "disk: int8 instead of fp16": ("features", "int8", "factor"),
-    "disk: int8, 2 x 2 tokens pooled": ("features", "int8_pool2", "factor"),
-    "reading a clip's features, checksum included": ("features", "int8_read", "factor"),
-    "encoding clips in batches of 8 (done on a GPU only)": (
-        "preprocess",
-        "batched_encode",
-        "factor",
-    ),
+    "training, per caption: absorbed attention": ("train", "absorbed"),
+    "+ int8 features, logits where a label is": ("train", "chunked"),
+    "+ bfloat16 throughout the language model": ("train", "bfloat16"),
+    "+ 2 captions behind one prefix": ("train", "captions_2"),
+    "+ 4 captions": ("train", "captions_4"),
+    "+ 8 captions": ("train", "captions_8"),
+    "captions written, batches of 8": ("evaluate", "shared_prefix_8"),
+    "batches of 64": ("evaluate", "shared_prefix_64"),
+    "batches of 256": ("evaluate", "shared_prefix_256"),
+    "disk: int8 instead of fp16": ("features", "int8"),
+    "disk: int8, 2 x 2 tokens pooled": ("features", "int8_pool2"),
+    "reading a clip's features, checksum included": ("features", "int8_read"),
+    "encoding clips in batches of 8 (done on a GPU only)": ("preprocess", "batched_encode"),
 }
 
 
@@ -242,7 +238,7 @@ def summary(results):
     if not any(r["preset"] == "full" for r in results):
         columns["a CUDA GPU, `--preset full`"] = None
 
-    def cell(rows, group, name, field):
+    def cell(rows, group, name, field="factor"):
         if rows is None:
             return "not yet measured"
         row = rows[group, name]
