@@ -29,7 +29,8 @@ import toy_world
 from ablation_changes import changed
 from ablation_table import SCORES, cpu, draw, markdown
 from cli import FAILED, PARTIAL, UserError
-from dataset import load_manifest, read_json, write_atomic, write_json
+from dataset import load_manifest
+from files import read_json, write_atomic, write_json
 
 WORLD_CLIPS = 4000  # the demo's world, so that validation has 250 clips; training sees --clips
 OBJECTS = "validation_objects"

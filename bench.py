@@ -40,7 +40,8 @@ from bench_data import (
     make_clips,
 )
 from cli import UserError, note
-from dataset import collate, read_json, write_atomic, write_json
+from dataset import collate
+from files import read_json, write_atomic, write_json
 from measure import (
     Place,
     check,

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hub
 from cli import UserError
-from dataset import STYLES
+from dataset import STYLES, are_settings
+from files import read_torch
 from qformer import QFormer
 
 CHECKPOINT_VERSION = 1
@@ -206,25 +207,37 @@ def load_lm(name, device, dtype):
 def read_checkpoint(path):
     """Load a checkpoint file, or the `best.pt` of a run folder, without executing anything in it.
 
-    Raises UserError for a missing, damaged or foreign file.
+    Raises UserError for a missing, damaged or foreign file; one flipped byte is damage.
     """
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"--checkpoint {path} does not exist. Run train.py first.")
     try:
-        checkpoint = torch.load(str(path), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises whatever the damage happens to trip over
+        checkpoint = read_torch(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--checkpoint {path} is no readable checkpoint ({error})") from None
+    version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
+    if isinstance(version, int) and version != CHECKPOINT_VERSION:
         raise UserError(
-            f"--checkpoint {path} is no readable checkpoint ({type(error).__name__})"
-        ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("checkpoint_version") is None:
-        raise UserError(f"--checkpoint {path} was not written by train.py")
-    if checkpoint["checkpoint_version"] != CHECKPOINT_VERSION:
-        raise UserError(
-            f"--checkpoint {path} has version {checkpoint['checkpoint_version']},"
-            f" this code reads {CHECKPOINT_VERSION}"
+            f"--checkpoint {path} has version {version}, this code reads {CHECKPOINT_VERSION}"
         )
+    if version is None or not _is_ours(checkpoint):
+        raise UserError(f"--checkpoint {path} was not written by train.py")
     return checkpoint
+
+
+def _is_ours(checkpoint):
+    """True if a checkpoint has all that the scripts take from it, each of its type."""
+    kinds = {"qformer": dict, "sizes": dict, "manifest": dict, "lm": dict, "styles": dict}
+    if not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in (kinds | {"step": int}).items()
+    ):
+        return False
+    info, lm = checkpoint["manifest"].get("info"), checkpoint["lm"]
+    names = [lm.get("name"), lm.get("fingerprint"), isinstance(info, dict) and info.get("encoder")]
+    return are_settings(checkpoint["manifest"].get("settings")) and all(
+        isinstance(name, str) for name in names
+    )
 
 
 def model_state(captioner, manifest, lm_name, fingerprint):
@@ -252,6 +265,11 @@ def from_checkpoint(checkpoint, device, dtype, lm_name=None):
         raise UserError(
             f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
         )
-    qformer = QFormer(**checkpoint["sizes"])
-    qformer.load_state_dict(checkpoint["qformer"])
+    try:
+        with torch.device("meta"):  # a stranger's sizes may not fit in memory
+            qformer = QFormer(**checkpoint["sizes"])
+        qformer.load_state_dict(checkpoint["qformer"], assign=True)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint's Q-Former does not fit its sizes: {why}") from None
     return VideoCaptioner(qformer.to(device), lm, tokenizer).eval()

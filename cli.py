@@ -7,8 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
+import ranks
+
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
-INTERRUPTED, TERMINATED = 130, 143  # the shell's codes for Ctrl-C and SIGTERM
+SIGNALLED = 128  # plus the signal's number: the shell's codes, 130 for Ctrl-C and 143 for SIGTERM
+INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 
 
 class UserError(Exception):
@@ -19,54 +22,85 @@ class UserError(Exception):
         self.code = code
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where it arrives so that `finally` blocks run."""
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, raised where it arrives so that `finally` blocks run."""
 
 
 def note(*text):
-    """Print to stderr: everything that is not a result."""
-    print(*text, file=sys.stderr, flush=True)
+    """Print to stderr: everything that is not a result. Of several processes only rank 0 does."""
+    if ranks.rank() == 0:
+        print(*text, file=sys.stderr, flush=True)
 
 
 def run(main):
     """Run `main()` and exit with its code; a `UserError` becomes `script.py: sentence` on stderr."""
 
-    def terminate(signum, frame):
-        raise Terminated
+    def stop(number, frame):
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)  # a second signal leaves at once
+        raise Stopped(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     script = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
+    if ranks.rank():  # results and progress are rank 0's to show; errors are everybody's
+        script = f"[rank {ranks.rank()}] {script}"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+        os.environ["TQDM_DISABLE"] = "1"
+
+    def fail(why):
+        print(f"{script}: {why}", file=sys.stderr, flush=True)
+
     try:
         code = main() or DONE
         sys.stdout.flush()
     except UserError as error:
-        note(f"{script}: {error}")
+        fail(error)
         code = error.code
-    except KeyboardInterrupt:
-        note(f"{script}: stopped by Ctrl-C")
-        code = INTERRUPTED
-    except Terminated:
-        note(f"{script}: stopped by SIGTERM")
-        code = TERMINATED
+    except Stopped as error:
+        name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[error.args[0]]
+        fail(f"stopped by {name}")
+        code = SIGNALLED + error.args[0]
     except BrokenPipeError:  # `infer.py ... | head`: nobody reads on, which is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        note(
-            f"{script}: the disk is full ({error.filename or 'while writing'}); what was written is whole"
+        fail(
+            f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
+            " room and start again where it stopped"
         )
         code = FAILED
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
-        note(
-            f"{script}: out of GPU memory; halve --batch-size (and double --grad-accum in train.py)"
+        fail(
+            "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
+            " or lower --workers"
         )
         code = FAILED
+    finally:
+        kill_children()
     sys.exit(code)
+
+
+def out_of_memory(error):
+    """True for Python's MemoryError and for torch's, of a GPU and of a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
+
+
+def kill_children():
+    """End worker processes that a failure left behind: Python's own exit would wait for them."""
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
 
 
 def parser(doc):
@@ -170,6 +204,8 @@ def device_and_dtype(args):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
+        if device.index is None and ranks.launched():
+            device = torch.device("cuda", ranks.local_rank())
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")

@@ -8,15 +8,15 @@ torch and numpy are imported inside functions, so that a script's --help can use
 """
 
 import hashlib
-import io
-import json
 import os
 import random
 import signal
+import unicodedata
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cli import UserError
+from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -29,58 +29,6 @@ STYLES = {
 }
 
 
-# ---- files ---------------------------------------------------------------------------------
-
-
-def write_atomic(path, data):
-    """Write `data` (bytes or str) so that `path` is either absent, old and whole, or new and whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, value):
-    """Write `value` atomically; NaN, which is not JSON, raises ValueError."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path, what):
-    """Parse a JSON file. Raises UserError naming `what` and the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{what} not found: {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} {path} cannot be read as JSON: {error}") from None
-
-
-def torch_bytes(value):
-    """Serialise like torch.save, to bytes that do not depend on the file's name."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def is_clip_id(name):
-    """True if `name` is a plain file name: it can neither leave a folder nor hide in one."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name.encode()) <= 200  # bytes: a file name may have 255, and gets suffixes
-        and not name.startswith(".")
-        and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
-    )
-
-
 # ---- annotations ---------------------------------------------------------------------------
 
 
@@ -89,8 +37,11 @@ def load_records(annotations, split):
 
     Each has `id` and, where known, `video` (file name), `label`, `template` (with [placeholders]),
     `placeholders` (list), `paraphrases` (list); absent ones are filled with None or [].
-    Raises UserError when the file is missing, has the wrong shape or names an id twice.
+    Raises UserError when the file is missing, has the wrong shape, names an id twice, a video outside
+    the videos' folder or text that does not belong into a terminal.
     """
+    if not is_clip_id(split):
+        raise UserError(f"split {split!r} is no plain name")
     path = Path(annotations) / f"{split}.json"
     if not path.is_file():
         have = sorted(p.stem for p in Path(annotations).glob("*.json"))
@@ -100,36 +51,49 @@ def load_records(annotations, split):
         )
     records = read_json(path, "annotations")
     texts = {"video": str, "label": str, "template": str, "placeholders": list, "paraphrases": list}
+    lists = ("placeholders", "paraphrases")
 
     def is_record(r):
         return (
             isinstance(r, dict)
             and is_clip_id(r.get("id"))
             and all(r.get(k) is None or isinstance(r[k], t) for k, t in texts.items())
-            and all(
-                isinstance(t, str) for k in ("placeholders", "paraphrases") for t in r.get(k) or []
-            )
+            and all(isinstance(t, str) for k in lists for t in r.get(k) or [])
         )
 
     if not isinstance(records, list):
         raise UserError(f"annotations {path} must hold a JSON list of records")
     for i, record in enumerate(records):
         if not is_record(record):
-            raise UserError(f"annotations {path}: entry {i} is no record: {str(record)[:120]}")
+            raise UserError(f"annotations {path}: entry {i} is no record: {record!r:.120}")
+        said = [record.get(k) or "" for k in ("label", "template")]
+        for text in said + [t for k in lists for t in record.get(k) or []]:
+            if control := control_character(text):
+                raise UserError(
+                    f"annotations {path}: clip {record['id']} has the control character {control!r}"
+                    " in a text. Run prepare_annotations.py again."
+                )
+        video = PurePosixPath(record.get("video") or "")
+        if video.is_absolute() or ".." in video.parts or control_character(str(video)):
+            raise UserError(
+                f"annotations {path}: clip {record['id']} has its video outside --videos: {str(video)!r}"
+            )
     if len({r["id"] for r in records}) < len(records):
         raise UserError(f"annotations {path} name an id twice. Run prepare_annotations.py again.")
-    lists = ("placeholders", "paraphrases")
     return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
+
+
+def control_character(text):
+    """The first control character or lone surrogate in a text, which would steer a terminal or end
+    a line, or None."""
+    if text.isprintable():
+        return None
+    return next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
 
 
 def by_hash(ids, seed):
     """Sort ids by hash(seed, id): a seeded sample is a prefix, the same however many ids there are."""
     return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-
-
-def in_shard(clip_id, part, parts):
-    """True for the clips of part `part` (from 0) of `parts`, by a stable hash of the id."""
-    return int(hashlib.sha256(clip_id.encode()).hexdigest(), 16) % parts == part
 
 
 def choose_captions(record, count, seed, epoch):
@@ -166,9 +130,7 @@ def load_manifest(features):
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
     manifest = read_json(path, "manifest")
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
-    needed = {"format_version", "encoder_fingerprint", "num_frames", "sampling", "grid", "width"}
-    needed |= {"resize", "size", "pool", "store", "compute_dtype"}
-    if not isinstance(settings, dict) or not needed <= settings.keys():
+    if not are_settings(settings) or not isinstance(manifest.get("info"), dict):
         raise UserError(f"manifest {path} is not one written by preprocess_ssv2.py")
     if settings["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -176,6 +138,26 @@ def load_manifest(features):
             f" {FORMAT_VERSION}. Run preprocess_ssv2.py into a new folder."
         )
     return manifest
+
+
+def are_settings(settings):
+    """True if `settings` have every field of a manifest, each of its type and usable."""
+    counts = ("format_version", "num_frames", "size", "pool", "width")
+    words = ("encoder_fingerprint", "sampling", "resize", "store", "compute_dtype")
+
+    def is_count(value):
+        return type(value) is int and 0 < value <= 1 << 20
+
+    return (
+        isinstance(settings, dict)
+        and all(is_count(settings.get(k)) for k in counts)
+        and all(isinstance(settings.get(k), str) for k in words)
+        and isinstance(settings.get("grid"), list)
+        and len(settings["grid"]) == 3
+        and all(map(is_count, settings["grid"]))
+        and settings["store"] in ("int8", "fp16")
+        and settings["compute_dtype"] in ("float32", "bfloat16")
+    )
 
 
 def check_same_settings(ours, theirs, what, allow=()):
@@ -210,9 +192,18 @@ def save_features(path, clip_id, stored, decoder):
 def load_features(path, clip_id, settings):
     """Read one clip: dict with `features` (N, E) and `scale`, `offset` (E,) (1 and 0 for float16).
 
-    Raises UserError (exit 1), naming the clip, for a missing, truncated, foreign or damaged file.
+    Raises UserError (exit 1), naming the clip, for a missing, truncated, foreign or damaged file and
+    for NaN.
     """
     import torch
+
+    def is_tensor(value, dtype, shape):
+        return (
+            isinstance(value, torch.Tensor)
+            and value.layout == torch.strided
+            and (value.dtype, tuple(value.shape)) == (dtype, shape)
+            and value.is_contiguous()
+        )
 
     def broken(why):
         return UserError(
@@ -222,20 +213,26 @@ def load_features(path, clip_id, settings):
         )
 
     try:
-        record = torch.load(str(path), weights_only=True, mmap=True)
+        record = read_torch(path, verify=False, mmap=True)  # their checksum is compared below
     except FileNotFoundError:
         raise broken("are missing") from None
-    except Exception as error:  # torch raises whatever the damage happens to trip over
-        raise broken(f"cannot be read ({type(error).__name__})") from None
+    except ValueError as error:
+        raise broken(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
         raise broken("are not a feature file")
     features, shape = record["features"], (_num_tokens(settings), settings["width"])
     dtype = {"int8": torch.int8, "fp16": torch.float16}[settings["store"]]
-    if tuple(features.shape) != shape or features.dtype != dtype:
+    if not is_tensor(features, dtype, shape):
         raise broken(f"are {tuple(features.shape)} {features.dtype}, not {shape} {dtype}")
-    if record.get("crc32") != checksum(clip_id, record):
+    extra = ("scale", "offset") if settings["store"] == "int8" else ()
+    if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
+        raise broken("have no scale and offset for each channel")
+    stored = {k: record[k] for k in ("features", *extra)}
+    if record.get("crc32") != checksum(clip_id, stored):
         raise broken("have a wrong checksum")
-    return {"id": clip_id, **with_scale(record)}
+    if not all(stored[k].isfinite().all() for k in extra or ("features",)):
+        raise broken("hold NaN or infinity")
+    return {"id": clip_id, **with_scale(stored)}
 
 
 def with_scale(stored):
@@ -375,17 +372,30 @@ def loader(dataset, batch_size, workers, device):
 
 
 def _leave_signals_to_the_parent(_):
-    """Ctrl-C reaches the whole process group; a worker that died of it would spoil the last step.
+    """Ctrl-C and a batch system's SIGTERM reach the loader's workers too, and the last step that the
+    parent wants to finish would find them dead.
 
-    SIGTERM must end a worker: it is how the parent's exit gets rid of those it could not shut down.
+    SIGTERM gives a worker half a minute more: it is also how the parent's exit gets rid of those it
+    could not shut down.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def batches(loader):
-    """Iterate over a loader; a clip that could not be read raises its UserError here."""
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    """Iterate over a loader; a clip that could not be read raises its UserError here, as does a
+    worker that died."""
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"a process that reads features died: {why} With little memory, or a small /dev/shm,"
+            " lower --workers.",
+            code=1,
+        ) from None

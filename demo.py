@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cli
 from cli import UserError, note
-from dataset import read_json, write_json
+from files import read_json, write_json
 
 # What a tiny model needs that Qwen2-1.5B does not: fewer queries, a higher rate, no dropout
 TRAINING = (

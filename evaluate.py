@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import cli
+import ranks
 from cli import UserError, note
 from dataset import (
     STYLES,
@@ -20,15 +21,13 @@ from dataset import (
     VALIDATION,
     FeatureDataset,
     check_same_settings,
-    in_shard,
     load_manifest,
     load_records,
     loader,
-    read_json,
     require_features,
-    write_json,
 )
 from dataset import batches as read_batches
+from files import in_shard, read_json, write_json
 
 
 def parse_args(argv=None):
@@ -141,6 +140,7 @@ def predict(args, records):
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
     batches = clip_batches(captioner, args, args.split, clips, args.style, args.batch_size)
     predictions, loss = caption(captioner, batches, args.style, args.max_new_tokens, args.num_beams)
+    predictions = {r["id"]: predictions[r["id"]] for r in clips}
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}
     return predictions, settings | {
@@ -150,8 +150,13 @@ def predict(args, records):
 
 
 def clip_batches(captioner, args, split, records, style, batch_size):
-    """A loader over clips, each with its one reference of the style, if it has one."""
+    """A loader over clips, each with its one reference of the style, if it has one.
+
+    Of several processes each gets its share, in the very batches that a single one would make.
+    """
     settings = load_manifest(args.features)["settings"]
+    groups = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+    records = [r for group in ranks.share(groups) for r in group]
     choose = partial(reference, style=style)
     data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
     return loader(data, batch_size, args.workers, captioner.device)
@@ -166,7 +171,8 @@ def reference(record, style):
 def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     """Caption every clip of a loader. Returns {id: caption} and the mean loss per reference token.
 
-    The loss is None where a clip has no reference. Leaves the captioner in the mode it was in.
+    The loss is None where a clip has no reference. Leaves the captioner in the mode it was in. Of
+    several processes each brings its own loader, and has the captions of all afterwards.
     """
     from tqdm import tqdm
 
@@ -183,7 +189,11 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
                 bar.update(len(texts))
     finally:
         captioner.train(mode)
-    return predictions, total / tokens if total is not None and tokens else None
+    *sums, without = ranks.total(total or 0.0, tokens, total is None)
+    predictions = [item for part in ranks.gather(list(predictions.items())) for item in part]
+    if twice := len(predictions) - len(dict(predictions)):
+        raise UserError(f"{twice} clips were captioned by two processes", code=1)
+    return dict(predictions), sums[0] / sums[1] if sums[1] and not without else None
 
 
 def to_device(batch, device):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import cli
 from cli import DONE, FAILED, PARTIAL, UserError, note
-from dataset import STYLES, TEST, by_hash, load_records, stack_stored, write_json
+from dataset import STYLES, TEST, by_hash, load_records, stack_stored
+from files import write_json
 
 
 def parse_args(argv=None):

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import cli
 from cli import UserError, note
-from dataset import TRAIN, VALIDATION, by_hash, is_clip_id, read_json, write_json
+from dataset import TRAIN, VALIDATION, by_hash
+from files import is_clip_id, read_json, write_json
 
 PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release

@@ -22,15 +22,12 @@ from dataset import (
     TRAIN,
     VALIDATION,
     check_same_settings,
-    in_shard,
     load_features,
     load_manifest,
     load_records,
     save_features,
-    torch_bytes,
-    write_atomic,
-    write_json,
 )
+from files import in_shard, torch_bytes, write_atomic, write_json
 
 ENCODER = "facebook/vjepa2-vitl-fpc64-256"
 

@@ -11,10 +11,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import ranks
 from cli import UserError, note, output_folder
-from dataset import STYLES, check_same_settings, torch_bytes, write_atomic, write_json
+from dataset import STYLES, check_same_settings
+from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
 
 # Flags that do not change what is learned, so that a resumed run may have others
 MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", "resume"} | {
@@ -26,7 +31,7 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
 }
 
 # What --overwrite removes: a run's own files, never what else lies in the folder
-OURS = ["args.json", "metrics.jsonl", "losses.txt", "last.pt", "best.pt"]
+OURS = ["args.json", "metrics.jsonl", "losses.txt", LAST, PREVIOUS, "best.pt"]
 OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
 
 
@@ -35,7 +40,7 @@ def claim(args):
     folder = output_folder(args.output, "--output")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if not args.dry_run and not args.resume and not args.overwrite and any(folder.glob("*")):
+    if not args.dry_run and not args.resume and not args.overwrite and holds_a_run(folder):
         raise UserError(
             f"--output {folder} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or name another folder"
@@ -43,13 +48,61 @@ def claim(args):
     return folder
 
 
+def holds_a_run(folder):
+    return any(path.name != ".lock" for path in folder.glob("*"))
+
+
+@contextmanager
+def held(folder, args):
+    """Keep every other train.py out of the folder. Raises UserError if one is in it."""
+    if args.dry_run or ranks.rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder, f"another train.py is at work in {folder}: wait for it, or stop it first"):
+        remove_unfinished(folder)
+        try:
+            yield
+        finally:
+            if not holds_a_run(folder):  # a mistake leaves nothing behind
+                (folder / ".lock").unlink(missing_ok=True)
+                folder.rmdir()
+
+
+def newest(folder):
+    """The checkpoint to continue from, or None where there is none yet.
+
+    last.pt, or the one before it if last.pt cannot be read, which is then said. Raises UserError if
+    neither can be.
+    """
+    from captioner import read_checkpoint
+
+    paths = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
+    if not paths:
+        note(f"--resume: there is no {folder / LAST}, starting from the first step")
+        return None
+    for path in paths:
+        try:
+            state = read_checkpoint(path)
+        except UserError as error:
+            note(f"WARNING: {error}")
+            continue
+        if path.name != LAST:
+            note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
+        return state
+    raise UserError(
+        f"--resume: no checkpoint in {folder} can be read; start over with --overwrite", code=1
+    )
+
+
 def start(folder, args, device, **counts):
-    """Create the folder, clear it under --overwrite, and write down what runs with what, on what."""
+    """Clear the folder under --overwrite, and write down what runs with what, on what."""
     from importlib.metadata import version
 
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.rank():
+        return
     if args.overwrite:
         for path in (p for pattern in OURS for p in folder.glob(pattern)):
             path.unlink()
@@ -63,6 +116,7 @@ def start(folder, args, device, **counts):
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "threads": torch.get_num_threads(),
         "git_commit": commit,
+        "processes": ranks.count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         **counts,
     }
@@ -72,15 +126,19 @@ def start(folder, args, device, **counts):
 class Log:
     """Progress on stderr, and the same as lines of metrics.jsonl and losses.txt.
 
-    Opening it drops the lines of steps that the checkpoint, at `step`, does not contain.
+    Opening it drops the lines of steps that the checkpoint, at `step`, does not contain. Of several
+    processes rank 0 alone has one.
     """
 
     def __init__(self, folder, step, total):
         from tqdm import tqdm
 
-        self.folder, self.began = folder, time.perf_counter()
-        cut(folder / "metrics.jsonl", step, lambda line: json.loads(line)["step"])
+        self.folder, self.began, self.quiet = folder, time.perf_counter(), ranks.rank() > 0
+        if self.quiet:
+            return
+        kept = cut(folder / "metrics.jsonl", step, lambda line: json.loads(line)["step"])
         cut(folder / "losses.txt", step, lambda line: int(line.split("\t")[0]))
+        self.skipped = sum("skipped" in json.loads(line) for line in kept)
         self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
         self.losses = open(folder / "losses.txt", "a")  # noqa: SIM115
         self.bar = tqdm(total=total, initial=step, unit="step", smoothing=0.1)
@@ -89,12 +147,17 @@ class Log:
         return self
 
     def __exit__(self, *_):
+        if self.quiet:
+            return
         for file in (self.metrics, self.losses, self.bar):
             file.close()
+        if self.skipped:
+            note(f"{self.skipped} steps were skipped, see {self.folder / 'metrics.jsonl'}")
 
-    def step(self, step, epoch, lr, loss, norm, tokens, window):
-        """loss: summed over `tokens` caption tokens; norm: of the gradient before clipping."""
-        ids = [i for batch in window for i in batch["ids"]]
+    def step(self, step, epoch, lr, loss, norm, tokens, ids):
+        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping."""
+        if self.quiet:
+            return
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
         mean = loss / tokens
         entry = {
@@ -109,8 +172,10 @@ class Log:
         }
         if entry["loss"] is None or entry["grad_norm"] is None:
             entry["skipped"] = ids
-            note(
-                f"\nstep {step} skipped: no finite loss or gradient (clips {', '.join(ids[:8])} …)"
+            self.skipped += 1
+            some = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
+            self.bar.write(
+                f"step {step} skipped: no finite loss or gradient (clips {some})", file=sys.stderr
             )
         self.metrics.write(json.dumps(entry) + "\n")
         self.losses.write(f"{step}\t{mean:.6f}\n")
@@ -121,6 +186,8 @@ class Log:
 
     def epoch(self, step, epoch, loss, result, predictions, records):
         """Write validation_epoch_N.json, with the first captions to look at."""
+        if self.quiet:
+            return
         samples = [
             {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}
             for r in records[:20]
@@ -135,16 +202,22 @@ class Log:
 
 
 def cut(path, step, step_of):
-    """Keep the whole lines of steps up to `step`."""
+    """Keep the whole lines of steps up to `step`; returns them."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    write_atomic(path, "".join(s for s in lines if s.endswith("\n") and step_of(s) <= step))
+    kept = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
+    write_atomic(path, "".join(kept))
+    return kept
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step finish (`signal` is set); a second one leaves at once."""
+    """Ctrl-C and SIGTERM let the step finish (`signal` is set); a second one leaves at once.
+
+    But not under torchrun: it repeats to its processes the signal that they may have had already,
+    and after 30 s it kills them by itself.
+    """
 
     def __init__(self):
-        self.signal = None
+        self.signal = 0
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self.request) for number in numbers}
 
@@ -153,9 +226,9 @@ class Stop:
             signal.signal(number, handler)
 
     def request(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = int(number)
+        for other in self.before:
+            signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
         note(
             "\nfinishing this step, and the evaluation if one is due, then saving; a second signal leaves at once"
         )
@@ -164,7 +237,8 @@ class Stop:
 class Writer:
     """Writes checkpoints in a thread: training waits for their bytes, not for the disk.
 
-    One at a time and in order; an error of the disk surfaces at the next write or at the end.
+    One at a time and in order; an error of the disk surfaces in `check`, `write` and at the end. Of
+    several processes rank 0 alone writes.
     """
 
     def __init__(self):
@@ -180,6 +254,11 @@ class Writer:
         elif self.writing and self.writing.exception():
             note(f"the last checkpoint was not written: {self.writing.exception()}")
 
+    def check(self):
+        """Raise what went wrong in a write that has ended: no need to train on to the next."""
+        if self.writing and self.writing.done():
+            self.writing.result()
+
     def wait(self):
         """Until the last write is done; raises what went wrong in it."""
         if self.writing:
@@ -187,32 +266,31 @@ class Writer:
 
     def write(self, path, state):
         """`state` is serialised now, so what training does to its tensors later is not in the file."""
+        if ranks.rank():
+            return
         self.wait()
-        self.writing = self.thread.submit(write_atomic, path, torch_bytes(state))
+        self.writing = self.thread.submit(replace, path, torch_bytes(state))
 
 
-def to_continue(state, args, records, optimizer, device):
-    """All that an exact continuation needs: `state`, optimizer, random state, flags, data."""
-    import torch
+def replace(path, data):
+    """Write a checkpoint; the last.pt before it becomes previous.pt, once this one is on the disk."""
+    write_atomic(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST else None)
 
-    on_cuda = device.type == "cuda"
+
+def to_continue(state, args, records, optimizer):
+    """All that an exact continuation needs: `state`, optimizer, flags, data. No random state: order,
+    captions and dropout are functions of seed, epoch, step and clip."""
     return state | {
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
         "args": flags(args),
         "data": data_hash(records),
     }
 
 
 def restore(state, frozen, args, records, model, optimizer):
-    """Continue from last.pt. Returns (step, best score); raises UserError naming what differs."""
-    import torch
-
+    """Continue from a state. Returns (step, best score); raises UserError naming what differs."""
     if "optimizer" not in state:
-        raise UserError(
-            f"--resume: {args.output}/last.pt is no state of a run (a copy of best.pt?)"
-        )
+        raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     ours, theirs = flags(args), state["args"]
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
@@ -228,9 +306,8 @@ def restore(state, frozen, args, records, model, optimizer):
         raise UserError("--resume: the training clips or their captions have changed")
     model.qformer.load_state_dict(state["qformer"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if model.device.type == "cuda" and state["rng_cuda"] is not None:
-        torch.cuda.set_rng_state(state["rng_cuda"], model.device)
+    if len(set(ranks.gather(state["step"]))) > 1:
+        raise UserError(f"--resume: the processes do not see the same {args.output}/{LAST}")
     return state["step"], state["best"]
 
 

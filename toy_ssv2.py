@@ -28,7 +28,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cli import UserError, note, parser, run, whole
-from dataset import TEST, TRAIN, VALIDATION, read_json, write_json
+from dataset import TEST, TRAIN, VALIDATION
+from files import read_json, write_json
 from toy_models import SIZE, write_encoder, write_lm
 from toy_world import (
     ACTIONS,

@@ -3,21 +3,25 @@
     python train.py               (SSv2 with its defaults; --dry-run prints the plan and stops)
     python train.py --resume      (continues exactly where a run was stopped)
 
-One 24 GB GPU. Writes <output>/: last.pt, best.pt (best validation CIDEr), metrics.jsonl, losses.txt,
-validation_epoch_N.json, predictions_validation.json, evaluation_validation.json, args.json.
+    torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
+
+One 24 GB GPU. Writes <output>/: last.pt and the previous one, best.pt (best validation CIDEr),
+metrics.jsonl, losses.txt, validation_epoch_N.json, predictions_validation.json,
+evaluation_validation.json, args.json.
 """
 
+import hashlib
 import math
 import random
-import signal
 import time
 from collections import namedtuple
 from functools import partial
 from itertools import islice, pairwise
 
 import cli
+import ranks
 import runfolder
-from cli import INTERRUPTED, TERMINATED, UserError, note
+from cli import UserError, note
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -30,9 +34,9 @@ from dataset import (
     load_records,
     loader,
     require_features,
-    write_json,
 )
 from evaluate import caption, clip_batches, score, to_device, write_predictions
+from files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
 BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
@@ -87,14 +91,19 @@ def main(argv=None):
     args = parse_args(argv)
     folder = runfolder.claim(args)
     data = read_data(args)
-    per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
-    total = args.epochs * per_epoch
+    device, dtype = cli.device_and_dtype(args)
+    with ranks.joined(device), runfolder.held(folder, args):
+        return learn(args, data, folder, device, dtype)
 
+
+def learn(args, data, folder, device, dtype):
+    """From the first step, or the last saved one, to the scores. Returns the exit code."""
     import torch
 
     import captioner
 
-    device, dtype = cli.device_and_dtype(args)
+    per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
+    total = args.epochs * per_epoch
     torch.manual_seed(args.seed)
     model, lm_fingerprint = captioner.build(
         data.manifest,
@@ -113,14 +122,12 @@ def main(argv=None):
     )
 
     step, best = 0, -math.inf
-    if args.resume and (folder / "last.pt").is_file():
-        state = captioner.read_checkpoint(folder / "last.pt")
+    if args.resume and (state := runfolder.newest(folder)):
         step, best = runfolder.restore(state, frozen, args, data.train, model, optimizer)
         note(f"resuming after step {step:,} of {total:,}")
-    else:
-        if args.resume:
-            note(f"--resume: there is no {folder / 'last.pt'}, starting from the first step")
+    elif ranks.rank() == 0:
         model.qformer.standardise(*statistics(args, data))
+    ranks.copy_from_first(model.qformer.state_dict().values())
     print_plan(args, data, model, total)
     if args.dry_run:
         return time_steps(args, data, model, total)
@@ -133,11 +140,11 @@ def main(argv=None):
     stop, bad = runfolder.Stop(), 0
     model.train()
     with runfolder.Log(folder, step, total) as log, runfolder.Writer() as disk:
-        for epoch, window in windows(args, data, model.tokenizer, device, step):
+        for epoch, ids, window in windows(args, data, model.tokenizer, device, step):
             lr = lr_at(step, total, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, tokens = micro_steps(model, window)
+            loss, tokens = micro_steps(model, window, dropout_seed(args.seed, step))
             norm = scale_and_clip(model.qformer, tokens, args.clip_grad)
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
@@ -145,12 +152,13 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            log.step(step, epoch, lr, loss, norm, tokens, window)
+            log.step(step, epoch, lr, loss, norm, tokens, ids)
             bad = 0 if finite else bad + 1
             if bad == BAD_STEPS:
                 raise UserError(
-                    f"{bad} steps in a row had no finite loss and gradient; {folder / 'last.pt'} is"
-                    " the last good state. Try a lower --lr, and preprocess_ssv2.py --verify.",
+                    f"{bad} steps in a row had no finite loss and gradient (their clips are in"
+                    f" {folder / 'metrics.jsonl'}); last.pt is from before them. Try a lower --lr, and"
+                    " preprocess_ssv2.py --verify.",
                     code=1,
                 )
             if step % per_epoch == 0:
@@ -161,13 +169,15 @@ def main(argv=None):
                 if quality > best:
                     best = quality
                     disk.write(folder / "best.pt", state())
-            if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stop.signal):
-                whole = runfolder.to_continue(state(), args, data.train, optimizer, device)
+            disk.check()
+            stopping = ranks.largest(stop.signal)
+            if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stopping):
+                whole = runfolder.to_continue(state(), args, data.train, optimizer)
                 disk.write(folder / "last.pt", whole)
-            if stop.signal:
+            if stopping:
                 disk.wait()
                 note(f"stopped after step {step:,}; continue with --resume")
-                return {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}[stop.signal]
+                return cli.SIGNALLED + stopping
     stop.restore()  # all is saved: from here a signal ends the script as usual
     return finish(args, data, model, folder)
 
@@ -224,34 +234,64 @@ def parameter_groups(qformer, weight_decay):
     ]
 
 
-def windows(args, data, tokenizer, device, step):
-    """Yield (epoch from 0, the micro-batches of one step), from `step` to the last.
+def in_groups(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
-    The last window of an epoch is as short as the clips that are left.
+
+def windows(args, data, tokenizer, device, step):
+    """Yield (epoch from 0, clip ids, micro-batches) of each step, from `step` to the last.
+
+    Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
+    last window of an epoch is as short as the clips that are left.
     """
-    clips = args.batch_size * args.grad_accum
-    start, done = divmod(step, math.ceil(len(data.train) / clips))
+    start, done = divmod(step, math.ceil(len(data.train) / (args.batch_size * args.grad_accum)))
     for epoch in range(start, args.epochs):
+        order = epoch_order(data.train, args.seed, epoch)
+        steps = in_groups(in_groups(order, args.batch_size), args.grad_accum)[done:]
+        ours = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
         choose = partial(choose_captions, count=args.captions_per_clip, seed=args.seed, epoch=epoch)
-        order = epoch_order(data.train, args.seed, epoch)[done * clips :]
         settings = data.manifest["settings"]
-        dataset = FeatureDataset(args.features, TRAIN, order, settings, tokenizer, choose)
-        clips_of_epoch = batches(loader(dataset, args.batch_size, args.workers, device))
-        while window := list(islice(clips_of_epoch, args.grad_accum)):
-            yield epoch, window
+        dataset = FeatureDataset(args.features, TRAIN, ours, settings, tokenizer, choose)
+        reader = batches(loader(dataset, args.batch_size, args.workers, device))
+        for micro_batches in steps:
+            ids = [r["id"] for m in micro_batches for r in m]
+            yield epoch, ids, list(islice(reader, len(ranks.share(micro_batches))))
         done = 0
 
 
-def micro_steps(model, window):
-    """Forward and backward of each micro-batch, on sums. Returns (summed loss, number of tokens)."""
-    loss, tokens = 0.0, 0
-    for batch in window:
+def dropout_seed(seed, step):
+    """Of the first micro-batch of a step; the others count on from it.
+
+    A function of the micro-batch alone, so that neither a restart nor the number of processes
+    changes a mask.
+    """
+    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{step}".encode()).digest()[:7])
+
+
+def micro_steps(model, window, seed=0):
+    """Forward and backward of each micro-batch, on sums, and their sums over all processes.
+
+    One exchange a step: what DistributedDataParallel does behind `no_sync`, but without dividing by
+    the number of processes, and a process whose share of a short window is empty adds zero. The
+    Q-Former's gradient is the last that a backward pass computes, so there is nothing with which an
+    earlier exchange could overlap. Returns (summed loss, number of tokens).
+    """
+    import torch
+
+    loss, tokens = torch.zeros((), device=model.device), 0
+    for n, batch in enumerate(window):
+        torch.manual_seed(seed + ranks.rank() + n * ranks.count())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
         total = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
         total.backward()
         loss, tokens = loss + total.detach(), tokens + len(b["targets"])
-    return loss.item(), tokens  # the only wait for the GPU in a step, with the gradient's norm
+    for p in model.qformer.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    ranks.add_up(p.grad for p in model.qformer.parameters())
+    # the only wait for the GPU in a step, with the gradient's norm
+    loss, tokens = ranks.total(loss.item(), tokens)
+    return loss, int(tokens)
 
 
 def scale_and_clip(qformer, tokens, clip_grad):
@@ -267,10 +307,16 @@ def scale_and_clip(qformer, tokens, clip_grad):
 
 
 def evaluate(args, data, model, records, with_meteor=False):
-    """Caption validation clips in label style. Returns (result, {id: caption}, loss per token)."""
+    """Caption validation clips in label style. Returns (result, {id: caption}, loss per token).
+
+    Every process captions its share; rank 0 alone has scores.
+    """
     size = 8 * args.batch_size  # no gradient, so more clips fit
     loader = clip_batches(model, args, VALIDATION, records, "label", size)
     predictions, loss = caption(model, loader, "label")
+    predictions = {r["id"]: predictions[r["id"]] for r in records}
+    if ranks.rank():
+        return {"metrics": {}}, predictions, loss
     result, _ = score(
         predictions,
         records,
@@ -287,11 +333,14 @@ def finish(args, data, model, folder):
     import captioner
     import metrics
 
+    ranks.gather(None)  # rank 0 may still have been writing it
     best = captioner.read_checkpoint(folder / "best.pt")
     model.qformer.load_state_dict(best["qformer"])
     result, predictions, loss = evaluate(
         args, data, model, data.validation, with_meteor=not args.no_meteor
     )
+    if ranks.rank():
+        return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
     result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}
@@ -324,7 +373,7 @@ def print_plan(args, data, model, total):
 def time_steps(args, data, model, total):
     """--dry-run: time three steps without changing anything."""
     times = [time.perf_counter()]
-    for _, window in islice(windows(args, data, model.tokenizer, model.device, 0), 3):
+    for *_, window in islice(windows(args, data, model.tokenizer, model.device, 0), 3):
         micro_steps(model, window)
         times.append(time.perf_counter())
     step = min(b - a for a, b in pairwise(times))

@@ -178,8 +178,17 @@ def test_validation_shares_the_prefix(captioner, make_batch):
     assert total == pytest.approx(float(want), rel=1e-6)
 
 
+SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width": 24} | {
+    "grid": [4, 3, 5],
+    "store": "int8",
+    "compute_dtype": "float32",
+    **dict.fromkeys(("encoder_fingerprint", "sampling", "resize"), "x"),
+}
+
+
 def checkpoint_of(captioner, manifest=None):
-    return model_state(captioner, manifest or {"settings": {}, "info": {}}, "toy", "f" * 16)
+    manifest = manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}}
+    return model_state(captioner, manifest, "toy", "f" * 16) | {"step": 0}
 
 
 def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, make_clips):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dataset
+import files
 from cli import UserError
 from encoder import quantise
 
@@ -82,10 +83,10 @@ def test_another_clips_file_is_refused(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    dataset.write_atomic(path, b"old")
-    monkeypatch.setattr(dataset.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    files.write_atomic(path, b"old")
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
-        dataset.write_atomic(path, b"new")
+        files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -134,12 +135,12 @@ def test_collate_puts_loss_on_caption_and_eos_only(tokenizer):
 def test_ids_are_plain_file_names():
     good = ["1", "78687", "a b", "clip.final", "ä"]
     bad = ["", "..", "../../x", "a/b", "a\\b", ".hidden", "a\nb", "c:x", "x" * 300, None, 7]
-    assert [i for i in good + bad if dataset.is_clip_id(i)] == good
+    assert [i for i in good + bad if files.is_clip_id(i)] == good
 
 
 def test_shards_are_a_partition():
     ids = [str(i) for i in range(300)]
-    parts = [[i for i in ids if dataset.in_shard(i, part, 3)] for part in range(3)]
+    parts = [[i for i in ids if files.in_shard(i, part, 3)] for part in range(3)]
     assert sorted(i for part in parts for i in part) == sorted(ids)
     assert all(60 < len(p) < 140 for p in parts)
 
