@@ -28,6 +28,15 @@ def write_atomic(path, data, keep=None):
     keep: what the old file is renamed to, once the new one is on the disk; for a moment `path` is
     then absent. Without an old file, `path` is absent until it is whole.
     """
+    with _temporary(path, data) as temporary:
+        if keep and Path(path).exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary(path, data):
+    """`data` on the disk, under a name beside `path` that is gone after the block."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,14 +44,12 @@ def write_atomic(path, data, keep=None):
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not say what it was full for
+        yield temporary
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say what it was full for
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder, ours=lambda name: True):
@@ -57,9 +64,25 @@ def remove_unfinished(folder, ours=lambda name: True):
                 os.unlink(entry.path)
 
 
+def write_new(path, data):
+    """Write a file that is not there; False if another process was first. As whole as `write_atomic`."""
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+    return True
+
+
 def write_json(path, value):
     """Write `value` atomically; NaN, which is not JSON, raises ValueError."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json_text(value))
+
+
+def json_text(value):
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def torch_bytes(value):
@@ -158,19 +181,26 @@ def lock(folder, told, part=0, parts=1):
     Raises UserError with the sentence `told` if another process holds any of the same clips: byte n
     of <folder>/.lock stands for the clips of hash n, and a shard is an interval of hashes. These
     locks end with their process however it ends, pass to no forked worker, and reach other machines
-    where the file system's locks do.
+    where the file system's locks do. The folder is made, and taken away again if it stays empty.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
     start, end = hash_range(part, parts)
-    with open(Path(folder) / ".lock", "a") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(told, code=1) from None
             note(f"{folder} cannot be locked ({error.strerror}): run nothing else on it meanwhile")
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:
+                os.unlink(folder / ".lock")
+                folder.rmdir()

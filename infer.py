@@ -9,7 +9,7 @@ One line a clip on stdout, `path<TAB>caption`; clips longer than --window second
 
 import json
 import shutil
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import cli
@@ -130,29 +130,33 @@ def caption_files(paths, encoder, captioner, args):
     {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
     "warning" beside a caption of a clip that is cut short.
     """
+    import pool
     import video
 
-    spans, errors = {}, {}
-    for n, path in enumerate(paths):
-        try:
-            spans[n] = video.windows(video.probe(path).duration, args.window, args.stride)
-        except video.VideoError as error:
-            errors[n] = str(error)
-    jobs = []
-    for n in spans:
-        # a short clip is decoded as a whole, as preprocess_ssv2.py did
-        cut = spans[n] if len(spans[n]) > 1 else [()]
-        jobs += [(n, paths[n], *span) for span in cut]
-    outcomes = caption_windows(jobs, encoder, captioner, args)
-    for n, path in enumerate(paths):
-        if n in errors:
-            yield {"path": str(path), "error": errors[n]}
-        else:
-            yield describe(path, spans[n], list(islice(outcomes, len(spans[n]))))
+    crew = pool.Crew(args.timeout) if args.workers else None
+    ask = crew.ask if crew else pool.attempt  # a header too may make a decoder hang or die
+    spans = {}
+
+    def jobs():
+        for n, path in enumerate(paths):
+            info = ask(video.probe, path)
+            # where there is no length to be had, decoding will say why
+            length = args.window if isinstance(info, video.VideoError) else info.duration
+            spans[n] = video.windows(length, args.window, args.stride)
+            # a short clip is decoded as a whole, as preprocess_ssv2.py did
+            yield from ((n, path, *span) for span in (spans[n] if len(spans[n]) > 1 else [()]))
+
+    def windows():
+        """How many there are, a file that was not yet opened counted as one."""
+        return sum(map(len, spans.values())) + len(paths) - len(spans)
+
+    outcomes = caption_windows(jobs(), windows, crew, encoder, captioner, args)
+    for n, group in groupby(outcomes, key=lambda outcome: outcome[0]):
+        yield describe(paths[n], spans[n], [outcome for _, *outcome in group])
 
 
-def caption_windows(jobs, encoder, captioner, args):
-    """Decode and caption jobs; yields (caption or VideoError, whether the file is cut short) each."""
+def caption_windows(jobs, count, crew, encoder, captioner, args):
+    """Decode and caption jobs; yields (key, caption or VideoError, whether the file is cut short)."""
     from tqdm import tqdm
 
     import pool
@@ -161,13 +165,15 @@ def caption_windows(jobs, encoder, captioner, args):
     clips = pool.decode_many(
         jobs,
         encoder.settings["num_frames"],
-        workers=min(args.workers, len(jobs)),
+        workers=args.workers,
         timeout=args.timeout,
         ahead=args.batch_size + 2 * args.workers,
+        crew=crew,
     )
-    with tqdm(total=len(jobs), unit="window", disable=len(jobs) < 2) as bar:
-        while batch := [clip for _, clip in islice(clips, args.batch_size)]:
-            decoded = [clip for clip in batch if not isinstance(clip, VideoError)]
+    with tqdm(total=count(), unit="window", delay=1) as bar:
+        while batch := list(islice(clips, args.batch_size)):
+            bar.total = count()
+            decoded = [clip for _, clip in batch if not isinstance(clip, VideoError)]
             stored = encoder.stored([clip.frames for clip in decoded]) if decoded else []
             fine = [s for s in stored if s is not None]
             texts = []
@@ -177,14 +183,14 @@ def caption_windows(jobs, encoder, captioner, args):
                     features, args.style, args.max_new_tokens, args.num_beams
                 )
             texts, stored = iter(texts), iter(stored)
-            for clip in batch:
+            for key, clip in batch:
                 bar.update()
                 if isinstance(clip, VideoError):
-                    yield clip, False
+                    yield key, clip, False
                 elif next(stored) is None:
-                    yield VideoError("non_finite", "the encoder returned NaN"), False
+                    yield key, VideoError("non_finite", "the encoder returned NaN"), False
                 else:
-                    yield next(texts), clip.truncated
+                    yield key, next(texts), clip.truncated
 
 
 def describe(path, spans, outcomes):

@@ -2,9 +2,11 @@
 
     python preprocess_ssv2.py                 (about 4.2 MB a clip; --dry-run tells disk and time)
     python preprocess_ssv2.py --verify        (checksums, NaN, coverage)
+    torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
-It can be stopped at any time and started again: complete files are kept. Clips that fail are lines
-in <features>/failures.jsonl, and the exit code is then 3.
+It can be stopped at any time and started again, with the same --shard or another: complete files are
+kept. Clips that fail are lines in <features>/failures.jsonl (failures_part<i>of<n>.jsonl of a shard),
+and the exit code is then 3.
 """
 
 import json
@@ -13,10 +15,12 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import cli
 import hub
+import ranks
 from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import (
     TRAIN,
@@ -27,8 +31,9 @@ from dataset import (
     load_records,
     save_features,
 )
-from files import in_shard, torch_bytes, write_atomic, write_json
+from files import in_shard, json_text, lock, remove_unfinished, torch_bytes, write_atomic, write_new
 
+MANIFEST = "manifest.json"
 ENCODER = "facebook/vjepa2-vitl-fpc64-256"
 
 
@@ -76,15 +81,20 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    wanted = {split: load_records(args.annotations, split) for split in args.splits}
-    wanted = {
-        split: [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
-        for split, records in wanted.items()
-    }
-    if args.verify:
-        return verify(Path(args.features), wanted, args.workers)
-    paths, missing = find_clips(Path(args.videos), wanted)
-    return fill(args, paths, missing)
+    args.shard = ranks.share_of_shard(*args.shard)
+    wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
+    with ranks.joined():
+        if args.verify:
+            keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
+            return verify(Path(args.features), in_part(keys, args), args.workers)
+        paths, missing = find_clips(Path(args.videos), wanted)
+        paths = {key: paths[key] for key in in_part(paths, args)}
+        return fill(args, paths, in_part(missing, args))
+
+
+def in_part(keys, args):
+    """Those of the (split, id) that are in --shard."""
+    return [key for key in keys if in_shard(key[1], *args.shard)]
 
 
 def find_clips(videos, wanted):
@@ -120,11 +130,25 @@ def complete(features, paths):
 
 
 def fill(args, paths, missing):
-    """Encode what the cache lacks."""
+    """Encode what the cache lacks. Returns the exit code."""
     features = cli.output_folder(args.features, "--features")
-    done = complete(features, paths)
-    todo = {key: path for key, path in paths.items() if key not in done}
-    note(f"{len(paths):,} clips found, {len(missing):,} missing, {len(done):,} already encoded")
+    told = (
+        f"another preprocess_ssv2.py is filling {features}: wait for it, or give each its --shard"
+    )
+    with nullcontext() if args.dry_run else lock(features, told, *args.shard):
+        done = complete(features, paths)
+        todo = {key: path for key, path in paths.items() if key not in done}
+        note(f"{len(paths):,} clips found, {len(missing):,} missing, {len(done):,} already encoded")
+        encoder = matching_encoder(args, features, needed=todo or args.dry_run)
+        if args.dry_run:
+            return dry_run(args, encoder, todo)
+        with failure_log(args, features, {*paths, *missing}) as log:
+            failed = encode_all(args, encoder, todo, features, log) if todo else {}
+    return report(len(paths) - len(failed), failed, missing)
+
+
+def matching_encoder(args, features, needed):
+    """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
     device, dtype = cli.device_and_dtype(args)
     asked = {
         "num_frames": args.num_frames,
@@ -133,51 +157,67 @@ def fill(args, paths, missing):
         "pool": args.pool,
         "store": args.store,
     }
-    manifest = features / "manifest.json"
-    theirs = load_manifest(features)["settings"] if manifest.is_file() else None
+    theirs = load_manifest(features)["settings"] if (features / MANIFEST).is_file() else None
     if theirs:  # what can be told without the encoder, before it is loaded
         asked_all = asked | {
             "compute_dtype": str(dtype).removeprefix("torch."),
             "encoder_fingerprint": hub.fingerprint(hub.find_model(args.encoder, "--encoder")),
         }
         check_same_settings(theirs | asked_all, theirs, f"the cache {features}")
-        if not todo and not args.dry_run:
-            return report(len(done), {}, missing)
+    if not needed:
+        return None
 
     from encoder import VideoEncoder
 
     encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **asked)
-    if theirs:
-        check_same_settings(encoder.settings, theirs, f"the cache {features}")
-    if args.dry_run:
-        return dry_run(args, encoder, todo)
-    features.mkdir(parents=True, exist_ok=True)
+    if not theirs and not args.dry_run:
+        # of shards that start together the first decides, and the others compare
+        write_new(
+            features / MANIFEST, json_text({"settings": encoder.settings, "info": info(args)})
+        )
+        theirs = load_manifest(features)["settings"]
+    check_same_settings(encoder.settings, theirs or encoder.settings, f"the cache {features}")
+    return encoder
+
+
+@contextmanager
+def failure_log(args, features, asked):
+    """The open file for the lines of clips that fail; sorted in the end.
+
+    Lines of the clips `asked` for now are dropped at the start: they may succeed this time. Shards run
+    side by side, so each has a file of its own; a run over all clips gathers them.
+    """
+    part, parts = args.shard
+    path = features / ("failures.jsonl" if parts == 1 else f"failures_part{part}of{parts}.jsonl")
+    others = [p for p in features.glob("failures_part*.jsonl") if parts == 1]
+    lines = {key: line for p in (path, *others) for key, line in read_failures(p).items()}
+    write_atomic(path, "".join(line for key, line in lines.items() if key not in asked))
+    for other in others:
+        other.unlink()
+    with open(path, "a", encoding="utf-8") as file:
+        yield file
+    write_atomic(path, "".join(sorted(read_failures(path).values())))
+
+
+def encode_all(args, encoder, todo, features, log):
+    """Encode `todo`, with a bar and a line in the log for each clip that fails; returns these."""
+    part, parts = args.shard
     for split in args.splits:
         (features / split).mkdir(exist_ok=True)
-    if not manifest.is_file():
-        write_json(manifest, {"settings": encoder.settings, "info": info(args)})
-
+        remove_unfinished(features / split, lambda name: in_shard(name[:-3], part, parts))
+    if parts == 1:
+        remove_unfinished(features)
     failed = {}
-    part = "_part{}of{}".format(*args.shard) if args.shard != (0, 1) else ""
-    log = features / f"failures{part}.jsonl"  # shards run side by side, and each replaces its own
-    keep = {key: line for key, line in read_failures(log).items() if key not in todo}
-    write_atomic(log, "".join(keep.values()))  # those to be tried again may now succeed
-    with open(log, "a", encoding="utf-8") as file, progress(len(todo), "clip") as bar:
+    with progress(len(todo), "clip") as bar:
         for key, error in encode(encoder, todo, features, args):
             bar.update()
             if error:
                 failed[key] = error
-                line = {
-                    "id": key[1],
-                    "split": key[0],
-                    "path": str(todo[key]),
-                    "reason": error[0],
-                    "detail": error[1],
-                }
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-    write_atomic(log, "".join(sorted(read_failures(log).values())))
-    return report(len(paths) - len(failed), failed, missing)
+                names = ("id", "split", "path", "reason", "detail")
+                values = (key[1], key[0], str(todo[key]), *error)
+                log.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
+                log.flush()
+    return failed
 
 
 def encode(encoder, todo, features, args):
@@ -281,7 +321,11 @@ def nearest_folder(path):
 
 
 def report(ok, failed, missing):
-    """The last line, and the exit code."""
+    """The last line, of all processes together, and the exit code."""
+    parts = ranks.gather((ok, failed, missing))
+    ok = sum(part[0] for part in parts)
+    failed = {key: error for part in parts for key, error in part[1].items()}
+    missing = [key for part in parts for key in part[2]]
     reasons = Counter(reason for reason, _ in failed.values())
     text = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(
@@ -307,21 +351,17 @@ def read_failures(path):
     return lines
 
 
-def verify(features, wanted, workers):
-    """Read every feature file: checksum, shape, NaN; then coverage. Exit 1 if anything is wrong."""
+def verify(features, keys, workers):
+    """Read the feature file of every (split, id): checksum, shape, NaN. Exit 1 if anything is wrong."""
     settings = load_manifest(features)["settings"]
 
     def check(key):
         split, clip_id = key
         try:
-            record = load_features(features / split / f"{clip_id}.pt", clip_id, settings)
+            load_features(features / split / f"{clip_id}.pt", clip_id, settings)
         except UserError as error:
             return str(error)
-        parts = ("scale", "offset") + (("features",) if settings["store"] == "fp16" else ())
-        finite = all(record[k].isfinite().all() for k in parts)
-        return None if finite else f"features of clip {clip_id} hold NaN or infinity"
 
-    keys = [(split, r["id"]) for split, records in wanted.items() for r in records]
     have = complete(features, dict.fromkeys(keys))
     bad = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(have), "file") as bar:
@@ -329,10 +369,14 @@ def verify(features, wanted, workers):
             bar.update()
             if problem:
                 bad.append(problem)
+    bad = [problem for part in ranks.gather(bad) for problem in part]
     for problem in bad[:20]:
         note(problem)
-    print(f"{len(have) - len(bad):,} whole, {len(bad):,} damaged, {len(keys) - len(have):,} absent")
-    return FAILED if bad or len(have) < len(keys) else DONE
+    if len(bad) > 20:
+        note(f"… and {len(bad) - 20} more")
+    have, wanted = map(int, ranks.total(len(have), len(keys)))
+    print(f"{have - len(bad):,} whole, {len(bad):,} damaged, {wanted - have:,} absent")
+    return FAILED if bad or have < wanted else DONE
 
 
 def progress(total, unit):
@@ -342,14 +386,13 @@ def progress(total, unit):
 
 
 def info(args):
-    """What a manifest says without being held to it."""
+    """What a manifest says without being held to it. No date: equal caches have equal bytes."""
     from importlib.metadata import version
 
     names = ("torch", "transformers", "av")
     return {
         "encoder": args.encoder,
         "versions": {name: version(name) for name in names},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
 

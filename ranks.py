@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager
 from datetime import timedelta
 
-PATIENCE = timedelta(hours=4)  # the others wait while rank 0 scores or one reads slowly
+PATIENCE = timedelta(days=1)  # the others wait while rank 0 scores or one reads slowly
 
 
 def launched():
@@ -83,6 +83,11 @@ def copy_from_first(tensors):
 
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def share_of_shard(part, parts):
+    """This process's part of a shard: (part, parts) of the finer cut. See `files.in_shard`."""
+    return part * count() + rank(), parts * count()
 
 
 def share(items):

@@ -38,18 +38,15 @@ OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
 def claim(args):
     """Return the run folder's path. Raises UserError where a run is there already, unless told."""
     folder = output_folder(args.output, "--output")
+    holds_a_run = any(path.name != ".lock" for path in folder.glob("*"))
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if not args.dry_run and not args.resume and not args.overwrite and holds_a_run(folder):
+    if not args.dry_run and not args.resume and not args.overwrite and holds_a_run:
         raise UserError(
             f"--output {folder} already holds a run: continue it with --resume, replace it with"
             " --overwrite, or name another folder"
         )
     return folder
-
-
-def holds_a_run(folder):
-    return any(path.name != ".lock" for path in folder.glob("*"))
 
 
 @contextmanager
@@ -58,15 +55,9 @@ def held(folder, args):
     if args.dry_run or ranks.rank():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder, f"another train.py is at work in {folder}: wait for it, or stop it first"):
         remove_unfinished(folder)
-        try:
-            yield
-        finally:
-            if not holds_a_run(folder):  # a mistake leaves nothing behind
-                (folder / ".lock").unlink(missing_ok=True)
-                folder.rmdir()
+        yield
 
 
 def newest(folder):

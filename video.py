@@ -16,6 +16,10 @@ import numpy as np
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 
+# Shorter edge, in pixels, above twice of which a picture is reduced by a whole factor: 32 frames of 4K
+# would take 0.8 GB, and V-JEPA 2 looks at 256
+ENOUGH = 512
+
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20
 
@@ -39,6 +43,7 @@ class VideoError(Exception):
 class Clip:
     """`frames` uint8 (F, H, W, 3); `decoder` decord or pyav; `duration` of the video in seconds.
 
+    Pictures whose shorter edge is 2 x `ENOUGH` and more come reduced by a whole factor.
     `truncated`: the file ends early or a frame inside is damaged; `frames` show what is there.
     """
 
@@ -243,6 +248,7 @@ def _scan(path):
         plain_vp9 = (
             (context.codec.canonical_name, context.pix_fmt) == ("vp9", "yuv420p")
             and context.height % 2 == 0
+            and min(context.width, context.height) < 2 * ENOUGH
             and len(_video_streams(container)) == 1
         )
         claimed, size = _claimed_duration(container, stream), context.width * context.height * 3
@@ -291,7 +297,7 @@ def _decode_pyav(path, scan, low, high, count, num_frames):
 
 def _pyav_pass(path, scan, low, high, count, num_frames, seek):
     """Keep only the frames that `frame_indices(count, F)` asks for: a 4K clip does not fit whole."""
-    from av.video.reformatter import VideoReformatter
+    from av.video.reformatter import Interpolation, VideoReformatter
 
     picks = frame_indices(count, num_frames)
     convert = VideoReformatter().reformat  # frame.to_ndarray would build a converter per frame
@@ -311,7 +317,10 @@ def _pyav_pass(path, scan, low, high, count, num_frames, seek):
             damaged |= frame.is_corrupt
             if found in picks:
                 if output is None:
-                    size = {"width": frame.width, "height": frame.height}  # may change later on
+                    k = max(1, min(frame.width, frame.height) // ENOUGH)
+                    size = {"width": frame.width // k, "height": frame.height // k}  # may change
+                    if k > 1:
+                        size["interpolation"] = Interpolation.AREA
                 rgb = convert(frame, format="rgb24", **size).to_ndarray()  # (H, W, 3)
                 if frame.rotation % 90 == 0:
                     rgb = np.rot90(rgb, frame.rotation // 90)  # counter-clockwise, both of them
