@@ -66,29 +66,28 @@ def load_records(annotations, split):
     for i, record in enumerate(records):
         if not is_record(record):
             raise UserError(f"annotations {path}: entry {i} is no record: {record!r:.120}")
-        said = [record.get(k) or "" for k in ("label", "template")]
-        for text in said + [t for k in lists for t in record.get(k) or []]:
-            if control := control_character(text):
-                raise UserError(
-                    f"annotations {path}: clip {record['id']} has the control character {control!r}"
-                    " in a text. Run prepare_annotations.py again."
-                )
-        video = PurePosixPath(record.get("video") or "")
-        if video.is_absolute() or ".." in video.parts or control_character(str(video)):
-            raise UserError(
-                f"annotations {path}: clip {record['id']} has its video outside --videos: {str(video)!r}"
-            )
+        if problem := why_refused(record):
+            raise UserError(f"annotations {path}: clip {record['id']} {problem}")
     if len({r["id"] for r in records}) < len(records):
         raise UserError(f"annotations {path} name an id twice. Run prepare_annotations.py again.")
     return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
 
 
-def control_character(text):
-    """The first control character or lone surrogate in a text, which would steer a terminal or end
-    a line, or None."""
-    if text.isprintable():
-        return None
-    return next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+def why_refused(record):
+    """What in a record could reach beyond its clip, or None: a text that steers the terminal, a video
+    outside the videos' folder."""
+    texts = [record.get(k) or "" for k in ("video", "label", "template")]
+    for text in texts + [t for k in ("placeholders", "paraphrases") for t in record.get(k) or []]:
+        if not text.isprintable() and (control := list(filter(is_control, text))):
+            return f"has the control character {control[0]!r} in {text!r:.80}"
+    video = PurePosixPath(record.get("video") or "")
+    if video.is_absolute() or ".." in video.parts:
+        return f"has its video outside the videos' folder: {str(video)!r}"
+
+
+def is_control(character):
+    """True for what steers a terminal, ends a line or is half of a character."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def by_hash(ids, seed):

@@ -2,6 +2,7 @@
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
+    torchrun --nproc-per-node 4 evaluate.py   (a share of the clips on each of four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json; the table goes to
 stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
@@ -49,6 +50,9 @@ def parse_args(argv=None):
         default="none",
         help="still: --features holds a cache made with preprocess_ssv2.py --still",
     )
+    group.add_argument(
+        "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
+    )
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
     group.add_argument("--output", help="folder of the results (default: the checkpoint's)")
@@ -68,6 +72,8 @@ def main(argv=None):
     records = load_records(args.annotations, args.split)
     everything = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
+    if not records:
+        raise UserError(f"--shard {args.shard[0]}/{args.shard[1]} of split {args.split!r} is empty")
     if args.style == "sentence" and not any(r["paraphrases"] for r in records):
         raise UserError(
             f"split {args.split!r} has no paraphrases: --style sentence has no references"
@@ -78,9 +84,17 @@ def main(argv=None):
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
-        predictions, settings = predict(args, records)
+        with ranks.joined():
+            predictions, settings = predict(args, records)
+    if ranks.rank():
+        return
+    missing = [r["id"] for r in records if r["id"] not in predictions]
+    lacking = len(missing) if len(missing) <= args.allow_missing else 0  # more is an error, below
+    if lacking:
+        records = [r for r in records if r["id"] in predictions]
+        note(f"{lacking} clips are in no score, for want of features: {', '.join(missing[:5])}")
     output.mkdir(parents=True, exist_ok=True)
-    name = result_name(args)
+    name = result_name(args, lacking)
     if not args.predictions:
         write_predictions(output / f"predictions_{name}.json", predictions)
         note(f"captions written to {output / f'predictions_{name}.json'}")
@@ -101,14 +115,14 @@ def main(argv=None):
     )
     result |= {
         "checkpoint": args.predictions or args.checkpoint,
-        "settings": {"split": args.split, "style": args.style} | settings,
+        "settings": {"split": args.split, "style": args.style, "missing": lacking} | settings,
     }
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
     note(f"written to {output / f'evaluation_{name}.json'}")
 
 
-def result_name(args):
+def result_name(args, lacking):
     """The split and whatever is not the default, so that no result replaces another kind's."""
     parts = [args.split]
     parts += [args.style] if args.style != "label" else []
@@ -116,6 +130,7 @@ def result_name(args):
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [f"beams{args.num_beams}"] if args.num_beams != 1 else []
     parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens != 50 else []
+    parts += [f"without{lacking}"] if lacking else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
     path = Path(args.checkpoint)
     if args.predictions:
@@ -128,7 +143,7 @@ def result_name(args):
 def predict(args, records):
     """Caption `records` with the checkpoint. Returns {id: caption} and the settings used."""
     manifest = load_manifest(args.features)
-    clips = require_features(args.features, args.split, records)
+    clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = cli.device_and_dtype(args)
     from captioner import from_checkpoint, read_checkpoint
 

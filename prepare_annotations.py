@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import cli
 from cli import UserError, note
-from dataset import TRAIN, VALIDATION, by_hash
-from files import is_clip_id, read_json, write_json
+from dataset import TRAIN, VALIDATION, by_hash, is_control, why_refused
+from files import is_clip_id, read_json, read_text, write_json
 
 PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release
@@ -55,6 +55,8 @@ def main(argv=None):
         splits = read_labels(args.labels)
         if args.paraphrases or Path(PARAPHRASES).is_dir():
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
+    problems = [(r["id"], why_refused(r)) for records in splits.values() for r in records]
+    refuse([f"{i} {why}" for i, why in problems if why], "clips are refused")
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):
         note(f"note: {output} also holds splits of an earlier run: {', '.join(stale)}")
@@ -89,7 +91,7 @@ def describe(splits, output):
 def refuse(problems, what):
     """Raise UserError if there are problems: how many, and the first three."""
     if problems:
-        first = "; ".join(str(p)[:100] for p in problems[:3])
+        first = "; ".join(str(p)[:160] for p in problems[:3])
         raise UserError(f"{len(problems)} {what}, for example {first}. Nothing was written.")
 
 
@@ -105,10 +107,11 @@ def record(clip_id, video=None, label=None, template=None, placeholders=(), para
 
 
 def clean(text):
-    """One line of text: white space collapsed, control characters dropped."""
+    """One line of text: white space collapsed, invisible characters dropped. Control characters
+    stay, and are refused by name in the end."""
     if not isinstance(text, str):
         return ""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return "".join(c for c in " ".join(text.split()) if c.isprintable() or is_control(c))
 
 
 # ---- Something-Something-V2 ----------------------------------------------------------------
@@ -180,8 +183,11 @@ def add_answers(splits, path):
     """Give test clips the class template of test-answers.csv, `id;template without brackets`."""
     known = {r["template"] for records in splits.values() for r in records if r["template"]}
     bracketed = {without_brackets(t).lower(): t for t in known}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        answers = {row[0]: row[1] for row in csv.reader(file, delimiter=";") if len(row) == 2}
+    rows = csv.reader(io.StringIO(read_text(path, "answers", "utf-8-sig")), delimiter=";")
+    try:
+        answers = {row[0]: row[1] for row in rows if len(row) == 2}
+    except csv.Error as error:
+        raise UserError(f"answers {path} are no readable CSV: {error}") from None
     for r in splits["test"]:
         r["template"] = bracketed.get(clean(answers.get(r["id"])).lower())
     if lost := sum(r["template"] is None for r in splits["test"]):
@@ -256,10 +262,7 @@ def read_captions(path, validation_share, seed):
 
 def read_rows(path):
     """[(line number, row)] of a CSV or JSON-lines file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--captions {path} cannot be read as UTF-8 text: {error}") from None
+    text = read_text(path, "--captions", "utf-8-sig")
     if path.suffix.lower() in (".jsonl", ".json"):
         try:
             rows = [(n, json.loads(t)) for n, t in enumerate(text.split("\n"), 1) if t.strip()]

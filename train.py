@@ -343,6 +343,7 @@ def finish(args, data, model, folder):
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
+    settings["missing"] = len(data.split) - len(data.validation)
     result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}
     write_json(folder / "evaluation_validation.json", result)
     print(metrics.format_table(result))
