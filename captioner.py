@@ -266,9 +266,10 @@ def from_checkpoint(checkpoint, device, dtype, lm_name=None):
             f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
         )
     try:
-        with torch.device("meta"):  # a stranger's sizes may not fit in memory
-            qformer = QFormer(**checkpoint["sizes"])
-        qformer.load_state_dict(checkpoint["qformer"], assign=True)
+        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
+            QFormer(**checkpoint["sizes"]).load_state_dict(checkpoint["qformer"], assign=True)
+        qformer = QFormer(**checkpoint["sizes"])
+        qformer.load_state_dict(checkpoint["qformer"])
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"the checkpoint's Q-Former does not fit its sizes: {why}") from None

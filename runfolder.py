@@ -6,6 +6,7 @@ args.json, metrics.jsonl, losses.txt, validation_epoch_N.json, last.pt; each is 
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -78,8 +79,12 @@ def newest(folder):
         except UserError as error:
             note(f"WARNING: {error}")
             continue
+        if len(set(ranks.gather(state["step"]))) > 1:
+            raise UserError(f"--resume: the processes do not see the same {path}")
         if path.name != LAST:
             note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
+            if ranks.rank() == 0:  # the next save must not put what is damaged in its place
+                os.replace(path, folder / LAST)
         return state
     raise UserError(
         f"--resume: no checkpoint in {folder} can be read; start over with --overwrite", code=1
@@ -297,8 +302,6 @@ def restore(state, frozen, args, records, model, optimizer):
         raise UserError("--resume: the training clips or their captions have changed")
     model.qformer.load_state_dict(state["qformer"])
     optimizer.load_state_dict(state["optimizer"])
-    if len(set(ranks.gather(state["step"]))) > 1:
-        raise UserError(f"--resume: the processes do not see the same {args.output}/{LAST}")
     return state["step"], state["best"]
 
 

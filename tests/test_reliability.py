@@ -1,0 +1,200 @@
+"""torture.py with few repetitions: real processes, real signals; and who is refused at the door."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_flags
+
+import dataset
+import files
+import ranks
+import torture
+import train
+from cli import FAILED, UserError
+from dataset import load_manifest, load_records
+
+HERE = Path(torture.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    return torture.make_world(tmp_path_factory.mktemp("torture"), world)
+
+
+TRIALS = {
+    "preprocessing is killed": lambda place, rng: torture.kill_preprocessing(place, 2, rng),
+    "training is killed": lambda place, rng: torture.kill_training(place, 3, rng),
+    "training is asked to stop": lambda place, rng: torture.stop_training(place, 1, rng),
+    "bits flip in features": lambda place, rng: torture.flip_features(place, 300, rng),
+    "bits flip in a checkpoint": lambda place, rng: torture.flip_checkpoint(place, 200, rng),
+    "the disk is full": lambda place, rng: torture.fill_the_disk(place),
+    "two processes are one": lambda place, rng: torture.processes(place),
+    "the second process leaves": lambda place, rng: torture.two_at_once(place),
+    "shards are the whole": torture.shards,
+}
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trial(place, name):
+    rows = list(TRIALS[name](place, random.Random(1)))
+    assert rows and not [row for row in rows if not row.fine]
+
+
+# ---- who is refused at the door ----------------------------------------------------------------
+
+
+def script(name, *flags):
+    command = [sys.executable, f"{name}.py", *map(str, flags)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
+
+
+def test_an_archive_is_not_read_as_json(tmp_path):
+    with open(tmp_path / "train.json", "w") as file:
+        os.truncate(file.fileno(), 40 << 30)  # a hole: it takes no room on the disk
+    done = script("evaluate", "--annotations", tmp_path, "--split", "train")
+    assert done.returncode == 2 and "has 42.9 GB" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"label": "a \x1b[2J cup"}, r"control character '\\x1b'"),
+        ({"paraphrases": ["A\rB."]}, "control character"),
+        ({"label": "half \ud83d"}, "control character"),
+        ({"video": "../../secret.webm"}, "outside the videos' folder"),
+        ({"video": "/etc/secret.webm"}, "outside the videos' folder"),
+        ({"id": "../../x"}, "is no record"),
+    ],
+)
+def test_hostile_records_are_refused(tmp_path, fields, complaint):
+    """A caption once could clear the terminal, and --num-samples copied any file of the machine."""
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "label": "x"} | fields]))
+    with pytest.raises(UserError, match=complaint):
+        load_records(tmp_path, "train")
+    with pytest.raises(UserError, match="no plain name"):
+        load_records(tmp_path, "../train")
+
+
+def test_control_characters_in_captions_are_not_dropped_silently(tmp_path):
+    (tmp_path / "mine.csv").write_text("video,caption\na.mp4,good\nb.mp4,a\x07bell\nc.mp4,good\n")
+    done = script("prepare_annotations", "--captions", tmp_path / "mine.csv", "--output", tmp_path)
+    assert done.returncode == 2 and "1 clips are refused, for example b has" in done.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+class Bomb:
+    """Pickled, it would run a command when loaded."""
+
+    def __reduce__(self):
+        return (open, ("bomb_went_off", "w"))
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """Features that may be spoilt."""
+    return shutil.copytree(prepared / "features", tmp_path / "features")
+
+
+def spoil(kind, record):
+    if kind == "bomb":
+        return Bomb()
+    if kind == "scale of another kind":
+        return record | {"scale": "large"}
+    if kind == "endless offset":  # 4 bytes that claim to be terabytes
+        return record | {"offset": torch.zeros(1).expand(1 << 40)}
+    record = record | {"scale": record["scale"] * float("nan")}
+    return record
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("bomb", "cannot be read"),
+        ("scale of another kind", "no scale and offset"),
+        ("endless offset", "no scale and offset"),
+        ("NaN", "hold NaN"),
+    ],
+)
+def test_spoilt_features_end_training_with_their_id(
+    world, prepared, copied, tmp_path, kind, complaint
+):
+    """NaN behind a right checksum once reached the loss, which then skipped steps without a name."""
+    from conftest import train_flags
+
+    path = sorted((copied / "train").iterdir())[7]
+    record = spoil(kind, files.read_torch(path))
+    if isinstance(record, dict) and kind == "NaN":
+        record["crc32"] = dataset.checksum(path.stem, record)
+    torch.save(record, path)
+    with pytest.raises(UserError, match=f"clip {path.stem} .*{complaint}") as error:
+        train.main(train_flags(world, prepared, tmp_path / "run", "--features", copied))
+    assert error.value.code == FAILED and not Path("bomb_went_off").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"grid": "abc"}, {"grid": [8, 4]}, {"width": -1}, {"store": "zip"}, {"width": 1 << 40}],
+)
+def test_manifests_of_the_wrong_shape_are_refused(copied, fields):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["settings"] |= fields
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="not one written by"):
+        load_manifest(copied)
+
+
+def test_what_a_kill_left_is_cleared_away_by_who_holds_the_lock(tmp_path):
+    for name in (".7.pt.123.tmp", ".8.pt.9.tmp", ".hidden", "7.pt"):
+        (tmp_path / name).touch()
+    files.remove_unfinished(tmp_path, lambda name: name == "7.pt")
+    assert {p.name for p in tmp_path.iterdir()} == {".8.pt.9.tmp", ".hidden", "7.pt"}
+
+
+def test_shards_of_different_cuts_exclude_each_other_where_they_overlap(tmp_path):
+    """0/3 and 1/2 have no clip in common; 0/3 and 0/2 have."""
+    (tmp_path / "keep").touch()
+    code = "import sys, files\nwith files.lock(sys.argv[1], 'told', 0, 2): print('in')"
+    for part, parts, inside in ((0, 3, False), (1, 2, True), (2, 3, True), (0, 1, False)):
+        with files.lock(tmp_path, "alone", part, parts):
+            done = subprocess.run(
+                [sys.executable, "-c", code, tmp_path], cwd=HERE, capture_output=True, text=True
+            )
+        assert (done.stdout == "in\n") == inside
+    ids = [str(i) for i in range(500)]
+    of = {(p, n): {i for i in ids if files.in_shard(i, p, n)} for n in (2, 3, 6) for p in range(n)}
+    assert of[0, 2] == of[0, 6] | of[1, 6] | of[2, 6] and not of[0, 3] & of[1, 2]
+
+
+def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch):
+    """Dealt out by micro-batches: what each computes is what a single process would."""
+    args = train.parse_args(train_flags(world, prepared, "x", "--batch-size", 8, "--grad-accum", 5))
+    data, device = train.read_data(args), torch.device("cpu")
+
+    def read():
+        steps = list(train.windows(args, data, tokenizer, device, 1))
+        return [(ids, [m["ids"] for m in window]) for _, ids, window in steps]
+
+    whole = read()
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "count", lambda: 3)
+        parts.append(read())
+    assert len(whole) > 3
+    for step, (ids, micro_batches) in enumerate(whole):
+        dealt = [part[step] for part in parts]
+        assert all(said == ids for said, _ in dealt)
+        assert [mine for _, mine in dealt] == [micro_batches[rank::3] for rank in range(3)]
+
+
+def test_odd_clips(place):
+    """Each damaged clip is one line, each odd one is read, and none ends the run."""
+    rows = list(torture.odd_clips(place))
+    assert len(rows) > 15 and not [row for row in rows if not row.fine]
