@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo ablation test clean
+.PHONY: demo ablation torture test clean
 
 demo: .venv/demo
 	$(BIN)/python demo.py
@@ -10,6 +10,10 @@ demo: .venv/demo
 # 40 minutes on two idle cores; stop it at any time, start it again and it goes on
 ablation: .venv/demo
 	$(BIN)/python ablation.py
+
+# 20 minutes on two cores: what `make test` does in short
+torture: .venv/test
+	$(BIN)/python torture.py
 
 test: .venv/test
 	$(BIN)/ruff format --check .

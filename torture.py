@@ -73,15 +73,16 @@ def main(argv=None):
 # ---- running the scripts -------------------------------------------------------------------
 
 
-def run(script, flags, kill_after=None, signalled=None, die_in_byte=None, file_limit=None, ranks=1):
+def run(script, flags, kill_after=None, signalled=None, die_in_byte=None, full_after=None, ranks=1):
     """Run a script with flags to its end, or to the one that is arranged for it; returns `Ended`.
 
     kill_after: seconds of work after which SIGKILL comes, or `signalled`, a signal for the whole
     process group. die_in_byte: it kills itself when it has written that much of what should be whole
-    files. file_limit: bytes a file may have, RLIMIT_FSIZE. ranks: processes, by torchrun.
+    files. full_after: such files after which none may have more than 10,000 bytes, by RLIMIT_FSIZE.
+    ranks: processes, by torchrun.
     """
     begun, ours = os.pipe()
-    orders = json.dumps({"begun": ours, "die_in_byte": die_in_byte, "file_limit": file_limit})
+    orders = json.dumps({"begun": ours, "die_in_byte": die_in_byte, "full_after": full_after})
     command = [sys.executable, "-c", "import torture; torture.child()", script, orders]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -124,8 +125,8 @@ def child():
         os.write(orders["begun"], b".")
         if orders["die_in_byte"]:
             files.open = fused(orders["die_in_byte"])
-        if limit := orders["file_limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if orders["full_after"]:
+            files.open = filling(orders["full_after"])
         return work(*args, **kwargs)
 
     setattr(sys.modules[module], name, begin)
@@ -160,6 +161,19 @@ def fused(left):
     return lambda path, mode, **kwargs: (
         File(open(path, mode)) if mode == "wb" else open(path, mode, **kwargs)
     )
+
+
+def filling(left):
+    """An `open` from whose `left`-th whole file on there is hardly any room."""
+
+    def fill(path, mode, **kwargs):
+        nonlocal left
+        left -= mode == "wb"
+        if left < 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        return open(path, mode, **kwargs)
+
+    return fill
 
 
 def expect(ended, *codes):
@@ -468,36 +482,21 @@ def odd_clips(world):
 
 
 def fill_the_disk(world):
-    """RLIMIT_FSIZE below what has to be written: old files stay, it is said, and it goes on later."""
-    whole, seconds = world.trained()
-    folder = Path(tempfile.mkdtemp(dir=world.folder)) / "run"
-    world.train(folder, kill_after=seconds / 2)
-    before = (folder / "last.pt").read_bytes()
-    ended = expect(world.train(folder, file_limit=len(before) // 2), FAILED)
-    said = "the disk is full" in ended.stderr and "Traceback" not in ended.stderr
-    kept = (folder / "last.pt").read_bytes() == before
-    expect(world.train(folder), DONE)
-    wrong = differences(contents(whole), contents(folder))
-    fine = said and kept and not wrong
-    yield Row("disk full in training", "", disk_found(said, kept, wrong), fine)
-
-    whole, seconds = world.cache()
-    folder = Path(tempfile.mkdtemp(dir=world.folder)) / "features"
-    world.preprocess(folder, kill_after=seconds / 2)
-    before = contents(folder, "*.pt")
-    ended = expect(world.preprocess(folder, file_limit=10_000), FAILED)
-    said = "the disk is full" in ended.stderr and "Traceback" not in ended.stderr
-    kept = contents(folder, "*.pt") == before
-    expect(world.preprocess(folder), PARTIAL)
-    wrong = differences(contents(whole), contents(folder))
-    fine = said and kept and not wrong
-    yield Row("disk full in preprocessing", "", disk_found(said, kept, wrong), fine)
-
-
-def disk_found(said, kept, wrong):
-    if said and kept and not wrong:
-        return "said in one sentence, old files whole, ended equal when there was room"
-    return f"said: {said}, old files whole: {kept}, differ: {wrong}"
+    """No room in the middle of the work: old files stay, it is said, and it goes on when there is."""
+    for script, whole, success, kept in (
+        ("train", world.trained()[0], DONE, "last.pt"),
+        ("preprocess", world.cache()[0], PARTIAL, "train"),
+    ):
+        folder = Path(tempfile.mkdtemp(dir=world.folder)) / "run"
+        ended = expect(getattr(world, script)(folder, full_after=20), FAILED)
+        said = "the disk is full" in ended.stderr and "Traceback" not in ended.stderr
+        old = (folder / kept).exists() and not list(folder.rglob("*.tmp"))
+        expect(getattr(world, script)(folder), success)
+        wrong = differences(contents(whole), contents(folder))
+        found = "said in one sentence, old files whole, ended equal when there was room"
+        if not (said and old and not wrong):
+            found = f"said: {said}, old files there: {old}, differ: {wrong}"
+        yield Row(f"disk full in {script}", "", found, said and old and not wrong)
 
 
 def processes(world, tolerance=1e-3):

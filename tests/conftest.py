@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
 
 import pytest
 import torch

@@ -100,6 +100,26 @@ def test_another_setting_is_refused_by_name(world, prepared, flags, field):
         preprocess(world, prepared, *flags)
 
 
+def test_shards_are_the_whole(world, prepared, few, capsys):
+    """In three parts, of which the last is done in a finer cut; their failures end in one file."""
+    ids = [r["id"] for r in load_records(few / "annotations", "train")]
+    videos = few / "videos"
+    videos.mkdir()
+    for i in ids:
+        shutil.copy(world / "videos" / f"{i}.webm", videos)
+    for i in ids[::4]:
+        (videos / f"{i}.webm").write_bytes(b"")
+    for part in ("0/3", "1/3", "4/6", "5/6"):
+        preprocess(world, few, "--splits", "train", "--shard", part, videos=videos)
+    got, folder = files(few / "features"), few / "features"
+    assert got == {k: v for k, v in files(prepared / "features").items() if k in got}
+    assert len(got) == 9 and not (folder / "failures.jsonl").exists()
+    assert preprocess(world, few, "--splits", "train", videos=videos) == PARTIAL
+    lines = [json.loads(s) for s in (folder / "failures.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in lines] == sorted(ids[::4])
+    assert not list(folder.glob("failures_part*"))
+
+
 def test_verify(world, prepared, few, capsys):
     preprocess(world, few, "--splits", "train")
     assert preprocess(world, few, "--splits", "train", "--verify") == DONE
