@@ -66,7 +66,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over the clips")
     group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips a micro-batch")
-    group.add_argument("--grad-accum", type=cli.whole(1), default=8, help="micro-batches a step")
+    group.add_argument(
+        "--grad-accum", type=cli.whole(1), default=8, help="micro-batches a step, of all processes"
+    )
     group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
     group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
     group.add_argument("--weight-decay", type=cli.number(least=0), default=0.03, help="of AdamW")
@@ -89,6 +91,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if ranks.count() > args.grad_accum:
+        raise UserError(
+            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.count()} processes:"
+            " raise it and lower --batch-size (the same step), or start fewer"
+        )
     folder = runfolder.claim(args)
     data = read_data(args)
     device, dtype = cli.device_and_dtype(args)

@@ -77,11 +77,13 @@ def test_an_output_that_is_a_file_is_told_before_the_work(tmp_path):
 
 
 def readme_commands():
-    """The python commands in the README's code blocks, continuation lines joined."""
+    """The python and torchrun commands in the README's code blocks, continuation lines joined."""
     text = (HERE / "README.md").read_text()
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*python ", line)]
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3").splitlines()
+    lines = [re.split(r"  #|\|\|", line)[0].strip() for line in lines]
+    commands = [re.sub(r"^(srun )?torchrun .*?(\w+\.py)", r"python \2", line) for line in lines]
+    return [line for line in commands if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("command", readme_commands())
