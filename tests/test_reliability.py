@@ -16,6 +16,7 @@ from conftest import train_flags
 import dataset
 import files
 import ranks
+import sandbox
 import torture
 import train
 from cli import FAILED, UserError
@@ -26,7 +27,7 @@ HERE = Path(torture.__file__).parent
 
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
-    return torture.make_world(tmp_path_factory.mktemp("torture"), world)
+    return sandbox.make_world(tmp_path_factory.mktemp("torture"), world)
 
 
 TRIALS = {

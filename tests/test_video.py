@@ -4,69 +4,32 @@ import itertools
 import multiprocessing
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-from fractions import Fraction
 
 import numpy as np
 import pytest
 
+import odd_clips
 import video
+from odd_clips import LOSSLESS, damage, noise, rotate, write_sound
 from pool import decode_many
 from video import VideoError, decode, frame_indices, probe, windows
 
 av = pytest.importorskip("av")
-LOSSLESS = {"lossless": "1", "cpu-used": "8", "deadline": "realtime"}
 
 
-def grey(i, width=64, height=48):
-    """A frame whose brightness is its number."""
-    return np.full((height, width, 3), 20 + 4 * i, np.uint8)
-
-
-def noise(i, width=64, height=48):
-    return np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+def write(*args, **kwargs):
+    try:
+        return odd_clips.write(*args, **kwargs)
+    except ValueError as error:
+        pytest.skip(f"this ffmpeg has no such encoder: {error}")
 
 
 def numbers(clip):
     """Read the frame numbers back."""
     return np.round((clip.frames.mean((1, 2, 3)) - 20) / 4).astype(int).tolist()
-
-
-def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=None, pts=None, **box):
-    """Write n frames at 12 a second, or at the milliseconds `pts`."""
-    try:
-        av.codec.Codec(codec, "w")
-    except ValueError:
-        pytest.skip(f"this ffmpeg has no encoder {codec}")
-    options = LOSSLESS if options is None and codec == "libvpx-vp9" else options or {}
-    with av.open(str(path), "w", options=box) as container:
-        stream = container.add_stream(codec, rate=12, options=options)
-        if pts:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        stream.height, stream.width = frame(0).shape[:2]
-        stream.pix_fmt, stream.codec_context.thread_count = pix, 1
-        for i in range(n):
-            image = av.VideoFrame.from_ndarray(frame(i), format="rgb24")
-            image.pts = i if pts is None else pts[i]
-            image.time_base = Fraction(1, 12 if pts is None else 1000)
-            container.mux(stream.encode(image))
-        container.mux(stream.encode())
-    return path
-
-
-def damaged(path, begin, end, cut=False):
-    """Zero the bytes between two fractions of a file, or cut the file at the first."""
-    data = bytearray(path.read_bytes())
-    begin, end = int(begin * len(data)), int(end * len(data))
-    if cut:
-        del data[begin:]
-    else:
-        data[begin:end] = bytes(end - begin)
-    path.write_bytes(data)
-    return path
 
 
 def both(path, num_frames, *window):
@@ -175,7 +138,7 @@ def test_without_decord_pyav_does_the_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", [(0.5, 1, True), (0.5, 1), (0.4, 0.6)])
 def test_missing_part_of_a_webm_is_noticed(tmp_path, where):
     """Every decoder returns 24 of 48 frames of a half-downloaded clip without an error."""
-    path = damaged(write(tmp_path / "a.webm", frame=noise, options={"b": "1M"}), *where)
+    path = damage(write(tmp_path / "a.webm", frame=noise, options={"b": "1M"}), *where)
     for backend in ("auto", "pyav"):
         assert decode(path, 8, backend=backend).truncated
     assert decode(path, 8, 0, 4).truncated
@@ -186,12 +149,12 @@ def test_missing_part_of_a_webm_is_noticed(tmp_path, where):
 def test_damage_in_an_mp4_is_noticed(tmp_path, where):
     """decord returns concealed H.264 frames as if they were intact, whatever its fault_tol."""
     path = write(tmp_path / "a.mp4", frame=noise, codec="libx264", movflags="faststart")
-    clip = decode(damaged(path, *where), 8)
+    clip = decode(damage(path, *where), 8)
     assert clip.truncated and clip.decoder == "pyav"
 
 
 def test_cut_mp4_with_its_index_at_the_end_is_unreadable(tmp_path):
-    path = damaged(write(tmp_path / "a.mp4", codec="libx264", frame=noise), 0.5, 1, cut=True)
+    path = damage(write(tmp_path / "a.mp4", codec="libx264", frame=noise), 0.5, 1, cut=True)
     with pytest.raises(VideoError) as error:
         decode(path, 8)
     assert error.value.reason == "unreadable"
@@ -217,12 +180,7 @@ def test_intact_clip_of_variable_rate_is_not_called_truncated(tmp_path, suffix, 
 def test_files_that_are_no_video(tmp_path):
     (tmp_path / "empty.webm").touch()
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 100)
-    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), "s16", "mono")
-        sound.rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
+    write_sound(tmp_path / "sound.mkv")
     reasons = {"empty.webm": "empty", "text.mp4": "unreadable", "sound.mkv": "no_video"}
     for name, reason in {**reasons, "absent.webm": "unreadable", ".": "unreadable"}.items():
         for function in (probe, lambda path: decode(path, 4)):
@@ -247,13 +205,7 @@ def test_rotated_clip_comes_out_upright(tmp_path, degrees):
         return image
 
     path = write(tmp_path / "a.mp4", n=4, frame=corner, codec="libx264")
-    data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
-    c, s = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    one = 1 << 16
-    matrix = (c * one, s * one, 0, -s * one, c * one, 0, 0, 0, 1 << 30)  # clockwise
-    data[at : at + 36] = struct.pack(">9i", *matrix)
-    path.write_bytes(data)
+    rotate(path, degrees)
     for clip in (decode(path, 2), both(path, 2)):
         upright = np.rot90(corner(0), -degrees // 90)
         assert clip.frames.shape[1:] == upright.shape
