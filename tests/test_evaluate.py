@@ -52,6 +52,23 @@ def test_every_clip_is_scored_once_under_its_own_id(run, prepared, trained):
     assert ours["settings"]["loss"] == pytest.approx(theirs["settings"]["loss"], rel=1e-5)
 
 
+def test_a_score_over_fewer_clips_is_asked_for_and_says_so(run, prepared, tmp_path, capsys):
+    features = shutil.copytree(prepared / "features", tmp_path / "features")
+    victims = sorted(p for p in (features / "validation").iterdir())[:2]
+    for path in victims:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"2 of 64 clips .*first: {victims[0].stem}"):
+        run("--features", features, "--allow-missing", 1)
+    out = run("--features", features, "--allow-missing", 2)
+    assert "2 clips are in no score" in capsys.readouterr().err
+    result = load(out / "evaluation_validation_without2.json")
+    assert (result["n"], result["settings"]["missing"]) == (62, 2)
+    assert not (out / "evaluation_validation.json").exists()
+    # nor does a file of captions with holes become a score
+    with pytest.raises(UserError, match="of 64 clips, 2 clips have no prediction"):
+        run("--predictions", out / "predictions_validation_without2.json", checkpoint=False)
+
+
 def test_rescoring_needs_no_model(run, trained, capsys):
     """Also from the parts of a sharded run, put together."""
     whole = load(trained / "evaluation_validation.json")

@@ -13,8 +13,8 @@ import pytest
 
 import odd_clips
 import video
-from odd_clips import LOSSLESS, damage, noise, rotate, write_sound
-from pool import decode_many
+from odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
+from pool import Crew, decode_many
 from video import VideoError, decode, frame_indices, probe, windows
 
 av = pytest.importorskip("av")
@@ -230,6 +230,14 @@ def test_formats_beyond_decord(tmp_path, name, codec, pix):
     assert clip.duration == pytest.approx(2, abs=0.1)
 
 
+def test_large_pictures_come_reduced(tmp_path):
+    """Look-ahead held 24 clips of 0.8 GB each when the files were 4K."""
+    path = write(tmp_path / "a.mp4", n=2, frame=lambda i: grey(i, 1920, 1080), codec="libx264")
+    clip = decode(path, 2)
+    assert clip.frames.shape == (2, 540, 960, 3) and numbers(clip) == [0, 1]
+    assert (probe(path).height, probe(path).width) == (1080, 1920)
+
+
 def test_probe_reads_the_header(tmp_path):
     info = probe(write(tmp_path / "a:b %d.webm"))
     assert info == video.Info(pytest.approx(4.0), pytest.approx(12.0), 64, 48, 0)
@@ -280,6 +288,45 @@ def test_hang_and_crash_cost_one_clip_only(tmp_path):
     answers = [getattr(answer, "reason", answer) for _, answer in got]
     assert answers == ["a", "timeout", "b", "crashed", "c", "crashed", "d", "e"]
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_header_that_hangs_costs_one_clip(tmp_path):
+    """infer.py once read headers in its own process, where nothing limits the time."""
+    crew = Crew(timeout=1.5)
+    try:
+        assert crew.ask(behave, str(tmp_path / "hang"), 1).reason == "timeout"
+        assert crew.ask(behave, "b", 1) == "b"
+    finally:
+        crew.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
+    """One that hung went on for ever: it never came to see that its parent was gone."""
+    code = """if True:
+        import os, sys, threading
+        sys.path[:0] = ["tests", "."]
+        import pool, test_video
+        if __name__ == "__main__":
+            crew = pool.Crew(60)
+            threading.Timer(2, os.kill, (os.getpid(), 9)).start()
+            process, pipe = crew._start()
+            print(process.pid, flush=True)
+            pipe.send((test_video.behave, sys.argv[1], 1))
+            pipe.recv()"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "hang"],
+        cwd=os.path.dirname(video.__file__),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    end = time.monotonic() + 10
+    while os.path.exists(f"/proc/{int(done.stdout)}") and time.monotonic() < end:
+        time.sleep(0.05)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
 
 
 def half_sent(path, num_frames):
