@@ -191,7 +191,13 @@ def lock(folder, told, part=0, parts=1):
         yield
         return
     start, end = hash_range(part, parts)
-    with open(folder / ".lock", "a") as file:
+    try:
+        file = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
+    except PermissionError:
+        raise UserError(
+            f"{folder / '.lock'} belongs to somebody else; name another folder"
+        ) from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:

@@ -129,8 +129,8 @@ def learn(args, data, folder, device, dtype):
     )
 
     step, best = 0, -math.inf
-    if args.resume and (state := runfolder.newest(folder)):
-        step, best = runfolder.restore(state, frozen, args, data.train, model, optimizer)
+    if args.resume and (saved := runfolder.newest(folder)):
+        step, best = runfolder.restore(saved, frozen, args, data.train, model, optimizer)
         note(f"resuming after step {step:,} of {total:,}")
     elif ranks.rank() == 0:
         model.qformer.standardise(*statistics(args, data))
