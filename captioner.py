@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hub
 from cli import UserError
-from dataset import STYLES, are_settings
+from dataset import STYLES, are_settings, is_count
 from files import read_torch
 from qformer import QFormer
 
@@ -204,40 +204,64 @@ def load_lm(name, device, dtype):
     return lm, tokenizer, hub.fingerprint(folder)
 
 
-def read_checkpoint(path):
+class Damaged(UserError):
+    """A checkpoint that is there and cannot be used."""
+
+
+def read_checkpoint(path, flag="--checkpoint"):
     """Load a checkpoint file, or the `best.pt` of a run folder, without executing anything in it.
 
-    Raises UserError for a missing, damaged or foreign file; one flipped byte is damage.
+    flag: what the user named it by. Raises UserError for a missing file, `Damaged` for a damaged or
+    foreign one; one flipped byte is damage.
     """
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"--checkpoint {path} does not exist. Run train.py first.")
+        raise UserError(f"{flag} {path} does not exist. Run train.py first.")
     try:
         checkpoint = read_torch(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--checkpoint {path} is no readable checkpoint ({error})") from None
+    except PermissionError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise Damaged(f"{flag} {path} is no readable checkpoint ({error})") from None
     version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
-    if isinstance(version, int) and version != CHECKPOINT_VERSION:
+    if type(version) is int and version != CHECKPOINT_VERSION:
         raise UserError(
-            f"--checkpoint {path} has version {version}, this code reads {CHECKPOINT_VERSION}"
+            f"{flag} {path} has version {version}, this code reads {CHECKPOINT_VERSION}"
         )
-    if version is None or not _is_ours(checkpoint):
-        raise UserError(f"--checkpoint {path} was not written by train.py")
+    if type(version) is not int or not _is_ours(checkpoint):
+        raise Damaged(f"{flag} {path} was not written by train.py")
     return checkpoint
 
 
 def _is_ours(checkpoint):
     """True if a checkpoint has all that the scripts take from it, each of its type."""
-    kinds = {"qformer": dict, "sizes": dict, "manifest": dict, "lm": dict, "styles": dict}
-    if not all(
-        isinstance(checkpoint.get(key), kind) for key, kind in (kinds | {"step": int}).items()
-    ):
+    parts = ("qformer", "sizes", "manifest", "lm", "styles")
+    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
         return False
-    info, lm = checkpoint["manifest"].get("info"), checkpoint["lm"]
+    manifest, lm, sizes = (checkpoint[part] for part in ("manifest", "lm", "sizes"))
+    info, settings = manifest.get("info"), manifest.get("settings")
     names = [lm.get("name"), lm.get("fingerprint"), isinstance(info, dict) and info.get("encoder")]
-    return are_settings(checkpoint["manifest"].get("settings")) and all(
-        isinstance(name, str) for name in names
+    counts = [sizes.get(f"num_{what}") for what in ("queries", "blocks", "heads")]
+    weights = checkpoint["qformer"].values()
+    return (
+        type(checkpoint.get("step")) is int
+        and checkpoint["step"] >= 0
+        and all(isinstance(name, str) for name in names)
+        and are_settings(settings)
+        and all(map(is_count, [*counts, sizes.get("width")]))
+        and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
+        and sizes["num_blocks"] <= len(weights)  # building more would take for ever
+        and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
     )
+
+
+def load_weights(qformer, weights, **kwargs):
+    """`load_state_dict` of a checkpoint's weights. Raises UserError where they do not fit."""
+    try:
+        qformer.load_state_dict(weights, **kwargs)
+    except (RuntimeError, AttributeError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
 
 
 def model_state(captioner, manifest, lm_name, fingerprint):
@@ -265,12 +289,13 @@ def from_checkpoint(checkpoint, device, dtype, lm_name=None):
         raise UserError(
             f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
         )
+    if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
+        raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
     try:
         with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
-            QFormer(**checkpoint["sizes"]).load_state_dict(checkpoint["qformer"], assign=True)
+            load_weights(QFormer(**checkpoint["sizes"]), checkpoint["qformer"], assign=True)
         qformer = QFormer(**checkpoint["sizes"])
-        qformer.load_state_dict(checkpoint["qformer"])
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint's Q-Former does not fit its sizes: {why}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's Q-Former has impossible sizes: {error}") from None
+    load_weights(qformer, checkpoint["qformer"])
     return VideoCaptioner(qformer.to(device), lm, tokenizer).eval()

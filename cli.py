@@ -65,34 +65,50 @@ def run(main):
     except BrokenPipeError:  # `infer.py ... | head`: nobody reads on, which is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        why = explain(error)
+        if why is None:  # a bug of ours: its traceback is what helps
             raise
-        fail(
-            f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
-            " room and start again where it stopped"
-        )
-        code = FAILED
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fail(
-            "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
-            " or lower --workers"
-        )
+        fail(why)
         code = FAILED
     finally:
         kill_children()
     sys.exit(code)
 
 
+def explain(error):
+    """The sentence for what a machine runs out of, or None."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
+            " room and start again where it stopped"
+        )
+    if out_of_memory(error):
+        return (
+            "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
+            " or lower --workers"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return (
+            f"a process that reads features died: {text.splitlines()[0]} With little memory, or a"
+            " small /dev/shm, lower --workers."
+        )
+    return None
+
+
 def out_of_memory(error):
-    """True for Python's MemoryError and for torch's, of a GPU and of a CPU."""
+    """True for Python's MemoryError and for torch's, of a GPU and of a CPU, also from a worker."""
+    words = (
+        "can't allocate memory",
+        "not enough memory",
+        "unable to mmap",
+        "Cannot allocate memory",
+    )
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
+        or (isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words))
     )
 
 

@@ -139,14 +139,15 @@ def load_manifest(features):
     return manifest
 
 
+def is_count(value):
+    """True for a positive int of a size that a model or a grid can have."""
+    return type(value) is int and 0 < value <= 1 << 20
+
+
 def are_settings(settings):
     """True if `settings` have every field of a manifest, each of its type and usable."""
     counts = ("format_version", "num_frames", "size", "pool", "width")
     words = ("encoder_fingerprint", "sampling", "resize", "store", "compute_dtype")
-
-    def is_count(value):
-        return type(value) is int and 0 < value <= 1 << 20
-
     return (
         isinstance(settings, dict)
         and all(is_count(settings.get(k)) for k in counts)
@@ -215,7 +216,7 @@ def load_features(path, clip_id, settings):
         record = read_torch(path, verify=False, mmap=True)  # their checksum is compared below
     except FileNotFoundError:
         raise broken("are missing") from None
-    except ValueError as error:
+    except (IsADirectoryError, PermissionError, ValueError) as error:
         raise broken(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
         raise broken("are not a feature file")
@@ -307,16 +308,16 @@ class FeatureDataset:
         return item
 
 
-def require_features(features, split, records, allow_missing=None):
-    """Return the records whose features exist. Raises UserError if any lack, or over `allow_missing`."""
+def require_features(features, split, records, allow_missing=0):
+    """Return the records whose features exist. Raises UserError if more than `allow_missing` lack."""
     root = Path(features) / split
     have = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
     missing = [r["id"] for r in records if f"{r['id']}.pt" not in have]
-    if len(missing) > (allow_missing or 0):
+    if len(missing) > allow_missing:
         raise UserError(
             f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
-            f" (first: {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split}"
-            + (", or accept them with --allow-missing N." if allow_missing is not None else ".")
+            f" (first: {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
+            " or accept them with --allow-missing N."
         )
     lost = set(missing)
     return [r for r in records if r["id"] not in lost]
@@ -374,27 +375,15 @@ def _leave_signals_to_the_parent(_):
     """Ctrl-C and a batch system's SIGTERM reach the loader's workers too, and the last step that the
     parent wants to finish would find them dead.
 
-    SIGTERM gives a worker half a minute more: it is also how the parent's exit gets rid of those it
-    could not shut down.
+    `cli.run` kills them when it ends. Where nobody does, ten minutes after SIGTERM are enough.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
 def batches(loader):
-    """Iterate over a loader; a clip that could not be read raises its UserError here, as does a
-    worker that died."""
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        why = str(error).splitlines()[0]
-        raise UserError(
-            f"a process that reads features died: {why} With little memory, or a small /dev/shm,"
-            " lower --workers.",
-            code=1,
-        ) from None
+    """Iterate over a loader; a clip that could not be read raises its UserError here."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

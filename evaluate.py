@@ -8,6 +8,7 @@ Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json
 stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
 """
 
+import math
 from collections import Counter
 from functools import cache, partial
 from itertools import chain
@@ -186,7 +187,7 @@ def reference(record, style):
 def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     """Caption every clip of a loader. Returns {id: caption} and the mean loss per reference token.
 
-    The loss is None where a clip has no reference. Leaves the captioner in the mode it was in. Of
+    The loss is None where a clip has no reference, or where it is not finite. Leaves the captioner in the mode it was in. Of
     several processes each brings its own loader, and has the captions of all afterwards.
     """
     from tqdm import tqdm
@@ -208,7 +209,8 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     predictions = [item for part in ranks.gather(list(predictions.items())) for item in part]
     if twice := len(predictions) - len(dict(predictions)):
         raise UserError(f"{twice} clips were captioned by two processes", code=1)
-    return dict(predictions), sums[0] / sums[1] if sums[1] and not without else None
+    mean = sums[0] / sums[1] if sums[1] and not without else math.nan
+    return dict(predictions), mean if math.isfinite(mean) else None
 
 
 def to_device(batch, device):

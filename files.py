@@ -13,7 +13,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cli import UserError, note
+from cli import UserError, note, out_of_memory
 
 JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.2 GB
 HASHES = 1 << 32  # values of a clip's hash
@@ -23,15 +23,25 @@ HASHES = 1 << 32  # values of a clip's hash
 
 
 def write_atomic(path, data, keep=None):
-    """Write `data` (bytes or str) so that `path` is either old and whole, or new and whole.
+    """Write `data` (bytes or str) so that `path` is either absent, old and whole, or new and whole.
 
-    keep: what the old file is renamed to, once the new one is on the disk; for a moment `path` is
-    then absent. Without an old file, `path` is absent until it is whole.
+    keep: a second name for the old file, from when the new one is on the disk.
     """
     with _temporary(path, data) as temporary:
         if keep and Path(path).exists():
-            os.replace(path, keep)
+            _link(path, keep)
         os.replace(temporary, path)
+
+
+def _link(path, keep):
+    """Give a file the name `keep` too, whatever has it now."""
+    link = keep.with_name(f".{keep.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, link)
+        os.replace(link, keep)
+    except OSError:  # a file system without links
+        os.replace(path, keep)
+    link.unlink(missing_ok=True)  # it stays where both were the same file
 
 
 @contextmanager
@@ -125,7 +135,8 @@ def read_torch(path, verify=True, mmap=False):
     """Load what `torch_bytes` made: tensors and plain values. Nothing in it is ever executed.
 
     verify: compare the checksum of every part, which torch itself never does; without it a flipped
-    byte in a tensor goes unnoticed. Raises FileNotFoundError, or ValueError saying what is wrong.
+    byte in a tensor goes unnoticed. Raises ValueError saying what is wrong with the file, OSError
+    and MemoryError where that is not known.
     """
     import torch
 
@@ -137,9 +148,11 @@ def read_torch(path, verify=True, mmap=False):
             if verify and (bad := archive.testzip()):
                 raise ValueError(f"the checksum of its part {bad} is wrong")
         return torch.load(str(path), weights_only=True, mmap=mmap, map_location="cpu")
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         raise
     except Exception as error:  # zipfile and torch raise whatever the damage happens to trip over
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
         ) from None
@@ -184,22 +197,21 @@ def lock(folder, told, part=0, parts=1):
     where the file system's locks do. The folder is made, and taken away again if it stays empty.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"{folder} cannot be written to ({why}); name another folder") from None
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
+        fcntl = None
     start, end = hash_range(part, parts)
-    try:
-        file = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
-    except PermissionError:
-        raise UserError(
-            f"{folder / '.lock'} belongs to somebody else; name another folder"
-        ) from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(told, code=1) from None

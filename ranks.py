@@ -39,7 +39,14 @@ def joined(device=None):
 
     on_cuda = device is not None and device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=PATIENCE)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        from cli import UserError
+
+        raise UserError("another process of this run has ended; see what it said", code=1) from None
     dist.destroy_process_group()  # not after an error: it might wait for the others
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ranks
-from cli import UserError, note, output_folder
+from cli import Stopped, UserError, note, output_folder
 from dataset import STYLES, check_same_settings
 from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
 
@@ -32,7 +32,8 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
 }
 
 # What --overwrite removes: a run's own files, never what else lies in the folder
-OURS = ["args.json", "metrics.jsonl", "losses.txt", LAST, PREVIOUS, "best.pt"]
+# The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
+OURS = [LAST, PREVIOUS, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
 OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
 
 
@@ -57,38 +58,44 @@ def held(folder, args):
         yield
         return
     with lock(folder, f"another train.py is at work in {folder}: wait for it, or stop it first"):
+        claim(args)  # again: a run may have begun and ended while this one was reading
         remove_unfinished(folder)
         yield
 
 
-def newest(folder):
+def newest(folder, dry_run):
     """The checkpoint to continue from, or None where there is none yet.
 
-    last.pt, or the one before it if last.pt cannot be read, which is then said. Raises UserError if
-    neither can be.
+    last.pt, or the one before it if last.pt is damaged, which is then said and set aside. Raises
+    UserError if neither can be used.
     """
-    from captioner import read_checkpoint
+    from captioner import Damaged, read_checkpoint
 
     paths = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
-    if not paths:
-        note(f"--resume: there is no {folder / LAST}, starting from the first step")
-        return None
+    state, damaged = None, []
     for path in paths:
         try:
-            state = read_checkpoint(path)
-        except UserError as error:
+            state = read_checkpoint(path, "--resume")
+            break
+        except Damaged as error:
+            damaged.append(path)
             note(f"WARNING: {error}")
-            continue
-        if len(set(ranks.gather(state["step"]))) > 1:
-            raise UserError(f"--resume: the processes do not see the same {path}")
-        if path.name != LAST:
-            note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
-            if ranks.rank() == 0:  # the next save must not put what is damaged in its place
-                os.replace(path, folder / LAST)
-        return state
-    raise UserError(
-        f"--resume: no checkpoint in {folder} can be read; start over with --overwrite", code=1
-    )
+    if len(set(ranks.gather(state and state["step"]))) > 1:
+        raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=1)
+    if state is None and (paths or (folder / "best.pt").exists()):
+        raise UserError(
+            f"--resume: {folder} holds a run and no checkpoint to continue it from; start over with"
+            " --overwrite",
+            code=1,
+        )
+    if state is None:
+        note(f"--resume: there is no {folder / LAST}, starting from the first step")
+    elif path.name != LAST:
+        note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
+        if damaged and not dry_run and ranks.rank() == 0:
+            # or the next save would put it in the place of the good one
+            os.replace(damaged[0], folder / "damaged.pt")
+    return state
 
 
 def start(folder, args, device, **counts):
@@ -148,7 +155,12 @@ class Log:
         for file in (self.metrics, self.losses, self.bar):
             file.close()
         if self.skipped:
-            note(f"{self.skipped} steps were skipped, see {self.folder / 'metrics.jsonl'}")
+            note(f"steps skipped: {self.skipped}, see {self.folder / 'metrics.jsonl'}")
+
+    def sync(self):
+        """On the disk before the checkpoint that counts on these lines."""
+        if not self.quiet:
+            os.fsync(self.metrics.fileno()), os.fsync(self.losses.fileno())
 
     def step(self, step, epoch, lr, loss, norm, tokens, ids):
         """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping."""
@@ -188,19 +200,28 @@ class Log:
             {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}
             for r in records[:20]
         ]
-        head = {"epoch": epoch + 1, "step": step, "loss": loss}
-        path = self.folder / f"validation_epoch_{epoch + 1}.json"
+        head = {"epoch": epoch, "step": step, "loss": loss}
+        path = self.folder / f"validation_epoch_{epoch}.json"
         write_json(path, head | result | {"samples": samples})
         shown = {k: v for k, v in result["metrics"].items() if k in ("CIDEr", "template_accuracy")}
-        text = ", ".join(f"{k} {v:.3f}" for k, v in {"loss": loss, **shown}.items())
-        self.bar.write(f"epoch {epoch + 1}: validation {text}", file=sys.stderr)
+        if loss is not None:
+            shown = {"loss": loss, **shown}
+        text = ", ".join(f"{k} {v:.3f}" for k, v in shown.items())
+        self.bar.write(f"epoch {epoch}: validation {text}", file=sys.stderr)
         self.began = time.perf_counter()
 
 
 def cut(path, step, step_of):
     """Keep the whole lines of steps up to `step`; returns them."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
+
+    def belongs(line):
+        try:
+            return line.endswith("\n") and step_of(line) <= step
+        except (ValueError, KeyError, TypeError):  # what a crash of the machine left of a line
+            return False
+
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    kept = list(filter(belongs, lines))
     write_atomic(path, "".join(kept))
     return kept
 
@@ -209,11 +230,11 @@ class Stop:
     """Ctrl-C and SIGTERM let the step finish (`signal` is set); a second one leaves at once.
 
     But not under torchrun: it repeats to its processes the signal that they may have had already,
-    and after 30 s it kills them by itself.
+    and after 30 s it kills them by itself. `saved`: nothing would be lost by leaving at the first.
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.saved = 0, False
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self.request) for number in numbers}
 
@@ -225,9 +246,9 @@ class Stop:
         self.signal = int(number)
         for other in self.before:
             signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
-        note(
-            "\nfinishing this step, and the evaluation if one is due, then saving; a second signal leaves at once"
-        )
+        if self.saved:
+            raise Stopped(self.signal)
+        note("\nfinishing this step, then saving; a second signal leaves at once")
 
 
 class Writer:
@@ -273,19 +294,24 @@ def replace(path, data):
     write_atomic(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST else None)
 
 
-def to_continue(state, args, records, optimizer):
-    """All that an exact continuation needs: `state`, optimizer, flags, data. No random state: order,
-    captions and dropout are functions of seed, epoch, step and clip."""
+def to_continue(state, scored, args, records, optimizer):
+    """All that an exact continuation needs: `state`, step of the last evaluation, optimizer, flags,
+    data. No random state: order, captions and dropout are functions of seed, epoch, step and clip."""
     return state | {
+        "scored": scored,
         "optimizer": optimizer.state_dict(),
         "args": flags(args),
         "data": data_hash(records),
     }
 
 
-def restore(state, frozen, args, records, model, optimizer):
-    """Continue from a state. Returns (step, best score); raises UserError naming what differs."""
-    if "optimizer" not in state:
+def restore(state, frozen, args, total, records, model, optimizer):
+    """Continue from a state of a run of `total` steps. Returns (step, step of the last evaluation,
+    best score); raises UserError naming what differs."""
+    from captioner import load_weights, read_checkpoint
+
+    kinds = {"optimizer": dict, "args": dict, "data": str, "best": float, "scored": int}
+    if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     ours, theirs = flags(args), state["args"]
     for key in sorted(ours.keys() | theirs.keys()):
@@ -300,9 +326,21 @@ def restore(state, frozen, args, records, model, optimizer):
         raise UserError(f"--resume: --lm {args.lm} is not the model that the run began with")
     if state["data"] != data_hash(records) or state["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
-    model.qformer.load_state_dict(state["qformer"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"]
+    if state["step"] > total:
+        raise UserError(f"--resume: {args.output}/{LAST} is at step {state['step']} of {total}")
+    load_weights(model.qformer, state["qformer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--resume: the optimizer's state is not of this run: {error}") from None
+    best, scored = state["best"], state["scored"]
+    if best > -math.inf:
+        try:
+            read_checkpoint(Path(args.output, "best.pt"), "--resume")
+        except UserError as error:
+            note(f"WARNING: {error}; the best from here on takes its place")
+            best, scored = -math.inf, -1
+    return state["step"], scored, best
 
 
 def flags(args):

@@ -105,32 +105,16 @@ def main(argv=None):
 
 def learn(args, data, folder, device, dtype):
     """From the first step, or the last saved one, to the scores. Returns the exit code."""
-    import torch
-
-    import captioner
-
     per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
     total = args.epochs * per_epoch
-    torch.manual_seed(args.seed)
-    model, lm_fingerprint = captioner.build(
-        data.manifest,
-        args.lm,
-        device,
-        dtype,
-        num_queries=args.num_queries,
-        num_blocks=args.num_blocks,
-        num_heads=args.num_heads,
-        dropout=args.dropout,
-    )
-    frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
-    frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.qformer, args.weight_decay), fused=device.type == "cuda"
-    )
+    model, frozen, optimizer = build(args, data, device, dtype)
 
-    step, best = 0, -math.inf
-    if args.resume and (saved := runfolder.newest(folder)):
-        step, best = runfolder.restore(saved, frozen, args, data.train, model, optimizer)
+    step, scored, best = 0, 0, -math.inf  # scored: the step of the last evaluation
+    saved = runfolder.newest(folder, args.dry_run) if args.resume else None
+    if saved:
+        step, scored, best = runfolder.restore(
+            saved, frozen, args, total, data.train, model, optimizer
+        )
         note(f"resuming after step {step:,} of {total:,}")
     elif ranks.rank() == 0:
         model.qformer.standardise(*statistics(args, data))
@@ -139,14 +123,41 @@ def learn(args, data, folder, device, dtype):
     if args.dry_run:
         return time_steps(args, data, model, total)
 
-    def state():
-        return frozen | {"qformer": model.qformer.state_dict(), "step": step, "best": best}
-
     trainable = sum(p.numel() for p in model.qformer.parameters())
     runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
     stop, bad = runfolder.Stop(), 0
     model.train()
+
+    def state():
+        return frozen | {"qformer": model.qformer.state_dict(), "step": step, "best": best}
+
+    def save():
+        log.sync()
+        whole = runfolder.to_continue(state(), scored, args, data.train, optimizer)
+        disk.write(folder / "last.pt", whole)
+
+    def end_epoch():
+        """Evaluate, and keep the best. All is saved: a signal ends this at once."""
+        nonlocal best, scored
+        disk.wait()
+        stop.saved = True
+        epoch = step // per_epoch
+        result, predictions, val_loss = evaluate(args, data, model, data.subset)
+        stop.saved = False
+        log.epoch(step, epoch, val_loss, result, predictions, data.subset)
+        # without CIDEr, the loss decides
+        quality = result["metrics"].get("CIDEr", -math.inf if val_loss is None else -val_loss)
+        if quality > best or scored <= 0:
+            best = quality
+            disk.write(folder / "best.pt", state())
+        scored = step
+        save()
+
     with runfolder.Log(folder, step, total) as log, runfolder.Writer() as disk:
+        if not saved:
+            save()
+        elif step % per_epoch == 0 and step > scored:
+            end_epoch()
         for epoch, ids, window in windows(args, data, model.tokenizer, device, step):
             lr = lr_at(step, total, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
@@ -168,25 +179,45 @@ def learn(args, data, folder, device, dtype):
                     " preprocess_ssv2.py --verify.",
                     code=1,
                 )
-            if step % per_epoch == 0:
-                result, predictions, val_loss = evaluate(args, data, model, data.subset)
-                log.epoch(step, epoch, val_loss, result, predictions, data.subset)
-                # without CIDEr, the loss decides
-                quality = result["metrics"].get("CIDEr", -val_loss)
-                if quality > best:
-                    best = quality
-                    disk.write(folder / "best.pt", state())
             disk.check()
             stopping = ranks.largest(stop.signal)
             if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stopping):
-                whole = runfolder.to_continue(state(), args, data.train, optimizer)
-                disk.write(folder / "last.pt", whole)
+                save()
             if stopping:
-                disk.wait()
-                note(f"stopped after step {step:,}; continue with --resume")
-                return cli.SIGNALLED + stopping
+                break
+            if step % per_epoch == 0:
+                end_epoch()
+        stopping = ranks.largest(stop.signal)
     stop.restore()  # all is saved: from here a signal ends the script as usual
+    if stopping:
+        note(f"stopped after step {step:,}; continue with --resume")
+        return cli.SIGNALLED + stopping
     return finish(args, data, model, folder)
+
+
+def build(args, data, device, dtype):
+    """A new model, what its checkpoints hold whatever it learns, and its optimizer."""
+    import torch
+
+    import captioner
+
+    torch.manual_seed(args.seed)
+    model, lm_fingerprint = captioner.build(
+        data.manifest,
+        args.lm,
+        device,
+        dtype,
+        num_queries=args.num_queries,
+        num_blocks=args.num_blocks,
+        num_heads=args.num_heads,
+        dropout=args.dropout,
+    )
+    frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
+    frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.qformer, args.weight_decay), fused=device.type == "cuda"
+    )
+    return model, frozen, optimizer
 
 
 def read_data(args):
@@ -198,7 +229,10 @@ def read_data(args):
             raise UserError(f"split {split!r} in {args.annotations} has no captions")
         if split == VALIDATION and len(records) < 2:
             raise UserError(f"split {split!r} needs two captioned clips: CIDEr compares clips")
-        return records, require_features(args.features, split, records, args.allow_missing)
+        there = require_features(args.features, split, records, args.allow_missing)
+        if len(there) < (2 if split == VALIDATION else 1):
+            raise UserError(f"split {split!r}: {len(there)} of {len(records)} clips have features")
+        return records, there
 
     manifest = load_manifest(args.features)
     _, train = labelled(TRAIN)

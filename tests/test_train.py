@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from conftest import train_flags
 
 import runfolder
 import train
-from cli import TERMINATED, UserError
+from cli import TERMINATED, Stopped, UserError
 from dataset import load_records
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
@@ -105,8 +106,6 @@ def test_resume_refuses_a_changed_flag_by_name(world, prepared, trained, flags, 
 
 
 def test_resume_refuses_other_captions(world, prepared, trained, tmp_path):
-    import shutil
-
     other = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
     records = json.loads((other / "train.json").read_text())
     records[0]["label"] = "something else"
@@ -130,8 +129,6 @@ def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
 
 
 def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, tmp_path):
-    import shutil
-
     features = shutil.copytree(prepared / "features", tmp_path / "features")
     victims = sorted((features / "train").iterdir())[:2]
     for path in victims:
@@ -147,11 +144,88 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     world, prepared, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train, "scale_and_clip", lambda *_: float("nan"))
+    flags = train_flags(world, prepared, tmp_path / "run", "--grad-accum", 1, "--save-every", 1)
     with pytest.raises(UserError, match="5 steps in a row") as error:
-        train.main(train_flags(world, prepared, tmp_path / "run"))
-    assert error.value.code == 1
+        train.main(flags)
+    assert error.value.code == 1 and state(tmp_path / "run")["step"] == 0
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
+
+    def third_is_bad(qformer, *rest):
+        weights.append(qformer.gain.detach().clone())
+        return float("nan") if len(weights) == 3 else clip(qformer, *rest)
+
+    weights = []
+    monkeypatch.undo()
+    clip = train.scale_and_clip
+    monkeypatch.setattr(train, "scale_and_clip", third_is_bad)
+    assert not train.main(train_flags(world, prepared, tmp_path / "other", "--epochs", 1))
+    equal = [torch.equal(a, b) for a, b in pairwise(weights)]
+    assert equal == [False, False, True, False], "a bad step must change no weight"
+    assert [bool(s.get("skipped")) for s in log(tmp_path / "other")] == [0, 0, 1, 0, 0]
+
+
+def test_the_first_signal_is_patient_and_the_second_is_not():
+    stop = runfolder.Stop()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert {signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_DFL}
+    finally:
+        stop.restore()
+
+
+def test_a_signal_while_all_is_saved_leaves_at_once():
+    """The evaluation after an epoch may take longer than a batch system waits."""
+    stop = runfolder.Stop()
+    stop.saved = True
+    try:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, tmp_path, capsys):
+    """--resume without last.pt once emptied the logs of a finished run and replaced its best.pt."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    flags = train_flags(world, prepared, folder, "--resume")
+    os.rename(folder / "last.pt", tmp_path / "last.pt")
+    os.rename(folder / "previous.pt", tmp_path / "previous.pt")
+    with pytest.raises(UserError, match="no checkpoint to continue it from"):
+        train.main(flags)
+    assert (folder / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    (folder / "last.pt").write_bytes(b"PK")
+    os.rename(tmp_path / "previous.pt", folder / "previous.pt")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert not train.main([*flags, "--dry-run"])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before, "a dry run changes nothing"
+    (folder / "best.pt").write_bytes(b"")
+    assert not train.main(flags)
+    said = capsys.readouterr().err
+    assert "last.pt is lost" in said and "the best from here on takes its place" in said
+    assert (folder / "damaged.pt").read_bytes() == b"PK" and state(folder)["step"] == 10
+    assert torch.load(str(folder / "best.pt"), weights_only=True)["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s | {"args": []},
+        lambda s: {k: v for k, v in s.items() if k != "data"},
+        lambda s: s | {"best": "x"},
+        lambda s: s | {"step": -7},
+        lambda s: s | {"step": 10**30},
+        lambda s: s | {"optimizer": {}},
+        lambda s: s | {"qformer": {k: v[:1] for k, v in s["qformer"].items()}},
+        lambda s: s | {"sizes": s["sizes"] | {"num_blocks": 10**7}},
+    ],
+)
+def test_a_state_of_the_wrong_shape_is_refused(world, prepared, trained, tmp_path, spoil):
+    (tmp_path / "run").mkdir()
+    torch.save(spoil(state(trained)), tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"--resume|checkpoint"):
+        train.main(train_flags(world, prepared, tmp_path / "run", "--resume"))
 
 
 def test_learning_rate():
