@@ -3,8 +3,10 @@
 For torture.py and the tests: real processes, real signals, tiny models, on the CPU.
 """
 
+import atexit
 import importlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import namedtuple
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import cli
@@ -41,56 +45,106 @@ def run(script, flags, kill_after=None, signalled=None, die_in_byte=None, full_a
     files. full_after: such files after which none may have more than 10,000 bytes, by RLIMIT_FSIZE.
     ranks: processes, by torchrun.
     """
-    begun, ours = os.pipe()
-    orders = json.dumps({"begun": ours, "die_in_byte": die_in_byte, "full_after": full_after})
-    command = [sys.executable, "-c", "import sandbox; sandbox.child()", script, orders]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), f"{script}.py"]
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [*command, *map(str, flags)],
-            cwd=HERE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            pass_fds=[ours],
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        os.close(ours)
-        os.read(begun, 1)  # the work begins, or the process has ended
+        command += ["--nproc-per-node", str(ranks), f"{script}.py", *map(str, flags)]
+        done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+        return Ended(done.returncode, 0.0, done.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        talk = Path(folder)
+        orders = [script, [*map(str, flags)], folder, die_in_byte, full_after]
+        nursery().stdin.write(json.dumps(orders) + "\n")
+        nursery().stdin.flush()
+        wait_for(talk / "begun", talk / "code")
         began = time.perf_counter()
-        try:
-            process.wait(kill_after)
-        except subprocess.TimeoutExpired:
+        if not wait_for(talk / "code", seconds=kill_after):
+            pid = int((talk / "pid").read_text())
             with suppress(ProcessLookupError):
-                if signalled:
-                    os.killpg(process.pid, signalled)
-                else:
-                    process.kill()
-            process.wait()
-        os.close(begun)
-        stderr.seek(0)
-        return Ended(process.returncode, time.perf_counter() - began, stderr.read())
+                os.killpg(pid, signalled) if signalled else os.kill(pid, signal.SIGKILL)
+            wait_for(talk / "code")
+        seconds = time.perf_counter() - began
+        return Ended(int((talk / "code").read_text()), seconds, (talk / "stderr").read_text())
 
 
-def child():
-    """The other side of `run`: arrange what was ordered, then be the script."""
-    script, orders, *sys.argv[1:] = sys.argv[1:]
-    sys.argv[0], orders = f"{script}.py", json.loads(orders)
+def wait_for(*paths, seconds=None):
+    """Until one of the files is there, True, or the time is over, False."""
+    end = math.inf if seconds is None else time.perf_counter() + seconds
+    while not any(path.exists() for path in paths):
+        if time.perf_counter() > end:
+            return False
+        if nursery().poll() is not None:
+            raise UserError("the process that starts the scripts has died", code=1)
+        time.sleep(0.005)
+    return True
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@cache
+def nursery():
+    """A process that has imported everything and forks the scripts: starting each takes seconds."""
+    code = "import sandbox; sandbox.nurse()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE, env=environment(), stdin=subprocess.PIPE, text=True
+    )
+
+
+def nurse():
+    """The nursery's side: two forks for every line of orders, one to be the script, one to see it end."""
+    for name in ("captioner", "encoder", "metrics", "pool", "preprocess_ssv2", "train"):
+        importlib.import_module(name)
+    for name in ("qwen2", "vjepa2"):
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork():
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        orders = json.loads(line)
+        talk = Path(orders[2])
+        pid = os.fork()
+        if not pid:
+            be_script(*orders)
+        (talk / "pid").write_text(str(pid))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with suppress(FileNotFoundError):
+            files.write_atomic(talk / "code", str(code))
+        os._exit(0)
+
+
+def be_script(script, flags, talk, die_in_byte, full_after):
+    """Arrange what was ordered, then be the script."""
+    os.setsid()
+    nothing, errors = (
+        os.open(os.devnull, os.O_RDWR),
+        os.open(f"{talk}/stderr", os.O_CREAT | os.O_WRONLY),
+    )
+    for number, to in ((0, nothing), (1, nothing), (2, errors)):
+        os.dup2(to, number)
+    sys.argv = [f"{script}.py", *flags]
     module, name = WORK_BEGINS[script]
     work = getattr(importlib.import_module(module), name)
 
     def begin(*args, **kwargs):
-        os.write(orders["begun"], b".")
-        if orders["die_in_byte"]:
-            files.open = fused(orders["die_in_byte"])
-        if orders["full_after"]:
-            files.open = filling(orders["full_after"])
+        Path(talk, "begun").touch()
+        if die_in_byte:
+            files.open = fused(die_in_byte)
+        if full_after:
+            files.open = filling(full_after)
         return work(*args, **kwargs)
 
     setattr(sys.modules[module], name, begin)
-    cli.run(importlib.import_module(script).main)
+    code = 1
+    try:
+        cli.run(importlib.import_module(script).main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def fused(left):
@@ -205,7 +259,7 @@ def contents(folder, only="*"):
     found = {}
     for path in sorted(p for p in folder.rglob(only) if p.is_file()):
         data = path.read_bytes()
-        if path.name in ("args.json", ".lock"):
+        if path.name in ("args.json", "damaged.pt", ".lock"):
             continue
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
