@@ -230,6 +230,8 @@ def read_checkpoint(path, flag="--checkpoint"):
         )
     if type(version) is not int or not _is_ours(checkpoint):
         raise Damaged(f"{flag} {path} was not written by train.py")
+    if not all(weight.isfinite().all() for weight in checkpoint["qformer"].values()):
+        raise Damaged(f"{flag} {path} holds weights that are no numbers")
     return checkpoint
 
 
@@ -252,6 +254,7 @@ def _is_ours(checkpoint):
         and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
         and sizes["num_blocks"] <= len(weights)  # building more would take for ever
         and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
+        and all(w.device.type == "cpu" and w.layout == torch.strided for w in weights)
     )
 
 

@@ -29,7 +29,15 @@ class Stopped(BaseException):
 def note(*text):
     """Print to stderr: everything that is not a result. Of several processes only rank 0 does."""
     if ranks.rank() == 0:
-        print(*text, file=sys.stderr, flush=True)
+        print(*map(printable, text), file=sys.stderr, flush=True)
+
+
+def printable(text, keep="\n"):
+    """Text from a file or of its name, with what would steer the terminal spelt out."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
 
 
 def run(main):
@@ -50,7 +58,7 @@ def run(main):
         os.environ["TQDM_DISABLE"] = "1"
 
     def fail(why):
-        print(f"{script}: {why}", file=sys.stderr, flush=True)
+        print(printable(f"{script}: {why}"), file=sys.stderr, flush=True)
 
     try:
         code = main() or DONE
@@ -91,8 +99,8 @@ def explain(error):
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a process that reads features died: {text.splitlines()[0]} With little memory, or a"
-            " small /dev/shm, lower --workers."
+            f"a process that reads features failed: {text.strip().splitlines()[-1]}. With little"
+            " memory, or a small /dev/shm, lower --workers."
         )
     return None
 
@@ -115,6 +123,8 @@ def out_of_memory(error):
 def kill_children():
     """End worker processes that a failure left behind: Python's own exit would wait for them."""
     if "multiprocessing" in sys.modules:
+        if hasattr(signal, "SIGCHLD"):  # torch would raise at the sight of a killed worker
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
 

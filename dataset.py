@@ -83,6 +83,8 @@ def why_refused(record):
     video = PurePosixPath(record.get("video") or "")
     if video.is_absolute() or ".." in video.parts:
         return f"has its video outside the videos' folder: {str(video)!r}"
+    if len(str(video)) > 1000 or any(len(part.encode()) > 255 for part in video.parts):
+        return f"has a video whose name is too long: {str(video)[:80]!r}…"
 
 
 def is_control(character):
@@ -156,6 +158,8 @@ def are_settings(settings):
         and len(settings["grid"]) == 3
         and all(map(is_count, settings["grid"]))
         and settings["store"] in ("int8", "fp16")
+        and settings["resize"] in ("squash", "crop", "pad")
+        and settings["sampling"] in ("bin_centres", "still")
         and settings["compute_dtype"] in ("float32", "bfloat16")
     )
 
@@ -199,10 +203,11 @@ def load_features(path, clip_id, settings):
 
     def is_tensor(value, dtype, shape):
         return (
-            isinstance(value, torch.Tensor)
-            and value.layout == torch.strided
+            type(value) is torch.Tensor
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
             and (value.dtype, tuple(value.shape)) == (dtype, shape)
             and value.is_contiguous()
+            and not (value.requires_grad or value.is_neg() or value.is_nested)
         )
 
     def broken(why):
@@ -223,12 +228,13 @@ def load_features(path, clip_id, settings):
     features, shape = record["features"], (_num_tokens(settings), settings["width"])
     dtype = {"int8": torch.int8, "fp16": torch.float16}[settings["store"]]
     if not is_tensor(features, dtype, shape):
-        raise broken(f"are {tuple(features.shape)} {features.dtype}, not {shape} {dtype}")
+        theirs = "nested" if features.is_nested else tuple(features.shape)
+        raise broken(f"are {theirs} {features.dtype}, not {shape} {dtype}")
     extra = ("scale", "offset") if settings["store"] == "int8" else ()
     if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
         raise broken("have no scale and offset for each channel")
     stored = {k: record[k] for k in ("features", *extra)}
-    if record.get("crc32") != checksum(clip_id, stored):
+    if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
         raise broken("have a wrong checksum")
     if not all(stored[k].isfinite().all() for k in extra or ("features",)):
         raise broken("hold NaN or infinity")
@@ -349,6 +355,9 @@ def collate(items):
         targets.extend(target)
     batch["positions"] = torch.tensor(positions, dtype=torch.long)
     batch["targets"] = torch.tensor(targets, dtype=torch.long)
+    if torch.utils.data.get_worker_info():  # a full /dev/shm must be heard of: later, in the thread
+        for tensor in batch.values():  # that sends, torch would drop the batch without a word
+            tensor.share_memory_()
     return {"ids": [item["id"] for item in items], **batch}
 
 

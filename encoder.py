@@ -118,6 +118,10 @@ class VideoEncoder:
                 f"--encoder {name} has fingerprint {fingerprint}, but the checkpoint was trained on"
                 f" features of {manifest['info']['encoder']} ({settings['encoder_fingerprint']})"
             )
+        c, patch = model.config, model.config.patch_size
+        side = c.crop_size // (patch if isinstance(patch, int) else patch[0]) // settings["pool"]
+        if settings["grid"] != [settings["num_frames"] // c.tubelet_size, side, side]:
+            raise UserError(f"--encoder {name} does not make a grid of {settings['grid']} tokens")
         return cls(model, settings, device)
 
     @torch.inference_mode()

@@ -70,6 +70,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.predictions and args.shard != (0, 1):
+        raise UserError("--predictions scores all parts of a run together: leave --shard out")
     records = load_records(args.annotations, args.split)
     everything = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
@@ -93,7 +95,7 @@ def main(argv=None):
     lacking = len(missing) if len(missing) <= args.allow_missing else 0  # more is an error, below
     if lacking:
         records = [r for r in records if r["id"] in predictions]
-        note(f"{lacking} clips are in no score, for want of features: {', '.join(missing[:5])}")
+        note(f"{lacking} clips have no caption and are in no score: {', '.join(missing[:5])}")
     output.mkdir(parents=True, exist_ok=True)
     name = result_name(args, lacking)
     if not args.predictions:

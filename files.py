@@ -88,11 +88,13 @@ def write_new(path, data):
 
 def write_json(path, value):
     """Write `value` atomically; NaN, which is not JSON, raises ValueError."""
-    write_atomic(path, json_text(value))
+    write_atomic(path, json_bytes(value))
 
 
-def json_text(value):
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def json_bytes(value):
+    """UTF-8; what is no character, as in some file names, as the JSON escape that it prints as."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def torch_bytes(value):
@@ -141,6 +143,8 @@ def read_torch(path, verify=True, mmap=False):
     import torch
 
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             # torch compresses nothing; a stranger's 4 MB may unpack to 4 GB
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
@@ -194,7 +198,8 @@ def lock(folder, told, part=0, parts=1):
     Raises UserError with the sentence `told` if another process holds any of the same clips: byte n
     of <folder>/.lock stands for the clips of hash n, and a shard is an interval of hashes. These
     locks end with their process however it ends, pass to no forked worker, and reach other machines
-    where the file system's locks do. The folder is made, and taken away again if it stays empty.
+    where the file system's locks do. The folder is made, and taken away again if it stays empty
+    while all of it is held.
     """
     folder = Path(folder)
     try:
@@ -216,9 +221,11 @@ def lock(folder, told, part=0, parts=1):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(told, code=1) from None
             note(f"{folder} cannot be locked ({error.strerror}): run nothing else on it meanwhile")
+        if not os.path.exists(folder / ".lock"):  # its last holder found nothing to keep
+            raise UserError(told, code=1)
         try:
             yield
         finally:
-            if os.listdir(folder) == [".lock"]:
+            if parts == 1 and os.listdir(folder) == [".lock"]:
                 os.unlink(folder / ".lock")
                 folder.rmdir()

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from cli import UserError
+from files import read_json
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository
 
@@ -16,7 +18,7 @@ def find_model(name, flag):
     model is nowhere, or incomplete.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if len(str(name)) < 1000 and os.path.isdir(folder):
         if missing := _missing_files(folder):
             raise UserError(f"{flag} {name}: the folder has no {missing}")
         return folder
@@ -56,7 +58,10 @@ def _missing_files(folder):
         return "config.json"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(read_json(index, "index of weights")["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            return "usable model.safetensors.index.json"
         return next((s for s in shards if not (folder / s).is_file()), None)
     return None if (folder / "model.safetensors").is_file() else "model.safetensors"
 
@@ -90,8 +95,11 @@ def load(auto_class, folder, flag, **kwargs):
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        return auto_class.from_pretrained(folder, local_files_only=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        # a model may bring code of its own, which is never run; nor asked about on the terminal
+        return auto_class.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **kwargs
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{flag} {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None

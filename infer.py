@@ -70,16 +70,18 @@ def main(argv=None):
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
 
     results = []
-    for result in caption_files(paths, encoder, captioner, args):
-        results.append(result)
-        if "error" in result:
-            note(f"{result['path']}: {result['error']}")
-        elif "warning" in result:
-            note(f"{result['path']}: {result['warning']}")
-        for line in [json.dumps(result)] if args.json else text_lines(result):
-            print(line, flush=True)
-    if output:
-        save_results(output, results, copy_clips=bool(args.num_samples))
+    try:
+        for result in caption_files(paths, encoder, captioner, args):
+            results.append(result)
+            if "error" in result:
+                note(f"{result['path']}: {result['error']}")
+            elif "warning" in result:
+                note(f"{result['path']}: {result['warning']}")
+            for line in [json.dumps(result)] if args.json else text_lines(result):
+                print(line, flush=True)
+    finally:  # also of what there is when it is stopped
+        if output:
+            save_results(output, results, copy_clips=bool(args.num_samples))
     failed = sum("error" in r for r in results)
     if failed:
         note(f"{failed} of {len(results)} clips failed")
@@ -214,7 +216,7 @@ def describe(path, spans, outcomes):
 
 def text_lines(result):
     """The stdout lines of one file; none for one that failed."""
-    path = result["path"].replace("\t", "\\t").replace("\n", "\\n")  # a line stays a line
+    path = cli.printable(result["path"], keep="")  # a line stays a line
     if "windows" in result:
         for w in result["windows"]:
             yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
@@ -226,7 +228,7 @@ def save_results(output, results, copy_clips):
     """Write captions.json, and the clips beside it."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "captions.json", results)
-    for path in [Path(r["path"]) for r in results if copy_clips]:
+    for path in [Path(r["path"]) for r in results if copy_clips and "error" not in r]:
         copy = output / path.name
         if not (copy.exists() and copy.samefile(path)):
             shutil.copyfile(path, copy)

@@ -342,15 +342,19 @@ def score(
         if references and "METEOR" not in skipped:
             ask = partial(meteor, said["main"], references, time_limit)
             waiting = beside.submit(_attempt, skipped, "METEOR", ask)
-        for name, captions in systems.items():
-            values[name] = _per_clip(
-                captions, said[name], records, references, tokens, cider, parser, skipped
-            )
-            scores[name] = {m: float(np.mean([*v.values()])) for m, v in values[name].items()}
-            if references:
-                scores[name] |= _whole_set(said[name], references, skipped, name == "main")
-        if waiting and waiting.result() is not None:
-            scores["main"]["METEOR"] = waiting.result()
+        try:
+            for name, captions in systems.items():
+                values[name] = _per_clip(
+                    captions, said[name], records, references, tokens, cider, parser, skipped
+                )
+                scores[name] = {m: float(np.mean([*v.values()])) for m, v in values[name].items()}
+                if references:
+                    scores[name] |= _whole_set(said[name], references, skipped, name == "main")
+            if waiting and waiting.result() is not None:
+                scores["main"]["METEOR"] = waiting.result()
+        except BaseException:  # a signal, say: do not wait for METEOR
+            ptb.kill_all()
+            raise
     main = values["main"]
     order = dict.fromkeys((*CAPTION_METRICS, *PER_CLIP))
     result = {

@@ -226,8 +226,19 @@ def read_captions(path, validation_share, seed):
     """{split: records} of a caption file. The first caption of a clip is its label. Raises UserError."""
     path = cli.existing(path, "--captions", "It needs the columns video,caption[,split].")
     rows = read_rows(path)
-    bad = [n for n, r in rows if not clean(r.get("video")) or not clean(r.get("caption"))]
+    bad = [
+        n
+        for n, r in rows
+        if not (clean(r.get("video")) and PurePosixPath(r["video"].strip()).name)
+        or not clean(r.get("caption"))
+    ]
     refuse([f"line {n}" for n in bad], f"rows of {path} lack a video or a caption")
+    bad = [n for n, r in rows if None in r or not isinstance(r.get("split") or "", str)]
+    refuse(
+        [f"line {n}" for n in bad],
+        f"rows of {path} have more cells than the header (quote a caption with commas) or a split that"
+        " is no text",
+    )
     clips = {}  # video -> record, in order of appearance
     split_of, clash = {}, []
     for n, row in rows:
@@ -266,23 +277,26 @@ def read_rows(path):
     if path.suffix.lower() in (".jsonl", ".json"):
         try:
             rows = [(n, json.loads(t)) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--captions {path} is not JSON lines: {error}") from None
         refuse(
             [f"line {n}" for n, r in rows if not isinstance(r, dict)],
             f"lines of {path} are no object",
         )
     else:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"video", "caption"} <= set(reader.fieldnames or ()):
-            raise UserError(
-                f"--captions {path} needs a header with video,caption[,split];"
-                f" its first line is {','.join(reader.fieldnames or ['empty'])[:100]!r}"
-            )
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
+            names = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as error:
-            raise UserError(f"--captions {path} is no readable CSV: {error}") from None
+            raise UserError(
+                f"--captions {path} is no readable CSV, line {reader.line_num}: {error}"
+            ) from None
+        if not {"video", "caption"} <= set(names):
+            raise UserError(
+                f"--captions {path} needs a header with video,caption[,split];"
+                f" its first line is {','.join(names or ['empty'])[:100]!r}"
+            )
     if not rows:
         raise UserError(f"--captions {path} holds no rows")
     return rows

@@ -6,16 +6,15 @@
 
 It can be stopped at any time and started again, with the same --shard or another: complete files are
 kept. Clips that fail are lines in <features>/failures.jsonl (failures_part<i>of<n>.jsonl of a shard),
-and the exit code is then 3.
+and the exit code is then 3 (under torchrun 0).
 """
 
-import json
 import os
 import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import cli
@@ -31,7 +30,15 @@ from dataset import (
     load_records,
     save_features,
 )
-from files import in_shard, json_text, lock, remove_unfinished, torch_bytes, write_atomic, write_new
+from failures import failure_log
+from files import (
+    in_shard,
+    json_bytes,
+    lock,
+    remove_unfinished,
+    torch_bytes,
+    write_new,
+)
 
 MANIFEST = "manifest.json"
 ENCODER = "facebook/vjepa2-vitl-fpc64-256"
@@ -81,20 +88,22 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.shard = ranks.share_of_shard(*args.shard)
     wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
-    with ranks.joined():
+    if args.dry_run and ranks.rank():
+        return DONE  # rank 0 tells what all need
+    part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
+    with nullcontext() if args.dry_run else ranks.joined():
         if args.verify:
             keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
-            return verify(Path(args.features), in_part(keys, args), args.workers)
+            return verify(Path(args.features), in_part(keys, part), args.workers)
         paths, missing = find_clips(Path(args.videos), wanted)
-        paths = {key: paths[key] for key in in_part(paths, args)}
-        return fill(args, paths, in_part(missing, args))
+        paths = {key: paths[key] for key in in_part(paths, part)}
+        return fill(args, part, paths, in_part(missing, part))
 
 
-def in_part(keys, args):
-    """Those of the (split, id) that are in --shard."""
-    return [key for key in keys if in_shard(key[1], *args.shard)]
+def in_part(keys, part):
+    """Those of the (split, id) that are in part i of n."""
+    return [key for key in keys if in_shard(key[1], *part)]
 
 
 def find_clips(videos, wanted):
@@ -129,25 +138,37 @@ def complete(features, paths):
     return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
 
 
-def fill(args, paths, missing):
-    """Encode what the cache lacks. Returns the exit code."""
+def fill(args, part, paths, missing):
+    """Encode what the cache lacks of a part: of --shard, or of this process's share of it."""
     features = cli.output_folder(args.features, "--features")
     told = (
         f"another preprocess_ssv2.py is filling {features}: wait for it, or give each its --shard"
     )
-    with nullcontext() if args.dry_run else lock(features, told, *args.shard):
+    with nullcontext() if args.dry_run else lock(features, told, *part):
         done = complete(features, paths)
         todo = {key: path for key, path in paths.items() if key not in done}
-        note(f"{len(paths):,} clips found, {len(missing):,} missing, {len(done):,} already encoded")
-        encoder = matching_encoder(args, features, needed=todo or args.dry_run)
+        counts = [len(paths), len(missing), len(done)]
+        counts = counts if args.dry_run else map(int, ranks.total(*counts))
+        note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
+        encoder = matching_encoder(args, features, bool(done), needed=todo or args.dry_run)
         if args.dry_run:
             return dry_run(args, encoder, todo)
-        with failure_log(args, features, {*paths, *missing}) as log:
+        clear(features, args.splits, part)
+        with failure_log(features, args.shard, part, {*paths, *missing}) as log:
             failed = encode_all(args, encoder, todo, features, log) if todo else {}
     return report(len(paths) - len(failed), failed, missing)
 
 
-def matching_encoder(args, features, needed):
+def clear(features, splits, part):
+    """Make the splits' folders, and delete what kills left in them of this part's files."""
+    for split in splits:
+        (features / split).mkdir(exist_ok=True)
+        remove_unfinished(features / split, lambda name: in_shard(name.removesuffix(".pt"), *part))
+    if part == (0, 1):
+        remove_unfinished(features)
+
+
+def matching_encoder(args, features, begun, needed):
     """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
     device, dtype = cli.device_and_dtype(args)
     asked = {
@@ -158,6 +179,11 @@ def matching_encoder(args, features, needed):
         "store": args.store,
     }
     theirs = load_manifest(features)["settings"] if (features / MANIFEST).is_file() else None
+    if begun and not theirs:
+        raise UserError(
+            f"{features} holds features and no {MANIFEST}, which says how they were made: put it back,"
+            " or use another folder"
+        )
     if theirs:  # what can be told without the encoder, before it is loaded
         asked_all = asked | {
             "compute_dtype": str(dtype).removeprefix("torch."),
@@ -173,50 +199,22 @@ def matching_encoder(args, features, needed):
     if not theirs and not args.dry_run:
         # of shards that start together the first decides, and the others compare
         write_new(
-            features / MANIFEST, json_text({"settings": encoder.settings, "info": info(args)})
+            features / MANIFEST, json_bytes({"settings": encoder.settings, "info": info(args)})
         )
         theirs = load_manifest(features)["settings"]
     check_same_settings(encoder.settings, theirs or encoder.settings, f"the cache {features}")
     return encoder
 
 
-@contextmanager
-def failure_log(args, features, asked):
-    """The open file for the lines of clips that fail; sorted in the end.
-
-    Lines of the clips `asked` for now are dropped at the start: they may succeed this time. Shards run
-    side by side, so each has a file of its own; a run over all clips gathers them.
-    """
-    part, parts = args.shard
-    path = features / ("failures.jsonl" if parts == 1 else f"failures_part{part}of{parts}.jsonl")
-    others = [p for p in features.glob("failures_part*.jsonl") if parts == 1]
-    lines = {key: line for p in (path, *others) for key, line in read_failures(p).items()}
-    write_atomic(path, "".join(line for key, line in lines.items() if key not in asked))
-    for other in others:
-        other.unlink()
-    with open(path, "a", encoding="utf-8") as file:
-        yield file
-    write_atomic(path, "".join(sorted(read_failures(path).values())))
-
-
 def encode_all(args, encoder, todo, features, log):
     """Encode `todo`, with a bar and a line in the log for each clip that fails; returns these."""
-    part, parts = args.shard
-    for split in args.splits:
-        (features / split).mkdir(exist_ok=True)
-        remove_unfinished(features / split, lambda name: in_shard(name[:-3], part, parts))
-    if parts == 1:
-        remove_unfinished(features)
     failed = {}
     with progress(len(todo), "clip") as bar:
         for key, error in encode(encoder, todo, features, args):
             bar.update()
             if error:
                 failed[key] = error
-                names = ("id", "split", "path", "reason", "detail")
-                values = (key[1], key[0], str(todo[key]), *error)
-                log.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
-                log.flush()
+                log(*key, todo[key], *error)
     return failed
 
 
@@ -335,20 +333,9 @@ def report(ok, failed, missing):
         note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
     if not ok and (failed or missing):
         return FAILED
+    if ranks.launched():
+        return DONE  # torchrun would take another code for a crash, and end the other processes
     return PARTIAL if failed or missing else DONE
-
-
-def read_failures(path):
-    """{(split, id): line} of failures.jsonl; a line cut short by a kill is dropped."""
-    lines = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-                lines[entry["split"], entry["id"]] = line
-            except (ValueError, KeyError, TypeError):
-                continue
-    return lines
 
 
 def verify(features, keys, workers):

@@ -3,12 +3,18 @@ punctuation. Java does it if it is there, a Python imitation if it is not.
 """
 
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 JAVA_LIMIT = 600  # seconds for one run of Java; all of SSv2's validation split takes about 15
+
+
+RUNNING = set()  # of Java
 
 
 # ---- Java ----------------------------------------------------------------------------------
@@ -33,22 +39,44 @@ def run_java(arguments, lines, time_limit):
     # METEOR reads and prints numbers in the locale's format, and hangs on a decimal comma.
     locale = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
     text = "".join(f"{line}\n" for line in lines)
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
+        # a session of its own, so that a wrapper script and what it started can be ended together
+        process = subprocess.Popen(
             [java, *locale, *arguments],
-            input=text.encode(),
-            capture_output=True,
-            timeout=time_limit,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise JavaError(f"java took longer than {time_limit:g} s") from None
     except OSError as error:
         raise JavaError(f"java cannot be started: {error}") from None
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-        raise JavaError(f"java exited with {done.returncode}: {last[:200]}")
+    RUNNING.add(process)
+    try:
+        out, errors = process.communicate(text.encode(), time_limit)
+    except subprocess.TimeoutExpired:
+        raise JavaError(f"java took longer than {time_limit:g} s") from None
+    finally:
+        kill(process)
+    if process.returncode:
+        last = errors.decode(errors="replace").strip().split("\n")[-1]
+        raise JavaError(f"java exited with {process.returncode}: {last[:200]}")
     # not splitlines(): that would also cut at U+2028 and its kind
-    return done.stdout.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return out.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def kill(process):
+    """End a run of Java and all that it started."""
+    RUNNING.discard(process)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def kill_all():
+    """End what still runs, so that nobody waits for it: a signal has come."""
+    for process in list(RUNNING):
+        kill(process)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------

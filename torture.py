@@ -298,6 +298,13 @@ def fill_the_disk(world):
 
 def processes(world, tolerance=3e-4):
     """Two processes of torchrun and one: the same parameters, to what AdamW makes of a last bit."""
+    whole, _ = world.cache()
+    folder = Path(tempfile.mkdtemp(dir=world.folder)) / "features"
+    expect(world.preprocess(folder, ranks=2), DONE)
+    wrong = differences(contents(whole), contents(folder))
+    yield Row(
+        "preprocessing by 2 processes", "", f"differ: {wrong}" if wrong else "equal", not wrong
+    )
     whole, seconds = world.trained()
     folder = Path(tempfile.mkdtemp(dir=world.folder)) / "run"
     expect(world.train(folder, ranks=2), DONE)

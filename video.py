@@ -20,6 +20,10 @@ VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 # would take 0.8 GB, and V-JEPA 2 looks at 256
 ENOUGH = 512
 
+STRIP = (
+    32  # times as long as high: no picture, and enlarged by its shorter edge it fills the memory
+)
+
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20
 
@@ -28,7 +32,7 @@ class VideoError(Exception):
     """One clip cannot be used; the message is a sentence.
 
     `reason`: unreadable, empty (no byte or no frame), no_video, truncated (the window asked for lies
-    in the missing part), timeout or crashed.
+    in the missing part), timeout, crashed, or non_finite: what the encoder made of it.
     """
 
     def __init__(self, reason, message):
@@ -55,7 +59,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Info:
-    """What a file says of itself: seconds, frames per second, upright size in pixels, degrees."""
+    """What a file says of itself: seconds (unless absurd: of what is there), frames per second,
+    upright size in pixels, degrees."""
 
     duration: float
     rate: float
@@ -140,8 +145,9 @@ def probe(path):
             width, height = height, width
         duration = _claimed_duration(container, stream)
         rate = float(stream.average_rate or 0)
-    if duration is None:
-        duration = _scan(path).duration
+    covered = _scan(path).covered
+    if duration is None or duration > 60 + 2 * covered:  # a header may claim a thousand years
+        duration = covered
     return Info(duration, rate, width, height, frame.rotation % 360)
 
 
@@ -169,6 +175,9 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     # Not frames against duration x rate: that condemns intact clips of variable frame rate.
     short = scan.covered < scan.duration - max(0.25, 0.05 * scan.duration)
     reaches_gap = min(high, scan.duration) > scan.covered + 0.25
+    height, width = frames.shape[1:3]
+    if max(height, width) > STRIP * min(height, width):
+        raise VideoError("unreadable", f"{path} shows a strip of {width} x {height} pixels")
     return Clip(frames, decoder, scan.duration, bool(damaged or (short and reaches_gap)))
 
 

@@ -182,7 +182,9 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
     "grid": [4, 3, 5],
     "store": "int8",
     "compute_dtype": "float32",
-    **dict.fromkeys(("encoder_fingerprint", "sampling", "resize"), "x"),
+    "encoder_fingerprint": "x",
+    "sampling": "still",
+    "resize": "pad",
 }
 
 

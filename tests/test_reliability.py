@@ -37,7 +37,7 @@ TRIALS = {
     "bits flip in features": lambda place, rng: torture.flip_features(place, 300, rng),
     "bits flip in a checkpoint": lambda place, rng: torture.flip_checkpoint(place, 200, rng),
     "the disk is full": lambda place, rng: torture.fill_the_disk(place),
-    "two processes are one": lambda place, rng: islice(torture.processes(place), 1),
+    "two processes are one": lambda place, rng: islice(torture.processes(place), 2),
     "the second process leaves": lambda place, rng: torture.two_at_once(place),
 }
 
