@@ -43,13 +43,15 @@ def printable(text, keep="\n"):
 def run(main):
     """Run `main()` and exit with its code; a `UserError` becomes `script.py: sentence` on stderr."""
 
+    def on_signal(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     def stop(number, frame):
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)  # a second signal leaves at once
+        on_signal(signal.SIG_DFL)  # a second one leaves at once
         raise Stopped(number)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    on_signal(stop)
     script = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
     if ranks.rank():  # results and progress are rank 0's to show; errors are everybody's
@@ -80,6 +82,7 @@ def run(main):
         fail(why)
         code = FAILED
     finally:
+        on_signal(signal.SIG_DFL)  # all is done: Python's own exit is no place to raise
         kill_children()
     sys.exit(code)
 
