@@ -11,7 +11,7 @@ demo: .venv/demo
 ablation: .venv/demo
 	$(BIN)/python ablation.py
 
-# 20 minutes on two cores: what `make test` does in short
+# 5 minutes on two cores: what `make test` does in short
 torture: .venv/test
 	$(BIN)/python torture.py
 

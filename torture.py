@@ -1,6 +1,6 @@
 """Kill, stop, cut, flip, fill and split the real scripts, and compare with undisturbed runs bit for bit.
 
-    python torture.py        (10 minutes on two cores; writes results/reliability.md; exit 1 if a row fails)
+    python torture.py        (5 minutes on two cores; writes results/reliability.md; exit 1 if a row fails)
 
 Real processes and real signals, on a toy world with tiny models, on the CPU. `make test` runs the same
 with fewer repetitions (tests/test_reliability.py).
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import cli
@@ -93,7 +94,11 @@ def killed_until(kills, rng, seconds, size, attempt, fresh, whole, success):
 
 def kill_row(what, counts, wrong):
     done = f"{counts['in work']} SIGKILLs at work, {counts['in a save']} inside a file's write"
-    found = f"{counts['ends']} ends, all equal bit for bit" if not wrong else f"differ: {wrong}"
+    found = (
+        f"{counts['ends']} finished runs, all equal bit for bit"
+        if not wrong
+        else f"differ: {wrong}"
+    )
     return Row(what, done, found, not wrong)
 
 
@@ -220,11 +225,26 @@ def flip_checkpoint(world, flips, rng):
         flip(best, target, rng)
         counts[outcome(read_checkpoint, best, target)] += 1
     yield flip_row("checkpoint", flips, counts)
-    whole, refused = best.read_bytes(), 0
-    for _ in range(50):
-        target.write_bytes(whole[: rng.randrange(len(whole))])
+    whole, exploded = best.read_bytes(), world.folder / "exploded"
+    strangers = [whole[: rng.randrange(len(whole))] for _ in range(50)]
+    strangers += [files.torch_bytes(thing) for thing in ({"weights": [1.0]}, Bomb(exploded))]
+    refused = 0
+    for data in strangers:
+        target.write_bytes(data)
         refused += outcome(read_checkpoint, best, target) == "found"
-    yield Row("checkpoint", "50 times cut", f"{refused} refused", refused == 50)
+    fine = refused == len(strangers) and not exploded.exists()
+    done = "50 times cut, a foreign one, a pickle bomb"
+    yield Row("checkpoint", done, f"{refused} refused, nothing executed", fine)
+
+
+class Bomb:
+    """Pickled, it would make a file when loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 def flip(path, target, rng):
@@ -334,19 +354,19 @@ def process_row(what, whole, folder, tolerance):
 
 
 def markdown(rows):
-    lines = ["# What survives what", ""]
-    lines += [
-        "Made by `make torture` on a toy world with tiny models, on the CPU: real processes and"
-    ]
-    lines += [
-        "signals, times and places drawn by a seed. Nothing here ran on SSv2 or on a GPU.",
-        "",
-    ]
-    lines += ["| | done | found |", "|---|---|---|"]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "av"))
+    lines = f"""# What survives what
+
+Made by `make torture` on a toy world with tiny models, on the CPU: real processes and signals, times
+and places drawn by a seed. Nothing here ran on SSv2 or on a GPU. {versions}.
+
+| | done | found |
+|---|---|---|
+"""
     for row in rows:
         found = row.found if row.fine else f"**NOT AS IT MUST BE** {row.found}"
-        lines.append(f"| {row.what} | {row.done} | {found} |")
-    return "\n".join(lines) + "\n"
+        lines += f"| {row.what} | {row.done} | {found} |\n"
+    return lines
 
 
 if __name__ == "__main__":

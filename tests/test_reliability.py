@@ -90,13 +90,6 @@ def test_control_characters_in_captions_are_not_dropped_silently(tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
-class Bomb:
-    """Pickled, it would run a command when loaded."""
-
-    def __reduce__(self):
-        return (open, ("bomb_went_off", "w"))
-
-
 @pytest.fixture
 def copied(prepared, tmp_path):
     """Features that may be spoilt."""
@@ -105,7 +98,7 @@ def copied(prepared, tmp_path):
 
 def spoil(kind, record):
     if kind == "bomb":
-        return Bomb()
+        return torture.Bomb("bomb_went_off")
     if kind == "scale of another kind":
         return record | {"scale": "large"}
     if kind == "endless offset":  # 4 bytes that claim to be terabytes
