@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hub
-from cli import UserError
+from cli import UserError, out_of_memory
 from dataset import STYLES, are_settings, is_count
 from files import read_torch
 from qformer import QFormer
@@ -221,7 +221,9 @@ def read_checkpoint(path, flag="--checkpoint"):
         checkpoint = read_torch(path)
     except PermissionError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise Damaged(f"{flag} {path} is no readable checkpoint ({error})") from None
     version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
     if type(version) is int and version != CHECKPOINT_VERSION:

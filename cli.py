@@ -72,9 +72,12 @@ def run(main):
         name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[error.args[0]]
         fail(f"stopped by {name}")
         code = SIGNALLED + error.args[0]
-    except BrokenPipeError:  # `infer.py ... | head`: nobody reads on, which is no failure of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
+    except BrokenPipeError:
+        # `infer.py … | head`: nobody wants more, which is no failure; but a run whose stderr is gone
+        # (`train.py 2>&1 | head`) was ended in the middle
+        code = FAILED if is_closed(sys.stderr) else DONE
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except Exception as error:
         why = explain(error)
         if why is None:  # a bug of ours: its traceback is what helps
@@ -85,6 +88,17 @@ def run(main):
         on_signal(signal.SIG_DFL)  # all is done: Python's own exit is no place to raise
         kill_children()
     sys.exit(code)
+
+
+def is_closed(stream):
+    """True for a pipe that nobody reads any more."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def explain(error):
@@ -233,6 +247,8 @@ def device_and_dtype(args):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
+        if device.index is not None and ranks.count() > 1:
+            raise UserError(f"--device {name}: the processes of torchrun need a GPU each; use cuda")
         if device.index is None and ranks.launched():
             device = torch.device("cuda", ranks.local_rank())
         count = torch.cuda.device_count()

@@ -76,7 +76,7 @@ def main(argv=None):
     everything = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
     if not records:
-        raise UserError(f"--shard {args.shard[0]}/{args.shard[1]} of split {args.split!r} is empty")
+        raise UserError(f"there are no clips in split {args.split!r}, or in this --shard of it")
     if args.style == "sentence" and not any(r["paraphrases"] for r in records):
         raise UserError(
             f"split {args.split!r} has no paraphrases: --style sentence has no references"

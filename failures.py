@@ -10,7 +10,7 @@ import json
 from contextlib import contextmanager
 
 import ranks
-from files import write_atomic
+from files import is_clip_id, write_atomic
 
 
 @contextmanager
@@ -59,7 +59,8 @@ def read(path):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-                lines[str(entry["split"]), str(entry["id"])] = line
+                if is_clip_id(entry["split"]) and is_clip_id(entry["id"]):
+                    lines[entry["split"], entry["id"]] = line
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
     return lines

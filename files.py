@@ -9,13 +9,14 @@ import io
 import json
 import os
 import re
+import secrets
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cli import UserError, note, out_of_memory
 
-JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.2 GB
+JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.3 GB
 HASHES = 1 << 32  # values of a clip's hash
 
 
@@ -33,9 +34,14 @@ def write_atomic(path, data, keep=None):
         os.replace(temporary, path)
 
 
+def temporary_name(path):
+    """A hidden name beside a path; at random, for processes in containers share their numbers."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def _link(path, keep):
     """Give a file the name `keep` too, whatever has it now."""
-    link = keep.with_name(f".{keep.name}.{os.getpid()}.tmp")
+    link = temporary_name(keep)
     try:
         os.link(path, link)
         os.replace(link, keep)
@@ -48,7 +54,7 @@ def _link(path, keep):
 def _temporary(path, data):
     """`data` on the disk, under a name beside `path` that is gone after the block."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -68,7 +74,7 @@ def remove_unfinished(folder, ours=lambda name: True):
     Only for who holds the folder's `lock`: nobody else may be writing them now.
     """
     for entry in os.scandir(folder):
-        left = re.fullmatch(r"\.(.+)\.\d+\.tmp", entry.name)
+        left = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", entry.name)
         if left and ours(left[1]):
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
@@ -221,7 +227,11 @@ def lock(folder, told, part=0, parts=1):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(told, code=1) from None
             note(f"{folder} cannot be locked ({error.strerror}): run nothing else on it meanwhile")
-        if not os.path.exists(folder / ".lock"):  # its last holder found nothing to keep
+        try:  # its last holder may have found nothing to keep, and another made it anew
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise UserError(told, code=1)
         try:
             yield

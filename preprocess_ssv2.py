@@ -150,7 +150,7 @@ def fill(args, part, paths, missing):
         counts = [len(paths), len(missing), len(done)]
         counts = counts if args.dry_run else map(int, ranks.total(*counts))
         note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
-        encoder = matching_encoder(args, features, bool(done), needed=todo or args.dry_run)
+        encoder = matching_encoder(args, features, needed=todo or args.dry_run)
         if args.dry_run:
             return dry_run(args, encoder, todo)
         clear(features, args.splits, part)
@@ -168,7 +168,7 @@ def clear(features, splits, part):
         remove_unfinished(features)
 
 
-def matching_encoder(args, features, begun, needed):
+def matching_encoder(args, features, needed):
     """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
     device, dtype = cli.device_and_dtype(args)
     asked = {
@@ -179,7 +179,7 @@ def matching_encoder(args, features, begun, needed):
         "store": args.store,
     }
     theirs = load_manifest(features)["settings"] if (features / MANIFEST).is_file() else None
-    if begun and not theirs:
+    if not theirs and any(features.glob("*/*.pt")):
         raise UserError(
             f"{features} holds features and no {MANIFEST}, which says how they were made: put it back,"
             " or use another folder"

@@ -8,13 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 JAVA_LIMIT = 600  # seconds for one run of Java; all of SSv2's validation split takes about 15
 
 
-RUNNING = set()  # of Java
+RUNNING, STOPPED = set(), threading.Event()  # runs of Java
 
 
 # ---- Java ----------------------------------------------------------------------------------
@@ -53,6 +54,8 @@ def run_java(arguments, lines, time_limit):
         raise JavaError(f"java cannot be started: {error}") from None
     RUNNING.add(process)
     try:
+        if STOPPED.is_set():
+            raise JavaError("stopped by a signal")
         out, errors = process.communicate(text.encode(), time_limit)
     except subprocess.TimeoutExpired:
         raise JavaError(f"java took longer than {time_limit:g} s") from None
@@ -74,7 +77,8 @@ def kill(process):
 
 
 def kill_all():
-    """End what still runs, so that nobody waits for it: a signal has come."""
+    """End what runs or is about to, so that nobody waits for it: a signal has come."""
+    STOPPED.set()
     for process in list(RUNNING):
         kill(process)
 

@@ -46,7 +46,10 @@ def joined(device=None):
             raise
         from cli import UserError
 
-        raise UserError("another process of this run has ended; see what it said", code=1) from None
+        why = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the processes lost touch; if another one has ended, see what it said ({why})", code=1
+        ) from None
     dist.destroy_process_group()  # not after an error: it might wait for the others
 
 

@@ -20,7 +20,7 @@ from cli import Stopped, UserError, note, output_folder
 from dataset import STYLES, check_same_settings
 from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
 # Flags that do not change what is learned, so that a resumed run may have others
 MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", "resume"} | {
@@ -31,9 +31,9 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "allow_missing",
 }
 
-# What --overwrite removes: a run's own files, never what else lies in the folder
+# What --overwrite removes: a run's own files, never what else lies in the folder.
 # The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
-OURS = [LAST, PREVIOUS, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
+OURS = [LAST, PREVIOUS, DAMAGED, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
 OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
 
 
@@ -94,7 +94,7 @@ def newest(folder, dry_run):
         note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
         if damaged and not dry_run and ranks.rank() == 0:
             # or the next save would put it in the place of the good one
-            os.replace(damaged[0], folder / "damaged.pt")
+            os.replace(damaged[0], folder / DAMAGED)
     return state
 
 
@@ -248,7 +248,8 @@ class Stop:
             signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
         if self.saved:
             raise Stopped(self.signal)
-        note("\nfinishing this step, then saving; a second signal leaves at once")
+        if ranks.rank() == 0:  # not by `print`, which may be in the middle of a line
+            os.write(2, b"\nfinishing this step, then saving; a second signal leaves at once\n")
 
 
 class Writer:
@@ -264,11 +265,11 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, _, error, __):
         self.thread.shutdown()
         if not error:
             self.wait()
-        elif self.writing and self.writing.exception():
+        elif self.writing and self.writing.exception() not in (None, error):
             note(f"the last checkpoint was not written: {self.writing.exception()}")
 
     def check(self):
@@ -294,37 +295,36 @@ def replace(path, data):
     write_atomic(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST else None)
 
 
-def to_continue(state, scored, args, records, optimizer):
-    """All that an exact continuation needs: `state`, step of the last evaluation, optimizer, flags,
-    data. No random state: order, captions and dropout are functions of seed, epoch, step and clip."""
-    return state | {
-        "scored": scored,
-        "optimizer": optimizer.state_dict(),
-        "args": flags(args),
-        "data": data_hash(records),
-    }
+def identity(args, records):
+    """What must be the same to continue: the flags, the training clips and their captions."""
+    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
+    return {"args": flags(args), "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def restore(state, frozen, args, total, records, model, optimizer):
-    """Continue from a state of a run of `total` steps. Returns (step, step of the last evaluation,
-    best score); raises UserError naming what differs."""
+def restore(state, frozen, ours, args, total, model, optimizer):
+    """Continue from a state of a run of `total` steps; ours: its `identity`.
+
+    Returns what `learn` counts: (step, scored, bad, best). Raises UserError naming what differs. No
+    random state: order, captions and dropout are functions of seed, epoch, step and clip.
+    """
     from captioner import load_weights, read_checkpoint
 
-    kinds = {"optimizer": dict, "args": dict, "data": str, "best": float, "scored": int}
+    kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
+    kinds |= {"scored": int, "bad": int}
     if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
-    ours, theirs = flags(args), state["args"]
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
+    now, then = ours["args"], state["args"]
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) != then.get(key):
             raise UserError(
                 f"--resume: the run in {args.output} was started with"
-                f" --{key.replace('_', '-')} {theirs.get(key)}, not {ours.get(key)}"
+                f" --{key.replace('_', '-')} {then.get(key)}, not {now.get(key)}"
             )
     settings = [m["manifest"]["settings"] for m in (state, frozen)]
     check_same_settings(*settings, f"the cache {args.features}")
     if state["lm"]["fingerprint"] != frozen["lm"]["fingerprint"]:
         raise UserError(f"--resume: --lm {args.lm} is not the model that the run began with")
-    if state["data"] != data_hash(records) or state["styles"] != STYLES:
+    if state["data"] != ours["data"] or state["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
     if state["step"] > total:
         raise UserError(f"--resume: {args.output}/{LAST} is at step {state['step']} of {total}")
@@ -338,16 +338,13 @@ def restore(state, frozen, args, total, records, model, optimizer):
         try:
             read_checkpoint(Path(args.output, "best.pt"), "--resume")
         except UserError as error:
-            note(f"WARNING: {error}; the best from here on takes its place")
-            best, scored = -math.inf, -1
-    return state["step"], scored, best
+            note(f"WARNING: {error}")
+            note(
+                "WARNING: the best score so far is lost with it; the best from here on replaces it"
+            )
+            best, scored = -math.inf, 0
+    return state["step"], scored, state["bad"], best
 
 
 def flags(args):
     return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-
-
-def data_hash(records):
-    """Of the training clips and their captions: a run cannot continue on others."""
-    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -109,11 +109,13 @@ def learn(args, data, folder, device, dtype):
     total = args.epochs * per_epoch
     model, frozen, optimizer = build(args, data, device, dtype)
 
-    step, scored, best = 0, 0, -math.inf  # scored: the step of the last evaluation
+    # scored: the step of the last evaluation whose best is kept; bad: steps skipped in a row
+    step, scored, bad, best = 0, 0, 0, -math.inf
+    ours = runfolder.identity(args, data.train)
     saved = runfolder.newest(folder, args.dry_run) if args.resume else None
     if saved:
-        step, scored, best = runfolder.restore(
-            saved, frozen, args, total, data.train, model, optimizer
+        step, scored, bad, best = runfolder.restore(
+            saved, frozen, ours, args, total, model, optimizer
         )
         note(f"resuming after step {step:,} of {total:,}")
     elif ranks.rank() == 0:
@@ -125,7 +127,7 @@ def learn(args, data, folder, device, dtype):
 
     trainable = sum(p.numel() for p in model.qformer.parameters())
     runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
-    stop, bad = runfolder.Stop(), 0
+    stop = runfolder.Stop()
     model.train()
 
     def state():
@@ -133,21 +135,23 @@ def learn(args, data, folder, device, dtype):
 
     def save():
         log.sync()
-        whole = runfolder.to_continue(state(), scored, args, data.train, optimizer)
-        disk.write(folder / "last.pt", whole)
+        counts = {"scored": scored, "bad": bad, "optimizer": optimizer.state_dict()}
+        disk.write(folder / "last.pt", state() | ours | counts)
 
     def end_epoch():
         """Evaluate, and keep the best. All is saved: a signal ends this at once."""
         nonlocal best, scored
         disk.wait()
         stop.saved = True
+        if stop.signal:
+            raise cli.Stopped(stop.signal)
         epoch = step // per_epoch
         result, predictions, val_loss = evaluate(args, data, model, data.subset)
         stop.saved = False
         log.epoch(step, epoch, val_loss, result, predictions, data.subset)
         # without CIDEr, the loss decides
         quality = result["metrics"].get("CIDEr", -math.inf if val_loss is None else -val_loss)
-        if quality > best or scored <= 0:
+        if quality > best or not scored:
             best = quality
             disk.write(folder / "best.pt", state())
         scored = step
@@ -155,9 +159,9 @@ def learn(args, data, folder, device, dtype):
 
     with runfolder.Log(folder, step, total) as log, runfolder.Writer() as disk:
         if not saved:
-            save()
+            save()  # from here on a folder without last.pt has lost it
         elif step % per_epoch == 0 and step > scored:
-            end_epoch()
+            end_epoch()  # it was left for a signal, or its best.pt is lost
         for epoch, ids, window in windows(args, data, model.tokenizer, device, step):
             lr = lr_at(step, total, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
@@ -175,21 +179,20 @@ def learn(args, data, folder, device, dtype):
             if bad == BAD_STEPS:
                 raise UserError(
                     f"{bad} steps in a row had no finite loss and gradient (their clips are in"
-                    f" {folder / 'metrics.jsonl'}); last.pt is from before them. Try a lower --lr, and"
-                    " preprocess_ssv2.py --verify.",
+                    f" {folder / 'metrics.jsonl'}); they changed nothing in last.pt. Try a lower --lr,"
+                    " and preprocess_ssv2.py --verify.",
                     code=1,
                 )
             disk.check()
             stopping = ranks.largest(stop.signal)
-            if not bad and (step % per_epoch == 0 or step % args.save_every == 0 or stopping):
+            if step % per_epoch == 0 or step % args.save_every == 0 or stopping:
                 save()
             if stopping:
                 break
             if step % per_epoch == 0:
                 end_epoch()
-        stopping = ranks.largest(stop.signal)
     stop.restore()  # all is saved: from here a signal ends the script as usual
-    if stopping:
+    if stopping := ranks.largest(stop.signal):
         note(f"stopped after step {step:,}; continue with --resume")
         return cli.SIGNALLED + stopping
     return finish(args, data, model, folder)

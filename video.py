@@ -20,9 +20,8 @@ VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 # would take 0.8 GB, and V-JEPA 2 looks at 256
 ENOUGH = 512
 
-STRIP = (
-    32  # times as long as high: no picture, and enlarged by its shorter edge it fills the memory
-)
+# Times as wide as high, or the reverse: no picture, and enlarged by its shorter edge it fills memory
+STRIP = 32
 
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20

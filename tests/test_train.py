@@ -147,7 +147,11 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     flags = train_flags(world, prepared, tmp_path / "run", "--grad-accum", 1, "--save-every", 1)
     with pytest.raises(UserError, match="5 steps in a row") as error:
         train.main(flags)
-    assert error.value.code == 1 and state(tmp_path / "run")["step"] == 0
+    assert error.value.code == 1
+    last = state(tmp_path / "run")
+    assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
+    with pytest.raises(UserError, match="5 steps in a row"):  # as an undisturbed run would end
+        train.main([*flags, "--resume"])
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
 
@@ -203,7 +207,7 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
     (folder / "best.pt").write_bytes(b"")
     assert not train.main(flags)
     said = capsys.readouterr().err
-    assert "last.pt is lost" in said and "the best from here on takes its place" in said
+    assert "last.pt is lost" in said and "the best from here on replaces it" in said
     assert (folder / "damaged.pt").read_bytes() == b"PK" and state(folder)["step"] == 10
     assert torch.load(str(folder / "best.pt"), weights_only=True)["step"] == 10
 
