@@ -10,7 +10,6 @@ import random
 import re
 import tempfile
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -338,23 +337,19 @@ def score(
 
     said = {name: {i: tokens[c[i]] for i in c} for name, c in systems.items()}
     values, scores, waiting = {}, {}, None
-    with ThreadPoolExecutor(1) as beside:  # METEOR takes as long as everything else
+    with ptb.beside() as beside:  # METEOR takes as long as all else
         if references and "METEOR" not in skipped:
             ask = partial(meteor, said["main"], references, time_limit)
             waiting = beside.submit(_attempt, skipped, "METEOR", ask)
-        try:
-            for name, captions in systems.items():
-                values[name] = _per_clip(
-                    captions, said[name], records, references, tokens, cider, parser, skipped
-                )
-                scores[name] = {m: float(np.mean([*v.values()])) for m, v in values[name].items()}
-                if references:
-                    scores[name] |= _whole_set(said[name], references, skipped, name == "main")
-            if waiting and waiting.result() is not None:
-                scores["main"]["METEOR"] = waiting.result()
-        except BaseException:  # a signal, say: do not wait for METEOR
-            ptb.kill_all()
-            raise
+        for name, captions in systems.items():
+            values[name] = _per_clip(
+                captions, said[name], records, references, tokens, cider, parser, skipped
+            )
+            scores[name] = {m: float(np.mean([*v.values()])) for m, v in values[name].items()}
+            if references:
+                scores[name] |= _whole_set(said[name], references, skipped, name == "main")
+        if waiting and waiting.result() is not None:
+            scores["main"]["METEOR"] = waiting.result()
     main = values["main"]
     order = dict.fromkeys((*CAPTION_METRICS, *PER_CLIP))
     result = {

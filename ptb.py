@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import threading
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 JAVA_LIMIT = 600  # seconds for one run of Java; all of SSv2's validation split takes about 15
@@ -76,11 +77,20 @@ def kill(process):
     process.wait()
 
 
-def kill_all():
-    """End what runs or is about to, so that nobody waits for it: a signal has come."""
-    STOPPED.set()
-    for process in list(RUNNING):
-        kill(process)
+@contextmanager
+def beside():
+    """A thread for Java; a signal or an error in the block ends what runs there, or is about to."""
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                yield thread
+            except BaseException:
+                STOPPED.set()
+                for process in list(RUNNING):
+                    kill(process)
+                raise
+    finally:
+        STOPPED.clear()
 
 
 # ---- tokenizer -----------------------------------------------------------------------------

@@ -177,12 +177,7 @@ def learn(args, data, folder, device, dtype):
             log.step(step, epoch, lr, loss, norm, tokens, ids)
             bad = 0 if finite else bad + 1
             if bad == BAD_STEPS:
-                raise UserError(
-                    f"{bad} steps in a row had no finite loss and gradient (their clips are in"
-                    f" {folder / 'metrics.jsonl'}); they changed nothing in last.pt. Try a lower --lr,"
-                    " and preprocess_ssv2.py --verify.",
-                    code=1,
-                )
+                raise not_finite(folder)
             disk.check()
             stopping = ranks.largest(stop.signal)
             if step % per_epoch == 0 or step % args.save_every == 0 or stopping:
@@ -196,6 +191,15 @@ def learn(args, data, folder, device, dtype):
         note(f"stopped after step {step:,}; continue with --resume")
         return cli.SIGNALLED + stopping
     return finish(args, data, model, folder)
+
+
+def not_finite(folder):
+    return UserError(
+        f"{BAD_STEPS} steps in a row had no finite loss and gradient (their clips are in"
+        f" {folder / 'metrics.jsonl'}); they changed nothing in last.pt. Try a lower --lr, and"
+        " preprocess_ssv2.py --verify.",
+        code=1,
+    )
 
 
 def build(args, data, device, dtype):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -486,3 +487,24 @@ def test_importing_metrics_loads_no_torch():
     code = "import sys, metrics; sys.exit('torch' in sys.modules or 'pycocoevalcap' in sys.modules)"
     root = Path(metrics.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_an_error_beside_java_does_not_wait_for_it(tmp_path, monkeypatch):
+    """SIGTERM while METEOR hung was obeyed after its time limit, 10 minutes later; and what a wrapper
+    around java had started was left behind. The next call works as if nothing had been."""
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {tmp_path / 'pid'}; wait\n")
+    java.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with pytest.raises(KeyError), ptb.beside() as beside:
+            waiting = beside.submit(ptb.run_java, [], ["x"], 200)
+            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+                assert not waiting.done()
+            raise KeyError("a signal, say")
+    assert isinstance(waiting.exception(), ptb.JavaError)
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    java.write_text("#!/bin/sh\ncat\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ptb.run_java([], ["x", "y"], 20) == ["x", "y"]
