@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from pathlib import Path, PurePosixPath
 
-from cli import UserError
+from cli import UserError, out_of_memory
 from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
@@ -131,13 +131,14 @@ def load_manifest(features):
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
     manifest = read_json(path, "manifest")
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    version = settings.get("format_version") if isinstance(settings, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:  # it may have other fields
+        raise UserError(
+            f"manifest {path} has format version {version}, this code reads {FORMAT_VERSION}."
+            " Run preprocess_ssv2.py into a new folder."
+        )
     if not are_settings(settings) or not isinstance(manifest.get("info"), dict):
         raise UserError(f"manifest {path} is not one written by preprocess_ssv2.py")
-    if settings["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"manifest {path} has format version {settings['format_version']}, this code reads"
-            f" {FORMAT_VERSION}. Run preprocess_ssv2.py into a new folder."
-        )
     return manifest
 
 
@@ -221,7 +222,9 @@ def load_features(path, clip_id, settings):
         record = read_torch(path, verify=False, mmap=True)  # their checksum is compared below
     except FileNotFoundError:
         raise broken("are missing") from None
-    except (IsADirectoryError, PermissionError, ValueError) as error:
+    except (OSError, ValueError) as error:  # a bad sector, a cut or foreign file
+        if out_of_memory(error):
+            raise
         raise broken(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
         raise broken("are not a feature file")

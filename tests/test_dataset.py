@@ -1,5 +1,7 @@
 """The on-disk formats, caption choice, collation."""
 
+import errno
+import os
 import re
 from collections import Counter
 
@@ -180,6 +182,29 @@ def test_wrong_manifests_are_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="manifest"):
         dataset.load_manifest(tmp_path)
+
+
+def test_a_manifest_of_another_version_is_told_as_such(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"settings": {"format_version": 9, "new": 1}}')
+    with pytest.raises(UserError, match="has format version 9, this code reads 1"):
+        dataset.load_manifest(tmp_path)
+
+
+def test_a_bad_sector_is_named_and_a_lack_of_memory_is_not_blamed_on_the_file(
+    tmp_path, monkeypatch
+):
+    def fail(number):
+        def read(*_, **__):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(dataset, "read_torch", read)
+
+    fail(errno.EIO)
+    with pytest.raises(UserError, match=r"features of clip 7 .*cannot be read"):
+        dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
+    fail(errno.ENOMEM)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
 
 
 def test_channel_statistics(tmp_path):
