@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves behind, and how it continues exactly.
 
-args.json, metrics.jsonl, losses.txt, validation_epoch_N.json, last.pt; each is whole at any moment.
+args.json, metrics.jsonl, losses.txt, validation_epoch_N.json, metrics.csv, curves.png, last.pt; each
+is whole at any moment.
 """
 
 import hashlib
@@ -15,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import curves
 import ranks
 from cli import Stopped, UserError, note, output_folder
 from dataset import STYLES, check_same_settings
 from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from reporter import ID_FILE
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
@@ -29,12 +32,14 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "dry_run",
     "no_meteor",
     "allow_missing",
+    "report_to",
 }
 
 # What --overwrite removes: a run's own files, never what else lies in the folder.
 # The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
 OURS = [LAST, PREVIOUS, DAMAGED, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
-OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json"]
+OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "gallery*.html"]
+OURS += ["metrics.csv", "curves.png", ID_FILE]
 
 
 def claim(args):
@@ -130,13 +135,14 @@ class Log:
     """Progress on stderr, and the same as lines of metrics.jsonl and losses.txt.
 
     Opening it drops the lines of steps that the checkpoint, at `step`, does not contain. Of several
-    processes rank 0 alone has one.
+    processes rank 0 alone has one. reporter: the `Reporter` that is told too.
     """
 
-    def __init__(self, folder, step, total):
+    def __init__(self, folder, step, total, reporter):
         from tqdm import tqdm
 
         self.folder, self.began, self.quiet = folder, time.perf_counter(), ranks.rank() > 0
+        self.reporter = reporter
         if self.quiet:
             return
         kept = cut(folder / "metrics.jsonl", step, lambda line: json.loads(line)["step"])
@@ -152,7 +158,7 @@ class Log:
     def __exit__(self, *_):
         if self.quiet:
             return
-        for file in (self.metrics, self.losses, self.bar):
+        for file in (self.metrics, self.losses, self.bar, self.reporter):
             file.close()
         if self.skipped:
             note(f"steps skipped: {self.skipped}, see {self.folder / 'metrics.jsonl'}")
@@ -188,12 +194,14 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         self.losses.write(f"{step}\t{mean:.6f}\n")
         self.metrics.flush(), self.losses.flush()
+        told = ("loss", "lr", "grad_norm", "clips_per_second")
+        self.report(step, "train", {k: entry[k] for k in told})
         rate = entry["clips_per_second"]
         self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} clip/s", refresh=False)
         self.bar.update()
 
     def epoch(self, step, epoch, loss, result, predictions, records):
-        """Write validation_epoch_N.json, with the first captions to look at."""
+        """Write validation_epoch_N.json, with the first captions to look at, and the curves."""
         if self.quiet:
             return
         samples = [
@@ -203,12 +211,17 @@ class Log:
         head = {"epoch": epoch, "step": step, "loss": loss}
         path = self.folder / f"validation_epoch_{epoch}.json"
         write_json(path, head | result | {"samples": samples})
+        curves.update(self.folder)
+        self.report(step, "validation", {"loss": loss, **result["metrics"]})
         shown = {k: v for k, v in result["metrics"].items() if k in ("CIDEr", "template_accuracy")}
         if loss is not None:
             shown = {"loss": loss, **shown}
         text = ", ".join(f"{k} {v:.3f}" for k, v in shown.items())
         self.bar.write(f"epoch {epoch}: validation {text}", file=sys.stderr)
         self.began = time.perf_counter()
+
+    def report(self, step, what, values):
+        self.reporter.log(step, {f"{what}/{k}": v for k, v in values.items() if v is not None})
 
 
 def cut(path, step, step_of):

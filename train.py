@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
 
 One 24 GB GPU. Writes <output>/: last.pt and the previous one, best.pt (best validation CIDEr),
-metrics.jsonl, losses.txt, validation_epoch_N.json, predictions_validation.json,
-evaluation_validation.json, args.json.
+curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
+predictions_validation.json, evaluation_validation.json, args.json.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from itertools import islice, pairwise
 
 import cli
 import ranks
+import reporter
 import runfolder
 from cli import UserError, note
 from dataset import (
@@ -85,6 +86,9 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
     group.add_argument("--dry-run", action="store_true", help="print the plan, time three steps")
+    group.add_argument(
+        "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
+    )
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -96,6 +100,7 @@ def main(argv=None):
             f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.count()} processes:"
             " raise it and lower --batch-size (the same step), or start fewer"
         )
+    reporter.check(args.report_to)
     folder = runfolder.claim(args)
     data = read_data(args)
     device, dtype = cli.device_and_dtype(args)
@@ -157,7 +162,8 @@ def learn(args, data, folder, device, dtype):
         scored = step
         save()
 
-    with runfolder.Log(folder, step, total) as log, runfolder.Writer() as disk:
+    told = reporter.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
+    with runfolder.Log(folder, step, total, told) as log, runfolder.Writer() as disk:
         if not saved:
             save()  # from here on a folder without last.pt has lost it
         elif step % per_epoch == 0 and step > scored:
