@@ -1,20 +1,25 @@
 """Caption video files: any container, any length, no dataset needed.
 
     python infer.py clip.webm other.mp4 folder/ --checkpoint results/ssv2/best.pt
+    python infer.py clip.webm --gif --explain    (a film with its caption; where the model looked)
     python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (of SSv2's test split)
 
 One line a clip on stdout, `path<TAB>caption`; clips longer than --window seconds are cut into windows,
-`path<TAB>start-end<TAB>caption` each. Exit code 3 if some clips failed, 1 if all did.
+`path<TAB>start-end<TAB>caption` each. Exit code 3 if some clips failed, 1 if all did. Files of
+--output are named after their clip; those of an earlier call are replaced.
 """
 
 import json
 import shutil
-from itertools import groupby, islice
+from itertools import count, groupby
 from pathlib import Path
 
+import attention
 import cli
+import render
+import windows
 from cli import DONE, FAILED, PARTIAL, UserError, note
-from dataset import STYLES, TEST, by_hash, load_records, stack_stored
+from dataset import STYLES, TEST, by_hash, load_records
 from files import write_json
 
 
@@ -27,26 +32,28 @@ def parse_args(argv=None):
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
     group = parser.add_argument_group("captions")
     group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
-    group.add_argument(
-        "--window", type=cli.number(above=0), default=6.0, help="seconds captioned at once"
-    )
-    group.add_argument(
-        "--stride", type=cli.number(above=0), default=6.0, help="seconds between windows' starts"
-    )
+    windows.add_flags(group)
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
     group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows at once")
-    group.add_argument(
-        "--timeout", type=cli.whole(1), default=60, help="seconds to decode a window"
-    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="a JSON object a line instead of text")
-    group.add_argument("--output", help="folder for captions.json")
-    group = parser.add_argument_group("samples of a dataset")
+    group.add_argument("--gif", action="store_true", help="a GIF of each clip with its caption")
+    group.add_argument("--video", action="store_true", help="the same as MP4 (H.264), full length")
+    group.add_argument(
+        "--explain", action="store_true", help="a picture of each window: where the queries look"
+    )
+    group.add_argument(
+        "--output",
+        help="folder for captions.json and pictures (default: results/captioned with --gif, --video"
+        " or --explain, results/samples with --num-samples)",
+    )
+    group = parser.add_argument_group("clips of a dataset")
     group.add_argument("--num-samples", type=cli.whole(1), help="draw N clips of the test split")
     group.add_argument("--videos", default="data/20bn-something-something-v2", help="clips' folder")
     group.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
+        "--annotations",
+        default="data/annotations",
+        help="of prepare_annotations.py; the label of a clip in --videos stands beneath its caption",
     )
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
@@ -56,10 +63,14 @@ def main(argv=None):
     args = parse_args(argv)
     if bool(args.clips) == bool(args.num_samples):
         raise UserError("name the clips to caption, or draw some with --num-samples N (not both)")
-    paths = draw_samples(args) if args.num_samples else find_clips(args.clips)
+    paths = draw_samples(args) if args.num_samples else windows.find_clips(args.clips)
     paths = paths[: args.limit]
-    output = args.output or ("results/samples" if args.num_samples else None)
+    pictures = args.gif or args.video or args.explain
+    default = "results/samples" if args.num_samples else "results/captioned" if pictures else None
+    output = args.output or default
     output = output and cli.output_folder(output, "--output")
+    if pictures:
+        render.require()
 
     device, dtype = cli.device_and_dtype(args)
     from captioner import from_checkpoint, read_checkpoint
@@ -69,10 +80,24 @@ def main(argv=None):
     encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
 
-    results = []
+    def explain(batch, features):
+        maps = attention.mass(captioner.qformer, features)
+        for w, weights in zip(batch, maps, strict=True):
+            span = "" if w.alone else f"_{w.start:.1f}-{w.end:.1f}"
+            picture = attention.draw(w.frames, weights, encoder.settings, names[w.file] + span)
+            render.save(output / f"{names[w.file]}_attention{span}.png", picture)
+
+    names, results = file_names(paths), []
+    labels = references(paths, args) if args.gif or args.video else {}
+    look = explain if args.explain else None
     try:
-        for result in caption_files(paths, encoder, captioner, args):
+        for path, name, result in zip(
+            paths, names, caption_files(paths, encoder, captioner, args, look), strict=True
+        ):
             results.append(result)
+            if path in labels:
+                result["reference"] = labels[path]
+            films(path, result, output, name, args)
             if "error" in result:
                 note(f"{result['path']}: {result['error']}")
             elif "warning" in result:
@@ -86,26 +111,6 @@ def main(argv=None):
     if failed:
         note(f"{failed} of {len(results)} clips failed")
     return FAILED if failed == len(results) else PARTIAL if failed else DONE
-
-
-def find_clips(names):
-    """The files meant by names of files and folders. Raises UserError for one that is not there."""
-    from video import VIDEO_EXTENSIONS
-
-    paths = []
-    for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_EXTENSIONS
-            )
-            if not inside:
-                raise UserError(f"folder {path} holds no video ({' '.join(VIDEO_EXTENSIONS)})")
-            paths += inside
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"clip not found: {path}")
-    return paths
 
 
 def draw_samples(args):
@@ -126,92 +131,85 @@ def draw_samples(args):
     return paths
 
 
-def caption_files(paths, encoder, captioner, args):
+def caption_files(paths, encoder, captioner, args, look=None):
     """Caption every window of every file; yields a dict per file, in order.
 
     {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
-    "warning" beside a caption of a clip that is cut short.
+    "warning" beside a caption of a clip that is cut short. look(windows, features), if given, sees
+    each batch of windows before its frames and features are dropped.
     """
-    import pool
-    import video
 
-    crew = pool.Crew(args.timeout) if args.workers else None
-    ask = crew.ask if crew else pool.attempt  # a header too may make a decoder hang or die
-    spans = {}
-
-    def jobs():
-        for n, path in enumerate(paths):
-            info = ask(video.probe, path)
-            # where there is no length to be had, decoding will say why
-            length = args.window if isinstance(info, video.VideoError) else info.duration
-            spans[n] = video.windows(length, args.window, args.stride)
-            # a short clip is decoded as a whole, as preprocess_ssv2.py did
-            yield from ((n, path, *span) for span in (spans[n] if len(spans[n]) > 1 else [()]))
-
-    def windows():
-        """How many there are, a file that was not yet opened counted as one."""
-        return sum(map(len, spans.values())) + len(paths) - len(spans)
-
-    outcomes = caption_windows(jobs(), windows, crew, encoder, captioner, args)
-    for n, group in groupby(outcomes, key=lambda outcome: outcome[0]):
-        yield describe(paths[n], spans[n], [outcome for _, *outcome in group])
-
-
-def caption_windows(jobs, count, crew, encoder, captioner, args):
-    """Decode and caption jobs; yields (key, caption or VideoError, whether the file is cut short)."""
-    from tqdm import tqdm
-
-    import pool
-    from video import VideoError
-
-    clips = pool.decode_many(
-        jobs,
-        encoder.settings["num_frames"],
-        workers=args.workers,
-        timeout=args.timeout,
-        ahead=args.batch_size + 2 * args.workers,
-        crew=crew,
-    )
-    with tqdm(total=count(), unit="window", delay=1) as bar:
-        while batch := list(islice(clips, args.batch_size)):
-            bar.total = count()
-            decoded = [clip for _, clip in batch if not isinstance(clip, VideoError)]
-            stored = encoder.stored([clip.frames for clip in decoded]) if decoded else []
-            fine = [s for s in stored if s is not None]
+    def captioned():
+        for batch in windows.read(paths, encoder, args):
+            sound = [w for w in batch if not w.error]
             texts = []
-            if fine:
-                features = {k: v.to(captioner.device) for k, v in stack_stored(fine).items()}
+            if sound:
+                features = windows.features(sound, captioner.device)
                 texts = captioner.captions(
                     features, args.style, args.max_new_tokens, args.num_beams
                 )
-            texts, stored = iter(texts), iter(stored)
-            for key, clip in batch:
-                bar.update()
-                if isinstance(clip, VideoError):
-                    yield key, clip, False
-                elif next(stored) is None:
-                    yield key, VideoError("non_finite", "the encoder returned NaN"), False
-                else:
-                    yield key, next(texts), clip.truncated
+                if look:
+                    look(sound, features)
+            texts = iter(texts)
+            for w in batch:
+                w.frames = w.stored = None  # a long film has many windows
+                yield w, None if w.error else next(texts)
+
+    for n, group in groupby(captioned(), key=lambda pair: pair[0].file):
+        yield describe(paths[n], list(group))
 
 
-def describe(path, spans, outcomes):
-    """One file's result from the outcomes of its windows."""
-    said = [
-        (s, text) for s, (text, _) in zip(spans, outcomes, strict=True) if isinstance(text, str)
-    ]
+def describe(path, pairs):
+    """One file's result from its windows and their captions (None where a window failed)."""
+    said = [(w, text) for w, text in pairs if text is not None]
     if not said:
-        return {"path": str(path), "error": str(outcomes[0][0])}
-    if len(spans) == 1:
+        return {"path": str(path), "error": str(pairs[0][0].error)}
+    if len(pairs) == 1:
         result = {"path": str(path), "caption": said[0][1]}
     else:
-        windows = [{"start": start, "end": end, "caption": text} for (start, end), text in said]
-        result = {"path": str(path), "windows": windows}
-    if len(said) < len(spans):
-        result["warning"] = f"{len(spans) - len(said)} of {len(spans)} windows could not be decoded"
-    elif any(truncated for _, truncated in outcomes):
+        spans = [{"start": w.start, "end": w.end, "caption": text} for w, text in said]
+        result = {"path": str(path), "windows": spans}
+    if len(said) < len(pairs):
+        result["warning"] = f"{len(pairs) - len(said)} of {len(pairs)} windows could not be decoded"
+    elif any(w.truncated for w, _ in pairs):
         result["warning"] = "the file is cut short; what is there was captioned"
     return result
+
+
+def file_names(paths):
+    """A name for what is written about each file: its own without the ending, numbered if not the first."""
+    names, taken = [], set()
+    for path in paths:
+        number = next(n for n in count(1) if (path.stem, n) not in taken)
+        taken.add((path.stem, number))
+        names.append(path.stem if number == 1 else f"{path.stem}-{number}")
+    return names
+
+
+def references(paths, args):
+    """{path: label} of the files that lie in --videos and have one in --annotations."""
+    root, labels = Path(args.videos).resolve(), {}
+    inside = {p.resolve().relative_to(root): p for p in paths if root in p.resolve().parents}
+    for split in sorted(Path(args.annotations).glob("*.json")) if inside else []:
+        for r in load_records(args.annotations, split.stem):
+            for name in filter(None, (r["video"], f"{r['id']}.webm", f"{r['id']}.mp4")):
+                if r["label"] and Path(name) in inside:
+                    labels.setdefault(inside[Path(name)], r["label"])
+    return labels
+
+
+def films(path, result, output, name, args):
+    """Write the films of one file that were asked for; one that fails is the result's warning."""
+    from video import VideoError
+
+    if "error" in result:
+        return
+    for wanted, draw, ending in ((args.gif, render.gif, "gif"), (args.video, render.mp4, "mp4")):
+        if wanted:
+            try:
+                render.save(output / f"{name}_captioned.{ending}", draw(path, result))
+            except VideoError as error:
+                result["warning"] = f"no {ending}: {error}"
 
 
 def text_lines(result):

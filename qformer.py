@@ -34,10 +34,11 @@ class CrossAttention(nn.Module):
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
-    def absorbed(self, x, video, project, pos):
+    def absorbed(self, x, video, project, pos, seen=None):
         """The same, straight from the stored features.
 
-        video: `Video`; project: W_p; pos: the time, height and width tables (T, D), (H, D), (W, D).
+        video: `Video`; project: W_p; pos: the time, height and width tables (T, D), (H, D), (W, D);
+        seen: a list that the weights (B, A, Q, N) are appended to.
         In at least float32: the pooled vector is a small difference where a channel lies far from
         zero, and bfloat16 would lose it.
         """
@@ -57,6 +58,8 @@ class CrossAttention(nn.Module):
                 shape[axis] = -1
                 scores = scores + (q @ table.to(dtype).mT).flatten(1, 2).unflatten(-1, shape)
             weights = F.dropout(scores.flatten(2).softmax(-1), self.dropout, self.training)
+            if seen is not None:
+                seen.append(weights.unflatten(1, (self.num_heads, -1)))
 
             # pooled features, de-quantised and standardised; r is 1 unless dropout is on
             r = weights.sum(-1, keepdim=True)  # (B, A*Q, 1)
@@ -203,9 +206,24 @@ class QFormer(nn.Module):
             def read_video(cross, x):
                 return cross.textbook(x, kv)
 
+        return self.prompts(read_video)
+
+    def prompts(self, read_video):
+        """The blocks, whatever way they read the video: soft prompts (B, Q, D)."""
         # Before it has seen the video a query is the same for every clip: the first block's
         # self-attention (and its dropout) runs once per step on a batch of one, and broadcasts.
         x = self.queries[None]  # (1, Q, D)
         for block in self.blocks:
             x = block(x, read_video)  # (B, Q, D)
         return F.layer_norm(x, x.shape[-1:]) * self.gain
+
+    @torch.inference_mode()
+    def attention(self, features, scale, offset):
+        """Where the queries look: the weights (B, blocks, A, Q, T, H, W) of every cross-attention.
+
+        Those of one query and head add up to 1. Arguments as of `forward`.
+        """
+        video = Video(features, scale, offset, self.mean, self.std, self.grid)
+        seen = []
+        self.prompts(lambda cross, x: cross.absorbed(x, video, self.project, self.pos, seen))
+        return torch.stack(seen, 1).unflatten(-1, self.grid)

@@ -3,16 +3,28 @@
     python render.py --predictions results/demo/predictions_validation.json \\
         --annotations data/toy/annotations --videos data/toy/videos --output strips.png
 
-Needs Pillow: pip install -e '.[viz]'.
+Needs Pillow and matplotlib: pip install -e '.[viz]'. Films with captions are made by infer.py --gif and --video.
 """
 
+import importlib.util
+import io
+import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import cli
 from cli import UserError, note
 from dataset import VALIDATION, by_hash, load_records
+from files import write_atomic
 
 FRAMES, HEIGHT, MARGIN = 8, 72, 8  # frames a strip; pixels
+BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
+
+GIF_RATE, GIF_FRAMES = 10, 240  # frames a second; in all: a long film shows fewer a second
+GIF_AREA = 320 * 240  # pixels of the picture
+GIF_BYTES = 230_000  # a second of film: 4 s stay under 1 MB
+NARROWEST = 240  # pixels: a caption needs room
+H264 = {"crf": "20", "preset": "veryfast"}
 
 
 def parse_args(argv=None):
@@ -33,10 +45,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("Pillow is missing: pip install -e '.[viz]'", code=1) from None
+    require()
+    from PIL import Image
+
     from evaluate import read_predictions
     from preprocess_ssv2 import find_clips
 
@@ -62,30 +73,193 @@ def main(argv=None):
     note(f"{len(strips)} clips drawn: {args.output}")
 
 
+def require():
+    """Raises UserError where what draws pictures is not installed."""
+    for name in ("PIL", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"pictures need {name}: pip install -e '.[viz]'", code=1)
+
+
 def strip(path, reference, caption):
     """One clip: frames from left to right in time, then two lines of text."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
     import video
 
     frames = [Image.fromarray(f) for f in video.decode(path, FRAMES).frames]
     frames = [f.resize((round(f.width * HEIGHT / f.height), HEIGHT)) for f in frames]
-    font = ImageFont.load_default(size=14)
-    lines = [f"reference  {reference}", f"caption     {caption}"]
-    text = max(font.getlength(line) for line in lines)
-    width = sum(f.width + 2 for f in frames)
-    picture = Image.new(
-        "RGB", (int(max(width, text)) + 2 * MARGIN, HEIGHT + 40 + 2 * MARGIN), "white"
-    )
+    right = GREEN if reference == caption else RED
+    lines = [(f"reference  {reference}", BLACK), (f"caption     {caption}", right)]
+    text = max(font(14).getlength(line) for line, _ in lines)
+    width = int(max(sum(f.width + 2 for f in frames), text)) + 2 * MARGIN
+    beneath = panel(lines, width, 14)
+    picture = Image.new("RGB", (width, MARGIN + HEIGHT + beneath.height), "white")
     left = MARGIN
     for f in frames:
         picture.paste(f, (left, MARGIN))
         left += f.width + 2
-    draw = ImageDraw.Draw(picture)
-    right = "#136313" if reference == caption else "#a31515"
-    for n, (line, colour) in enumerate(zip(lines, ("black", right), strict=True)):
-        draw.text((MARGIN, MARGIN + HEIGHT + 2 + 19 * n), line, font=font, fill=colour)
+    picture.paste(beneath, (0, MARGIN + HEIGHT))
     return picture
+
+
+# ---- text ----------------------------------------------------------------------------------
+
+
+def font(size):
+    """DejaVu Sans, which matplotlib brings and which has more than Latin letters."""
+    import matplotlib
+    from PIL import ImageFont
+
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(file, size)
+
+
+def wrap(text, width, letters):
+    """Break a text into lines of at most `width` pixels: between words, within one only if it must be."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if letters.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and letters.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def panel(texts, width, size, height=0):
+    """A white picture of `width` pixels with texts [(text, colour)] one under the other, wrapped.
+
+    As high as they need, and at least `height`.
+    """
+    from PIL import Image, ImageDraw
+
+    letters = font(size)
+    lines = [(line, c) for text, c in texts for line in wrap(text, width - 2 * MARGIN, letters)]
+    step = round(size * 1.35)
+    height = max(height, step * len(lines) + 2 * MARGIN)
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, (line, colour) in enumerate(lines):
+        draw.text((MARGIN, MARGIN + n * step), line, font=letters, fill=colour)
+    return picture
+
+
+# ---- films ---------------------------------------------------------------------------------
+
+
+class Subtitles:
+    """The captions of one file of infer.py beneath its pictures, with its reference if there is one.
+
+    result: see `infer.caption_files`; size: (width, height) of the picture in pixels.
+    """
+
+    def __init__(self, result, size):
+        self.size = size
+        spans = result.get("windows") or [{"start": 0.0, "caption": result["caption"]}]
+        self.starts = [span["start"] for span in spans]
+        beneath = [(f"reference: {result['reference']}", GREY)] if result.get("reference") else []
+        width, letters = size[0], max(14, round(size[0] / 25))
+        texts = [[(span["caption"], BLACK), *beneath] for span in spans]
+        height = max(panel(text, width, letters).height for text in texts)
+        height += (size[1] + height) % 2  # H.264 wants even sizes
+        self.panels = [panel(text, width, letters, height) for text in texts]
+
+    def __call__(self, time, image):
+        """An image shown at `time` -> the same with the caption of that time beneath."""
+        from PIL import Image
+
+        beneath = self.panels[max(0, sum(start <= time for start in self.starts) - 1)]
+        whole = Image.new("RGB", (self.size[0], self.size[1] + beneath.height))
+        whole.paste(image, (0, 0))
+        whole.paste(beneath, (0, self.size[1]))
+        return whole
+
+
+def resized(picture, area):
+    """uint8 (H, W, 3) or a PIL image -> one of about `area` pixels, of even sizes, never too narrow."""
+    from PIL import Image
+
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    factor = max((area / (image.width * image.height)) ** 0.5, NARROWEST / image.width)
+    size = [max(2, round(edge * factor / 2) * 2) for edge in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
+    """A film as the bytes of a GIF that plays at its own speed, with its captions if there is `result`.
+
+    One palette for all pictures: a palette each would cost 768 bytes and flicker. A film whose
+    pictures do not compress is made smaller. Raises VideoError.
+    """
+    import video
+
+    rate = min(rate, GIF_FRAMES / max(video.probe(path).duration, 1e-3))
+    film = [(time, resized(p, area)) for time, p in video.stream(path, rate)]
+    times, images = zip(*film, strict=True)
+    limit = GIF_BYTES * max(1.0, times[-1] + 1 / rate)
+    while True:
+        draw = Subtitles(result, images[0].size) if result else lambda _, image: image
+        data = encode_gif([draw(t, i) for t, i in zip(times, images, strict=True)], times, 1 / rate)
+        width, height = images[0].size
+        if len(data) <= limit or width <= NARROWEST:
+            return data
+        images = [resized(i, width * height * 0.9 * limit / len(data)) for i in images]
+
+
+def encode_gif(images, times, last):
+    """PIL images shown from `times` in seconds, the last for `last` -> the bytes of a GIF."""
+    from PIL import Image
+
+    few = [i.resize((i.width // 3, i.height // 3), 0) for i in images[:: -(-len(images) // 8)]]
+    montage = Image.new("RGB", (few[0].width, sum(i.height for i in few)))
+    for n, image in enumerate(few):
+        montage.paste(image, (0, n * image.height))
+    palette = montage.quantize(256, method=Image.Quantize.MEDIANCUT)
+    frames = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
+    ends = [*times[1:], times[-1] + last]
+    # a GIF counts hundredths of a second, and browsers slow down what is under two
+    shown = [max(20, 10 * round(100 * (b - a))) for a, b in zip(times, ends, strict=True)]
+    data = io.BytesIO()
+    frames[0].save(
+        data, "GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
+    )
+    return data.getvalue()
+
+
+def mp4(path, result):
+    """A film of infer.py with its captions, as the bytes of an MP4 (H.264). Raises VideoError."""
+    import av
+
+    import video
+
+    options = {"movflags": "+faststart"}  # plays before it is there as a whole; needs a real file
+    with tempfile.TemporaryDirectory() as folder:
+        target, subtitles = Path(folder, "film.mp4"), None
+        with av.open(str(target), "w", options=options) as container:
+            for time, picture in video.stream(path):
+                height, width = picture.shape[:2]
+                image = resized(picture, max(width * height, GIF_AREA))
+                if subtitles is None:
+                    subtitles = Subtitles(result, image.size)
+                    track = container.add_stream("libx264", options=H264)
+                    track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+                    track.width, track.height = subtitles(time, image).size
+                frame = av.VideoFrame.from_image(subtitles(time, image))
+                frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+                container.mux(track.encode(frame))
+            container.mux(track.encode())
+        return target.read_bytes()
+
+
+def save(path, data):
+    """Write a picture or film whole, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    return path
 
 
 if __name__ == "__main__":

@@ -180,6 +180,22 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     return Clip(frames, decoder, scan.duration, bool(damaged or (short and reaches_gap)))
 
 
+def stream(path, rate=None):
+    """A file from its beginning to its end: yields (seconds, uint8 (H, W, 3)) in the order of display.
+
+    rate: at most so many frames a second. Damaged frames are left out, large pictures reduced as by
+    `decode`. Raises VideoError: unreadable, no_video or empty.
+    """
+    scan, upright, due = _scan(path), _Upright(), 0.0
+    with _open(path) as (container, track):
+        shown = (frame for frame in _frames(container, track) if frame is not None)
+        for ordinal, frame in enumerate(shown):
+            time = scan.time(frame, ordinal)
+            if rate is None or time >= due - 1e-3:
+                due = max(due, time - 1 / rate) + 1 / rate if rate else 0.0
+                yield time, upright(frame)
+
+
 @contextmanager
 def _open(path):
     import av
@@ -305,10 +321,7 @@ def _decode_pyav(path, scan, low, high, count, num_frames):
 
 def _pyav_pass(path, scan, low, high, count, num_frames, seek):
     """Keep only the frames that `frame_indices(count, F)` asks for: a 4K clip does not fit whole."""
-    from av.video.reformatter import Interpolation, VideoReformatter
-
-    picks = frame_indices(count, num_frames)
-    convert = VideoReformatter().reformat  # frame.to_ndarray would build a converter per frame
+    picks, upright = frame_indices(count, num_frames), _Upright()
     output, found, damaged = None, 0, False
     with _open(path) as (container, stream):
         if seek is not None:
@@ -324,19 +337,35 @@ def _pyav_pass(path, scan, low, high, count, num_frames, seek):
                 continue
             damaged |= frame.is_corrupt
             if found in picks:
-                if output is None:
-                    k = max(1, min(frame.width, frame.height) // ENOUGH)
-                    size = {"width": frame.width // k, "height": frame.height // k}  # may change
-                    if k > 1:
-                        size["interpolation"] = Interpolation.AREA
-                rgb = convert(frame, format="rgb24", **size).to_ndarray()  # (H, W, 3)
-                if frame.rotation % 90 == 0:
-                    rgb = np.rot90(rgb, frame.rotation // 90)  # counter-clockwise, both of them
+                rgb = upright(frame)
                 if output is None:
                     output = np.empty((num_frames, *rgb.shape), np.uint8)
                 output[picks == found] = rgb
             found += 1
     return output, found, damaged
+
+
+class _Upright:
+    """Turns frames into uint8 (H, W, 3), upright, all of the size of the first, reduced if large."""
+
+    def __init__(self):
+        from av.video.reformatter import VideoReformatter
+
+        self.convert = VideoReformatter().reformat  # frame.to_ndarray would build one per frame
+        self.size = None
+
+    def __call__(self, frame):
+        from av.video.reformatter import Interpolation
+
+        if self.size is None:  # it may change within a file
+            k = max(1, min(frame.width, frame.height) // ENOUGH)
+            self.size = {"width": frame.width // k, "height": frame.height // k}
+            if k > 1:
+                self.size["interpolation"] = Interpolation.AREA
+        rgb = self.convert(frame, format="rgb24", **self.size).to_ndarray()  # (H, W, 3)
+        if frame.rotation % 90 == 0:
+            rgb = np.rot90(rgb, frame.rotation // 90)  # counter-clockwise, both of them
+        return rgb
 
 
 def _frames(container, stream):

@@ -1,0 +1,126 @@
+"""Any video files -> windows of a few seconds -> stored features, as training saw them.
+
+Shapes: B windows, F frames, H and W of the picture, N video tokens, E video width.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import cli
+from cli import UserError
+from dataset import stack_stored
+
+
+@dataclass
+class Window:
+    """`start` and `end` in seconds of file number `file`; `alone`: it is the whole file.
+
+    Either `error`, a VideoError, or `frames` uint8 (F, H, W, 3) and `stored`, the features in stored
+    form; `truncated`: the file is cut short, and this is what there is.
+    """
+
+    file: int
+    start: float
+    end: float
+    alone: bool
+    error: Exception | None = None
+    truncated: bool = False
+    frames: object = None
+    stored: dict | None = None
+
+
+def add_flags(group):
+    """The flags that say how files become windows."""
+    group.add_argument(
+        "--window", type=cli.number(above=0), default=6.0, help="seconds captioned at once"
+    )
+    group.add_argument(
+        "--stride", type=cli.number(above=0), default=6.0, help="seconds between windows' starts"
+    )
+    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows at once")
+    group.add_argument(
+        "--timeout", type=cli.whole(1), default=60, help="seconds to decode a window"
+    )
+
+
+def find_clips(names):
+    """The files meant by names of files and folders. Raises UserError for one that is not there."""
+    from video import VIDEO_EXTENSIONS
+
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_EXTENSIONS
+            )
+            if not inside:
+                raise UserError(f"folder {path} holds no video ({' '.join(VIDEO_EXTENSIONS)})")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"clip not found: {path}")
+    return paths
+
+
+def read(paths, encoder, args):
+    """Decode and encode every window of every file; yields lists of at most --batch-size `Window`s.
+
+    In the order of files and of time. args: the flags of `add_flags`, and workers. A file that fails,
+    hangs or kills its decoder costs itself only.
+    """
+    from tqdm import tqdm
+
+    import pool
+    import video
+
+    crew = pool.Crew(args.timeout) if args.workers else None
+    ask = crew.ask if crew else pool.attempt  # a header too may make a decoder hang or die
+    spans = {}
+
+    def jobs():
+        for n, path in enumerate(paths):
+            info = ask(video.probe, path)
+            # where there is no length to be had, decoding will say why
+            length = args.window if isinstance(info, video.VideoError) else info.duration
+            spans[n] = video.windows(length, args.window, args.stride)
+            alone = len(spans[n]) == 1
+            for span in spans[n]:
+                # a short clip is decoded as a whole, as preprocess_ssv2.py did
+                yield Window(n, *span, alone), path, *(() if alone else span)
+
+    def total():
+        """How many there are, a file that was not yet opened counted as one."""
+        return sum(map(len, spans.values())) + len(paths) - len(spans)
+
+    clips = pool.decode_many(
+        jobs(),
+        encoder.settings["num_frames"],
+        workers=args.workers,
+        timeout=args.timeout,
+        ahead=args.batch_size + 2 * args.workers,
+        crew=crew,
+    )
+    with tqdm(total=total(), unit="window", delay=1) as bar:
+        while pairs := list(islice(clips, args.batch_size)):
+            bar.total = total()
+            for window, clip in pairs:
+                if isinstance(clip, video.VideoError):
+                    window.error = clip
+                else:
+                    window.frames, window.truncated = clip.frames, clip.truncated
+            decoded = [window for window, _ in pairs if not window.error]
+            stored = encoder.stored([window.frames for window in decoded]) if decoded else []
+            for window, features in zip(decoded, stored, strict=True):
+                window.stored = features
+                if features is None:
+                    window.error = video.VideoError("non_finite", "the encoder returned NaN")
+            yield [window for window, _ in pairs]
+            bar.update(len(pairs))
+
+
+def features(batch, device):
+    """Stack the stored features of windows without error: {"features" (B, N, E), "scale" (B, E),
+    "offset" (B, E)} on the device."""
+    return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
