@@ -8,6 +8,7 @@ L text tokens.
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hub
+import share
 from cli import UserError, out_of_memory
 from dataset import STYLES, are_settings, is_count
 from files import read_torch
@@ -209,16 +211,20 @@ class Damaged(UserError):
 
 
 def read_checkpoint(path, flag="--checkpoint"):
-    """Load a checkpoint file, or the `best.pt` of a run folder, without executing anything in it.
+    """Load a checkpoint without executing anything in it; its tensors are those of its sizes.
 
-    flag: what the user named it by. Raises UserError for a missing file, `Damaged` for a damaged or
-    foreign one; one flipped byte is damage.
+    path: a file, a run folder (its `best.pt`), a folder of `share.export`, or the Hub id of one; flag:
+    what the user named it by. Raises UserError where nothing is there, `Damaged` for what is damaged
+    or foreign; one flipped byte is damage.
     """
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
+    where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
+    exported = share.is_export(where)
+    if not exported and where.is_dir():
+        path = where = where / "best.pt"
+    if not exported and not where.is_file():
         raise UserError(f"{flag} {path} does not exist. Run train.py first.")
     try:
-        checkpoint = read_torch(path)
+        checkpoint = share.read(where) if exported else read_torch(where)
     except PermissionError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
     except (ValueError, OSError) as error:
@@ -234,6 +240,11 @@ def read_checkpoint(path, flag="--checkpoint"):
         raise Damaged(f"{flag} {path} was not written by train.py")
     if not all(weight.isfinite().all() for weight in checkpoint["qformer"].values()):
         raise Damaged(f"{flag} {path} holds weights that are no numbers")
+    try:
+        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
+            load_weights(QFormer(**checkpoint["sizes"]), checkpoint["qformer"], assign=True)
+    except (TypeError, ValueError, OverflowError, UserError) as error:
+        raise Damaged(f"{flag} {path} holds no Q-Former: {error}") from None
     return checkpoint
 
 
@@ -265,7 +276,7 @@ def load_weights(qformer, weights, **kwargs):
     try:
         qformer.load_state_dict(weights, **kwargs)
     except (RuntimeError, AttributeError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().splitlines()[-1].strip()  # the first says that there is an error
         raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
 
 
@@ -282,7 +293,10 @@ def model_state(captioner, manifest, lm_name, fingerprint):
 
 
 def from_checkpoint(checkpoint, device, dtype, lm_name=None):
-    """Rebuild a captioner; `lm_name` says where the same language model lies, if elsewhere."""
+    """Rebuild a captioner of what `read_checkpoint` returned.
+
+    lm_name: where the same language model lies, if elsewhere.
+    """
     name = lm_name or checkpoint["lm"]["name"]
     lm, tokenizer, fingerprint = load_lm(name, device, dtype)
     if fingerprint != checkpoint["lm"]["fingerprint"]:
@@ -296,11 +310,6 @@ def from_checkpoint(checkpoint, device, dtype, lm_name=None):
         )
     if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
         raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
-    try:
-        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
-            load_weights(QFormer(**checkpoint["sizes"]), checkpoint["qformer"], assign=True)
-        qformer = QFormer(**checkpoint["sizes"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's Q-Former has impossible sizes: {error}") from None
+    qformer = QFormer(**checkpoint["sizes"])
     load_weights(qformer, checkpoint["qformer"])
     return VideoCaptioner(qformer.to(device), lm, tokenizer).eval()

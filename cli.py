@@ -10,6 +10,7 @@ from pathlib import Path
 import ranks
 
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
+CHECKPOINT = "file, run folder, exported folder or Hub id"
 SIGNALLED = 128  # plus the signal's number: the shell's codes, 130 for Ctrl-C and 143 for SIGTERM
 INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 

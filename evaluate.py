@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import cli
+import hub
 import ranks
 from cli import UserError, note
 from dataset import (
@@ -35,7 +36,7 @@ from files import in_shard, read_json, write_json
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("what to score")
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help="file or run folder")
+    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
     group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
     group.add_argument(
         "--annotations", default="data/annotations", help="of prepare_annotations.py"
@@ -56,7 +57,10 @@ def parse_args(argv=None):
     )
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
-    group.add_argument("--output", help="folder of the results (default: the checkpoint's)")
+    group.add_argument(
+        "--output",
+        help="folder of the results (default: the checkpoint's; results/<name> for a Hub id)",
+    )
     group.add_argument(
         "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
     )
@@ -81,9 +85,7 @@ def main(argv=None):
         raise UserError(
             f"split {args.split!r} has no paraphrases: --style sentence has no references"
         )
-    path = Path(args.predictions[0] if args.predictions else args.checkpoint)
-    default = path if path.is_dir() else path.parent
-    output = cli.output_folder(args.output or default, "--output")
+    output = cli.output_folder(args.output or default_output(args), "--output")
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
@@ -125,6 +127,17 @@ def main(argv=None):
     note(f"written to {output / f'evaluation_{name}.json'}")
 
 
+def default_output(args):
+    """The folder of what is scored; results/<name> for a Hub id, unless that is a run of one's own."""
+    path = Path(args.predictions[0] if args.predictions else args.checkpoint)
+    if args.predictions or not hub.is_id(args.checkpoint):
+        return path if path.is_dir() else path.parent
+    folder = Path("results", path.name)
+    if (folder / "best.pt").exists():  # its scores would become those of another model
+        raise UserError(f"{folder} holds a run: name the folder of these results with --output")
+    return folder
+
+
 def result_name(args, lacking):
     """The split and whatever is not the default, so that no result replaces another kind's."""
     parts = [args.split]
@@ -150,7 +163,7 @@ def predict(args, records):
     device, dtype = cli.device_and_dtype(args)
     from captioner import from_checkpoint, read_checkpoint
 
-    checkpoint = read_checkpoint(Path(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
     wanted = dict(checkpoint["manifest"]["settings"])
     if args.control == "still":
         wanted["sampling"] = "still"

@@ -11,6 +11,36 @@ from files import read_json
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository
 
 
+def is_id(name):
+    """True for a Hub id, owner/name, that cannot be meant as a path.
+
+    A checkpoint file ends in .pt, and a mistyped path begins with a folder that is there.
+    """
+    name = str(name)
+    if (
+        name.count("/") != 1
+        or name.endswith(".pt")
+        or not (name.isascii() and name.isprintable())
+        or os.path.exists(name)
+        or os.path.isdir(name.split("/")[0])
+    ):
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_cached(name):
+    """True for a Hub id whose config.json lies in the Hub's cache: a model that was found on the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return is_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def find_model(name, flag):
     """Return the local folder that holds model `name`, a folder or a Hub id.
 

@@ -27,7 +27,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("clips", nargs="*", help="video files, or folders of them (recursive)")
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help="file or run folder")
+    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
     group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
     group = parser.add_argument_group("captions")
@@ -76,7 +76,7 @@ def main(argv=None):
     from captioner import from_checkpoint, read_checkpoint
     from encoder import VideoEncoder
 
-    checkpoint = read_checkpoint(Path(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
     encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
 

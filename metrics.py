@@ -371,8 +371,10 @@ def score(
     return result, per_clip
 
 
-def format_table(result):
-    """`result` of `score` as lines for a terminal: scores, intervals and controls side by side."""
+def table(result):
+    """`result` of `score` as (rows, lines): scores, intervals and controls side by side, as text, and
+    what must be said with them.
+    """
     controls = {name: dict(scores) for name, scores in result["controls"].items()}
     if "parser_on_references" in result:
         controls.setdefault("ceiling", {})["template_accuracy"] = result["parser_on_references"]
@@ -384,14 +386,20 @@ def format_table(result):
     for name, value in result["metrics"].items():
         interval = " - ".join(cell(x) for x in result["ci95"].get(name, ()))
         rows.append([name, cell(value), interval, *(cell(c.get(name)) for c in controls.values())])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
-    lines.append(f"{result['n']} clips, tokenizer {result['tokenizer']}; CIDEr is of 10")
+    lines = [f"{result['n']} clips, tokenizer {result['tokenizer']}; CIDEr is of 10"]
     lines += [f"{name}: over {count} clips" for name, count in result["counts"].items()]
     whys = defaultdict(list)
     for name, why in result["skipped"].items():
         whys[why].append(name)
-    return "\n".join(lines + [f"skipped {', '.join(names)}: {why}" for why, names in whys.items()])
+    return rows, lines + [f"skipped {', '.join(names)}: {why}" for why, names in whys.items()]
+
+
+def format_table(result):
+    """`table` as lines for a terminal."""
+    rows, lines = table(result)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    return "\n".join(aligned + lines)

@@ -33,6 +33,7 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "no_meteor",
     "allow_missing",
     "report_to",
+    "export",
 }
 
 # What --overwrite removes: a run's own files, never what else lies in the folder.

@@ -86,6 +86,7 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
     group.add_argument("--dry-run", action="store_true", help="print the plan, time three steps")
+    group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
         "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
     )
@@ -95,6 +96,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.export is not None:
+        import share
+
+        return print(*share.export(args.output, args.export), sep="\n")
     if ranks.count() > args.grad_accum:
         raise UserError(
             f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.count()} processes:"

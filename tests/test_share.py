@@ -1,0 +1,307 @@
+"""What is shared comes back as it was, or not at all; the card says what was measured."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_captioner import SETTINGS, checkpoint_of
+
+import captioner as module
+import evaluate
+import hub
+import infer
+import share
+import train
+from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint
+from cli import UserError
+from files import torch_bytes
+
+SCORES = {
+    "n": 7,
+    "metrics": {"CIDEr": 1.2345, "exact_match": 0.25},
+    "controls": {"shuffled": {"CIDEr": 0.3456}},
+    "ci95": {"CIDEr": [1.0111, 1.4999]},
+    "counts": {},
+    "tokenizer": "ptb",
+    "skipped": {"METEOR": "Java not found"},
+    "settings": {"split": "validation", "style": "label", "step": 3, "missing": 2},
+}
+
+
+@pytest.fixture
+def captioner(make_qformer, lm, tokenizer):
+    return VideoCaptioner(make_qformer(), lm, tokenizer).eval()
+
+
+@pytest.fixture
+def state(captioner):
+    return checkpoint_of(captioner) | {"step": 3, "best": 0.1, "templates": ["Moving [something]"]}
+
+
+@pytest.fixture
+def run(state, tmp_path):
+    """A run folder: best.pt and its scores."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "best.pt").write_bytes(torch_bytes(state))
+    (folder / "evaluation_validation.json").write_text(json.dumps(SCORES))
+    return folder
+
+
+@pytest.fixture
+def shared(run, tmp_path):
+    share.export(run, tmp_path / "shared")
+    return tmp_path / "shared"
+
+
+def on_the_hub(folder, name, cache, monkeypatch):
+    """Put a copy of a folder into a Hub cache, as a download would."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repo = cache / f"models--{name.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, repo / "snapshots" / "abc")
+
+
+def same(a, b):
+    """Equal to the last bit, the tensors too."""
+    rest = [{k: v for k, v in c.items() if k != "qformer"} for c in (a, b)]
+    weights = [[(k, w.numpy().tobytes()) for k, w in sorted(c["qformer"].items())] for c in (a, b)]
+    return rest[0] == rest[1] and weights[0] == weights[1]
+
+
+# ---- there and back ------------------------------------------------------------------------
+
+
+def test_what_is_shared_is_what_was_trained(
+    state, run, shared, captioner, make_clips, monkeypatch, lm, tokenizer
+):
+    """All that the scripts take from a checkpoint, and the captions; twice gives the same bytes."""
+    assert same(read_checkpoint(shared), read_checkpoint(run))
+    assert read_checkpoint(shared).keys() == state.keys()
+    monkeypatch.setattr(module, "load_lm", lambda *_: (lm, tokenizer, "f" * 16))
+    again = from_checkpoint(read_checkpoint(shared), torch.device("cpu"), torch.float32)
+    batch = dict(zip(("features", "scale", "offset"), make_clips(3), strict=True))
+    assert again.captions(batch, "label", 9) == captioner.captions(batch, "label", 9)
+    assert {p.name for p in shared.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert load_file(shared / "model.safetensors").keys() == state["qformer"].keys()
+    before = {p.name: p.read_bytes() for p in shared.iterdir()}
+    share.export(run, shared)
+    assert {p.name: p.read_bytes() for p in shared.iterdir()} == before
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(run, shared, tmp_path, monkeypatch):
+    on_the_hub(shared, "somebody/captions", tmp_path / "hub", monkeypatch)
+    assert same(read_checkpoint("somebody/captions"), read_checkpoint(run))
+    with pytest.raises(UserError, match="--checkpoint somebody/other is not in the local cache"):
+        read_checkpoint("somebody/other")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["results/ssv3", "nowhere/best.pt", "results/a/b", "/results/ssv3", "x", "./x", "a--b/c"],
+)
+def test_a_mistyped_path_never_reaches_the_network(name, tmp_path, monkeypatch):
+    """A name of that form would be looked for on the Hub, with a sentence about the network."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "find_model", lambda *_: pytest.fail("it asked the Hub"))
+    with pytest.raises(UserError, match=r"does not exist\. Run train\.py first"):
+        read_checkpoint(name)
+
+
+def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, monkeypatch, capsys):
+    """Results lie in an exported folder, or in results/<name> for a Hub id, but not among those of
+    a run of that name: the card of that run would then show another model's scores."""
+    monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
+    monkeypatch.chdir(tmp_path)
+    assert not train.main(["--export", "out/toy", "--output", str(trained)])
+    assert capsys.readouterr().out.split() == [f"out/toy/{name}" for name in share_order()]
+    on_the_hub(tmp_path / "out" / "toy", "me/toy", tmp_path / "hub", monkeypatch)
+    clips = sorted(map(str, (world / "videos").iterdir()))[:2]
+    said = []
+    for checkpoint in (str(trained), "out/toy", "me/toy"):
+        assert not infer.main([*clips, "--checkpoint", checkpoint, "--workers", "0"])
+        said.append(capsys.readouterr().out)
+    assert said[0] and said[0] == said[1] == said[2]
+    flags = ["--features", str(prepared / "features"), "--workers", "0", "--limit", "8"]
+    flags += ["--annotations", str(prepared / "annotations"), "--checkpoint"]
+    for checkpoint, folder in [("out/toy", "out/toy"), ("me/toy", "results/toy")]:
+        evaluate.main([*flags, checkpoint])
+        assert (tmp_path / folder / "evaluation_validation_first8.json").is_file()
+    (tmp_path / "results" / "toy" / "best.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"results/toy holds a run: .* --output"):
+        evaluate.main([*flags, "me/toy"])
+
+
+def share_order():
+    return ("model.safetensors", "README.md", "config.json")
+
+
+# ---- damage --------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    """Change the tensors of an export, with a config.json that knows it."""
+    import hashlib
+
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    save_file(change(load_file(path)), path)
+    config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "gain"}, "Missing key.*gain"),
+        (lambda w: w | {"more": torch.zeros(1)}, "Unexpected key.*more"),
+        (lambda w: w | {"queries": torch.zeros(5, 32)}, "size mismatch for queries"),
+        (lambda w: w | {"gain": w["gain"].half()}, "was not written by train.py"),
+        (lambda w: w | {"gain": w["gain"] / 0}, "weights that are no numbers"),
+    ],
+)
+def test_other_tensors_are_refused(shared, run, state, change, why):
+    """In a folder, and in a .pt too, before any language model is loaded."""
+    rewrite(shared, change)
+    (run / "best.pt").write_bytes(torch_bytes(state | {"qformer": change(state["qformer"])}))
+    for checkpoint in (shared, run):
+        with pytest.raises(Damaged, match=why):
+            read_checkpoint(checkpoint)
+
+
+def test_every_flipped_byte_of_the_weights_is_noticed(shared):
+    path = shared / "model.safetensors"
+    whole = path.read_bytes()
+    for place in (0, 9, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(Damaged, match=r"model\.safetensors is damaged"):
+            read_checkpoint(shared)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "was not written by train.py --export"),
+        ('{"model_type": "qwen2"}', "was not written by train.py --export"),
+        ('{"checkpoint_version": 1}', "is damaged, or not the one"),
+        ({"manifest": {}}, "was not written by train.py"),
+        ({"step": "3"}, "was not written by train.py"),
+        ({"checkpoint_version": 2}, "has version 2, this code reads 1"),
+        ({"sizes": {"surprise": 1}}, "holds no Q-Former"),
+        ({"sizes": {"output_norm": 10**400}}, "holds no Q-Former"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(shared, config, why):
+    path = shared / "config.json"
+    if isinstance(config, dict):
+        ours = json.loads(path.read_text())
+        sizes = ours["sizes"] | config.get("sizes", {})
+        config = json.dumps(ours | config | {"sizes": sizes})
+    path.write_text(config)
+    with pytest.raises(UserError, match=why):
+        read_checkpoint(shared)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_killed_export_is_nothing_until_it_is_done_again(
+    run, state, tmp_path, monkeypatch, before, done
+):
+    """Killed after each file, the first time or over an earlier export: new weights never load with
+    an old config, and the same command completes it."""
+    folder, write, written = tmp_path / "shared", share.write_atomic, []
+    if before:
+        share.export(run, folder)
+        old = read_checkpoint(folder)
+        state["qformer"]["gain"] += 1
+        (run / "best.pt").write_bytes(torch_bytes(state | {"step": 9}))
+
+    def killed(path, data):
+        if len(written) == done:
+            path.with_name(f".{path.name}.0123.tmp").write_bytes(b"cut")
+            raise KeyboardInterrupt
+        written.append(write(path, data))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(share, "write_atomic", killed)
+        share.export(run, folder)
+    if before and not done:
+        assert same(read_checkpoint(folder), old)
+    else:
+        with pytest.raises(UserError, match=r"does not exist|not finished|not the one"):
+            read_checkpoint(folder)
+    share.export(run, folder)
+    assert same(read_checkpoint(folder), read_checkpoint(run))
+    assert {p.name for p in folder.iterdir()} == set(share_order())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "config.json", "model.safetensors"])
+def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
+    """Of a language model the files have the very names of an export."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"--export .*mine holds .*{name}"):
+        share.export(run, folder)
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
+
+
+def test_without_best_pt_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"--output .*best\.pt does not exist\. Run train\.py"):
+        train.main(["--export", str(tmp_path / "out"), "--output", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the card ------------------------------------------------------------------------------
+
+
+def test_the_card_holds_the_scores_of_this_checkpoint_only(run, shared, tmp_path):
+    card = (shared / "README.md").read_text()
+    assert "| CIDEr | 1.234 | 1.011 - 1.500 | 0.346 |" in card.replace("1.235", "1.234")
+    assert "7 clips, tokenizer ptb" in card and "Java not found" in card
+    assert "2 clips without features" in card and "Not evaluated" not in card
+    scores = run / "evaluation_validation.json"
+    other = json.dumps(SCORES | {"settings": SCORES["settings"] | {"step": 4}})
+    for text in (other, "{", "[]", json.dumps(SCORES | {"metrics": {"CIDEr": "1.2345"}})):
+        scores.write_text(text)
+        share.export(run, shared)
+        card = (shared / "README.md").read_text()
+        assert "Not evaluated." in card and "CIDEr" not in card
+    scores.unlink()
+    share.export(run, shared)
+    assert "Not evaluated." in (shared / "README.md").read_text()
+
+
+def test_a_name_cannot_break_the_card(run, state, tmp_path):
+    """YAML and tables end at a newline, a cell at a pipe; where a model lay is not told."""
+    nasty = "/home/me/a|b\n---\n# <b>`x`"
+    state["manifest"] = {"settings": SETTINGS, "info": {"encoder": nasty}}
+    state["lm"]["name"] = nasty
+    (run / "best.pt").write_bytes(torch_bytes(state))
+    share.export(run, tmp_path / "pipe|`name")
+    card = (tmp_path / "pipe|`name" / "README.md").read_text()
+    lines = card.splitlines()
+    assert lines.count("---") == 2 and "<b>" not in card and "/home" not in card
+    assert [line for line in lines if line.startswith("# ")] == ["# pipe\\|\\`name"]
+    rows = [line for line in lines if line.startswith("| encoder") or line.startswith("| language")]
+    assert len(rows) == 2 and all(row.replace("\\|", "").count("|") == 3 for row in rows)
+
+
+def test_only_models_of_the_hub_are_called_base_models(run, state, tmp_path, monkeypatch):
+    """A folder's name may have the form of an id: the Hub's cache knows."""
+    on_the_hub(run, "somebody/lm", tmp_path / "hub", monkeypatch)
+    (tmp_path / "hub/models--somebody--lm/snapshots/abc/config.json").write_text("{}")
+    state["lm"]["name"] = "somebody/lm"
+    state["manifest"] = {"settings": SETTINGS, "info": {"encoder": "world/encoder"}}
+    (run / "best.pt").write_bytes(torch_bytes(state))
+    share.export(run, tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert 'base_model: ["somebody/lm"]\n' in card
+    assert "--checkpoint shared --encoder ENCODER\n" in card
