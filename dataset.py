@@ -73,6 +73,11 @@ def load_records(annotations, split):
     return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
 
 
+def file_names(record):
+    """The names that a clip's file may have, inside the videos' folder."""
+    return [*filter(None, (record["video"], f"{record['id']}.webm", f"{record['id']}.mp4"))]
+
+
 def why_refused(record):
     """What in a record could reach beyond its clip, or None: a text that steers the terminal, a video
     outside the videos' folder."""

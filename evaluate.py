@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 evaluate.py   (a share of the clips on each of four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json; the table goes to
-stdout. Needs features of the split: preprocess_ssv2.py --splits <split>.
+stdout. Needs features of the split: preprocess_ssv2.py --splits <split>. With --gallery also
+gallery.html: every clip with its caption and score, to be opened in a browser.
 """
 
 import math
@@ -15,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import cli
+import gallery
 import hub
 import ranks
 from cli import UserError, note
@@ -64,6 +66,19 @@ def parse_args(argv=None):
     group.add_argument(
         "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
     )
+    group = parser.add_argument_group("gallery")
+    group.add_argument("--gallery", action="store_true", help="write a page that shows every clip")
+    group.add_argument(
+        "--videos", default="data/20bn-something-something-v2", help="clips' folder, for --gallery"
+    )
+    group.add_argument(
+        "--embed",
+        type=cli.whole(1),
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="N clips only (100 if no number is given), as GIFs within the page",
+    )
     group = parser.add_argument_group("generation")
     group.add_argument("--batch-size", type=cli.whole(1), default=64, help="clips at once")
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
@@ -76,6 +91,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.predictions and args.shard != (0, 1):
         raise UserError("--predictions scores all parts of a run together: leave --shard out")
+    gallery.check(args)
     records = load_records(args.annotations, args.split)
     everything = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
@@ -109,7 +125,7 @@ def main(argv=None):
 
     import metrics
 
-    result, _ = score(
+    result, per_clip = score(
         predictions,
         records,
         everything,
@@ -125,6 +141,20 @@ def main(argv=None):
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
     note(f"written to {output / f'evaluation_{name}.json'}")
+    if args.gallery:
+        write_gallery(args, output, result, per_clip, predictions, records)
+
+
+def write_gallery(args, output, result, per_clip, predictions, records):
+    from preprocess_ssv2 import find_clips
+
+    name = result_name(args, result["settings"]["missing"]).removesuffix("_rescored")
+    path = output / ("gallery.html" if name == VALIDATION else f"gallery_{name}.html")
+    found, _ = find_clips(Path(args.videos), {args.split: records})
+    clips = {clip_id: file for (_, clip_id), file in found.items()}
+    scored = (result, per_clip, predictions, records, clips, args.style)
+    without = gallery.write(path, *scored, args.embed, args.seed, args.workers)
+    note(f"written to {path}" + (f"; {without} clips have no film in it" if without else ""))
 
 
 def default_output(args):

@@ -19,7 +19,7 @@ import cli
 import render
 import windows
 from cli import DONE, FAILED, PARTIAL, UserError, note
-from dataset import STYLES, TEST, by_hash, load_records
+from dataset import STYLES, TEST, by_hash, file_names, load_records
 from files import write_json
 
 
@@ -87,7 +87,7 @@ def main(argv=None):
             picture = attention.draw(w.frames, weights, encoder.settings, names[w.file] + span)
             render.save(output / f"{names[w.file]}_attention{span}.png", picture)
 
-    names, results = file_names(paths), []
+    names, results = output_names(paths), []
     labels = references(paths, args) if args.gif or args.video else {}
     look = explain if args.explain else None
     try:
@@ -119,8 +119,8 @@ def draw_samples(args):
     videos = cli.existing(args.videos, "--videos", "It is the folder of the dataset's clips.")
     paths = []
     for clip_id in by_hash(records, args.seed):
-        names = filter(None, (records[clip_id]["video"], f"{clip_id}.webm", f"{clip_id}.mp4"))
-        paths += [videos / name for name in names if (videos / name).is_file()][:1]
+        files = (videos / name for name in file_names(records[clip_id]))
+        paths += [path for path in files if path.is_file()][:1]
         if len(paths) == args.num_samples:
             break
     if len(paths) < args.num_samples:
@@ -176,7 +176,7 @@ def describe(path, pairs):
     return result
 
 
-def file_names(paths):
+def output_names(paths):
     """A name for what is written about each file: its own without the ending, numbered if not the first."""
     names, taken = [], set()
     for path in paths:
@@ -192,7 +192,7 @@ def references(paths, args):
     inside = {p.resolve().relative_to(root): p for p in paths if root in p.resolve().parents}
     for split in sorted(Path(args.annotations).glob("*.json")) if inside else []:
         for r in load_records(args.annotations, split.stem):
-            for name in filter(None, (r["video"], f"{r['id']}.webm", f"{r['id']}.mp4")):
+            for name in file_names(r):
                 if r["label"] and Path(name) in inside:
                     labels.setdefault(inside[Path(name)], r["label"])
     return labels

@@ -25,6 +25,7 @@ from dataset import (
     TRAIN,
     VALIDATION,
     check_same_settings,
+    file_names,
     load_features,
     load_manifest,
     load_records,
@@ -113,7 +114,7 @@ def find_clips(videos, wanted):
     paths, missing = {}, []
     for split, records in wanted.items():
         for r in records:
-            for name in filter(None, (r["video"], f"{r['id']}.webm", f"{r['id']}.mp4")):
+            for name in file_names(r):
                 # a set look-up instead of 220,847 stat calls; sub-folders are asked for one by one
                 if name in names or ("/" in name and (videos / name).is_file()):
                     paths[split, r["id"]] = videos / name

@@ -179,12 +179,12 @@ class Subtitles:
         return whole
 
 
-def resized(picture, area):
-    """uint8 (H, W, 3) or a PIL image -> one of about `area` pixels, of even sizes, never too narrow."""
+def resized(picture, area, narrowest):
+    """uint8 (H, W, 3) or a PIL image -> one of about `area` pixels, even, at least `narrowest` wide."""
     from PIL import Image
 
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    factor = max((area / (image.width * image.height)) ** 0.5, NARROWEST / image.width)
+    factor = max((area / (image.width * image.height)) ** 0.5, narrowest / image.width)
     size = [max(2, round(edge * factor / 2) * 2) for edge in image.size]
     return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -198,16 +198,18 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
     import video
 
     rate = min(rate, GIF_FRAMES / max(video.probe(path).duration, 1e-3))
-    film = [(time, resized(p, area)) for time, p in video.stream(path, rate)]
+    narrowest = NARROWEST if result else 1
+    film = [(time, resized(p, area, narrowest)) for time, p in video.stream(path, rate)]
     times, images = zip(*film, strict=True)
     limit = GIF_BYTES * max(1.0, times[-1] + 1 / rate)
     while True:
         draw = Subtitles(result, images[0].size) if result else lambda _, image: image
         data = encode_gif([draw(t, i) for t, i in zip(times, images, strict=True)], times, 1 / rate)
         width, height = images[0].size
-        if len(data) <= limit or width <= NARROWEST:
+        if len(data) <= limit or width <= narrowest:
             return data
-        images = [resized(i, width * height * 0.9 * limit / len(data)) for i in images]
+        area = width * height * 0.9 * limit / len(data)
+        images = [resized(i, area, narrowest) for i in images]
 
 
 def encode_gif(images, times, last):
@@ -242,7 +244,7 @@ def mp4(path, result):
         with av.open(str(target), "w", options=options) as container:
             for time, picture in video.stream(path):
                 height, width = picture.shape[:2]
-                image = resized(picture, max(width * height, GIF_AREA))
+                image = resized(picture, max(width * height, GIF_AREA), NARROWEST)
                 if subtitles is None:
                     subtitles = Subtitles(result, image.size)
                     track = container.add_stream("libx264", options=H264)
