@@ -47,28 +47,14 @@ def find_model(name, flag):
     The Hub's cache is tried first, then the Hub, once. Raises UserError naming `flag` when the
     model is nowhere, or incomplete.
     """
-    folder = Path(name)
-    if len(str(name)) < 1000 and os.path.isdir(folder):
-        if missing := _missing_files(folder):
-            raise UserError(f"{flag} {name}: the folder has no {missing}")
+    folder, missing = look_here(name, flag)
+    if folder and not missing:
         return folder
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
+    if folder == Path(name):
+        raise UserError(f"{flag} {name}: the folder has no {missing}")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        cached = Path(snapshot_download(name, local_files_only=True))
-        if not _missing_files(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError:
-        raise UserError(f"{flag} {name}: neither a folder nor a Hub id") from None
     try:
         HfApi().model_info(name, timeout=10)  # one request, no retries: is there a Hub at all?
         return Path(snapshot_download(name, allow_patterns=WANTED))
@@ -80,6 +66,27 @@ def find_model(name, flag):
         f"{flag} {name} is not in the local cache and {why}."
         f" Download the model elsewhere and pass its folder: {flag} /path/to/{name.split('/')[1]}"
     )
+
+
+def look_here(name, flag):
+    """Look for a model without the network: (its folder or None, the first file missing there or None).
+
+    Raises UserError naming `flag` where `name` is neither a folder nor a Hub id.
+    """
+    if len(str(name)) < 1000 and os.path.isdir(name):
+        return Path(name), _missing_files(Path(name))
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None, None
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: neither a folder nor a Hub id") from None
+    return cached, _missing_files(cached)
 
 
 def _missing_files(folder):
