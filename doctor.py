@@ -66,7 +66,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", default=encoding.encoder, help="Hub id or folder of a V-JEPA 2")
     group.add_argument("--lm", default=training.lm, help="Hub id or folder of a causal LM")
-    group.add_argument("--checkpoint", default=scoring.checkpoint, help="file or run folder")
+    group.add_argument("--checkpoint", default=scoring.checkpoint, help=cli.CHECKPOINT)
     group = parser.add_argument_group("data")
     group.add_argument("--labels", default=labels.labels, help="folder with train.json, …")
     group.add_argument("--videos", default=encoding.videos, help="clips' folder")
@@ -213,7 +213,7 @@ def look_at_gpu(torch):
         if found["built_for"]:
             text = f"an NVIDIA GPU, but no driver that runs torch's CUDA {found['built_for']}"
             return Finding(MISSING, "CUDA", text, "nvidia-smi")
-        fix = f"{INSTALL} --force-reinstall '{torch}' --index-url https://pypi.org/simple"
+        fix = f"{INSTALL} --force-reinstall '{torch}'"
         return Finding(MISSING, "CUDA", "an NVIDIA GPU, but torch is built for CPUs", fix)
     text = f"{found['count']} x {found['name']}, {found['bytes'] / 1e9:.0f} GB"
     if not found["bf16"]:
@@ -290,9 +290,7 @@ def machine(features):
         findings.append(Finding(OK if memory > MEMORY else NOTE, "memory", text))
     if os.path.isdir(SHARED):
         scoring, free = evaluate.parse_args([]), shutil.disk_usage(SHARED).free
-        ahead = (
-            scoring.workers * 2 * scoring.batch_size * CLIP_BYTES[1]
-        )  # torch: 2 batches a worker
+        ahead = scoring.workers * 2 * scoring.batch_size * CLIP_BYTES[1]  # 2 batches a worker
         text = f"{free / 1e9:.1f} GB free; evaluate.py takes {ahead / 1e9:.1f} on SSv2 (computed)"
         fix = None if ahead < free else "python evaluate.py --workers 0"
         findings.append(Finding(NOTE if fix else OK, SHARED, text, fix))
@@ -307,6 +305,11 @@ def models(args, broken):
     encoder, lm = look_for("encoder", args.encoder, broken), look_for("lm", args.lm, broken)
     findings = [encoder[0], lm[0]]
     path = Path(args.checkpoint)
+    if "transformers" not in broken and hub.is_id(args.checkpoint):
+        finding, _ = look_for("checkpoint", args.checkpoint, broken)
+        if finding.state == MISSING:
+            return [*findings, finding]
+        path, _ = hub.look_here(args.checkpoint, "--checkpoint")
     if not path.exists():
         run = path.parent if path.suffix == ".pt" else path
         fix = command(args, "train.py", "annotations", "features", "lm", output=run)
