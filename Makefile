@@ -27,7 +27,7 @@ test: .venv/test
 
 .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[viz,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[viz,app,dev]'
 	touch $@
 
 clean:

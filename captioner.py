@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 import hub
 import share
 from cli import UserError, out_of_memory
-from dataset import STYLES, are_settings, is_count
+from dataset import STYLES, are_settings, collate_text, encode_caption, is_count
 from files import read_torch
 from qformer import QFormer
 
 CHECKPOINT_VERSION = 1
 READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
+TEXTS_CHUNK = 32  # texts compared at a time: a key/value cache each
 LOGITS_CHUNK = 256  # labelled tokens at a time: 256 x V floats are 156 MB for Qwen2
 
 
@@ -132,6 +133,33 @@ class VideoCaptioner(nn.Module):
             generation_config=config,
         )
         return out[:, full.shape[1] :]
+
+    @torch.inference_mode()
+    def log_likelihoods(self, cache, style, texts):
+        """How likely each text is as the caption of B clips: float32 (B, len(texts)), at most 0.
+
+        The mean log-probability of its tokens and eos, so that a long text does not lose by its
+        length. cache: of `prefix`; it is left as it is.
+        """
+        clips, scores = cache.layers[0].keys.shape[0], []
+        for start in range(0, len(texts), TEXTS_CHUNK):
+            some = texts[start : start + TEXTS_CHUNK]
+            pairs = [encode_caption(self.tokenizer, style, text) for text in some]
+            text = {k: v.to(self.device) for k, v in collate_text(pairs * clips).items()}
+            behind = copy.deepcopy(cache)
+            behind.batch_repeat_interleave(len(some))  # B -> B*K
+            hidden = self.lm.base_model(
+                input_ids=text["input_ids"], past_key_values=behind, use_cache=True
+            ).last_hidden_state  # (B*K, L, D)
+            hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
+            chunks = zip(*(x.split(LOGITS_CHUNK) for x in (hidden, text["targets"])), strict=True)
+            head = self.lm.get_output_embeddings()
+            log_p = [-F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks]
+            rows = text["positions"] // text["input_ids"].shape[1]  # (M,)
+            sums = torch.zeros(clips * len(some), device=self.device)
+            sums.index_add_(0, rows, torch.cat(log_p))
+            scores.append((sums / rows.bincount()).unflatten(0, (clips, -1)))  # (B, K)
+        return torch.cat(scores, 1)
 
     @torch.inference_mode()
     def captions(self, batch, style, max_new_tokens=50, num_beams=1):

@@ -349,24 +349,30 @@ def collate(items):
 
     if error := next((item for item in items if isinstance(item, UserError)), None):
         return error
-    batch = stack_stored(items)
-    pairs = [pair for item in items for pair in item["captions"]]
-    length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
-    batch["input_ids"] = torch.zeros(len(pairs), length, dtype=torch.long)
-    positions, targets = [], []
-    for row, (prompt, target) in enumerate(pairs):
-        end = len(prompt) + len(target)
-        batch["input_ids"][row, :end] = torch.tensor(prompt + target)
-        # the prompt's last token predicts the caption's first
-        first = row * length + len(prompt) - 1
-        positions.extend(range(first, first + len(target)))
-        targets.extend(target)
-    batch["positions"] = torch.tensor(positions, dtype=torch.long)
-    batch["targets"] = torch.tensor(targets, dtype=torch.long)
+    batch = stack_stored(items) | collate_text(pair for item in items for pair in item["captions"])
     if torch.utils.data.get_worker_info():  # a full /dev/shm must be heard of: later, in the thread
         for tensor in batch.values():  # that sends, torch would drop the batch without a word
             tensor.share_memory_()
     return {"ids": [item["id"] for item in items], **batch}
+
+
+def collate_text(pairs):
+    """Pairs (prompt ids, target ids) -> `input_ids`, `positions` and `targets`, see `collate`."""
+    import torch
+
+    pairs = list(pairs)
+    length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
+    input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    positions, targets = [], []
+    for row, (prompt, target) in enumerate(pairs):
+        end = len(prompt) + len(target)
+        input_ids[row, :end] = torch.tensor(prompt + target)
+        # the prompt's last token predicts the caption's first
+        first = row * length + len(prompt) - 1
+        positions.extend(range(first, first + len(target)))
+        targets.extend(target)
+    positions, targets = (torch.tensor(x, dtype=torch.long) for x in (positions, targets))
+    return {"input_ids": input_ids, "positions": positions, "targets": targets}
 
 
 def loader(dataset, batch_size, workers, device):

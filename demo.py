@@ -1,6 +1,8 @@
 """The whole chain on the toy world: real video files, the real scripts, no GPU, no download.
 
-    python demo.py                (8 minutes on two idle cores; ends with results/demo/summary.json)
+    python demo.py                (8 minutes on two idle cores)
+
+Ends with results/demo/summary.json, gallery.html to be opened in a browser, and curves.png.
 
 Every command is echoed and can be typed by hand. The toy world shows that the pieces work together
 and that the captions come from the video; it says nothing about scores on Something-Something-V2.
@@ -93,11 +95,19 @@ def main(argv=None):
     clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
     step("captions", f"infer.py {clips} --checkpoint {output}")
     step("captions", f"infer.py {clips} --checkpoint {output} --style sentence")
+    step(
+        "gallery",
+        f"evaluate.py --predictions {output}/predictions_validation.json {annotations}"
+        f" --videos {data}/videos --no-meteor --gallery",
+    )
 
     summary = summarise(run, seconds)
     write_json(run / "summary.json", summary)
     print(table(summary))
-    note(f"written to {run / 'summary.json'}")
+    note(f"written to {run / 'summary.json'}; look at {run / 'gallery.html'} in a browser and at")
+    note(
+        f"{run / 'curves.png'}; python app.py --checkpoint {output} is a page for clips of your own"
+    )
 
 
 def shell(command):

@@ -46,8 +46,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     require()
-    from PIL import Image
-
     from evaluate import read_predictions
     from preprocess_ssv2 import find_clips
 
@@ -62,14 +60,8 @@ def main(argv=None):
         for key in ((args.split, i) for i in chosen)
         if key in paths
     ]
-    width = max(s.width for s in strips)
-    picture = Image.new("RGB", (width, sum(s.height for s in strips)), "white")
-    top = 0
-    for s in strips:
-        picture.paste(s, (0, top))
-        top += s.height
     cli.output_folder(Path(args.output).parent, "--output").mkdir(parents=True, exist_ok=True)
-    picture.save(args.output, optimize=True)
+    stacked(strips).save(args.output, optimize=True)
     note(f"{len(strips)} clips drawn: {args.output}")
 
 
@@ -78,6 +70,18 @@ def require():
     for name in ("PIL", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"pictures need {name}: pip install -e '.[viz]'", code=1)
+
+
+def stacked(pictures):
+    """PIL images one under the other."""
+    from PIL import Image
+
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
 
 
 def strip(path, reference, caption):

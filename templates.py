@@ -12,6 +12,12 @@ def canonical(template):
     return _plain(re.sub(r"[\[\]]", "", template))
 
 
+def fill(template, fillers):
+    """A template as a label would have it, its brackets filled in order; those left over keep their words."""
+    words = iter(fillers)
+    return _plain(re.sub(r"\[([^\]]*)\]", lambda slot: next(words, slot[1]), template))
+
+
 class Templates:
     """Finds the template that a caption was made from.
 
