@@ -196,8 +196,8 @@ def resized(picture, area, narrowest):
 def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
     """A film as the bytes of a GIF that plays at its own speed, with its captions if there is `result`.
 
-    One palette for all pictures: a palette each would cost 768 bytes and flicker. A film whose
-    pictures do not compress is made smaller. Raises VideoError.
+    One palette for all pictures: a palette each would cost 768 bytes and flicker. A film that does
+    not compress is made smaller, then loses every second picture. Raises VideoError.
     """
     import video
 
@@ -210,8 +210,10 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
         draw = Subtitles(result, images[0].size) if result else lambda _, image: image
         data = encode_gif([draw(t, i) for t, i in zip(times, images, strict=True)], times, 1 / rate)
         width, height = images[0].size
-        if len(data) <= limit or width <= narrowest:
+        if len(data) <= limit or len(images) == 1:
             return data
+        if width <= narrowest:
+            images, times = images[::2], times[::2]
         area = width * height * 0.9 * limit / len(data)
         images = [resized(i, area, narrowest) for i in images]
 
@@ -230,9 +232,10 @@ def encode_gif(images, times, last):
     # a GIF counts hundredths of a second, and browsers slow down what is under two
     shown = [max(20, 10 * round(100 * (b - a))) for a, b in zip(times, ends, strict=True)]
     data = io.BytesIO()
-    frames[0].save(
-        data, "GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
-    )
+    # without `palette` each picture would be written with one of its own
+    table = bytes(palette.getpalette())
+    options = {"duration": shown, "loop": 0, "optimize": False, "palette": table}
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], **options)
     return data.getvalue()
 
 

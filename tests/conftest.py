@@ -1,6 +1,8 @@
 """Tiny models in place of the real ones: the architectures are the same, the sizes are not."""
 
 import os
+import shutil
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
@@ -175,3 +177,31 @@ def trained(world, prepared, tmp_path_factory):
 def quick_meteor(monkeypatch):
     """METEOR reads its paraphrases for 10 s each time; test_metrics.py tests it for itself."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, Debian's packages chromium and chromium-driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1280,1000")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield page
+    page.quit()
+
+
+def until(true, seconds=60):
+    """Wait until a function returns something true, and return that."""
+    end = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.1)
+    return value

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import captioner as module
 from captioner import VideoCaptioner, from_checkpoint, model_state, read_checkpoint
 from cli import UserError
-from dataset import STYLES
+from dataset import STYLES, encode_caption
 
 CAPTIONS = [
     [("label", "moving red ball"), ("sentence", "A ball.")],
@@ -286,3 +286,28 @@ def test_a_clip_without_reference_is_captioned_all_the_same(captioner, make_batc
     batch = double(make_batch([[CAPTIONS[0][1]], []]))
     total, _, texts = captioner.validation(batch, "sentence", 9)
     assert total is None and len(texts) == 2
+
+
+def test_log_likelihoods_are_those_of_each_text_alone(captioner, make_clips, tokenizer):
+    """The mean log-probability of a text's tokens and eos, from one pass over the whole sequence."""
+    clips, texts = make_clips(2), ["a cup", "putting a rather long thing down", "x"] * 20
+    batch = double(dict(zip(("features", "scale", "offset"), clips, strict=True)))
+    clips = list(batch.values())
+    with torch.no_grad():
+        cache = captioner.prefix(*clips)
+        length = cache.get_seq_length()
+        got = captioner.log_likelihoods(cache, "label", texts)
+        soft, expected = captioner.qformer(*clips), torch.empty(2, 3)
+        embed = captioner.lm.get_input_embeddings()
+        for n, text in enumerate(texts[:3]):
+            prompt, target = encode_caption(tokenizer, "label", text)
+            ids = torch.tensor([prompt + target])
+            for clip in range(2):
+                x = torch.cat([soft[clip : clip + 1], embed(ids)], 1)
+                log_p = captioner.lm(inputs_embeds=x).logits.log_softmax(-1)[0]
+                first = soft.shape[1] + len(prompt) - 1  # predicts the caption's first token
+                told = [log_p[first + i, t] for i, t in enumerate(target)]
+                expected[clip, n] = torch.stack(told).mean()
+    assert torch.allclose(got, expected.repeat(1, 20), atol=1e-5)
+    assert cache.get_seq_length() == length  # it can be gone on from
+    assert captioner.generate(cache, "label") == captioner.captions(batch, "label")

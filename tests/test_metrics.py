@@ -16,7 +16,7 @@ import pytest
 import metrics
 import ptb
 from cli import UserError
-from templates import Templates
+from templates import Templates, fill
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -508,3 +508,19 @@ def test_an_error_beside_java_does_not_wait_for_it(tmp_path, monkeypatch):
     java.write_text("#!/bin/sh\ncat\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert ptb.run_java([], ["x", "y"], 20) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("template", "fillers", "text"),
+    [
+        ("Holding [something] next to [something]", ["a cup", "it"], "holding a cup next to it"),
+        ("Holding [something] next to [something]", ["a cup"], "holding a cup next to something"),
+        ("[Something] falling", [], "something falling"),
+        ("[Something] falling", ["a", "b"], "a falling"),
+    ],
+)
+def test_a_template_is_filled_as_a_label_has_it(template, fillers, text):
+    assert fill(template, fillers) == text
+    if fillers and "something" not in text:
+        found, named = Templates([template]).parse(text)
+        assert found == template and named == fillers[: len(named)]

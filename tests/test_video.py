@@ -389,3 +389,29 @@ def test_import_is_light():
     code = "import sys, video; print({'torch', 'av', 'decord', 'transformers'} & set(sys.modules))"
     root = os.path.dirname(video.__file__)
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root).strip() == b"set()"
+
+
+# ---- a whole film --------------------------------------------------------------------------
+
+
+def test_a_stream_gives_every_frame_at_its_time(tmp_path):
+    path = write(tmp_path / "a.webm")
+    times, frames = zip(*video.stream(path), strict=True)
+    np.testing.assert_array_equal(np.stack(frames), decode(path, 48).frames)
+    assert times == pytest.approx([n / 12 for n in range(48)], abs=2e-3)
+
+
+def test_a_stream_of_fewer_frames_keeps_their_pace(tmp_path):
+    """Of 12 a second at most 5: each is the first at or after its fifth of a second."""
+    times = [time for time, _ in video.stream(write(tmp_path / "a.webm"), rate=5)]
+    assert len(times) == 20 and min(np.diff(times)) > 0.15
+    assert max(abs(t - n / 5) for n, t in enumerate(times)) < 1 / 12
+
+
+def test_a_stream_is_upright_and_leaves_damage_out(tmp_path):
+    path = write(tmp_path / "a.mp4", codec="libx264")
+    rotate(path, 90)
+    assert {frame.shape for _, frame in video.stream(path)} == {(64, 48, 3)}
+    path = write(tmp_path / "b.webm", frame=noise)
+    damage(path, 0.5, 1, cut=True)
+    assert 0 < len(list(video.stream(path))) < 48

@@ -1,0 +1,176 @@
+"""The web demo, in a real browser, beside infer.py."""
+
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import until
+
+import app
+import infer
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+HERE = Path(__file__).parent.parent
+LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
+
+
+@pytest.fixture(scope="module")
+def address(trained, world):
+    """The address of a running app.py, which is ended by Ctrl-C."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = ["--checkpoint", trained / "best.pt", "--examples", world / "videos", "--port", port]
+    flags += [flag for pair in LIMITS.items() for flag in pair]
+    process = subprocess.Popen([sys.executable, HERE / "app.py", *map(str, flags)], text=True)
+
+    def answers():
+        assert process.poll() is None, "app.py ended"
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}").status == 200
+        except OSError:
+            return False
+
+    until(answers, seconds=120)
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+@pytest.fixture
+def page(browser, address):
+    browser.get(address)
+    until(lambda: browser.find_elements("css selector", "#clip input[type=file]"))
+    return browser
+
+
+def upload(page, path):
+    page.find_element("css selector", "#clip input[type=file]").send_keys(str(path))
+
+
+def value(page, name):
+    return "".join(
+        e.get_attribute("value") for e in page.find_elements("css selector", f"#{name} textarea")
+    )
+
+
+def test_an_upload_comes_back_with_the_caption_of_infer(page, world, trained, capsys):
+    clip = sorted((world / "videos").glob("*.webm"))[0]
+    said = {}
+    for style in ("label", "sentence"):
+        infer.main([str(clip), "--checkpoint", str(trained), "--workers", "0", "--style", style])
+        said[style] = capsys.readouterr().out.strip().split("\t")[1]
+    upload(page, clip)
+    until(lambda: value(page, "label"))
+    assert {style: value(page, style) for style in said} == said
+    table = page.find_element("css selector", "#templates")
+    until(lambda: table.text.lower().count("[something]") >= app.NEAREST)
+    picture = "const i = document.querySelector('#picture img'); return i && i.naturalWidth"
+    until(lambda: (page.execute_script(picture) or 0) > 500)
+
+
+def test_a_text_file_comes_back_with_a_sentence(page, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a film")
+    upload(page, text)
+    until(lambda: "Invalid file type: notes.txt" in page.find_element("tag name", "body").text)
+    named = tmp_path / "notes.mp4"
+    named.write_text("not a film")
+    page.refresh()
+    until(lambda: page.find_elements("css selector", "#clip input[type=file]"))
+    upload(page, named)
+    said = until(lambda: value(page, "message"))
+    assert said.startswith("notes.mp4 cannot be read as a video") and not value(page, "label")
+
+
+def test_too_large_an_upload_is_refused(page, tmp_path):
+    large = tmp_path / "large.mp4"
+    large.write_bytes(bytes(2 * 2**20))
+    upload(page, large)
+    until(lambda: "exceed the maximum allowed size" in page.find_element("tag name", "body").text)
+
+
+def test_the_examples_are_of_the_toy_world(page):
+    until(lambda: page.find_elements("css selector", ".gallery-item"))
+    page.find_elements("css selector", ".gallery-item")[0].click()
+    until(lambda: value(page, "label"))
+
+
+@pytest.fixture(scope="module")
+def look(trained):
+    """What the page calls, without the page."""
+    import torch
+
+    from captioner import from_checkpoint, read_checkpoint
+    from encoder import VideoEncoder
+
+    flags = ["--max-seconds", "10", "--workers", "0", "--window", "2", "--stride", "2"]
+    args, checkpoint, device = app.parse_args(flags), read_checkpoint(trained), torch.device("cpu")
+    return app.Look(
+        VideoEncoder.from_manifest(checkpoint["manifest"], device),
+        from_checkpoint(checkpoint, device, torch.float32),
+        checkpoint["templates"],
+        args,
+    )
+
+
+def film(path, seconds):
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=12)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for n in range(12 * seconds):
+            picture = np.full((64, 64, 3), 10 + n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
+    path = film(tmp_path / "film.webm", 6)
+    message, label, sentence, templates, picture = look(path)
+    times = ["0.0 - 2.0 s", "2.0 - 4.0 s", "4.0 - 6.0 s"]
+    for text in (label, sentence):
+        assert [line.split("  ")[0] for line in text.splitlines()] == times and message == ""
+    assert [row[2] for row in templates] == [t for t in times for _ in range(app.NEAREST)]
+    assert picture.height > 3 * 300
+
+
+def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):
+    message, label, *_ = look(film(tmp_path / "long.webm", 12))
+    assert message == "long.webm takes 12 s, this page up to 10: cut it, or use infer.py"
+    assert label == ""
+
+
+def test_a_message_does_not_tell_where_uploads_lie(look, tmp_path):
+    path = tmp_path / "silent.mp4"
+    path.write_bytes(b"")
+    assert look(path)[0] == "silent.mp4 is an empty file"
+
+
+def test_templates_are_ranked_by_likelihood(look, world, prepared):
+    """Best first, and by what the model says of this clip: another order for another clip."""
+    from dataset import load_features, load_records, stack_stored
+
+    settings, ranks = look.encoder.settings, []
+    for record in load_records(prepared / "annotations", "validation")[:2]:
+        path = prepared / "features" / "validation" / f"{record['id']}.pt"
+        batch = stack_stored([load_features(path, record["id"], settings)])
+        rows = app.nearest(look.captioner, batch, record["label"], look.templates)
+        scores = [score for _, score in rows]
+        assert scores == sorted(scores, reverse=True) and scores[0] < 0
+        assert {template for template, _ in rows} <= set(look.templates)
+        ranks.append(rows)
+    assert ranks[0] != ranks[1]
+    assert app.nearest(look.captioner, batch, record["label"], []) == []
+
+
+def test_listens_to_this_machine_only():
+    assert app.parse_args([]).host == "127.0.0.1"

@@ -1,0 +1,90 @@
+"""Where the queries look: the weights, and the picture of them."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import attention
+from qformer import Video
+
+GRID = (4, 3, 5)
+
+
+def test_weights_are_those_of_the_textbook(make_qformer, make_clips):
+    """softmax(q k / sqrt(d)) with keys written out, for two blocks."""
+    qformer, clips = make_qformer(grid=GRID, num_blocks=2).eval(), make_clips(3)
+    weights = qformer.attention(*clips)
+    assert weights.shape == (3, 2, 4, 6, *GRID)
+    assert torch.allclose(weights.sum((-1, -2, -3)), torch.ones(3, 2, 4, 6))
+    t, h, w = qformer.pos
+    pos = (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)
+    video = Video(*clips, qformer.mean, qformer.std, GRID)
+    kv = qformer.project(video.standardised()) + pos
+    x = qformer.queries[None]
+    for n, block in enumerate(qformer.blocks):
+        x = x + block.self_attention(block.norm_self(x))
+        cross = block.cross
+        q, k = cross.heads(cross.q(block.norm_cross(x))), cross.heads(cross.k(kv))
+        expected = (q @ k.mT / k.shape[-1] ** 0.5).softmax(-1).expand(3, -1, -1, -1)
+        assert torch.allclose(weights[:, n].flatten(-3), expected, atol=1e-5)
+        x = x + cross.textbook(block.norm_cross(x), kv)
+        x = x + block.mlp(block.norm_mlp(x))
+
+
+def test_weights_do_not_change_what_is_said(make_qformer, make_clips):
+    qformer, clips = make_qformer(grid=GRID, dropout=0.1).eval(), make_clips(2)
+    before = qformer(*clips)
+    qformer.attention(*clips)
+    assert torch.equal(before, qformer(*clips))
+
+
+def test_the_mass_is_on_what_the_queries_match(make_qformer, make_clips):
+    """A token along every query's key gets nearly all of the weight, at its own place."""
+    qformer = make_qformer(grid=GRID).eval()
+    with torch.no_grad():
+        for table in qformer.pos:
+            table.zero_()
+        features, scale, offset = make_clips(1, store="fp16")
+        cross = qformer.blocks[0].cross
+        cross.q.weight.zero_()
+        cross.q.bias.copy_(torch.randn(32))
+        key = cross.per_head(cross.k.weight).mT @ cross.q.bias.view(4, -1, 1)  # (A, D, 1)
+        direction = (key.sum(0).T @ qformer.project.weight)[0]  # (E,)
+        features[0, 37] = (direction * qformer.std * 500 / direction.norm()).half()
+    mass = attention.mass(qformer, {"features": features, "scale": scale, "offset": offset})
+    assert mass.shape == (1, *GRID) and np.isclose(mass.sum(), 1)
+    assert np.unravel_index(mass.argmax(), mass.shape)[1:] == np.unravel_index(37, GRID)
+    assert mass.max() > 0.5
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_the_picture_shows_what_the_encoder_saw(resize):
+    """A square in the top left corner of a wide frame: cropped away, or there."""
+    frames = np.zeros((8, 60, 120, 3), np.uint8)
+    frames[:, :20, :20, 0] = 255
+    settings = {"size": 64, "resize": resize}
+    seen = attention.as_encoded(frames, settings)
+    assert seen.shape == (8, 64, 64, 3)
+    red = (seen[0, :, :, 0] > 200).any()
+    assert red == (resize != "crop")
+    picture = Image.open(
+        io.BytesIO(attention.draw(frames, np.full((4, 2, 2), 1 / 16), settings, "x"))
+    )
+    assert picture.width > 400 and picture.height > 200
+
+
+def test_more_weight_is_drawn_brighter_and_in_its_place():
+    frames = np.full((4, 64, 64, 3), 60, np.uint8)
+    settings = {"size": 64, "resize": "squash"}
+
+    def drawn(place):
+        weights = np.full((2, 4, 4), 0.01)
+        weights[place] = 1 - 0.31
+        return np.asarray(Image.open(io.BytesIO(attention.draw(frames, weights, settings))), float)
+
+    where = np.abs(drawn((0, 0, 0)) - drawn((1, 3, 3))).sum(-1) > 100
+    columns = np.flatnonzero(where[: len(where) * 2 // 3].any(0))
+    assert columns.min() < where.shape[1] / 2 < columns.max()  # the first moment and the second

@@ -1,0 +1,173 @@
+"""Captioned films and strips: what they show, how long, how large."""
+
+import io
+import json
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import infer
+import render
+import video
+
+LONG = "pretending to take something out of something but nothing is really in it at all, is it"
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """4 s of the size of SSv2's clips, with so much noise that little of it compresses."""
+    path = tmp_path_factory.mktemp("films") / "noisy.webm"
+    return film(path, 48, lambda n, rng: rng.integers(0, 256, (240, 427, 3)))
+
+
+def film(path, frames, picture, rate=12):
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=rate, options={"crf": "40"})
+        stream.height, stream.width = picture(0, rng).shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for n in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(n, rng).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def grey(n, rng):
+    return np.full((120, 160, 3), 40 + n % 50)
+
+
+def pictures(gif):
+    """[(seconds shown, RGB array)] of the bytes of a GIF."""
+    image, found = Image.open(io.BytesIO(gif)), []
+    for n in range(image.n_frames):
+        image.seek(n)
+        found.append((image.info["duration"] / 1000, np.array(image.convert("RGB"))))
+    return found
+
+
+def palettes(data):
+    """The number of colour tables of a GIF: the global one and those of single pictures."""
+    size = 3 << ((data[10] & 7) + 1)
+    at, count = 13 + (size if data[10] & 0x80 else 0), data[10] >> 7
+    while data[at] != 0x3B:
+        if data[at] == 0x21:  # an extension
+            at += 2
+        else:  # a picture
+            flags = data[at + 9]
+            count += flags >> 7
+            at += 11 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+        while data[at]:
+            at += data[at] + 1
+        at += 1
+    return count
+
+
+def test_a_gif_is_small_has_one_palette_and_plays_at_its_own_speed(noisy):
+    gif = render.gif(noisy, {"caption": "holding a potato", "reference": LONG})
+    assert len(gif) < 1_000_000 and palettes(gif) == 1
+    assert abs(sum(seconds for seconds, _ in pictures(gif)) - 4) < 0.15
+
+
+def test_a_long_film_has_fewer_pictures_a_second(tmp_path):
+    path = film(tmp_path / "long.webm", 600, grey)  # 50 s
+    shown = pictures(render.gif(path, {"caption": "nothing happens"}))
+    assert len(shown) <= render.GIF_FRAMES
+    assert abs(sum(seconds for seconds, _ in shown) - 50) < 1
+
+
+def test_the_caption_stands_under_the_picture_with_its_reference(tmp_path):
+    path = film(tmp_path / "grey.webm", 12, grey)
+    sizes = []
+    for result in ({"caption": "one"}, {"caption": "one", "reference": "two"}, {"caption": LONG}):
+        picture = pictures(render.gif(path, result))[0][1]
+        below = picture[240:]  # 160 x 120 is shown as 320 x 240
+        assert picture[:240].max() < 120 and (below > 240).mean() > 0.7
+        assert below.min() < 60  # letters
+        assert (below[:, : render.MARGIN] > 240).all() and (below[:, -render.MARGIN :] > 240).all()
+        sizes.append(len(below))
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_each_window_has_its_caption(tmp_path):
+    path = film(tmp_path / "two.webm", 48, grey)
+    spans = [
+        {"start": 0.0, "end": 2.0, "caption": "a"},
+        {"start": 2.0, "end": 4.0, "caption": LONG},
+    ]
+    shown = pictures(render.gif(path, {"windows": spans}))
+    ends = np.cumsum([seconds for seconds, _ in shown])
+    dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
+    first, second = dark[ends < 2.05], dark[ends > 2.15]
+    assert len({*first}) == len({*second}) == 1 and first[0] * 5 < second[0]
+
+
+def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
+    (tmp_path / "film.mp4").write_bytes(render.mp4(noisy, {"caption": LONG}))
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    clip = video.decode(tmp_path / "film.mp4", 48)
+    assert not clip.truncated and abs(clip.duration - 4) < 0.1
+    assert (clip.frames[0][260:] > 240).mean() > 0.6  # the caption, on white
+    differs = [np.abs(a - b.astype(float)).mean() for a, b in pairwise(clip.frames)]
+    assert min(differs) > 1  # every frame is there
+
+
+def test_words_wrap_and_even_a_word_too_long_stays_inside():
+    letters = render.font(14)
+    lines = render.wrap(f"{LONG} {'x' * 200} end", 200, letters)
+    assert all(letters.getlength(line) <= 200 for line in lines)
+    assert "".join(lines).replace(" ", "") == f"{LONG}{'x' * 200}end".replace(" ", "")
+    assert lines[0] == "pretending to take"
+
+
+def test_letters_of_other_scripts_are_drawn():
+    """Pillow's own font shows a box for each."""
+    font = render.font(20)
+    drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
+    assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
+
+
+def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, capsys):
+    """Two clips of one name get two files, and the label of a clip of the dataset stands beneath."""
+    records = json.loads((prepared / "annotations" / "validation.json").read_text())
+    clip = world / "videos" / f"{records[0]['id']}.webm"
+    other = tmp_path / clip.name
+    other.write_bytes(clip.read_bytes())
+    broken = tmp_path / "broken.webm"
+    broken.write_bytes(b"no film")
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(trained), "--gif", "--video", "--explain", "--workers", "0"]
+    flags += ["--videos", str(world / "videos"), "--annotations", str(prepared / "annotations")]
+    clips = [str(clip), str(other), str(broken)]
+    assert infer.main([*clips, *flags, "--output", str(output)]) == 3
+    name = clip.stem
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        [
+            *[f"{n}_captioned.{e}" for n in (name, f"{name}-2") for e in ("gif", "mp4")],
+            *[f"{n}_attention.png" for n in (name, f"{name}-2")],
+            "captions.json",
+        ]
+    )
+    said = json.loads((output / "captions.json").read_text())
+    assert [r.get("reference") for r in said] == [records[0]["label"], None, None]
+    with_reference = Image.open(output / f"{name}_captioned.gif").height
+    assert with_reference > Image.open(output / f"{name}-2_captioned.gif").height
+
+
+def test_a_missing_library_is_told_before_the_models_are_loaded(monkeypatch, tmp_path):
+    import importlib.util
+
+    from cli import UserError
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "PIL" else find(name)
+    )
+    (tmp_path / "a.webm").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pictures need PIL: pip install -e '\.\[viz\]'"):
+        infer.main([str(tmp_path / "a.webm"), "--gif", "--checkpoint", "/nowhere"])
