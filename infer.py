@@ -11,6 +11,7 @@ One line a clip on stdout, `path<TAB>caption`; clips longer than --window second
 
 import json
 import shutil
+from functools import partial
 from itertools import count, groupby
 from pathlib import Path
 
@@ -80,28 +81,18 @@ def main(argv=None):
     encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
 
-    def explain(batch, features):
-        maps = attention.mass(captioner.qformer, features)
-        for w, weights in zip(batch, maps, strict=True):
-            span = "" if w.alone else f"_{w.start:.1f}-{w.end:.1f}"
-            picture = attention.draw(w.frames, weights, encoder.settings, names[w.file] + span)
-            render.save(output / f"{names[w.file]}_attention{span}.png", picture)
-
     names, results = output_names(paths), []
     labels = references(paths, args) if args.gif or args.video else {}
-    look = explain if args.explain else None
+    look = partial(explain, captioner.qformer, encoder.settings, output, names)
+    captions = caption_files(paths, encoder, captioner, args, look if args.explain else None)
     try:
-        for path, name, result in zip(
-            paths, names, caption_files(paths, encoder, captioner, args, look), strict=True
-        ):
+        for path, name, result in zip(paths, names, captions, strict=True):
             results.append(result)
             if path in labels:
                 result["reference"] = labels[path]
-            films(path, result, output, name, args)
-            if "error" in result:
-                note(f"{result['path']}: {result['error']}")
-            elif "warning" in result:
-                note(f"{result['path']}: {result['warning']}")
+            films(path, result, output / name if output else None, args)
+            if problem := result.get("error") or result.get("warning"):
+                note(f"{path}: {problem}")
             for line in [json.dumps(result)] if args.json else text_lines(result):
                 print(line, flush=True)
     finally:  # also of what there is when it is stopped
@@ -135,8 +126,8 @@ def caption_files(paths, encoder, captioner, args, look=None):
     """Caption every window of every file; yields a dict per file, in order.
 
     {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, or {"path", "error"};
-    "warning" beside a caption of a clip that is cut short. look(windows, features), if given, sees
-    each batch of windows before its frames and features are dropped.
+    "warning" beside a caption of a clip that is cut short. look(windows, features, captions), if
+    given, sees each batch of windows before its frames and features are dropped.
     """
 
     def captioned():
@@ -149,7 +140,7 @@ def caption_files(paths, encoder, captioner, args, look=None):
                     features, args.style, args.max_new_tokens, args.num_beams
                 )
                 if look:
-                    look(sound, features)
+                    look(sound, features, texts)
             texts = iter(texts)
             for w in batch:
                 w.frames = w.stored = None  # a long film has many windows
@@ -198,8 +189,20 @@ def references(paths, args):
     return labels
 
 
-def films(path, result, output, name, args):
-    """Write the films of one file that were asked for; one that fails is the result's warning."""
+def explain(qformer, settings, output, names, batch, features, texts):
+    """Write a picture of each window of a batch: where the queries look."""
+    maps = attention.mass(qformer, features)
+    for w, weights, text in zip(batch, maps, texts, strict=True):
+        span = "" if w.alone else f"_{w.start:.1f}-{w.end:.1f}"
+        picture = attention.draw(w.frames, weights, settings, text)
+        render.save(output / f"{names[w.file]}_attention{span}.png", picture)
+
+
+def films(path, result, stem, args):
+    """Write the films of one file that were asked for; one that fails is the result's warning.
+
+    stem: their path, up to what tells them apart.
+    """
     from video import VideoError
 
     if "error" in result:
@@ -207,7 +210,7 @@ def films(path, result, output, name, args):
     for wanted, draw, ending in ((args.gif, render.gif, "gif"), (args.video, render.mp4, "mp4")):
         if wanted:
             try:
-                render.save(output / f"{name}_captioned.{ending}", draw(path, result))
+                render.save(stem.with_name(f"{stem.name}_captioned.{ending}"), draw(path, result))
             except VideoError as error:
                 result["warning"] = f"no {ending}: {error}"
 

@@ -9,7 +9,9 @@ Needs Pillow and matplotlib: pip install -e '.[viz]'. Films with captions are ma
 import importlib.util
 import io
 import tempfile
+from bisect import bisect
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import cli
@@ -166,20 +168,23 @@ class Subtitles:
         spans = result.get("windows") or [{"start": 0.0, "caption": result["caption"]}]
         self.starts = [span["start"] for span in spans]
         beneath = [(f"reference: {result['reference']}", GREY)] if result.get("reference") else []
-        width, letters = size[0], max(14, round(size[0] / 25))
-        texts = [[(span["caption"], BLACK), *beneath] for span in spans]
-        height = max(panel(text, width, letters).height for text in texts)
-        height += (size[1] + height) % 2  # H.264 wants even sizes
-        self.panels = [panel(text, width, letters, height) for text in texts]
+        self.texts = [[(span["caption"], BLACK), *beneath] for span in spans]
+        self.letters = max(14, round(size[0] / 25))
+        height = max(panel(text, size[0], self.letters).height for text in self.texts)
+        self.height = height + (size[1] + height) % 2  # H.264 wants even sizes
+        self.whole = size[0], size[1] + self.height
+        self.shown = None, None  # the number of a text, and its picture
 
     def __call__(self, time, image):
         """An image shown at `time` -> the same with the caption of that time beneath."""
         from PIL import Image
 
-        beneath = self.panels[max(0, sum(start <= time for start in self.starts) - 1)]
-        whole = Image.new("RGB", (self.size[0], self.size[1] + beneath.height))
+        n = max(0, bisect(self.starts, time) - 1)
+        if self.shown[0] != n:
+            self.shown = n, panel(self.texts[n], self.size[0], self.letters, self.height)
+        whole = Image.new("RGB", self.whole)
         whole.paste(image, (0, 0))
-        whole.paste(beneath, (0, self.size[1]))
+        whole.paste(self.shown[1], (0, self.size[1]))
         return whole
 
 
@@ -245,19 +250,21 @@ def mp4(path, result):
 
     import video
 
+    frames = video.stream(path)
+    first = next(frames)
+    height, width = first[1].shape[:2]
+    area = max(width * height, GIF_AREA)
+    subtitles = Subtitles(result, resized(first[1], area, NARROWEST).size)
     options = {"movflags": "+faststart"}  # plays before it is there as a whole; needs a real file
     with tempfile.TemporaryDirectory() as folder:
-        target, subtitles = Path(folder, "film.mp4"), None
+        target = Path(folder, "film.mp4")
         with av.open(str(target), "w", options=options) as container:
-            for time, picture in video.stream(path):
-                height, width = picture.shape[:2]
-                image = resized(picture, max(width * height, GIF_AREA), NARROWEST)
-                if subtitles is None:
-                    subtitles = Subtitles(result, image.size)
-                    track = container.add_stream("libx264", options=H264)
-                    track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 1000)
-                    track.width, track.height = subtitles(time, image).size
-                frame = av.VideoFrame.from_image(subtitles(time, image))
+            track = container.add_stream("libx264", options=H264)
+            track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+            track.width, track.height = subtitles.whole
+            for time, picture in chain([first], frames):
+                image = subtitles(time, resized(picture, area, NARROWEST))
+                frame = av.VideoFrame.from_image(image)
                 frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
                 container.mux(track.encode(frame))
             container.mux(track.encode())

@@ -186,14 +186,16 @@ def stream(path, rate=None):
     rate: at most so many frames a second. Damaged frames are left out, large pictures reduced as by
     `decode`. Raises VideoError: unreadable, no_video or empty.
     """
-    scan, upright, due = _scan(path), _Upright(), 0.0
+    scan, upright, due = _scan(path), _Upright(), None
     with _open(path) as (container, track):
         shown = (frame for frame in _frames(container, track) if frame is not None)
         for ordinal, frame in enumerate(shown):
             time = scan.time(frame, ordinal)
-            if rate is None or time >= due - 1e-3:
-                due = max(due, time - 1 / rate) + 1 / rate if rate else 0.0
+            if due is None or time >= due - 1e-3:
+                due = max(due or 0.0, time - 1 / rate) + 1 / rate if rate else 0.0
                 yield time, upright(frame)
+    if due is None:
+        raise VideoError("empty", f"{path} has no frame that can be decoded")
 
 
 @contextmanager
