@@ -3,16 +3,20 @@
     python app.py --checkpoint results/demo/best.pt     (after `make demo`; then http://127.0.0.1:7860)
 
 Needs gradio: pip install -e '.[app]'. No network is used, and none can reach it unless --host says so.
-Uploads are deleted after an hour.
+Uploads are deleted after an hour, and when it ends.
 """
 
+import copy
 import importlib.util
 import io
 import os
+import tempfile
+import threading
 from pathlib import Path
 
 import attention
 import cli
+import infer
 import render
 import windows
 from cli import UserError, note
@@ -27,9 +31,7 @@ KEPT = (600, 3600)  # seconds: how often uploads are looked through, and how old
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
-    group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
-    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+    windows.add_model_flags(group)
     group = parser.add_argument_group("clips")
     windows.add_flags(group)
     group.add_argument("--max-seconds", type=cli.number(above=0), default=120.0, help="of a clip")
@@ -37,47 +39,42 @@ def parse_args(argv=None):
     group.add_argument("--examples", default="data/toy/videos", help="folder of clips to offer")
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    group.add_argument("--port", type=cli.whole(1), default=7860, help="of the page")
+    group.add_argument("--port", type=cli.whole(1, 65535), default=7860, help="of the page")
     cli.add_common(parser, workers=1)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    checkpoint, encoder, captioner = windows.load_models(args)
     for name in ("gradio", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is missing: pip install -e '.[app]'", code=1)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # says nothing to anybody
-    device, dtype = cli.device_and_dtype(args)
-    from captioner import from_checkpoint, read_checkpoint
-    from encoder import VideoEncoder
-
-    checkpoint = read_checkpoint(args.checkpoint)
-    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
-    captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
     look = Look(encoder, captioner, checkpoint.get("templates", []), args)
-    examples = example_clips(Path(args.examples), args.seed)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
+        serve(page(look, example_clips(Path(args.examples), args.seed), args), args)
+
+
+def serve(blocks, args):
+    """Answer until a signal ends the script. Raises UserError where it cannot listen."""
     try:
-        page(look, examples, args).launch(
+        blocks.launch(
             server_name=args.host,
             server_port=args.port,
             max_file_size=args.max_megabytes * 2**20,
-            allowed_paths=[str(path.resolve()) for path in examples],
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
+    except OSError:
+        raise UserError(
+            f"--port {args.port} is taken, or --host {args.host} is no address of this machine:"
+            " name another",
+            code=1,
+        ) from None
     note(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         note(f"WARNING: whoever reaches {args.host} can upload clips")
-    wait()
-
-
-def wait():
-    """Until a signal ends the script."""
-    import threading
-
     while True:
         threading.Event().wait(3600)
 
@@ -98,12 +95,8 @@ class Look:
     """
 
     def __init__(self, encoder, captioner, templates, args):
-        self.encoder, self.captioner, self.templates, self.args = (
-            encoder,
-            captioner,
-            templates,
-            args,
-        )
+        self.encoder, self.captioner = encoder, captioner
+        self.templates, self.args = templates, args
 
     def __call__(self, path):
         """path: of an upload, or None. Returns (message, label, sentence, rows of templates, picture)."""
@@ -111,51 +104,56 @@ class Look:
             return "", "", "", [], None
         path = Path(path)
         try:
-            seen = self.windows(path)
+            pairs = self.windows(path)
         except UserError as error:
             return str(error), "", "", [], None
-        sound = [w for w in seen if isinstance(w, dict)]
-        errors = [str(w) for w in seen if not isinstance(w, dict)]
+        result = infer.describe(path, [(w, look and look["label"]) for w, look in pairs])
+        message = result.get("error") or result.get("warning") or ""
         # where it lies on the server is nobody's business
-        message = errors[0].replace(str(path), path.name) if errors else ""
-        if not sound:
+        message = message.replace(str(path), path.name)
+        looks = [look for _, look in pairs if look]
+        if not looks:
             return message, "", "", [], None
         said = [
-            "\n".join(f"{w['time']}  {w[style]}" if len(seen) > 1 else w[style] for w in sound)
+            "\n".join(f"{w['time']}  {w[style]}" if len(pairs) > 1 else w[style] for w in looks)
             for style in STYLES
         ]
-        templates = [[*row, w["time"]] for w in sound for row in w["templates"]]
-        return message, *said, templates, render.stacked([w["picture"] for w in sound])
+        templates = [[*row, w["time"]] for w in looks for row in w["templates"]]
+        return message, *said, templates, render.stacked([w["picture"] for w in looks])
 
     def windows(self, path):
-        """What is shown of each window, in order, or its VideoError. Raises UserError for too long a clip."""
+        """[(`Window`, what is shown of it or None)], in order. Raises UserError for too long a clip."""
         import pool
         import video
 
-        crew = pool.Crew(self.args.timeout)
+        crew = pool.Crew(self.args.timeout) if self.args.workers else None
         try:
-            info = crew.ask(video.probe, path)
+            info = (crew.ask if crew else pool.attempt)(video.probe, path)
         finally:
-            crew.close()
+            if crew:
+                crew.close()
         if isinstance(info, video.Info) and info.duration > self.args.max_seconds:
             raise UserError(
                 f"{path.name} takes {info.duration:,.0f} s, this page up to {self.args.max_seconds:g}:"
                 " cut it, or use infer.py"
             )
-        seen = []
+        pairs = []
         for batch in windows.read([path], self.encoder, self.args):
             sound = [w for w in batch if not w.error]
             looks = iter(self.batch(sound) if sound else [])
-            seen += [w.error or next(looks) for w in batch]
-        return seen
+            pairs += [(w, None if w.error else next(looks)) for w in batch]
+        return pairs
 
     def batch(self, sound):
         """Captions, templates and pictures of windows without error."""
+        import torch
         from PIL import Image
 
         captioner = self.captioner
         features = windows.features(sound, captioner.device)
-        said = {style: captioner.captions(features, style) for style in STYLES}
+        with torch.inference_mode():
+            cache = captioner.prefix(**features)
+        said = {style: captioner.generate(copy.deepcopy(cache), style) for style in STYLES}
         maps = attention.mass(captioner.qformer, features)
         for n, w in enumerate(sound):
             one = {k: v[n : n + 1] for k, v in features.items()}

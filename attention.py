@@ -69,7 +69,7 @@ def draw(frames, weights, settings, title=""):
     below.set(xlabel="moment of the clip (tubelets)", ylabel="share")
     below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5))
     below.legend(loc="upper right", fontsize=8)
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # between two of them is no mathematics
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()

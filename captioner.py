@@ -7,6 +7,8 @@ L text tokens.
 """
 
 import copy
+import hashlib
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -247,9 +249,9 @@ def read_checkpoint(path, flag="--checkpoint"):
     """
     where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
     exported = share.is_export(where)
-    if not exported and where.is_dir():
+    if not exported and os.path.isdir(where):
         path = where = where / "best.pt"
-    if not exported and not where.is_file():
+    if not exported and not os.path.isfile(where):  # Path.is_file raises for too long a name
         raise UserError(f"{flag} {path} does not exist. Run train.py first.")
     try:
         checkpoint = share.read(where) if exported else read_torch(where)
@@ -289,6 +291,8 @@ def _is_ours(checkpoint):
     return (
         type(checkpoint.get("step")) is int
         and checkpoint["step"] >= 0
+        and isinstance(checkpoint.get("templates", []), list)
+        and all(isinstance(template, str) for template in checkpoint.get("templates", []))
         and all(isinstance(name, str) for name in names)
         and are_settings(settings)
         and all(map(is_count, [*counts, sizes.get("width")]))
@@ -297,6 +301,14 @@ def _is_ours(checkpoint):
         and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
         and all(w.device.type == "cpu" and w.layout == torch.strided for w in weights)
     )
+
+
+def weights_digest(weights):
+    """Names the weights {name: tensor} of a Q-Former, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(qformer, weights, **kwargs):

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import ranks
 
+if sys.version_info < (3, 11):  # noqa: UP036 (elsewhere it would be a strange error)
+    sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}")
+
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
 CHECKPOINT = "file, run folder, exported folder or Hub id"
 SIGNALLED = 128  # plus the signal's number: the shell's codes, 130 for Ctrl-C and 143 for SIGTERM
@@ -173,8 +176,8 @@ def add_common(parser, workers=4):
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
 
 
-def whole(least):
-    """argparse type: an integer of at least `least`."""
+def whole(least, most=None):
+    """argparse type: an integer of at least `least`, and at most `most`."""
 
     def parse(text):
         try:
@@ -183,6 +186,8 @@ def whole(least):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is above {most}")
         return value
 
     return parse

@@ -9,7 +9,7 @@ pip install -e '.[viz]'.
 import csv
 import io
 import json
-import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from cli import UserError, note
 from files import read_json, write_atomic
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "validation_loss", "seconds", "clips_per_second")
+STEP = {"step", "epoch", "loss", "lr", "tokens", "seconds", "clips_per_second"}  # of metrics.jsonl
+EVALUATION = {"epoch", "step", "loss", "metrics", "controls"}  # of validation_epoch_N.json
 SCORES = ("CIDEr", "Bleu_4", "ROUGE_L", "exact_match", "template_accuracy", "placeholder_match")
 # Colours that all eyes can tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
@@ -43,25 +45,45 @@ def update(folder):
     write_atomic(folder / "metrics.csv", table(steps, evaluations))
     try:
         picture = draw(steps, evaluations)
-    except ImportError:
-        say_missing()
+    except (
+        Exception
+    ) as error:  # whatever other people's code trips over: a picture ends no training
+        say_missing(
+            "matplotlib is missing, pip install -e '.[viz]'"
+            if isinstance(error, ImportError)
+            else error
+        )
         return [folder / "metrics.csv"]
     write_atomic(folder / "curves.png", picture)
     return [folder / "metrics.csv", folder / "curves.png"]
 
 
 @cache
-def say_missing():
+def say_missing(why):
     """Once, though every evaluation would."""
-    note("no curves.png: matplotlib is missing, pip install -e '.[viz]'")
+    note(f"no curves.png: {why}")
 
 
 def read(folder):
     """The lines of metrics.jsonl, and the validation_epoch_N.json in the order of their epochs."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    paths = {re.search(r"(\d+)$", p.stem): p for p in folder.glob("validation_epoch_*.json")}
-    evaluations = [read_json(path, "scores") for number, path in paths.items() if number]
-    return [json.loads(line) for line in lines], sorted(evaluations, key=lambda e: e["epoch"])
+    steps = whole_lines(folder / "metrics.jsonl", STEP)
+    evaluations = {}
+    for path in folder.glob("validation_epoch_*.json"):
+        evaluation = read_json(path, "scores")
+        if not isinstance(evaluation, dict) or not evaluation.keys() >= EVALUATION:
+            raise UserError(f"{path} was not written by train.py")
+        evaluations[evaluation["epoch"]] = evaluation
+    return steps, [evaluations[epoch] for epoch in sorted(evaluations)]
+
+
+def whole_lines(path, keys):
+    """The JSON objects with these keys of a file of lines; the last may be cut by a crash."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            found += [entry] if isinstance(entry, dict) and entry.keys() >= keys else []
+    return found
 
 
 def table(steps, evaluations):
@@ -90,6 +112,14 @@ def table(steps, evaluations):
 
 def draw(steps, evaluations):
     """The picture, as the bytes of a PNG. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the same picture whatever the user's settings
+        return _draw(steps, evaluations)
+
+
+def _draw(steps, evaluations):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -104,13 +134,17 @@ def draw(steps, evaluations):
     top.plot(at, smooth(losses), color=BLUE, label="training, running mean")
     points(top, evaluations, lambda e: e["loss"], ORANGE, "s", "validation, labels")
     top.set(ylabel="loss per caption token", yscale="log")
+    for axis in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
+        axis("{x:g}")
     points(middle, evaluations, lambda e: e["metrics"].get("CIDEr"), GREEN, "o", "validation")
     shuffled = {e["step"]: e["controls"].get("shuffled", {}).get("CIDEr") for e in evaluations}
     points(middle, evaluations, lambda e: shuffled[e["step"]], GREY, "x", "predictions shuffled")
-    middle.set(ylabel="CIDEr (of 10)", ylim=(0, None))
-    bottom.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=BLUE)
+    middle.set(ylabel="CIDEr (of 10)")
+    middle.set_ylim(0, 1.08 * middle.dataLim.ymax if evaluations else 10)
+    dot = "." if len(steps) == 1 else None  # a line of one point is none
+    bottom.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=BLUE, marker=dot)
     bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for panel in (top, middle, bottom):
         panel.grid(alpha=0.3)

@@ -4,7 +4,7 @@
     python doctor.py --json     (the same as one JSON object)
 
 A finding is ok, missing (what mends it stands below) or a note: the scripts run, but slower or with less.
-Exit code 1 if Python or a required package of pyproject.toml is missing or broken, else 0: a GPU,
+Exit code 1 if a required package of pyproject.toml is missing or broken, else 0: a GPU,
 models, data and extras that are not there are listed, and are no failure.
 """
 
@@ -32,13 +32,21 @@ import preprocess_ssv2
 import ptb
 import train
 from cli import DONE, FAILED, UserError
-from dataset import TRAIN, VALIDATION, load_manifest, load_records, require_features
+from dataset import (
+    TRAIN,
+    VALIDATION,
+    check_same_settings,
+    load_manifest,
+    load_records,
+    require_features,
+)
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 HERE = Path(__file__).parent
 SHARED = "/dev/shm"
 LIMIT = 300  # seconds for one import: the first one from a network disk may take minutes
-INSTALL = "python -m pip install"
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
+PROJECT = "." if Path.cwd() == HERE else str(HERE)
 
 # SSv2 in a default cache, computed from the format: ViT-L's tokens in int8, two floats a channel
 CLIPS = 168_913 + 24_777  # training and validation
@@ -52,7 +60,10 @@ NEEDS = {  # of each script: findings, or lists of packages
     "prepare_annotations": ["labels"],
     "preprocess_ssv2": ["packages", "encoder", "annotations", "videos"],
     "train": ["packages", "lm", "annotations", "features"],
-    "evaluate": ["packages", "checkpoint", "checkpoint's lm", "annotations", "features"],
+    "evaluate": [
+        *("packages", "checkpoint", "checkpoint's lm"),
+        *("annotations", "features", "checkpoint's features"),
+    ],
     "infer": ["packages", "checkpoint", "checkpoint's encoder", "checkpoint's lm"],
     "demo": ["packages"],
     "app": ["packages", "app", "checkpoint", "checkpoint's encoder", "checkpoint's lm"],
@@ -81,13 +92,12 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     findings, packages = software()
-    if packages:  # else Python is too old to look further
-        broken = {f.what for f in findings if f.state == MISSING}
-        findings += machine(args.features) + models(args, broken) + data(args)
+    broken = {f.what for f in findings if f.state == MISSING}
+    findings += machine(args.features) + models(args, broken) + data(args)
     missing = [f.what for f in findings if f.state == MISSING]
     lacks = {}
     for script, needs in NEEDS.items():
-        whole = {"Python", *needs, *(name for need in needs for name in packages.get(need, ()))}
+        whole = {*needs, *(name for need in needs for name in packages.get(need, ()))}
         lacks[f"{script}.py"] = [what for what in missing if what in whole]
     if args.json:
         print(json.dumps({"findings": [f._asdict() for f in findings], "lacks": lacks}, indent=1))
@@ -115,16 +125,10 @@ def table(findings, lacks):
 
 
 def software():
-    """(findings, {list: {package: range}}), without lists for too old a Python."""
-    text = (HERE / "pyproject.toml").read_text()
-    limits = re.search(r'requires-python = "(.+)"', text)[1]  # tomllib came with Python 3.11
-    ours = sys.version.split()[0]
-    if not within(ours, limits):
-        fix = f"{INSTALL} uv && python -m uv venv --seed --python '{limits}' .venv"
-        return [Finding(MISSING, "Python", f"{ours}; needed: {limits}", fix)], {}
+    """(findings, {list: {package: range}})"""
     import tomllib
 
-    project = tomllib.loads(text)["project"]
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lists = {"packages": project["dependencies"], "viz": extras["viz"], "app": extras["app"]}
     packages = {extra: dict(map(name_and_range, lines)) for extra, lines in lists.items()}
@@ -134,7 +138,7 @@ def software():
     with ThreadPoolExecutor(4) as threads:
         looks = [threads.submit(look_at, name, *wanted[name]) for name in wanted]
         findings = {name: look.result() for name, look in zip(wanted, looks, strict=True)}
-    found = [Finding(OK, "Python", f"{ours}, {sys.executable}")]
+    found = [Finding(OK, "Python", f"{sys.version.split()[0]}, {sys.executable}")]
     found += [findings[name] for name in dict.fromkeys(n for r in packages.values() for n in r)]
     if findings["torch"].state == OK:
         found.append(look_at_gpu("torch" + packages["packages"]["torch"]))
@@ -161,7 +165,7 @@ def within(version, limits):
 
 def look_at(package, limits, extra):
     """The finding on a package of an extra or of `packages`: installed, in range, can be imported."""
-    fix = f"{INSTALL} -e " + ("." if extra == "packages" else f"'.[{extra}]'")
+    fix = f"{INSTALL} -e {shlex.quote(PROJECT if extra == 'packages' else f'{PROJECT}[{extra}]')}"
     try:
         found = version(package)
     except PackageNotFoundError:
@@ -324,6 +328,7 @@ def models(args, broken):
         return [*findings, Finding(MISSING, "checkpoint", str(error))]
     findings.append(Finding(OK, "checkpoint", f"{path}, after step {checkpoint['step']:,}"))
     info, settings = checkpoint["manifest"]["info"], checkpoint["manifest"]["settings"]
+    findings += other_settings(settings, args.features)
     ask = checkpoint["lm"]
     for what, name, theirs, ours in [
         ("checkpoint's encoder", info["encoder"], settings["encoder_fingerprint"], encoder[1]),
@@ -339,6 +344,19 @@ def models(args, broken):
                 finding = Finding(MISSING, what, f"{finding.found}; if it is elsewhere: {flag}")
             findings.append(finding)
     return findings
+
+
+def other_settings(settings, features):
+    """A finding, where evaluate.py would refuse the cache for the checkpoint's settings."""
+    try:
+        theirs = load_manifest(features)["settings"]
+    except UserError:
+        return []  # said with the features
+    try:
+        check_same_settings(settings, theirs, f"the cache {features}")
+    except UserError as error:
+        return [Finding(MISSING, "checkpoint's features", str(error))]
+    return []
 
 
 def look_for(what, name, broken):

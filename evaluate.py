@@ -19,6 +19,7 @@ import cli
 import gallery
 import hub
 import ranks
+import share
 from cli import UserError, note
 from dataset import (
     STYLES,
@@ -61,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
     group.add_argument(
         "--output",
-        help="folder of the results (default: the checkpoint's; results/<name> for a Hub id)",
+        help="folder of the results (default: the checkpoint's; results/<name> for an export or a Hub id)",
     )
     group.add_argument(
         "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
@@ -102,6 +103,7 @@ def main(argv=None):
             f"split {args.split!r} has no paraphrases: --style sentence has no references"
         )
     output = cli.output_folder(args.output or default_output(args), "--output")
+    clips = gallery.find(args, records) if args.gallery else {}
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
@@ -142,25 +144,29 @@ def main(argv=None):
     print(metrics.format_table(result))
     note(f"written to {output / f'evaluation_{name}.json'}")
     if args.gallery:
-        write_gallery(args, output, result, per_clip, predictions, records)
+        path = output / gallery_name(args, lacking)
+        scored = (result, per_clip, predictions, records, clips, args.style)
+        without = gallery.write(path, *scored, args.embed, args.seed, args.workers)
+        note(f"written to {path}" + (f"; {without} clips have no film in it" if without else ""))
 
 
-def write_gallery(args, output, result, per_clip, predictions, records):
-    from preprocess_ssv2 import find_clips
-
-    name = result_name(args, result["settings"]["missing"]).removesuffix("_rescored")
-    path = output / ("gallery.html" if name == VALIDATION else f"gallery_{name}.html")
-    found, _ = find_clips(Path(args.videos), {args.split: records})
-    clips = {clip_id: file for (_, clip_id), file in found.items()}
-    scored = (result, per_clip, predictions, records, clips, args.style)
-    without = gallery.write(path, *scored, args.embed, args.seed, args.workers)
-    note(f"written to {path}" + (f"; {without} clips have no film in it" if without else ""))
+def gallery_name(args, lacking):
+    """gallery.html of the split as it is, and otherwise what tells its page from others."""
+    name = result_name(args, lacking)
+    own = (
+        f"predictions_{name.removesuffix('_rescored')}.json"  # what evaluate.py wrote, scored again
+    )
+    if args.predictions and [Path(p).name for p in args.predictions] == [own]:
+        name = name.removesuffix("_rescored")
+    name += "_embedded" if args.embed else ""
+    return "gallery.html" if name == VALIDATION else f"gallery_{name}.html"
 
 
 def default_output(args):
-    """The folder of what is scored; results/<name> for a Hub id, unless that is a run of one's own."""
+    """The folder of what is scored; for what is shared, a Hub id or an exported folder, results/<name>,
+    unless that is a run of one's own."""
     path = Path(args.predictions[0] if args.predictions else args.checkpoint)
-    if args.predictions or not hub.is_id(args.checkpoint):
+    if args.predictions or not (hub.is_id(args.checkpoint) or share.is_export(path)):
         return path if path.is_dir() else path.parent
     folder = Path("results", path.name)
     if (folder / "best.pt").exists():  # its scores would become those of another model
@@ -191,7 +197,7 @@ def predict(args, records):
     manifest = load_manifest(args.features)
     clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = cli.device_and_dtype(args)
-    from captioner import from_checkpoint, read_checkpoint
+    from captioner import from_checkpoint, read_checkpoint, weights_digest
 
     checkpoint = read_checkpoint(args.checkpoint)
     wanted = dict(checkpoint["manifest"]["settings"])
@@ -204,6 +210,7 @@ def predict(args, records):
     predictions = {r["id"]: predictions[r["id"]] for r in clips}
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}
+    settings["weights"] = weights_digest(checkpoint["qformer"])
     return predictions, settings | {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),

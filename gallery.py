@@ -18,7 +18,7 @@ from cli import UserError
 from dataset import by_hash
 from files import write_atomic
 
-EMBED_AREA, EMBED_RATE = 160 * 120, 8  # pixels and frames a second of an embedded GIF
+EMBEDDED = {"area": 160 * 120, "rate": 8, "bytes_a_second": 50_000}  # of a GIF in the page
 SECONDS_A_CLIP = 60  # to decode one
 
 
@@ -59,7 +59,9 @@ def write(path, result, per_clip, predictions, records, clips, style, embed, see
     page = Path(__file__).with_name("gallery.template.html").read_text()
     parts = {
         "TITLE": html.escape(title),
-        "SOURCE": html.escape(source if isinstance(source, str) else ", ".join(source)),
+        "SOURCE": html.escape(
+            cli.printable(source if isinstance(source, str) else ", ".join(source))
+        ),
         "SCORES": table(rows),
         "NOTES": "".join(f"<li>{html.escape(line)}</li>" for line in notes),
         "CLIPS": as_script(data),
@@ -79,8 +81,8 @@ def table(rows):
 
 def as_script(value):
     """JSON in which no caption can end the script element that holds it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # in ASCII
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
@@ -110,7 +112,15 @@ def gifs(clips, workers):
 
 
 def animate(path, _):
-    return render.gif(path, area=EMBED_AREA, rate=EMBED_RATE)
+    return render.gif(path, **EMBEDDED)
+
+
+def find(args, records):
+    """{id: path} of the clips' files in --videos. Raises UserError if there are none."""
+    from preprocess_ssv2 import find_clips
+
+    found, _ = find_clips(Path(args.videos), {args.split: records})
+    return {clip_id: path for (_, clip_id), path in found.items()}
 
 
 def check(args):
@@ -119,7 +129,5 @@ def check(args):
         raise UserError("--embed is about the page that --gallery writes: add --gallery")
     if args.gallery and args.shard != (0, 1):
         raise UserError("--gallery shows scored clips, and a --shard is not scored: leave one out")
-    if args.gallery:
-        cli.existing(args.videos, "--videos", "It is the folder of the clips, for --gallery.")
     if args.embed:
         render.require()

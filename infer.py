@@ -23,14 +23,14 @@ from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import STYLES, TEST, by_hash, file_names, load_records
 from files import write_json
 
+STEM_BYTES = 150  # of the 255 that a file's name may have
+
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("clips", nargs="*", help="video files, or folders of them (recursive)")
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
-    group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
-    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+    windows.add_model_flags(group)
     group = parser.add_argument_group("captions")
     group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
     windows.add_flags(group)
@@ -70,18 +70,13 @@ def main(argv=None):
     default = "results/samples" if args.num_samples else "results/captioned" if pictures else None
     output = args.output or default
     output = output and cli.output_folder(output, "--output")
+    names = output_names(paths)
     if pictures:
         render.require()
+        refuse_own_inputs(paths, names, output)
 
-    device, dtype = cli.device_and_dtype(args)
-    from captioner import from_checkpoint, read_checkpoint
-    from encoder import VideoEncoder
-
-    checkpoint = read_checkpoint(args.checkpoint)
-    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
-    captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
-
-    names, results = output_names(paths), []
+    _, encoder, captioner = windows.load_models(args)
+    results = []
     labels = references(paths, args) if args.gif or args.video else {}
     look = partial(explain, captioner.qformer, encoder.settings, output, names)
     captions = caption_files(paths, encoder, captioner, args, look if args.explain else None)
@@ -168,13 +163,27 @@ def describe(path, pairs):
 
 
 def output_names(paths):
-    """A name for what is written about each file: its own without the ending, numbered if not the first."""
-    names, taken = [], set()
+    """A name for what is written about each file: its own without the ending, with a number where
+    another file has it, and short enough for what is put behind it."""
+    names, taken = [], {path.stem for path in paths}
     for path in paths:
-        number = next(n for n in count(1) if (path.stem, n) not in taken)
-        taken.add((path.stem, number))
-        names.append(path.stem if number == 1 else f"{path.stem}-{number}")
+        stem = path.stem.encode()[:STEM_BYTES].decode(errors="ignore")
+        numbered = (f"{stem}-{n}" for n in count(2))
+        name = stem if stem not in names else next(n for n in numbered if n not in taken)
+        taken.add(name)
+        names.append(name)
     return names
+
+
+def refuse_own_inputs(paths, names, output):
+    """Raises UserError where what is written about one clip would replace another."""
+    inputs = {path.resolve() for path in paths}
+    for name in names if output else []:
+        for ending in ("gif", "mp4"):
+            if (film := output / f"{name}_captioned.{ending}").resolve() in inputs:
+                raise UserError(
+                    f"{film} is a clip to caption and would be replaced: use another --output"
+                )
 
 
 def references(paths, args):
@@ -193,7 +202,7 @@ def explain(qformer, settings, output, names, batch, features, texts):
     """Write a picture of each window of a batch: where the queries look."""
     maps = attention.mass(qformer, features)
     for w, weights, text in zip(batch, maps, texts, strict=True):
-        span = "" if w.alone else f"_{w.start:.1f}-{w.end:.1f}"
+        span = "" if w.alone else f"_{w.start:.2f}-{w.end:.2f}"
         picture = attention.draw(w.frames, weights, settings, text)
         render.save(output / f"{names[w.file]}_attention{span}.png", picture)
 

@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
         """The same, straight from the stored features.
 
         video: `Video`; project: W_p; pos: the time, height and width tables (T, D), (H, D), (W, D);
-        seen: a list that the weights (B, A, Q, N) are appended to.
+        seen: a list that the weights (B, A, Q, N) are appended to, before dropout.
         In at least float32: the pooled vector is a small difference where a channel lies far from
         zero, and bfloat16 would lose it.
         """
@@ -57,9 +57,10 @@ class CrossAttention(nn.Module):
                 shape = [1, 1, 1]
                 shape[axis] = -1
                 scores = scores + (q @ table.to(dtype).mT).flatten(1, 2).unflatten(-1, shape)
-            weights = F.dropout(scores.flatten(2).softmax(-1), self.dropout, self.training)
+            weights = scores.flatten(2).softmax(-1)
             if seen is not None:
                 seen.append(weights.unflatten(1, (self.num_heads, -1)))
+            weights = F.dropout(weights, self.dropout, self.training)
 
             # pooled features, de-quantised and standardised; r is 1 unless dropout is on
             r = weights.sum(-1, keepdim=True)  # (B, A*Q, 1)

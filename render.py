@@ -23,10 +23,17 @@ FRAMES, HEIGHT, MARGIN = 8, 72, 8  # frames a strip; pixels
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
 
 GIF_RATE, GIF_FRAMES = 10, 240  # frames a second; in all: a long film shows fewer a second
+TRIAL = 5  # pictures encoded to guess how large a film will be
 GIF_AREA = 320 * 240  # pixels of the picture
 GIF_BYTES = 230_000  # a second of film: 4 s stay under 1 MB
 NARROWEST = 240  # pixels: a caption needs room
-H264 = {"crf": "20", "preset": "veryfast"}
+H264 = {
+    "crf": "20",
+    "preset": "veryfast",
+    "bf": "0",
+}  # frames in order: their times are what they say
+MILLISECOND = Fraction(1, 1000)
+LONGEST = 655.35  # seconds that a GIF can show a picture
 
 
 def parse_args(argv=None):
@@ -50,6 +57,11 @@ def main(argv=None):
     require()
     from evaluate import read_predictions
     from preprocess_ssv2 import find_clips
+    from video import VideoError
+
+    output = Path(args.output)
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output} must name a picture, .png")
 
     predictions = read_predictions(args.predictions)
     records = {r["id"]: r for r in load_records(args.annotations, args.split)}
@@ -57,14 +69,18 @@ def main(argv=None):
     if not chosen:
         raise UserError(f"no prediction is of a clip of split {args.split!r}")
     paths, _ = find_clips(Path(args.videos), {args.split: [records[i] for i in chosen]})
-    strips = [
-        strip(paths[key], records[key[1]]["label"], predictions[key[1]])
-        for key in ((args.split, i) for i in chosen)
-        if key in paths
-    ]
-    cli.output_folder(Path(args.output).parent, "--output").mkdir(parents=True, exist_ok=True)
-    stacked(strips).save(args.output, optimize=True)
-    note(f"{len(strips)} clips drawn: {args.output}")
+    strips = []
+    for key in (key for key in ((args.split, i) for i in chosen) if key in paths):
+        try:
+            strips.append(strip(paths[key], records[key[1]]["label"], predictions[key[1]]))
+        except VideoError as error:
+            note(str(error))
+    if not strips:
+        raise UserError("none of the clips could be drawn", code=1)
+    cli.output_folder(output.parent, "--output")
+    data = io.BytesIO()
+    stacked(strips).save(data, "PNG", optimize=True)
+    note(f"{len(strips)} clips drawn: {save(output, data.getvalue())}")
 
 
 def require():
@@ -167,6 +183,7 @@ class Subtitles:
         self.size = size
         spans = result.get("windows") or [{"start": 0.0, "caption": result["caption"]}]
         self.starts = [span["start"] for span in spans]
+        self.ends = [span["end"] for span in spans[:-1]] + [float("inf")]
         beneath = [(f"reference: {result['reference']}", GREY)] if result.get("reference") else []
         self.texts = [[(span["caption"], BLACK), *beneath] for span in spans]
         self.letters = max(14, round(size[0] / 25))
@@ -180,8 +197,10 @@ class Subtitles:
         from PIL import Image
 
         n = max(0, bisect(self.starts, time) - 1)
-        if self.shown[0] != n:
-            self.shown = n, panel(self.texts[n], self.size[0], self.letters, self.height)
+        n = n if time <= self.ends[n] else None  # a window that could not be read has no caption
+        if self.shown[1] is None or self.shown[0] != n:
+            text = [] if n is None else self.texts[n]
+            self.shown = n, panel(text, self.size[0], self.letters, self.height)
         whole = Image.new("RGB", self.whole)
         whole.paste(image, (0, 0))
         whole.paste(self.shown[1], (0, self.size[1]))
@@ -198,7 +217,7 @@ def resized(picture, area, narrowest):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
+def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_a_second=GIF_BYTES):
     """A film as the bytes of a GIF that plays at its own speed, with its captions if there is `result`.
 
     One palette for all pictures: a palette each would cost 768 bytes and flicker. A film that does
@@ -210,17 +229,29 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE):
     narrowest = NARROWEST if result else 1
     film = [(time, resized(p, area, narrowest)) for time, p in video.stream(path, rate)]
     times, images = zip(*film, strict=True)
-    limit = GIF_BYTES * max(1.0, times[-1] + 1 / rate)
-    while True:
+    limit = bytes_a_second * max(1.0, times[-1] + 1 / rate)
+
+    def encoded(first=0, count=None):
+        """The bytes of some of the pictures as a GIF."""
         draw = Subtitles(result, images[0].size) if result else lambda _, image: image
-        data = encode_gif([draw(t, i) for t, i in zip(times, images, strict=True)], times, 1 / rate)
+        some = slice(first, None if count is None else first + count)
+        drawn = [draw(t, i) for t, i in zip(times[some], images[some], strict=True)]
+        return encode_gif(drawn, times[some], 1 / rate)
+
+    while True:
+        # what a few tell of all: the first is stored whole, of the others what has changed
+        middle = max(0, len(images) // 2 - TRIAL)
+        one, few = (len(encoded(middle, count)) for count in (1, TRIAL))
+        size = one + (few - one) * (len(images) - 1) / (TRIAL - 1)
+        if size <= limit or len(images) <= TRIAL:
+            data = encoded()
+            size = len(data)
+            if size <= limit or len(images) == 1:
+                return data
         width, height = images[0].size
-        if len(data) <= limit or len(images) == 1:
-            return data
         if width <= narrowest:
             images, times = images[::2], times[::2]
-        area = width * height * 0.9 * limit / len(data)
-        images = [resized(i, area, narrowest) for i in images]
+        images = [resized(i, width * height * 0.9 * limit / size, narrowest) for i in images]
 
 
 def encode_gif(images, times, last):
@@ -235,7 +266,8 @@ def encode_gif(images, times, last):
     frames = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
     ends = [*times[1:], times[-1] + last]
     # a GIF counts hundredths of a second, and browsers slow down what is under two
-    shown = [max(20, 10 * round(100 * (b - a))) for a, b in zip(times, ends, strict=True)]
+    spans = (min(LONGEST, b - a) for a, b in zip(times, ends, strict=True))
+    shown = [max(20, 10 * round(100 * span)) for span in spans]
     data = io.BytesIO()
     # without `palette` each picture would be written with one of its own
     table = bytes(palette.getpalette())
@@ -260,12 +292,18 @@ def mp4(path, result):
         target = Path(folder, "film.mp4")
         with av.open(str(target), "w", options=options) as container:
             track = container.add_stream("libx264", options=H264)
-            track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+            track.pix_fmt, track.codec_context.time_base = "yuv420p", MILLISECOND
             track.width, track.height = subtitles.whole
+            shown = -1
             for time, picture in chain([first], frames):
+                if (
+                    round(1000 * time) <= shown
+                ):  # of more than 1000 frames a second some are left out
+                    continue
+                shown = round(1000 * time)
                 image = subtitles(time, resized(picture, area, NARROWEST))
                 frame = av.VideoFrame.from_image(image)
-                frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+                frame.pts, frame.time_base = shown, MILLISECOND
                 container.mux(track.encode(frame))
             container.mux(track.encode())
         return target.read_bytes()

@@ -21,7 +21,6 @@ import ranks
 from cli import Stopped, UserError, note, output_folder
 from dataset import STYLES, check_same_settings
 from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
-from reporter import ID_FILE
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
@@ -40,7 +39,7 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
 # The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
 OURS = [LAST, PREVIOUS, DAMAGED, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
 OURS += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "gallery*.html"]
-OURS += ["metrics.csv", "curves.png", ID_FILE]
+OURS += ["metrics.csv", "curves.png"]
 
 
 def claim(args):

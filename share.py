@@ -7,6 +7,7 @@ No frozen weight is in it: encoder and language model go by name and fingerprint
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -35,6 +36,8 @@ def export(run, folder):
 
     from captioner import read_checkpoint
 
+    if not folder:
+        raise UserError("--export names no folder")
     run, folder = Path(run), output_folder(folder, "--export")
     checkpoint = read_checkpoint(run / "best.pt", "--output")
     if problem := _not_ours(folder):
@@ -78,7 +81,7 @@ def _not_ours(folder):
 
 def is_export(folder):
     """True for a folder that is meant to be an export, whole or not, and for no run folder."""
-    files = [(folder / name).is_file() for name in ("best.pt", CONFIG, WEIGHTS)]
+    files = [os.path.isfile(folder / name) for name in ("best.pt", CONFIG, WEIGHTS)]
     return not files[0] and any(files)
 
 
@@ -181,16 +184,17 @@ language model apply to what is made with them; this card grants no licence.
 def _measured(checkpoint, run):
     """The run's scores of this very checkpoint as Markdown, or that there are none."""
     import metrics
+    from captioner import weights_digest
 
     try:
         result = read_json(run / "evaluation_validation.json", "scores")
         settings = result["settings"]
-        if settings["step"] != checkpoint["step"]:
+        if settings["weights"] != weights_digest(checkpoint["qformer"]):
             return "Not evaluated."
         rows, lines = metrics.table(result)
         if missing := settings.get("missing"):
             lines.append(f"{missing} clips without features are in no score")
-        head = f"Captions of style {settings['style']} for split {settings['split']}, at this step:"
+        head = f"Captions of style {settings['style']} for split {settings['split']}, of these weights:"
     except (UserError, KeyError, TypeError, ValueError, AttributeError):  # none, or not ours
         return "Not evaluated."
     notes = "".join(f"- {_plain(line)}\n" for line in lines)

@@ -135,6 +135,7 @@ def learn(args, data, folder, device, dtype):
     if args.dry_run:
         return time_steps(args, data, model, total)
 
+    told = reporter.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
     trainable = sum(p.numel() for p in model.qformer.parameters())
     runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
     stop = runfolder.Stop()
@@ -167,7 +168,6 @@ def learn(args, data, folder, device, dtype):
         scored = step
         save()
 
-    told = reporter.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
     with runfolder.Log(folder, step, total, told) as log, runfolder.Writer() as disk:
         if not saved:
             save()  # from here on a folder without last.pt has lost it
@@ -402,6 +402,7 @@ def finish(args, data, model, folder):
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
+    settings["weights"] = captioner.weights_digest(best["qformer"])
     settings["missing"] = len(data.split) - len(data.validation)
     result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}
     write_json(folder / "evaluation_validation.json", result)

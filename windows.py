@@ -30,6 +30,24 @@ class Window:
     stored: dict | None = None
 
 
+def add_model_flags(group):
+    """The flags that name a checkpoint and the models it was trained with."""
+    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
+    group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
+    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+
+
+def load_models(args):
+    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint. Raises UserError."""
+    from captioner import from_checkpoint, read_checkpoint
+    from encoder import VideoEncoder
+
+    device, dtype = cli.device_and_dtype(args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
+    return checkpoint, encoder, from_checkpoint(checkpoint, device, dtype, args.lm)
+
+
 def add_flags(group):
     """The flags that say how files become windows."""
     group.add_argument(

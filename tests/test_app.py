@@ -1,9 +1,11 @@
 """The web demo, in a real browser, beside infer.py."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -13,20 +15,22 @@ from conftest import until
 import app
 import infer
 
-pytest.importorskip("gradio", reason="gradio is not installed")
 HERE = Path(__file__).parent.parent
 LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
 
 
 @pytest.fixture(scope="module")
-def address(trained, world):
-    """The address of a running app.py, which is ended by Ctrl-C."""
+def address(trained, world, tmp_path_factory):
+    """The address of a running app.py, which is ended by Ctrl-C and then has no upload left."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    kept = tmp_path_factory.mktemp("kept")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     flags = ["--checkpoint", trained / "best.pt", "--examples", world / "videos", "--port", port]
     flags += [flag for pair in LIMITS.items() for flag in pair]
-    process = subprocess.Popen([sys.executable, HERE / "app.py", *map(str, flags)], text=True)
+    command = [sys.executable, HERE / "app.py", *map(str, flags)]
+    process = subprocess.Popen(command, text=True, env=os.environ | {"TMPDIR": str(kept)})
 
     def answers():
         assert process.poll() is None, "app.py ended"
@@ -37,8 +41,10 @@ def address(trained, world):
 
     until(answers, seconds=120)
     yield f"http://127.0.0.1:{port}"
+    uploads = [path for path in kept.rglob("*") if path.is_file()]
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
+    assert uploads and not any(path.exists() for path in uploads)
 
 
 @pytest.fixture
@@ -94,6 +100,12 @@ def test_too_large_an_upload_is_refused(page, tmp_path):
     until(lambda: "exceed the maximum allowed size" in page.find_element("tag name", "body").text)
 
 
+def test_no_file_of_the_server_is_given_away(address, world, trained):
+    for path in ("/etc/hostname", trained / "args.json", world / "toy.json", HERE / "README.md"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+
+
 def test_the_examples_are_of_the_toy_world(page):
     until(lambda: page.find_elements("css selector", ".gallery-item"))
     page.find_elements("css selector", ".gallery-item")[0].click()
@@ -147,6 +159,14 @@ def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):
     message, label, *_ = look(film(tmp_path / "long.webm", 12))
     assert message == "long.webm takes 12 s, this page up to 10: cut it, or use infer.py"
     assert label == ""
+
+
+def test_a_clip_that_is_cut_short_is_said(look, tmp_path):
+    """As infer.py says it: the page captioned half a film without a word."""
+    path = film(tmp_path / "cut.webm", 1)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    message, label, *_ = look(path)
+    assert message == "the file is cut short; what is there was captioned" and label
 
 
 def test_a_message_does_not_tell_where_uploads_lie(look, tmp_path):

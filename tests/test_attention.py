@@ -5,11 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import attention
 from qformer import Video
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 GRID = (4, 3, 5)
 
 
@@ -76,15 +77,40 @@ def test_the_picture_shows_what_the_encoder_saw(resize):
     assert picture.width > 400 and picture.height > 200
 
 
-def test_more_weight_is_drawn_brighter_and_in_its_place():
-    frames = np.full((4, 64, 64, 3), 60, np.uint8)
+def test_weight_is_drawn_in_its_place():
+    """Of 2 moments of 3 x 5 places: the last column of the first row, in the first moment's panel."""
+    frames = np.full((4, 64, 64, 3), 250, np.uint8)
+    here, there = (np.full((2, 3, 5), 0.001) for _ in range(2))
+    here[0, 0, 4] = there[1, 2, 0] = 1 - 0.029
+    plain, peaked = drawn(frames, there), drawn(frames, here)
+    bright = (plain > 150).all(-1) & (plain < 254).any(-1)  # frames, not paper
+    columns = np.flatnonzero(bright.sum(0) > 40)
+    columns = columns[: np.argmax(np.diff(columns) > 1) + 1]  # of the first panel
+    rows = np.flatnonzero(bright[:, columns[len(columns) // 2]])
+    rows = rows[rows > rows[0] + len(rows) * 0.55]  # of two panels the lower one
+    changed = (
+        np.abs(plain - peaked).sum(-1)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] > 60
+    )
+    y, x = (np.flatnonzero(changed.any(axis)) / changed.shape[1 - axis] for axis in (1, 0))
+    assert x.min() > 0.75 and y.max() < 0.4
+
+
+def test_each_moment_shows_its_own_frames():
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    frames[2:] = 250  # the second moment
+    dark = np.zeros_like(frames)
+    even = np.full((2, 4, 4), 1 / 32)
+    where = (np.abs(drawn(frames, even) - drawn(dark, even)).sum(-1) > 100).any(0)
+    assert np.flatnonzero(where).min() > len(where) * 0.35
+
+
+def test_a_caption_with_dollar_signs_is_text():
+    """Between two of them matplotlib reads mathematics, and ended infer.py over this one."""
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    assert drawn(frames, np.full((2, 4, 4), 1 / 32), r"a $\foo$ b").any()
+
+
+def drawn(frames, weights, title=""):
     settings = {"size": 64, "resize": "squash"}
-
-    def drawn(place):
-        weights = np.full((2, 4, 4), 0.01)
-        weights[place] = 1 - 0.31
-        return np.asarray(Image.open(io.BytesIO(attention.draw(frames, weights, settings))), float)
-
-    where = np.abs(drawn((0, 0, 0)) - drawn((1, 3, 3))).sum(-1) > 100
-    columns = np.flatnonzero(where[: len(where) * 2 // 3].any(0))
-    assert columns.min() < where.shape[1] / 2 < columns.max()  # the first moment and the second
+    data = attention.draw(frames, weights, settings, title)
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)

@@ -1,14 +1,17 @@
 """What a run leaves to look at: curves.png, metrics.csv, and the figures on a dashboard."""
 
 import csv
+import importlib.machinery
 import json
 import shutil
 import sys
+import types
 
 import pytest
 from conftest import train_flags
 
 import curves
+import runfolder
 import train
 from cli import UserError
 
@@ -24,6 +27,8 @@ def test_the_table_is_that_of_the_run(run):
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         scores = json.loads((run / f"validation_epoch_{row['epoch']}.json").read_text())
+        seconds = sum(s["seconds"] for s in steps if str(s["epoch"]) == row["epoch"])
+        assert float(row["seconds"]) == round(seconds, 1)
         assert float(row["CIDEr"]) == scores["metrics"]["CIDEr"]
         assert float(row["validation_loss"]) == scores["loss"]
         mine = [s for s in steps if str(s["epoch"]) == row["epoch"]]
@@ -50,6 +55,7 @@ def test_every_curve_reaches_the_picture(run):
         lambda: steps[3].update(lr=9.0),
         lambda: evaluations[1].update(loss=9.0),
         lambda: evaluations[1]["metrics"].update(CIDEr=9.0),
+        lambda: evaluations[1]["controls"]["shuffled"].update(CIDEr=5.0),
     ):
         change()
         after = curves.draw(steps, evaluations)
@@ -69,7 +75,7 @@ def test_skipped_steps_and_missing_scores_leave_gaps(run):
 
 
 def test_without_matplotlib_the_rest_goes_on(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     curves.say_missing.cache_clear()
     (run / "curves.png").unlink()
     curves.update(run), curves.update(run)
@@ -78,38 +84,129 @@ def test_without_matplotlib_the_rest_goes_on(run, monkeypatch, capsys):
     assert said.count("no curves.png: matplotlib is missing, pip install -e '.[viz]'") == 1
 
 
+def test_a_picture_ends_no_training(run, monkeypatch, capsys):
+    """A matplotlib that cannot be imported for another reason, or that the user's settings break, ended
+    training before its best.pt was written, at every --resume again."""
+    monkeypatch.setattr("curves._draw", lambda *_: 1 / 0)
+    curves.say_missing.cache_clear()
+    curves.update(run)
+    assert "no curves.png: division by zero" in capsys.readouterr().err
+
+
+def test_the_users_settings_of_matplotlib_do_not_matter(run):
+    import matplotlib
+
+    plain = curves.draw(*curves.read(run))
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        assert curves.draw(*curves.read(run)) == plain
+
+
+def test_a_line_cut_by_a_crash_is_left_out(run):
+    whole = curves.read(run)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('[1]\n{"step": 99, "epo')
+    assert curves.read(run) == whole
+    (run / "validation_epoch_3.json").write_text("{}")
+    with pytest.raises(UserError, match=r"validation_epoch_3\.json was not written by train\.py"):
+        curves.main([str(run)])
+
+
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"is no run folder of train\.py"):
         curves.main([str(tmp_path)])
 
 
-def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_meteor):
-    """Each step and evaluation is on the dashboard once, though the run was stopped and resumed."""
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def interrupted_and_resumed(world, prepared, output, dashboard):
+    """A run that is killed after its 8th step, two steps after its last save, and then resumed."""
+    flags = train_flags(world, prepared, output, "--report-to", dashboard, "--save-every", "3")
+    log = runfolder.Log.step
 
-    output = tmp_path / "run"
-    flags = train_flags(world, prepared, output, "--report-to", "tensorboard", "--save-every", "2")
+    def killed(self, step, *args):
+        log(self, step, *args)
+        if step == 8:
+            raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runfolder.Log.epoch", stop)  # killed in the first evaluation
+        patch.setattr("runfolder.Log.step", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
+    # drawn at the first of two evaluations
+    assert (output / "curves.png").is_file()
+    assert len((output / "metrics.csv").read_text().splitlines()) == 2
     train.main([*flags, "--resume"])
-    events = EventAccumulator(str(output / "tensorboard")).Reload()
-    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    told = events.Scalars("train/loss")
-    assert [e.step for e in told] == [s["step"] for s in steps] == list(range(1, 11))
-    assert [e.value for e in told] == pytest.approx([s["loss"] for s in steps])
+    lines = (output / "metrics.jsonl").read_text().splitlines()
     scores = [
         json.loads((output / f"validation_epoch_{n}.json").read_text())["metrics"]["CIDEr"]
         for n in (1, 2)
     ]
+    return [json.loads(line) for line in lines], scores
+
+
+def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_meteor):
+    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were told twice."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    steps, scores = interrupted_and_resumed(world, prepared, output, "tensorboard")
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    told = events.Scalars("train/loss")
+    assert [e.step for e in told] == [s["step"] for s in steps] == list(range(1, 11))
+    assert [e.value for e in told] == pytest.approx([s["loss"] for s in steps])
     told = events.Scalars("validation/CIDEr")
     assert [e.step for e in told] == [5, 10] and [e.value for e in told] == pytest.approx(scores)
 
 
-def stop(*_):
-    raise KeyboardInterrupt
+def stand_in(name, init, error=RuntimeError):
+    """A module in the place of a library that wants a server."""
+    library = types.ModuleType(name)
+    library.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=name)
+    library.init, library.errors = init, types.SimpleNamespace(Error=error)
+    return library
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
+    begun, told, ended = [], [], []
+
+    class Run:
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            ended.append(self)
+
+    def init(*args, **kwargs):
+        begun.append(kwargs)
+        return Run()
+
+    library = stand_in(name, init)
+    library.finish = lambda: ended.append(None)
+    monkeypatch.setitem(sys.modules, name, library)
+    steps, scores = interrupted_and_resumed(world, prepared, tmp_path / "run", name)
+    ids = [kwargs["id" if name == "wandb" else "name"] for kwargs in begun]
+    assert len(ids) == 2 and ids[0] == ids[1] and ids[0].startswith("run-")
+    assert len(ended) == 2  # also of the run that was killed
+    losses = {step: values["train/loss"] for step, values in told if "train/loss" in values}
+    assert losses == {s["step"]: s["loss"] for s in steps}
+    assert [v["validation/CIDEr"] for _, v in told if "validation/CIDEr" in v] == scores
+    train.main(train_flags(world, prepared, tmp_path / "run", "--report-to", name, "--overwrite"))
+    assert begun[2]["id" if name == "wandb" else "name"] != ids[0]  # another run, another curve
+
+
+def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp_path, monkeypatch):
+    """Without a login the run folder was taken all the same, and the next try was refused."""
+
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", stand_in("wandb", init, Error))
+    for _ in range(2):
+        with pytest.raises(UserError, match="--report-to wandb: no API key"):
+            train.main(train_flags(world, prepared, tmp_path / "run", "--report-to", "wandb"))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])

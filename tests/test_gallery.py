@@ -1,11 +1,14 @@
 """The gallery, in a real browser."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from conftest import until
 
 import evaluate
+from cli import UserError
 from dataset import load_records
 
 HOSTILE = (
@@ -95,6 +98,45 @@ def test_a_clip_plays(browser, gallery):
     assert width == 64 and not paused
 
 
+def test_the_page_and_its_clips_move_together(browser, gallery, world, tmp_path):
+    """A copy of the results with the videos beside them, on another machine, still plays."""
+    import shutil
+
+    common = Path(os.path.commonpath([gallery, world]))
+    there = tmp_path / "elsewhere"
+    (there / gallery.parent.relative_to(common)).mkdir(parents=True)
+    moved = shutil.copy(gallery, there / gallery.relative_to(common))
+    videos = (world / "videos").relative_to(common)
+    shutil.copytree(world / "videos", there / videos)
+    browser.get(moved.as_uri())
+    source = "const v = document.querySelector('video'); return v.readyState > 0 && v.currentSrc"
+    assert str(there) in until(lambda: browser.execute_script(source))
+
+
+def test_other_words_than_the_references_are_marked(browser, gallery):
+    browser.get(gallery.as_uri())
+    for card in cards(browser)[1:10]:
+        said, marks = (
+            [e.text for e in card.find_elements("css selector", f".said {tag}")]
+            for tag in ("span", "mark")
+        )
+        reference = card.find_element("css selector", ".reference").text.split()
+        assert set(said) <= set(reference) and not set(marks) & set(reference) and said + marks
+
+
+def test_it_fits_a_telephone(browser, gallery):
+    browser.set_window_size(500, 800)  # chromium's least
+    browser.get(gallery.as_uri())
+    frame = (
+        "const f = document.createElement('iframe'); f.style.width = '360px'; f.src = arguments[0];"
+    )
+    wide = "return [document.documentElement.scrollWidth, innerWidth]"
+    browser.execute_script(frame + "document.body.replaceChildren(f)", gallery.as_uri())
+    content, window = browser.execute_script(wide)
+    browser.set_window_size(1280, 1000)
+    assert content <= window
+
+
 def test_only_what_is_on_screen_is_loaded(browser, gallery):
     browser.get(gallery.as_uri())
     playing = "return document.querySelectorAll('video[src]').length"
@@ -132,11 +174,22 @@ def test_the_scores_stand_above(browser, gallery, scored):
     assert f"{result['controls']['shuffled']['CIDEr']:.3f}" in cider
 
 
+def test_another_prediction_does_not_replace_the_page(scored, world, prepared, tmp_path):
+    """The gallery of the still control replaced that of the run, under the same heading."""
+    said = (scored / "predictions_validation.json").read_bytes()
+    (tmp_path / "predictions_validation_still.json").write_bytes(said)
+    more = flags(tmp_path, world, prepared)
+    more[1] = str(tmp_path / "predictions_validation_still.json")
+    evaluate.main(more)
+    pages = [p.name for p in tmp_path.glob("*.html")]
+    assert pages == ["gallery_validation_rescored.html"]
+
+
 def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path):
     """The page alone can be sent to somebody: it holds the GIFs, of as many clips as asked for."""
     more = ["--embed", "3", "--workers", "0", "--output", str(tmp_path)]
     evaluate.main(flags(scored, world, prepared, *more))
-    (tmp_path / "gallery.html").rename(tmp_path / "sent.html")
+    (tmp_path / "gallery_validation_embedded.html").rename(tmp_path / "sent.html")
     browser.get((tmp_path / "sent.html").as_uri())
     assert len(cards(browser)) == 3
     drawn = "return [...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
@@ -176,11 +229,17 @@ def test_a_large_split_is_not_made_at_once(browser, tmp_path):
     [
         (["--embed", "3"], "--embed is about the page"),
         (["--gallery", "--shard", "0/2"], "leave one out"),
-        (["--gallery", "--videos", "/nowhere"], "--videos not found: /nowhere"),
     ],
 )
-def test_mistakes_are_told_before_the_work(more, sentence):
-    from cli import UserError
-
+def test_mistakes_are_told_before_anything_is_read(more, sentence):
     with pytest.raises(UserError, match=sentence):
         evaluate.main(["--annotations", "/nowhere", *more])
+
+
+def test_clips_are_looked_for_before_the_work(prepared, tmp_path, monkeypatch):
+    """An hour of captions, and then no clip was found to show."""
+    monkeypatch.setattr("evaluate.predict", lambda *_: pytest.fail("it began to caption"))
+    common = ["--gallery", "--annotations", str(prepared / "annotations"), "--checkpoint", "x/y.pt"]
+    for folder, sentence in ((tmp_path / "no", "--videos not found"), (tmp_path, "none of the 64")):
+        with pytest.raises(UserError, match=sentence):
+            evaluate.main([*common, "--videos", str(folder)])

@@ -3,16 +3,19 @@
 import io
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 import infer
 import render
 import video
+from cli import UserError
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 LONG = "pretending to take something out of something but nothing is really in it at all, is it"
 
 
@@ -23,10 +26,10 @@ def noisy(tmp_path_factory):
     return film(path, 48, lambda n, rng: rng.integers(0, 256, (240, 427, 3)))
 
 
-def film(path, frames, picture, rate=12):
+def film(path, frames, picture, rate=12, codec="libvpx-vp9"):
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libvpx-vp9", rate=rate, options={"crf": "40"})
+        stream = container.add_stream(codec, rate=rate, options={"crf": "40"})
         stream.height, stream.width = picture(0, rng).shape[:2]
         stream.pix_fmt = "yuv420p"
         for n in range(frames):
@@ -117,6 +120,41 @@ def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
     assert min(differs) > 1  # every frame is there
 
 
+def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
+    """The caption before it stood under what it does not describe."""
+    path = film(tmp_path / "gap.webm", 48, grey)
+    spans = [{"start": 0.0, "end": 1.0, "caption": "a"}, {"start": 3.0, "end": 4.0, "caption": "b"}]
+    shown = pictures(render.gif(path, {"windows": spans}))
+    ends = np.cumsum([seconds for seconds, _ in shown])
+    dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
+    assert (dark[(ends > 1.3) & (ends < 2.9)] == 0).all()
+    assert dark[ends < 0.9].min() > 0 and dark[-1] > 0
+
+
+def test_odd_times(tmp_path):
+    """4,000 frames a second, and a picture on screen for 15 minutes: each ended infer.py."""
+    path = film(tmp_path / "fast.mp4", 40, grey, rate=4000, codec="libx264")
+    (tmp_path / "out.mp4").write_bytes(render.mp4(path, {"caption": "fast"}))
+    assert 5 <= len(list(video.stream(tmp_path / "out.mp4"))) <= 11
+    shown = pictures(
+        render.encode_gif(
+            [Image.new("RGB", (8, 8), c) for c in ("black", "white")], (0.0, 900.0), 1
+        )
+    )
+    assert [seconds for seconds, _ in shown] == [655.35, 1.0]
+
+
+def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
+    """Frames put in another order by the encoder made the track end before its last picture."""
+    path = film(tmp_path / "a.webm", 24, grey)
+    (tmp_path / "a.mp4").write_bytes(render.mp4(path, {"caption": "a"}))
+    times = [[t for t, _ in video.stream(tmp_path / name)] for name in ("a.webm", "a.mp4")]
+    assert times[0] == pytest.approx(times[1], abs=2e-3)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        track = container.streams.video[0]
+        assert float(track.duration * track.time_base) > times[0][-1] + 0.03
+
+
 def test_words_wrap_and_even_a_word_too_long_stays_inside():
     letters = render.font(14)
     lines = render.wrap(f"{LONG} {'x' * 200} end", 200, letters)
@@ -159,10 +197,30 @@ def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, 
     assert with_reference > Image.open(output / f"{name}-2_captioned.gif").height
 
 
+def test_no_two_clips_share_a_file(tmp_path):
+    """a.mkv and a.webm beside a real a-2.webm: one film was lost, with exit code 0."""
+    names = infer.output_names([Path(p) for p in ("a-2.webm", "a.mkv", "a.webm", "b/a.webm")])
+    assert len(set(names)) == 4 and names[:2] == ["a-2", "a"]
+    [long] = infer.output_names([Path("ä" * 120 + ".webm")])
+    assert len(f".{long}_attention_0000.00-0000.00.png.{'0' * 16}.tmp".encode()) < 255
+
+
+def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
+    for name in ("a.webm", "a_captioned.gif"):
+        (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"a_captioned\.gif is a clip to caption"):
+        infer.main([str(tmp_path), "--gif", "--output", str(tmp_path), "--checkpoint", "/nowhere"])
+    assert (tmp_path / "a_captioned.gif").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("output", ["strip.xyz", "."])
+def test_strips_are_a_png(output, tmp_path):
+    with pytest.raises(UserError, match=r"must name a picture, \.png"):
+        render.main(["--predictions", "x", "--output", str(tmp_path / output)])
+
+
 def test_a_missing_library_is_told_before_the_models_are_loaded(monkeypatch, tmp_path):
     import importlib.util
-
-    from cli import UserError
 
     find = importlib.util.find_spec
     monkeypatch.setattr(

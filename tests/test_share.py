@@ -14,7 +14,7 @@ import hub
 import infer
 import share
 import train
-from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint
+from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint, weights_digest
 from cli import UserError
 from files import torch_bytes
 
@@ -46,7 +46,9 @@ def run(state, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "best.pt").write_bytes(torch_bytes(state))
-    (folder / "evaluation_validation.json").write_text(json.dumps(SCORES))
+    weights = {"weights": weights_digest(state["qformer"])}
+    scores = SCORES | {"settings": SCORES["settings"] | weights}
+    (folder / "evaluation_validation.json").write_text(json.dumps(scores))
     return folder
 
 
@@ -115,8 +117,8 @@ def test_a_mistyped_path_never_reaches_the_network(name, tmp_path, monkeypatch):
 
 
 def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, monkeypatch, capsys):
-    """Results lie in an exported folder, or in results/<name> for a Hub id, but not among those of
-    a run of that name: the card of that run would then show another model's scores."""
+    """Results of an exported folder or a Hub id lie in results/<name>: not in what is shared, and not
+    among those of a run of that name."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
     monkeypatch.chdir(tmp_path)
     assert not train.main(["--export", "out/toy", "--output", str(trained)])
@@ -130,9 +132,11 @@ def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, m
     assert said[0] and said[0] == said[1] == said[2]
     flags = ["--features", str(prepared / "features"), "--workers", "0", "--limit", "8"]
     flags += ["--annotations", str(prepared / "annotations"), "--checkpoint"]
-    for checkpoint, folder in [("out/toy", "out/toy"), ("me/toy", "results/toy")]:
+    scores = tmp_path / "results" / "toy" / "evaluation_validation_first8.json"
+    for checkpoint in ("out/toy", "me/toy"):
         evaluate.main([*flags, checkpoint])
-        assert (tmp_path / folder / "evaluation_validation_first8.json").is_file()
+        scores.unlink()
+    assert sorted(p.name for p in (tmp_path / "out" / "toy").iterdir()) == sorted(share_order())
     (tmp_path / "results" / "toy" / "best.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"results/toy holds a run: .* --output"):
         evaluate.main([*flags, "me/toy"])
@@ -268,8 +272,10 @@ def test_the_card_holds_the_scores_of_this_checkpoint_only(run, shared, tmp_path
     assert "7 clips, tokenizer ptb" in card and "Java not found" in card
     assert "2 clips without features" in card and "Not evaluated" not in card
     scores = run / "evaluation_validation.json"
-    other = json.dumps(SCORES | {"settings": SCORES["settings"] | {"step": 4}})
-    for text in (other, "{", "[]", json.dumps(SCORES | {"metrics": {"CIDEr": "1.2345"}})):
+    ours = json.loads(scores.read_text())
+    other = ours | {"settings": ours["settings"] | {"weights": "0" * 16}}  # of the same step
+    nonsense = ours | {"metrics": {"CIDEr": "1.2345"}}
+    for text in (json.dumps(other), "{", "[]", json.dumps(SCORES), json.dumps(nonsense)):
         scores.write_text(text)
         share.export(run, shared)
         card = (shared / "README.md").read_text()
