@@ -122,7 +122,7 @@ def draw(steps, evaluations):
 def _draw(steps, evaluations):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,9 +133,13 @@ def _draw(steps, evaluations):
     top.plot(at, losses, color=GREY, linewidth=0.6, alpha=0.6, label="training, each step")
     top.plot(at, smooth(losses), color=BLUE, label="training, running mean")
     points(top, evaluations, lambda e: e["loss"], ORANGE, "s", "validation, labels")
-    top.set(ylabel="loss per caption token", yscale="log")
-    for axis in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    top.set(ylabel="loss per caption token")
+    shown = [value for value in (*losses, *(e["loss"] for e in evaluations)) if value]
+    if shown and max(shown) > 4 * min(shown):
+        top.set(yscale="log")
+        top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter(NullFormatter())
     points(middle, evaluations, lambda e: e["metrics"].get("CIDEr"), GREEN, "o", "validation")
     shuffled = {e["step"]: e["controls"].get("shuffled", {}).get("CIDEr") for e in evaluations}
     points(middle, evaluations, lambda e: shuffled[e["step"]], GREY, "x", "predictions shuffled")

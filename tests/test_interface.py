@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent.parent
 SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if "def parse_args(" in p.read_text())
-HEAVY = {"torch", "transformers", "av", "decord", "pycocoevalcap", "PIL"}
+HEAVY = {"torch", "transformers", "av", "decord", "pycocoevalcap", "PIL", "matplotlib", "gradio"}
 
 
 def script(name, *args, **kwargs):
@@ -107,6 +107,11 @@ def test_readme_paths_exist():
     names += re.findall(r"`((?:[a-z0-9_]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
     names = [n for n in names if n not in ("preprocess_something_something_v2.py",)]
     assert not [n for n in names if not (HERE / n).exists()]
+
+
+def test_readme_pictures_are_light():
+    """A page that takes seconds to load is not read."""
+    assert sum(p.stat().st_size for p in (HERE / "results" / "readme").iterdir()) < 2_000_000
 
 
 def test_readme_lists_every_file():
