@@ -272,7 +272,9 @@ def read_checkpoint(path, flag="--checkpoint"):
         raise Damaged(f"{flag} {path} holds weights that are no numbers")
     try:
         with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
-            load_weights(QFormer(**checkpoint["sizes"]), checkpoint["qformer"], assign=True)
+            # a copy: torch notes `assign` in the state dict itself, and a later load of it would put
+            # other parameters into a model than its optimizer has
+            load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise Damaged(f"{flag} {path} holds no Q-Former: {error}") from None
     return checkpoint

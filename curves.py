@@ -144,7 +144,7 @@ def _draw(steps, evaluations):
     shuffled = {e["step"]: e["controls"].get("shuffled", {}).get("CIDEr") for e in evaluations}
     points(middle, evaluations, lambda e: shuffled[e["step"]], GREY, "x", "predictions shuffled")
     middle.set(ylabel="CIDEr (of 10)")
-    middle.set_ylim(0, 1.08 * middle.dataLim.ymax if evaluations else 10)
+    middle.set_ylim(0, 1.08 * max(middle.dataLim.ymax, 0.1) if evaluations else 10)
     dot = "." if len(steps) == 1 else None  # a line of one point is none
     bottom.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=BLUE, marker=dot)
     bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))

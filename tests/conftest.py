@@ -179,9 +179,16 @@ def quick_meteor(monkeypatch):
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
 
 
+@pytest.fixture
+def browser(chromium):
+    """A headless Chromium; after the test it shows nothing, for clips that play cost a processor."""
+    yield chromium
+    chromium.get("about:blank")
+
+
 @pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium, Debian's packages chromium and chromium-driver."""
+def chromium():
+    """Debian's packages chromium and chromium-driver."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")

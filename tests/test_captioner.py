@@ -311,3 +311,14 @@ def test_log_likelihoods_are_those_of_each_text_alone(captioner, make_clips, tok
     assert torch.allclose(got, expected.repeat(1, 20), atol=1e-5)
     assert cache.get_seq_length() == length  # it can be gone on from
     assert captioner.generate(cache, "label") == captioner.captions(batch, "label")
+
+
+def test_reading_a_checkpoint_leaves_it_as_it_is(captioner, make_qformer, tmp_path):
+    """The check of its sizes made a later load of it replace a model's parameters, so that a resumed
+    run trained on with an optimizer of parameters that nothing used any more."""
+    torch.save(checkpoint_of(captioner.float()), tmp_path / "best.pt")
+    weights = read_checkpoint(tmp_path)["qformer"]
+    qformer = make_qformer()
+    before = list(qformer.parameters())
+    qformer.load_state_dict(weights)
+    assert all(a is b for a, b in zip(before, qformer.parameters(), strict=True))

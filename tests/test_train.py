@@ -71,6 +71,7 @@ def test_what_a_run_leaves_behind(prepared, trained):
         *("last.pt", "previous.pt", "best.pt"),
         *("validation_epoch_1.json", "validation_epoch_2.json"),
         *("predictions_validation.json", "evaluation_validation.json"),
+        *("metrics.csv", "curves.png"),
     }
     assert [s["step"] for s in log(trained)] == list(range(1, 11))
     clips = len(load_records(prepared / "annotations", "validation"))
