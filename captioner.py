@@ -52,19 +52,29 @@ class VideoCaptioner(nn.Module):
     def device(self):
         return self.qformer.queries.device
 
+    def autocast(self):
+        """What the Q-Former runs in: bfloat16 matrix products on a GPU."""
+        on_cuda = self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext()
+
+    def soft_prompts(self, features, scale, offset):
+        """Stored features of B clips -> soft prompts (B, Q, D)."""
+        clips = features, scale, offset
+        with self.autocast():
+            if torch.is_grad_enabled():
+                return self.qformer(*clips)
+            groups = zip(*(t.split(READ_CHUNK) for t in clips), strict=True)
+            return torch.cat([self.qformer(*group) for group in groups])
+
     def prefix(self, features, scale, offset):
         """Stored features -> the LM's key/value cache over the soft prompts of B clips.
 
         Computed once per clip: every caption, loss and generation of the clip continues from it.
         """
-        on_cuda = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
-            clips = features, scale, offset
-            if torch.is_grad_enabled():
-                soft = self.qformer(*clips)  # (B, Q, D)
-            else:
-                groups = zip(*(t.split(READ_CHUNK) for t in clips), strict=True)
-                soft = torch.cat([self.qformer(*group) for group in groups])
+        return self.read(self.soft_prompts(features, scale, offset))
+
+    def read(self, soft):
+        """Soft prompts (B, Q, D) -> the LM's key/value cache over them."""
         out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), use_cache=True)
         return out.past_key_values
 

@@ -102,7 +102,8 @@ def main(argv=None):
         raise UserError(
             f"split {args.split!r} has no paraphrases: --style sentence has no references"
         )
-    output = cli.output_folder(args.output or default_output(args), "--output")
+    scored = args.predictions[0] if args.predictions else args.checkpoint
+    output = cli.output_folder(args.output or default_output(scored), "--output")
     clips = gallery.find(args, records) if args.gallery else {}
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
@@ -162,13 +163,13 @@ def gallery_name(args, lacking):
     return "gallery.html" if name == VALIDATION else f"gallery_{name}.html"
 
 
-def default_output(args):
-    """The folder of what is scored; for what is shared, a Hub id or an exported folder, results/<name>,
+def default_output(path):
+    """The folder of a file or folder; for what is shared, a Hub id or an exported folder, results/<name>,
     unless that is a run of one's own."""
-    path = Path(args.predictions[0] if args.predictions else args.checkpoint)
-    if args.predictions or not (hub.is_id(args.checkpoint) or share.is_export(path)):
+    if not (hub.is_id(path) or share.is_export(Path(path))):
+        path = Path(path)
         return path if path.is_dir() else path.parent
-    folder = Path("results", path.name)
+    folder = Path("results", Path(path).name)
     if (folder / "best.pt").exists():  # its scores would become those of another model
         raise UserError(f"{folder} holds a run: name the folder of these results with --output")
     return folder

@@ -37,15 +37,22 @@ def add_model_flags(group):
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
 
 
-def load_models(args):
-    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint. Raises UserError."""
+def load_captioner(args):
+    """(checkpoint, `VideoCaptioner`) of --checkpoint. Raises UserError."""
     from captioner import from_checkpoint, read_checkpoint
-    from encoder import VideoEncoder
 
     device, dtype = cli.device_and_dtype(args)
     checkpoint = read_checkpoint(args.checkpoint)
-    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], device, args.encoder)
-    return checkpoint, encoder, from_checkpoint(checkpoint, device, dtype, args.lm)
+    return checkpoint, from_checkpoint(checkpoint, device, dtype, args.lm)
+
+
+def load_models(args):
+    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint. Raises UserError."""
+    from encoder import VideoEncoder
+
+    checkpoint, captioner = load_captioner(args)
+    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], captioner.device, args.encoder)
+    return checkpoint, encoder, captioner
 
 
 def add_flags(group):

@@ -1,0 +1,333 @@
+"""What the queries know of a clip: find its like, match two films, read its soft prompts as words.
+
+    python embed.py                                    (a vector for each validation clip, from the cache)
+    python embed.py --query my_clip.mp4                (the clips most like it)
+    python embed.py --text "pushing something"         (the clips this is likeliest the caption of)
+    python embed.py --score                            (does it find clips of the same action?)
+    python embed.py --match a.mp4 b.mp4 --window 6 --stride 3      (scenes of a that are in b)
+    python embed.py --words my_clip.mp4                (the tokens that each query is nearest to)
+
+Results go to stdout, files into the checkpoint's folder. 220,000 clips are searched in memory, by
+brute force; the step beyond 10 million is an index such as faiss.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cli
+import embeddings
+import windows
+from cli import DONE, FAILED, PARTIAL, UserError, note
+from dataset import (
+    TRAIN,
+    VALIDATION,
+    by_hash,
+    check_same_settings,
+    load_manifest,
+    load_records,
+    require_features,
+)
+
+CORPUS = 2000  # captions
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    group = parser.add_argument_group("what to do, if not to embed a split")
+    todo = group.add_mutually_exclusive_group()
+    todo.add_argument("--query", nargs="+", metavar="CLIP", help="print the clips most like these")
+    todo.add_argument("--text", help="print the clips that this caption is likeliest of")
+    todo.add_argument("--score", action="store_true", help="score retrieval of the same template")
+    todo.add_argument(
+        "--match", nargs=2, metavar="FILM", help="find the scenes of one in the other"
+    )
+    todo.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
+    group = parser.add_argument_group("model and data")
+    windows.add_model_flags(group)
+    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
+    group.add_argument(
+        "--annotations", default="data/annotations", help="of prepare_annotations.py"
+    )
+    group.add_argument("--split", default=VALIDATION, help="which clips")
+    group.add_argument(
+        "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
+    )
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--kind",
+        choices=embeddings.KINDS,
+        help=f"of vector (default: {embeddings.BEST}; with --match {embeddings.BEST_OF_FILMS})",
+    )
+    group.add_argument("--count", type=cli.whole(1), default=10, help="clips or tokens to print")
+    group = parser.add_argument_group("clips")
+    windows.add_flags(group)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="JSON instead of text")
+    group.add_argument(
+        "--output",
+        help="file of the vectors (default: embeddings_<split>.npz in the checkpoint's folder)",
+    )
+    cli.add_common(parser, workers=2)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.kind = args.kind or (embeddings.BEST_OF_FILMS if args.match else embeddings.BEST)
+    for flag in ("query", "text", "score", "match", "words"):
+        if getattr(args, flag) not in (None, False):
+            return globals()[flag](args)
+    return embed_split(args)
+
+
+def folder_of(args):
+    """Where files go: the checkpoint's folder, results/<name> for a Hub id."""
+    from evaluate import default_output
+
+    return cli.output_folder(default_output(args.checkpoint), "--output")
+
+
+def embeddings_file(args):
+    return Path(args.output or folder_of(args) / f"embeddings_{args.split}.npz")
+
+
+def cached_clips(args):
+    """The records of the split that have features, and the manifest. Raises UserError."""
+    manifest = load_manifest(args.features)
+    records = load_records(args.annotations, args.split)[: args.limit]
+    return require_features(args.features, args.split, records, args.allow_missing), manifest
+
+
+# ---- one vector a clip ---------------------------------------------------------------------
+
+
+def embed_split(args):
+    path = embeddings_file(args)
+    cli.output_folder(path.parent, "--output")
+    records, manifest = cached_clips(args)
+    if not records:
+        raise UserError(f"there are no clips in split {args.split!r}")
+    checkpoint, captioner = windows.load_captioner(args)
+    settings = checkpoint["manifest"]["settings"]
+    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
+    how = (args.features, args.split, records, args.batch_size, args.workers)
+    embeddings.write(path, captioner, checkpoint, *how)
+    print(path)
+    note(f"{len(records):,} clips, of each the vectors {', '.join(embeddings.KINDS)}")
+
+
+def query(args):
+    """The clips most like each window of each --query."""
+    paths = windows.find_clips(args.query)
+    path = embeddings_file(args)
+    checkpoint, encoder, captioner = windows.load_models(args)
+    ids, vectors, split = embeddings.read(path, args.kind, checkpoint)
+    import retrieval
+
+    labels, failed = known_labels(args, split), 0
+    for batch in windows.read(paths, encoder, args):
+        for w in (w for w in batch if w.error):
+            note(f"{paths[w.file]}: {w.error}")
+            failed += 1
+        sound = [w for w in batch if not w.error]
+        if not sound:
+            continue
+        asked = embeddings.embed(captioner, **windows.features(sound, captioner.device))[args.kind]
+        for w, vector in zip(sound, asked.cpu().numpy(), strict=True):
+            found = zip(*retrieval.nearest(vector, vectors, args.count), strict=True)
+            where = {"path": str(paths[w.file])}
+            where |= {} if w.alone else {"start": w.start, "end": w.end}
+            show(args, where, [(ids[n], float(cosine), labels.get(ids[n])) for n, cosine in found])
+    return FAILED if failed == len(paths) else PARTIAL if failed else DONE
+
+
+def known_labels(args, split):
+    """{id: label} of a split, none where its annotations are not at hand."""
+    if not Path(args.annotations, f"{split}.json").is_file():
+        return {}
+    return {r["id"]: r["label"] for r in load_records(args.annotations, split)}
+
+
+def show(args, asked, found):
+    """Print the clips found: one JSON object, or a line each behind what was asked."""
+    if args.json:
+        rows = [{"id": i, "score": round(score, 4), "label": label} for i, score, label in found]
+        print(json.dumps(asked | {"found": rows}), flush=True)
+        return
+    head = [cli.printable(asked.get("path") or asked.get("text"), keep="")]
+    head += [f"{asked['start']:.1f}-{asked['end']:.1f}"] if "start" in asked else []
+    for clip_id, score, label in found:
+        print(*head, f"{score:.3f}", clip_id, label or "", sep="\t", flush=True)
+
+
+def text(args):
+    """The clips of the split whose caption --text is likeliest to be."""
+    import torch
+    from tqdm import tqdm
+
+    from dataset import FeatureDataset, batches, loader
+
+    if not args.text.strip():
+        raise UserError("--text is empty")
+    records, manifest = cached_clips(args)
+    checkpoint, captioner = windows.load_captioner(args)
+    settings = checkpoint["manifest"]["settings"]
+    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
+    data = FeatureDataset(args.features, args.split, records, settings, None, lambda record: [])
+    scores = []
+    with torch.inference_mode(), tqdm(total=len(records), unit="clip", desc="read") as bar:
+        for batch in batches(loader(data, args.batch_size, args.workers, captioner.device)):
+            stored = (batch[k].to(captioner.device) for k in ("features", "scale", "offset"))
+            cache = captioner.prefix(*stored)
+            scores += captioner.log_likelihoods(cache, "label", [args.text])[:, 0].tolist()
+            bar.update(len(batch["ids"]))
+    best = sorted(zip(records, scores, strict=True), key=lambda pair: -pair[1])[: args.count]
+    show(args, {"text": args.text}, [(r["id"], score, r["label"]) for r, score in best])
+
+
+def score(args):
+    """Does a vector find clips of the same action? The file's kinds beside chance, on stdout."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("--score needs scikit-learn: pip install -e '.[embed]'", code=1)
+    path, by_kind = embeddings_file(args), {}
+    for kind in embeddings.KINDS:
+        ids, by_kind[kind], split = embeddings.read(path, kind)
+    known = {r["id"]: r for r in load_records(args.annotations, split)}
+    if lost := [i for i in ids if i not in known]:
+        raise UserError(f"{path} has {len(lost)} clips that {args.annotations} does not name")
+    by_kind["chance"] = chance(by_kind["features"].shape, args.seed)
+    rows = score_rows(by_kind, [known[i] for i in ids], args.seed)
+    print(json.dumps(rows) if args.json else score_table(rows))
+
+
+def chance(shape, seed):
+    """Vectors without any meaning."""
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def score_rows(by_kind, records, seed):
+    """{kind: scores} of `retrieval`, of vectors {kind: (n, D)} of n records, with and without
+    neighbours that share an object. Raises UserError where there are no templates to find."""
+    import retrieval
+
+    known = [n for n, r in enumerate(records) if r["template"]]
+    templates = [records[n]["template"] for n in known]
+    if len(set(templates)) < 2:
+        raise UserError("the clips have no templates that could be told apart")
+    objects, rows = [set(records[n]["placeholders"]) for n in known], {}
+    for kind, vectors in by_kind.items():
+        vectors = retrieval.unit(vectors[known])
+        rows[kind] = {
+            "all": retrieval.retrieval(vectors, templates, objects),
+            "no shared object": retrieval.retrieval(vectors, templates, objects, False),
+            "NMI": retrieval.clusters(vectors, templates, seed),
+        }
+    return rows
+
+
+def score_table(rows):
+    names = ("R@1", "R@5", "R@10", "mAP", "kNN")
+    lines = [f"{'vector':<10}{'NMI':>7}" + "".join(f"{n:>7}" for n in names) * 2]
+    lines[0] += "   (right half: neighbours that share no object)"
+    for kind, row in rows.items():
+        cells = [row["NMI"], *(row[part][n] for part in ("all", "no shared object") for n in names)]
+        lines.append(f"{kind:<10}" + "".join(f"{cell:>7.3f}" for cell in cells))
+    return "\n".join(lines)
+
+
+# ---- two films -----------------------------------------------------------------------------
+
+
+def match(args):
+    """The scenes of the first film that are in the second, with a picture of all similarities."""
+    import films
+    import render
+
+    render.require()
+    paths = windows.find_clips(args.match)
+    if len(paths) != 2:
+        raise UserError(f"--match takes two films, not the {len(paths)} that these folders hold")
+    output = Path(args.output or folder_of(args) / "match.png")
+    cli.output_folder(output.parent, "--output")
+    _, encoder, captioner = windows.load_models(args)
+    (spans_a, a), (spans_b, b) = (film(path, captioner, encoder, args) for path in paths)
+    similarity = films.compare(a[args.kind], b[args.kind])
+    found = films.scenes(similarity, spans_a, spans_b)
+    names = [cli.printable(path.name) for path in paths]
+    render.save(output, films.draw(similarity, spans_a, spans_b, found, names))
+    if args.json:
+        print(json.dumps({"films": [str(p) for p in paths], "scenes": films.as_json(found)}))
+    else:
+        for s in found:
+            times = (f"{films.clock(t)}" for t in (s.start_a, s.end_a, s.start_b, s.end_b))
+            print("{}-{}\t{}-{}\t{:.3f}".format(*times, s.score))
+    note(f"{len(found)} scenes of {names[0]} are in {names[1]}: {output}")
+
+
+def film(path, captioner, encoder, args):
+    """(spans of the windows of one film, {kind: vectors (n, D)}). Raises UserError if none can be read."""
+    import numpy as np
+
+    spans, vectors, errors = [], [], []
+    for batch in windows.read([path], encoder, args):
+        errors += [w.error for w in batch if w.error]
+        sound = [w for w in batch if not w.error]
+        if sound:
+            rows = embeddings.embed(captioner, **windows.features(sound, captioner.device))
+            vectors.append({kind: v.cpu().numpy() for kind, v in rows.items()})
+            spans += [(w.start, w.end) for w in sound]
+    if not spans:
+        raise UserError(str(errors[0]), code=1)
+    if errors:
+        note(f"{path}: {len(errors)} of {len(spans) + len(errors)} windows could not be decoded")
+    return spans, {kind: np.concatenate([v[kind] for v in vectors]) for kind in embeddings.KINDS}
+
+
+# ---- queries as words ----------------------------------------------------------------------
+
+
+def words(args):
+    """Of each query of one clip the nearest tokens, by input embedding and in context."""
+    import render
+    import words as reading
+
+    render.require()
+    [path, *more] = windows.find_clips([args.words])
+    if more:
+        raise UserError(f"--words reads one clip, not the {len(more) + 1} in {args.words}")
+    output = Path(args.output or folder_of(args) / f"words_{path.stem}.png")
+    cli.output_folder(output.parent, "--output")
+    texts = corpus(args)
+    _, encoder, captioner = windows.load_models(args)
+    first = next(batch[0] for batch in windows.read([path], encoder, args))
+    if first.error:
+        raise UserError(str(first.error), code=1)
+    if not first.alone:
+        note(f"{path}: its first {first.end:.1f} s are read")
+    features = windows.features([first], captioner.device)
+    caption = captioner.captions(features, "label")[0]
+    soft = captioner.soft_prompts(**features).detach()
+    table = reading.Corpus(captioner, texts).table(soft, args.count)
+    render.save(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
+    if args.json:
+        print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
+        return
+    print(cli.printable(path, keep=""), caption, sep="\t")
+    for n, row in enumerate(table):
+        print(n, *(" ".join(t for t, *_ in row[part]) for part in ("tokens", "context")), sep="\t")
+    note(f"a line a query: its nearest tokens by embedding, then in context; written to {output}")
+
+
+def corpus(args):
+    """Labels of training clips, drawn by the seed, whose tokens the queries are compared with."""
+    records = {r["id"]: r for r in load_records(args.annotations, TRAIN) if r["label"]}
+    if not records:
+        raise UserError(f"no captions to read the queries by: {args.annotations} has no labels")
+    return [records[i]["label"] for i in by_hash(records, args.seed)[:CORPUS]]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,374 @@
+"""embed.py: one vector a clip, two films, queries as words."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIDTH
+
+import embed
+import embeddings
+import films
+import retrieval
+import windows
+import words
+from captioner import VideoCaptioner, read_checkpoint
+from cli import UserError
+from dataset import load_features, load_records, stack_stored
+from files import torch_bytes
+
+
+@pytest.fixture(scope="module")
+def flags(prepared, trained):
+    return [
+        *["--checkpoint", str(trained), "--features", str(prepared / "features")],
+        *["--annotations", str(prepared / "annotations"), "--workers", "0"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def written(flags, tmp_path_factory):
+    path = tmp_path_factory.mktemp("embeddings") / "embeddings.npz"
+    embed.main([*flags, "--output", str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def captioner(flags):
+    return windows.load_captioner(embed.parse_args(flags))[1]
+
+
+@pytest.fixture(scope="module")
+def clips(prepared):
+    """Five validation clips in stored form."""
+    settings = json.loads((prepared / "features" / "manifest.json").read_text())["settings"]
+    root = prepared / "features" / "validation"
+    ids = sorted(p.stem for p in root.glob("*.pt"))[:5]
+    return stack_stored([load_features(root / f"{i}.pt", i, settings) for i in ids])
+
+
+# ---- one vector a clip ---------------------------------------------------------------------
+
+
+def test_a_vector_does_not_depend_on_its_batch(captioner, clips):
+    together = embeddings.embed(captioner, **clips)
+    for n in range(5):
+        alone = embeddings.embed(captioner, **{k: v[n : n + 1] for k, v in clips.items()})
+        for kind, vectors in together.items():
+            assert torch.allclose(alone[kind][0], vectors[n], atol=1e-5), kind
+            assert vectors[n].norm() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_kinds_are_what_they_are_called(captioner, clips):
+    got, qformer, lm = embeddings.embed(captioner, **clips), captioner.qformer, captioner.lm
+    x = clips["features"].float() * clips["scale"][:, None] + clips["offset"][:, None]
+    prompt = captioner.tokenizer(embeddings.PROMPT, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        soft = captioner.soft_prompts(**clips)
+        words = lm.get_input_embeddings()(torch.tensor([prompt])).expand(5, -1, -1)
+        hidden = lm.base_model(inputs_embeds=torch.cat([soft, words], 1)).last_hidden_state
+    expected = {
+        "features": ((x - qformer.mean) / qformer.std).mean(1),
+        "prompts": soft.mean(1),
+        "hidden": hidden[:, soft.shape[1] - 1],
+        "prompted": hidden[:, -1],
+    }
+    for kind, vectors in expected.items():
+        assert torch.allclose(got[kind], vectors / vectors.norm(dim=1, keepdim=True), atol=1e-4)
+    assert got["attended"].shape == (5, soft.shape[2])
+
+
+def test_the_file_has_every_clip_in_float16(written, prepared, trained):
+    checkpoint = read_checkpoint(trained)
+    ids, vectors, split = embeddings.read(written, "hidden", checkpoint)
+    assert ids == [r["id"] for r in load_records(prepared / "annotations", "validation")]
+    assert vectors.dtype == np.float16 and len(vectors) == len(ids) and split == "validation"
+    with np.load(written, allow_pickle=False) as file:
+        assert set(file) == {"ids", "about", *embeddings.KINDS}
+
+
+def test_nothing_is_left_of_an_embedding_that_fails(flags, prepared, tmp_path):
+    features = shutil.copytree(prepared / "features", tmp_path / "features")
+    last = load_records(prepared / "annotations", "validation")[-1]["id"]
+    (features / "validation" / f"{last}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"features of clip {last}"):
+        embed.main(
+            [*flags, "--features", str(features), "--output", str(tmp_path / "out" / "e.npz")]
+        )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_clip_finds_itself_first(flags, written, world, capsys):
+    clip_id = np.load(written)["ids"][7]
+    clip = str(world / "videos" / f"{clip_id}.webm")
+    for kind in embeddings.KINDS:
+        embed.main([*flags, "--output", str(written), "--query", clip, "--kind", kind, "--json"])
+        found = json.loads(capsys.readouterr().out)["found"]
+        assert found[0]["id"] == clip_id and found[0]["score"] == pytest.approx(1, abs=2e-3)
+        scores = [f["score"] for f in found]
+        assert len(found) == 10 and scores == sorted(scores, reverse=True)
+
+
+def test_a_text_finds_the_clips_it_is_likeliest_of(flags, captioner, prepared, capsys):
+    records = load_records(prepared / "annotations", "validation")[:12]
+    text = records[3]["label"]
+    embed.main([*flags, "--text", text, "--limit", "12", "--batch-size", "5", "--count", "12"])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert {line[2] for line in lines} == {r["id"] for r in records} and lines[0][0] == text
+    scores = [float(line[1]) for line in lines]
+    assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
+    settings = (
+        captioner.qformer.grid
+        and json.loads((prepared / "features" / "manifest.json").read_text())["settings"]
+    )
+    path = prepared / "features" / "validation" / f"{lines[0][2]}.pt"
+    clip = stack_stored([load_features(path, lines[0][2], settings)])
+    with torch.no_grad():
+        alone = captioner.log_likelihoods(captioner.prefix(**clip), "label", [text])
+    assert scores[0] == pytest.approx(alone.item(), abs=1e-3)
+
+
+def test_scores_of_a_split(flags, written, capsys):
+    embed.main([*flags, "--output", str(written), "--score"])
+    out = capsys.readouterr().out
+    assert all(kind in out for kind in (*embeddings.KINDS, "chance", "mAP", "NMI"))
+
+
+def test_shuffled_weights_score_at_chance(flags, trained, prepared, tmp_path):
+    """What a vector finds is what its Q-Former has learned."""
+    state = read_checkpoint(trained)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in state["qformer"].items():
+        order = torch.randperm(weight.numel(), generator=generator)
+        state["qformer"][name] = weight.flatten()[order].view_as(weight)
+    (tmp_path / "best.pt").write_bytes(torch_bytes(state))
+    embed.main([*flags, "--checkpoint", str(tmp_path), "--output", str(tmp_path / "e.npz")])
+    records = load_records(prepared / "annotations", "validation")
+    by_kind = {k: embeddings.read(tmp_path / "e.npz", k)[1] for k in ("prompts", "prompted")}
+    by_kind["chance"] = embed.chance(by_kind["prompts"].shape, 0)
+    rows = embed.score_rows(by_kind, records, 0)
+    for kind in ("prompts", "prompted"):
+        assert abs(rows[kind]["all"]["mAP"] - rows["chance"]["all"]["mAP"]) < 0.08
+
+
+def test_embeddings_of_another_checkpoint_are_refused(flags, written, world, trained, tmp_path):
+    state = read_checkpoint(trained)
+    state["qformer"]["gain"] = state["qformer"]["gain"] * 2
+    (tmp_path / "best.pt").write_bytes(torch_bytes(state))
+    clip = str(next((world / "videos").iterdir()))
+    more = ["--checkpoint", str(tmp_path), "--output", str(written), "--query", clip]
+    with pytest.raises(UserError, match=r"was made with another checkpoint \(at step 5\)"):
+        embed.main([*flags, *more])
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK nonsense", None])
+def test_a_damaged_file_gets_one_sentence(flags, written, damage, tmp_path):
+    path = tmp_path / "e.npz"
+    path.write_bytes(written.read_bytes()[:2000] if damage is None else damage)
+    with pytest.raises(UserError, match="holds no embeddings"):
+        embed.main([*flags, "--score", "--output", str(path)])
+
+
+# ---- search --------------------------------------------------------------------------------
+
+
+def test_nearest_is_by_cosine_in_order():
+    vectors = retrieval.unit(np.random.default_rng(0).normal(size=(1000, 16))).astype(np.float16)
+    order, cosines = retrieval.nearest(5 * vectors[321].astype(np.float32), vectors, 4)
+    exact = vectors.astype(np.float32) @ retrieval.unit(vectors[321])
+    assert order[0] == 321 and order.tolist() == np.argsort(-exact)[:4].tolist()
+    assert cosines.tolist() == pytest.approx(np.sort(exact)[::-1][:4].tolist(), abs=1e-5)
+
+
+def test_retrieval_is_leave_one_out():
+    """Four clips on a line: the query itself is no neighbour, and ranks are those of the rest."""
+    angles = np.array([0.0, 0.1, 0.3, 0.6])
+    vectors = retrieval.unit(np.stack([np.cos(angles), np.sin(angles)], 1))
+    templates, objects = ["a", "b", "a", "b"], [{"x"}, {"y"}, {"x", "z"}, {"w"}]
+    scores = retrieval.retrieval(vectors, templates, objects)
+    assert scores["n"] == 4 and scores["R@1"] == 0 and scores["R@5"] == 1
+    # 0 finds 1, 2: its fellow second; 1: 0, 2, 3 third; 2: 1, 0 second; 3: 2, 1 second
+    assert scores["mAP"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    apart = retrieval.retrieval(vectors, templates, objects, share_objects=False)
+    assert apart["n"] == 2  # 0 and 2 share x, and have no other to find
+
+
+def test_retrieval_in_blocks_is_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = retrieval.unit(rng.normal(size=(90, 8)))
+    templates = rng.choice(list("abc"), 90).tolist()
+    objects = [set(rng.choice(list("uvwxyz"), 2)) for _ in range(90)]
+    whole = [retrieval.retrieval(vectors, templates, objects, share) for share in (True, False)]
+    monkeypatch.setattr(retrieval, "BLOCK", 7)
+    parts = [retrieval.retrieval(vectors, templates, objects, share) for share in (True, False)]
+    for one, other in zip(whole, parts, strict=True):
+        assert one == pytest.approx(other)
+
+
+def test_perfect_vectors_are_perfect_and_random_ones_are_not():
+    templates = ["a", "b", "c", "d"] * 20
+    vectors = np.eye(4, 16, dtype=np.float32)[[ord(t) - 97 for t in templates]]
+    noise = 0.01 * np.random.default_rng(0).normal(size=(80, 16))
+    vectors, objects = retrieval.unit(vectors + noise), [{str(n)} for n in range(80)]
+    good = retrieval.retrieval(vectors, templates, objects)
+    assert {good[name] for name in ("R@1", "R@5", "mAP", "kNN")} == {1.0}
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    assert retrieval.clusters(vectors, templates, 0) == pytest.approx(1)
+    chance = embed.chance((80, 16), 0)
+    bad = retrieval.retrieval(retrieval.unit(chance), templates, objects)
+    assert bad["mAP"] < 0.4 and retrieval.clusters(retrieval.unit(chance), templates, 0) < 0.4
+
+
+# ---- two films -----------------------------------------------------------------------------
+
+
+def test_the_best_run_is_that_of_all_runs():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        excess = rng.normal(-0.3, 1, (rng.integers(1, 8), rng.integers(1, 8)))
+        n, m = excess.shape
+        sums = {
+            (i, j, k): sum(excess[i + x, j + x] for x in range(k))
+            for i in range(n)
+            for j in range(m)
+            for k in range(1, min(n - i, m - j) + 1)
+        }
+        best = max(sums, key=sums.get)
+        i, j, length, total = films.best_run(excess)
+        assert total == pytest.approx(max(0, sums[best]))
+        assert total == 0 or (i, j, length) == best
+
+
+def test_scenes_are_found_in_another_order_and_others_left_out():
+    """Windows 0-3 and 6-8 of a are 5-8 and 1-3 of b."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(10, 32)), rng.normal(size=(9, 32))
+    b[5:9], b[1:4] = a[0:4], a[6:9]
+    spans = [(float(n), n + 2.0) for n in range(10)]
+    found = films.scenes(films.compare(a, b), spans, spans[:9])
+    assert [(s.start_a, s.end_a, s.start_b, s.end_b) for s in found] == [
+        (0, 5, 5, 10),
+        (6, 10, 1, 5),
+    ]
+    assert min(s.score for s in found) > 0.9
+
+
+def test_a_film_matched_with_itself_is_the_diagonal(flags, world, tmp_path, capsys):
+    path = joined(world, tmp_path / "film.webm", 4)
+    more = ["--window", "2", "--stride", "1", "--output", str(tmp_path / "m.png"), "--json"]
+    for kind in embeddings.KINDS:
+        assert not embed.main([*flags, "--match", str(path), str(path), *more, "--kind", kind])
+        [scene] = json.loads(capsys.readouterr().out)["scenes"]
+        assert scene["start_a"] == scene["start_b"] == 0 and scene["score"] > 0.99
+        assert scene["end_a"] == scene["end_b"] > 6
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def joined(world, path, count):
+    """A film of some clips of the world, one after the other."""
+    import embed_report
+
+    ids = sorted(p.stem for p in (world / "videos").glob("*.webm"))[:count]
+    embed_report.write_film(path, [[i] for i in ids], world / "videos")
+    return path
+
+
+def test_films_that_cannot_be_matched_get_one_sentence(flags, world, tmp_path):
+    import odd_clips
+
+    odd_clips.write_sound(tmp_path / "sound.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    clip = str(next((world / "videos").iterdir()))
+    for name, sentence in (("sound.mp4", "has no video stream"), ("empty.mp4", "is an empty file")):
+        with pytest.raises(UserError, match=sentence) as error:
+            embed.main([*flags, "--match", str(tmp_path / name), clip, "--output", "m.png"])
+        assert error.value.code == 1
+    with pytest.raises(UserError, match="takes two films"):
+        embed.main([*flags, "--match", str(world / "videos"), clip])
+
+
+def test_quality_of_scenes_found():
+    import embed_report
+
+    true_a, true_b = [(0, 4), (4, 8)], [(10, 14), (0, 4)]
+    right = films.Scene(0, 4, 10, 14, 1.0)
+    elsewhere = films.Scene(4, 8, 20, 24, 1.0)
+    assert embed_report.quality([right], true_a, true_b)["recall"] == 0.5
+    both = embed_report.quality([right, elsewhere], true_a, true_b)
+    assert both["recall"] == both["precision"] == 0.5 and both["boundary F1"] == 1
+    assert set(embed_report.quality([], true_a, true_b).values()) == {0.0}
+
+
+# ---- queries as words ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(make_qformer, lm, tokenizer):
+    return VideoCaptioner(make_qformer(), lm, tokenizer).eval()
+
+
+def test_the_nearest_token_is_the_one_a_prompt_was_made_of(tiny, monkeypatch):
+    table = tiny.lm.get_input_embeddings().weight.detach()
+    soft = 3 * table[[65, 66, 100]][None] + 0.01 * torch.randn(1, 3, WIDTH)
+    for block in (1 << 15, 50):  # also of a vocabulary in parts
+        monkeypatch.setattr(words, "VOCABULARY_BLOCK", block)
+        ids, cosines = words.nearest_tokens(tiny.lm, soft, 4)
+        assert ids[0, :, 0].tolist() == [65, 66, 100] and (cosines[0, :, 0] > 0.99).all()
+        assert ids.shape == (1, 3, 4) and (cosines.diff(dim=-1) <= 0).all()
+
+
+def test_tokens_in_context_are_distinct_and_the_best_of_their_rows(tiny):
+    corpus = words.Corpus(tiny, ["abc", "abd", "xyz"])
+    soft = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        ids, cosines, rows = corpus.nearest(soft, 4)
+        states = tiny.lm.base_model(inputs_embeds=soft, output_hidden_states=True).hidden_states
+    states = states[corpus.layer]
+    states = torch.nn.functional.normalize(states - states.mean((0, 1)), dim=-1)
+    exact = states @ corpus.states.T  # (B, Q, M)
+    row_tokens = corpus.tokens[corpus.token_of]
+    for clip in range(2):
+        for query in range(5):
+            assert len(set(ids[clip, query].tolist())) == 4
+            for token, value, row in zip(
+                *(x[clip, query] for x in (ids, cosines, rows)), strict=True
+            ):
+                mine = exact[clip, query][row_tokens == token]
+                assert value == pytest.approx(mine.max().item(), abs=1e-5)
+                assert row_tokens[row] == token
+
+
+def test_words_of_a_caption():
+    found, all_ = words.words_found(["whi", "Cup", "th", "o", ""], "moving the white cup to a box")
+    assert found == {"white", "cup"} and all_ == {"moving", "the", "white", "cup", "box"}
+    assert words.words_found([], "a") == (set(), set())
+
+
+def test_words_of_a_clip(flags, world, tmp_path, capsys):
+    clip = str(next((world / "videos").iterdir()))
+    output = tmp_path / "words.png"
+    embed.main([*flags, "--words", clip, "--output", str(output), "--count", "6", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["queries"]) == 4 and said["path"] == clip and said["caption"]
+    assert all(len(q[part]) == 6 for q in said["queries"] for part in ("tokens", "context"))
+    assert output.read_bytes().startswith(b"\x89PNG")
+    embed.main([*flags, "--words", clip, "--output", str(output)])
+    assert len(capsys.readouterr().out.splitlines()) == 5  # the clip, then a line a query
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--query", "/nowhere.mp4"], "clip not found: /nowhere.mp4"),
+        (["--words", "/nowhere.mp4"], "clip not found"),
+        (["--text", " "], "--text is empty"),
+        (["--score", "--output", "/nowhere/e.npz"], "no embeddings: /nowhere/e.npz does not exist"),
+        (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
+        (["--split", "elsewhere"], "no annotations for split 'elsewhere'"),
+    ],
+)
+def test_mistakes_get_one_sentence(flags, more, sentence):
+    with pytest.raises(UserError, match=sentence):
+        embed.main([*flags, *more])

@@ -1,0 +1,139 @@
+"""Do the soft prompts look like words? Their nearest tokens, by input embedding and in context.
+
+Shapes: B clips, Q queries, D width and V vocabulary of the language model, M tokens of a corpus, of which
+U are distinct. Prefixes were read by input embedding by Mokady et al. 2021 (arXiv:2111.09734); but the
+layers behind the first see hidden states, so each query's state is also compared with those of words.
+"""
+
+import io
+import re
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+
+from dataset import STYLES
+
+VOCABULARY_BLOCK = 1 << 15  # rows compared at a time: 200 MB of Qwen2's embeddings in float32
+SHORTEST = 3  # letters of a piece of a word that counts as found
+
+
+def nearest_tokens(lm, soft, count):
+    """Input embeddings most like each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
+    table = lm.get_input_embeddings().weight  # (V, D)
+    soft, best = F.normalize(soft.float(), dim=-1), []
+    for start in range(0, len(table), VOCABULARY_BLOCK):
+        rows = F.normalize(table[start : start + VOCABULARY_BLOCK].float(), dim=-1)
+        cosines, ids = (soft @ rows.T).topk(min(count, len(rows)), -1)
+        best.append((ids + start, cosines))
+    ids, cosines = (torch.cat(parts, -1) for parts in zip(*best, strict=True))
+    cosines, order = cosines.topk(min(count, cosines.shape[-1]), -1)
+    return ids.gather(-1, order), cosines
+
+
+class Corpus:
+    """Hidden states of the language model over captions, at its middle layer, a row a token.
+
+    texts: captions in label style, each read behind the style's prompt and without a video.
+    """
+
+    def __init__(self, captioner, texts):
+        self.lm, self.tokenizer = captioner.lm, captioner.tokenizer
+        self.layer = self.lm.config.num_hidden_layers // 2
+        prompt = self.tokenizer(STYLES["label"], add_special_tokens=False)["input_ids"]
+        ids, states, self.texts, self.text_of = [], [], list(texts), []
+        with torch.inference_mode():
+            for n, text in enumerate(self.texts):
+                tokens = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+                out = self.lm.base_model(
+                    input_ids=torch.tensor([prompt + tokens], device=captioner.device),
+                    output_hidden_states=True,
+                )
+                states.append(out.hidden_states[self.layer][0, len(prompt) :].float())
+                ids += tokens
+                self.text_of += [n] * len(tokens)
+        states = torch.cat(states)  # (M, D)
+        self.states = F.normalize(states - states.mean(0), dim=-1)
+        ids = torch.tensor(ids, device=captioner.device)
+        self.tokens, self.token_of = ids.unique(return_inverse=True)  # (U,), (M,)
+
+    def nearest(self, soft, count):
+        """Tokens of the corpus most like each soft prompt (B, Q, D) at the middle layer.
+
+        (ids, cosines, rows), each (B, Q, count): a token's cosine is that of the most similar of its
+        rows. Both sides are less their own means: all states of a layer share a large common part.
+        """
+        out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), output_hidden_states=True)
+        states = out.hidden_states[self.layer].float()  # (B, Q, D)
+        states = F.normalize(states - states.mean((0, 1)), dim=-1)
+        found = []
+        for queries in states:  # a clip at a time: Q x M floats
+            cosines = queries @ self.states.T  # (Q, M)
+            best = cosines.new_full((len(queries), len(self.tokens)), -torch.inf)
+            best.scatter_reduce_(1, self.token_of.expand_as(cosines), cosines, "amax")  # (Q, U)
+            value, token = best.topk(min(count, len(self.tokens)), -1)  # (Q, count)
+            row = (cosines[:, None] == value[..., None]).int().argmax(-1)
+            found.append((self.tokens[token], value, row))
+        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+    def table(self, soft, count):
+        """Of each query of one clip (1, Q, D): {"tokens": [[text, cosine]], "context": [[text, cosine,
+        caption it stands in]]}, `count` of each, best first."""
+        with torch.inference_mode():
+            ids, cosines = nearest_tokens(self.lm, soft, count)
+            near, likeness, rows = self.nearest(soft, count)
+        table = []
+        for query in range(soft.shape[1]):
+            said = spoken(self.tokenizer, ids[0, query]), cosines[0, query].tolist()
+            captions = [self.texts[self.text_of[row]] for row in rows[0, query].tolist()]
+            meant = spoken(self.tokenizer, near[0, query]), likeness[0, query].tolist(), captions
+            table.append(
+                {
+                    "tokens": [[t, round(c, 3)] for t, c in zip(*said, strict=True)],
+                    "context": [[t, round(c, 3), text] for t, c, text in zip(*meant, strict=True)],
+                }
+            )
+        return table
+
+
+def spoken(tokenizer, ids):
+    """What tokens (n,) say, without the white space around them; n strings."""
+    return [text.strip() for text in tokenizer.batch_decode([[i] for i in ids.tolist()])]
+
+
+def words_found(tokens, caption):
+    """(the words of a caption that one of some token texts begins, all its words). A piece of fewer than
+    `SHORTEST` letters begins too many to count, and so do shorter words."""
+    words = {word for word in re.findall(r"\w+", caption.lower()) if len(word) >= SHORTEST}
+    pieces = tuple({t.lower() for t in tokens if len(t) >= SHORTEST})
+    return {word for word in words if word.startswith(pieces)}, words
+
+
+def draw(table, title, columns=5):
+    """The bytes of a PNG: a row a query, left its nearest tokens by embedding, right in context; the
+    darker, the nearer. table: of `Corpus.table`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.4 + 0.24 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = {"tokens": "by input embedding", "context": "in context, at the middle layer"}
+    for panel, (part, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        cells = list(zip_longest(*(row[part][:columns] for row in table), fillvalue=["", 0.0]))
+        values = [[cell[1] for cell in row] for row in zip(*cells, strict=True)]  # (Q, columns)
+        highest = max(map(max, values))
+        # half of the scale: black letters stay legible
+        shown = panel.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1.8 * highest)
+        for x, column in enumerate(cells):
+            for y, (text, *_) in enumerate(column):
+                text = "".join(c if c.isprintable() else "?" for c in text[:14])
+                text = text.replace("$", r"\$")  # between two of them is no mathematics
+                panel.text(x, y, text, ha="center", va="center", fontsize=8)
+        panel.set(xlabel=f"nearest tokens {name}", ylabel="query", yticks=range(len(table)))
+        panel.set_xticks(range(len(cells)), [str(n + 1) for n in range(len(cells))])
+        panel.tick_params(labelsize=7)
+        figure.colorbar(shown, ax=panel, label="cosine", boundaries=None)
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    return data.getvalue()
