@@ -3,6 +3,7 @@
 numpy only, but for the picture. Shapes: n windows of film a, m of film b.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -38,11 +39,11 @@ def threshold(similarity):
     return (float(np.median(similarity)) + 1) / 2
 
 
-def align(similarity, least=None):
+def align(similarity, least=None, shortest=1):
     """Runs of windows that follow each other in both films: [(i, j, length)], the best first.
 
     similarity: (n, m) cosines; least: what a pair of windows must exceed to speak for a match, by
-    default `threshold`. Of all runs along a diagonal the one with the largest sum above it is taken,
+    default `threshold`; shortest: windows that a run must have. Of all runs along a diagonal the one with the largest sum above it is taken,
     then the best that shares no window with it, and so on (local alignment without gaps, after Smith
     and Waterman 1981): scenes may come in any order, and those without a like are left out.
     """
@@ -52,6 +53,9 @@ def align(similarity, least=None):
         i, j, length, total = best_run(excess)
         if total <= 0:
             return found
+        if length < shortest:  # its windows may yet be part of a longer one
+            excess[range(i, i + length), range(j, j + length)] = -np.inf
+            continue
         found.append((i, j, length))
         excess[i : i + length] = -np.inf
         excess[:, j : j + length] = -np.inf
@@ -74,9 +78,16 @@ def best_run(excess):
 
 
 def scenes(similarity, spans_a, spans_b, least=None):
-    """`align` in seconds: a list of `Scene` in the order of film a. spans: [(start, end)] of windows."""
-    found = []
-    for i, j, length in align(similarity, least):
+    """`align` in seconds: a list of `Scene` in the order of film a. spans: [(start, end)] of windows.
+
+    A run must go on for as long as a window: where windows overlap, two that look alike by chance do
+    so for a few strides.
+    """
+    found, shortest = [], 1
+    if len(spans_a) > 1:
+        (start, end), (following, _) = spans_a[:2]
+        shortest = min(math.ceil((end - start) / (following - start)), len(spans_a), len(spans_b))
+    for i, j, length in align(similarity, least, shortest):
         cosines = similarity[range(i, i + length), range(j, j + length)]
         found.append(
             Scene(

@@ -255,6 +255,18 @@ def test_scenes_are_found_in_another_order_and_others_left_out():
     assert min(s.score for s in found) > 0.9
 
 
+def test_what_looks_alike_for_less_than_a_window_is_no_scene():
+    """Windows of 2 s every half second: three pairs in a row are less than one window. Reported, they
+    were two of three scenes found."""
+    similarity = np.zeros((12, 12))
+    similarity[range(2, 5), range(7, 10)] = 0.9
+    similarity[range(6, 11), range(1, 6)] = 0.9
+    spans = [(n / 2, n / 2 + 2) for n in range(12)]
+    [scene] = films.scenes(similarity, spans, spans, least=0.5)
+    assert (scene.start_a, scene.start_b) == (3.0, 0.5)
+    assert [length for *_, length in films.align(similarity, 0.5)] == [5, 3]
+
+
 def test_a_film_matched_with_itself_is_the_diagonal(flags, world, tmp_path, capsys):
     path = joined(world, tmp_path / "film.webm", 4)
     more = ["--window", "2", "--stride", "1", "--output", str(tmp_path / "m.png"), "--json"]
