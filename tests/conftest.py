@@ -186,7 +186,7 @@ def browser(chromium):
     chromium.get("about:blank")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: even an empty page may keep a processor busy
 def chromium():
     """Debian's packages chromium and chromium-driver."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
