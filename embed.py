@@ -7,12 +7,15 @@
     python embed.py --match a.mp4 b.mp4 --window 6 --stride 3      (scenes of a that are in b)
     python embed.py --words my_clip.mp4                (the tokens that each query is nearest to)
 
-Results go to stdout, files into the checkpoint's folder. 220,000 clips are searched in memory, by
-brute force; the step beyond 10 million is an index such as faiss.
+Results go to stdout, files into the checkpoint's folder. --limit N: the first N clips of a split or of
+--query, windows of each film, captions that --words compares with. 220,000 clips are searched in
+memory, by brute force; the step beyond 10 million is an index such as faiss.
 """
 
 import importlib.util
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import cli
@@ -75,10 +78,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     args.kind = args.kind or (embeddings.BEST_OF_FILMS if args.match else embeddings.BEST)
-    for flag in ("query", "text", "score", "match", "words"):
-        if getattr(args, flag) not in (None, False):
-            return globals()[flag](args)
-    return embed_split(args)
+    modes = {"query": query, "text": text, "score": score, "match": match, "words": words}
+    asked = [do for flag, do in modes.items() if getattr(args, flag) not in (None, False)]
+    return asked[0](args) if asked else embed_split(args)
 
 
 def folder_of(args):
@@ -113,13 +115,13 @@ def embed_split(args):
     check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
     how = (args.features, args.split, records, args.batch_size, args.workers)
     embeddings.write(path, captioner, checkpoint, *how)
-    print(path)
+    print(json.dumps({"output": str(path), "clips": len(records)}) if args.json else path)
     note(f"{len(records):,} clips, of each the vectors {', '.join(embeddings.KINDS)}")
 
 
 def query(args):
     """The clips most like each window of each --query."""
-    paths = windows.find_clips(args.query)
+    paths = windows.find_clips(args.query)[: args.limit]
     path = embeddings_file(args)
     checkpoint, encoder, captioner = windows.load_models(args)
     ids, vectors, split = embeddings.read(path, args.kind, checkpoint)
@@ -134,11 +136,12 @@ def query(args):
         if not sound:
             continue
         asked = embeddings.embed(captioner, **windows.features(sound, captioner.device))[args.kind]
-        for w, vector in zip(sound, asked.cpu().numpy(), strict=True):
-            found = zip(*retrieval.nearest(vector, vectors, args.count), strict=True)
+        nearest = retrieval.nearest(asked.cpu().numpy(), vectors, args.count)
+        for w, numbers, cosines in zip(sound, *nearest, strict=True):
+            found = zip(numbers.tolist(), cosines.tolist(), strict=True)
             where = {"path": str(paths[w.file])}
             where |= {} if w.alone else {"start": w.start, "end": w.end}
-            show(args, where, [(ids[n], float(cosine), labels.get(ids[n])) for n, cosine in found])
+            show(args, where, [(ids[n], cosine, labels.get(ids[n])) for n, cosine in found])
     return FAILED if failed == len(paths) else PARTIAL if failed else DONE
 
 
@@ -210,14 +213,15 @@ def chance(shape, seed):
 
 def score_rows(by_kind, records, seed):
     """{kind: scores} of `retrieval`, of vectors {kind: (n, D)} of n records, with and without
-    neighbours that share an object. Raises UserError where there are no templates to find."""
+    neighbours that share a word of their objects ("red cup", "red box"). Raises UserError where there
+    are no templates to find."""
     import retrieval
 
     known = [n for n, r in enumerate(records) if r["template"]]
     templates = [records[n]["template"] for n in known]
     if len(set(templates)) < 2:
-        raise UserError("the clips have no templates that could be told apart")
-    objects, rows = [set(records[n]["placeholders"]) for n in known], {}
+        raise UserError("nothing to score: the clips have no templates that could be told apart")
+    objects, rows = [object_words(records[n]) for n in known], {}
     for kind, vectors in by_kind.items():
         vectors = retrieval.unit(vectors[known])
         rows[kind] = {
@@ -226,6 +230,12 @@ def score_rows(by_kind, records, seed):
             "NMI": retrieval.clusters(vectors, templates, seed),
         }
     return rows
+
+
+def object_words(record):
+    """{"red", "cup"} of a record whose placeholder is "the Red cup": letters enough to mean something."""
+    words = re.findall(r"\w+", " ".join(record["placeholders"]).lower())
+    return {word for word in words if len(word) > 2} - {"the", "and", "with"}
 
 
 def score_table(rows):
@@ -259,7 +269,7 @@ def match(args):
     names = [cli.printable(path.name) for path in paths]
     render.save(output, films.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
-        print(json.dumps({"films": [str(p) for p in paths], "scenes": films.as_json(found)}))
+        print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
     else:
         for s in found:
             times = (f"{films.clock(t)}" for t in (s.start_a, s.end_a, s.start_b, s.end_b))
@@ -268,11 +278,12 @@ def match(args):
 
 
 def film(path, captioner, encoder, args):
-    """(spans of the windows of one film, {kind: vectors (n, D)}). Raises UserError if none can be read."""
+    """(spans of the windows of one film, {kind: vectors (n, D)}): the first --limit windows. Raises
+    UserError if none can be read."""
     import numpy as np
 
     spans, vectors, errors = [], [], []
-    for batch in windows.read([path], encoder, args):
+    for batch in windows.read([path], encoder, args, args.limit):
         errors += [w.error for w in batch if w.error]
         sound = [w for w in batch if not w.error]
         if sound:
@@ -322,11 +333,12 @@ def words(args):
 
 
 def corpus(args):
-    """Labels of training clips, drawn by the seed, whose tokens the queries are compared with."""
+    """At most `CORPUS` labels of training clips, drawn by the seed: the words that queries may mean."""
     records = {r["id"]: r for r in load_records(args.annotations, TRAIN) if r["label"]}
     if not records:
         raise UserError(f"no captions to read the queries by: {args.annotations} has no labels")
-    return [records[i]["label"] for i in by_hash(records, args.seed)[:CORPUS]]
+    drawn = by_hash(records, args.seed)[: min(CORPUS, args.limit or CORPUS)]
+    return [records[i]["label"] for i in drawn]
 
 
 if __name__ == "__main__":

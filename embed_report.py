@@ -1,8 +1,9 @@
 """Score what embed.py does on the toy world, beside controls: results/embeddings.json and .md.
 
+    python demo.py && python demo.py --seed 1 --data data/toy1 --output results/demo1    (and so on)
     python embed_report.py --runs results/demo results/demo1 results/demo2 --data data/toy data/toy1 data/toy2
 
-The runs are those of demo.py with --seed 0, 1 and 2. About 10 minutes on two cores.
+About four minutes a run on two cores.
 """
 
 import os
@@ -22,12 +23,15 @@ import films
 import windows
 from cli import UserError, note
 from dataset import VALIDATION, load_records
+from embed_table import markdown
 from files import read_json, write_atomic, write_json
 
-SCENES, APART, CLIPS_A_SCENE = 6, 3, 3  # in both films, in one only, and how long each is
-FILMS = 4  # pairs a seed
-WINDOW, STRIDE = 2.0, 0.5  # seconds; the toy world's clips have about two
+FILMS = {  # of each of so many pairs: scenes in both films, in one only, and clips a scene
+    **{"pairs": 4, "scenes": 6, "apart": 3, "clips_a_scene": 3},
+    **{"window": 2.0, "stride": 0.5},  # seconds; the toy world's clips have about two
+}
 TOPS = (1, 5, 20)
+SSV2 = (220847, 1536)  # clips of SSv2, width of Qwen2-1.5B
 
 
 def parse_args(argv=None):
@@ -50,7 +54,8 @@ def main(argv=None):
         raise UserError(f"--runs names {len(args.runs)} folders, --data {len(args.data)}")
     output = cli.output_folder(args.output, "--output")
     output.mkdir(parents=True, exist_ok=True)
-    results = [
+    results = {"films": FILMS, "search": {"shape": SSV2, "seconds": search_seconds()}}
+    results["runs"] = [
         measure(Path(run), Path(data)) for run, data in zip(args.runs, args.data, strict=True)
     ]
     write_json(output / "embeddings.json", results)
@@ -62,7 +67,8 @@ def measure(run, data):
     """All scores of one run."""
     flags = ["--checkpoint", str(run), "--features", str(data / "features"), "--workers", "0"]
     flags += ["--annotations", str(data / "annotations"), "--batch-size", "32"]
-    args = embed.parse_args([*flags, "--window", str(WINDOW), "--stride", str(STRIDE)])
+    times = ["--window", str(FILMS["window"]), "--stride", str(FILMS["stride"])]
+    args = embed.parse_args([*flags, *times])
     checkpoint, encoder, captioner = windows.load_models(args)
     records = [r for r in load_records(args.annotations, VALIDATION) if r["label"]]
     result = {"run": str(run), "clips": len(records), "queries": captioner.qformer.queries.shape[0]}
@@ -70,7 +76,7 @@ def measure(run, data):
         "retrieval": lambda: same_template(captioner, checkpoint, records, args),
         "text": lambda: text_to_clip(captioner, checkpoint, records, args),
         "cost": lambda: cost(captioner, records, args, flags),
-        "films": lambda: scenes_found(captioner, encoder, records, data, args),
+        "films": lambda: scenes_found(captioner, encoder, records, data, run / "films", args),
         "words": lambda: words_hit(captioner, checkpoint, records, args),
     }.items():
         began = time.perf_counter()
@@ -174,53 +180,72 @@ def cost(captioner, records, args, flags):
     return {"seconds": seconds, "peak_bytes": {n: peak(flags, n) for n in (100, 250, 4000)}}
 
 
+def search_seconds():
+    """Seconds to find the 10 nearest of as many random float16 vectors as SSv2 has clips; five times."""
+    import numpy as np
+
+    import retrieval
+
+    rng, vectors = np.random.default_rng(0), np.empty(SSV2, np.float16)
+    for row in range(0, len(vectors), 1 << 14):
+        part = vectors[row : row + (1 << 14)]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+
+    def search():
+        began = time.perf_counter()
+        retrieval.nearest(vectors[7:8], vectors, 10)
+        return time.perf_counter() - began
+
+    return [search() for _ in range(5)]
+
+
 def peak(flags, clips):
-    """The most bytes that a process held which embeds so many training clips."""
+    """The most bytes that a process held which embeds so many training clips. Linux only.
+
+    From /proc: a new process's ru_maxrss begins with that of the one that started it.
+    """
     code = (
-        "import resource, sys, embed; embed.main(sys.argv[1:]);"
-        " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "import re, sys, embed; embed.main(sys.argv[1:]);"
+        r" print(re.search(r'VmHWM:\s*(\d+) kB', open('/proc/self/status').read())[1])"
     )
     with tempfile.TemporaryDirectory() as folder:
         what = ["--split", "train", "--limit", str(clips), "--output", f"{folder}/embeddings.npz"]
         here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         command = [sys.executable, "-P", "-c", code, *flags, *what]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
-    return int(done.stdout.split()[-1])
+    return 1024 * int(done.stdout.split()[-1])
 
 
 # ---- two films -----------------------------------------------------------------------------
 
 
-def scenes_found(captioner, encoder, records, data, args):
-    """Films of shared scenes, in another order and among others, matched by each kind of vector.
-
-    A scene is found if what is reported covers half of it in both films (intersection over union).
-    Boundaries are those of the scenes found and of the true ones in the first film, right within
-    half a window.
-    """
+def scenes_found(captioner, encoder, records, data, folder, args):
+    """`films.quality` of films of shared scenes, in another order and among others, by each kind of
+    vector. The films stay in `folder`."""
+    each, apart = FILMS["scenes"], FILMS["apart"]
     rng, rows = random.Random(args.seed), {kind: [] for kind in (*embeddings.KINDS, "chance")}
-    with tempfile.TemporaryDirectory() as folder:
-        for trial in range(FILMS):
-            ids = [r["id"] for r in records]
-            rng.shuffle(ids)
-            ids = iter(ids)
-            scenes = [list(islice(ids, CLIPS_A_SCENE)) for _ in range(SCENES + 2 * APART)]
-            shared, mine, theirs = scenes[:SCENES], scenes[SCENES:-APART], scenes[-APART:]
-            spans, vectors = [], []
-            for name, those in (("a", [*shared, *mine]), ("b", [*shared, *theirs])):
-                rng.shuffle(those)
-                path = Path(folder, f"{name}{trial}.webm")
-                bounds = write_film(path, those, data / "videos")
-                spans.append([bounds[those.index(scene)] for scene in shared])
-                vectors.append(embed.film(path, captioner, encoder, args))
-            for kind, found in rows.items():
-                (times_a, a), (times_b, b) = (
-                    (t, v["features" if kind == "chance" else kind]) for t, v in vectors
-                )
-                if kind == "chance":
-                    a, b = (embed.chance(x.shape, trial + n) for n, x in enumerate((a, b)))
-                seen = films.scenes(films.compare(a, b), times_a, times_b)
-                found.append(quality(seen, *spans))
+    folder.mkdir(exist_ok=True)
+    for trial in range(FILMS["pairs"]):
+        ids = [r["id"] for r in records]
+        rng.shuffle(ids)
+        ids = iter(ids)
+        scenes = [list(islice(ids, FILMS["clips_a_scene"])) for _ in range(each + 2 * apart)]
+        shared, mine, theirs = scenes[:each], scenes[each:-apart], scenes[-apart:]
+        spans, vectors = [], []
+        for name, those in (("a", [*shared, *mine]), ("b", [*shared, *theirs])):
+            rng.shuffle(those)
+            path = folder / f"{name}{trial}.webm"
+            bounds = write_film(path, those, data / "videos")
+            spans.append([bounds[those.index(scene)] for scene in shared])
+            vectors.append(embed.film(path, captioner, encoder, args))
+        for kind, found in rows.items():
+            (times_a, a), (times_b, b) = (
+                (t, v["features" if kind == "chance" else kind]) for t, v in vectors
+            )
+            if kind == "chance":
+                a, b = (embed.chance(x.shape, trial + n) for n, x in enumerate((a, b)))
+            seen = films.scenes(films.compare(a, b), times_a, times_b)
+            found.append(films.quality(seen, *spans, within=FILMS["window"] / 2))
     return {
         kind: {name: statistics.fmean(row[name] for row in those) for name in those[0]}
         for kind, those in rows.items()
@@ -250,31 +275,6 @@ def write_film(path, scenes, videos):
             bounds.append((start / rate, shown / rate))
         container.mux(track.encode())
     return bounds
-
-
-def quality(found, true_a, true_b):
-    """Recall, precision and boundary F1 of scenes found; true_a[n] is shown again as true_b[n]."""
-
-    def overlap(a, b):
-        both = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-        return both / (max(a[1], b[1]) - min(a[0], b[0]))
-
-    def same(scene, n):
-        pairs = ((scene.start_a, scene.end_a), true_a[n]), ((scene.start_b, scene.end_b), true_b[n])
-        return all(overlap(*pair) >= 0.5 for pair in pairs)
-
-    every = range(len(true_a))
-    recall = statistics.fmean(any(same(s, n) for s in found) for n in every)
-    precision = statistics.fmean(any(same(s, n) for n in every) for s in found) if found else 0.0
-    edges = [edge for s in found for edge in (s.start_a, s.end_a)]
-    truth = [edge for span in true_a for edge in span]
-
-    def near(some, others):
-        return statistics.fmean(any(abs(a - b) <= WINDOW / 2 for b in others) for a in some)
-
-    right, reached = (near(edges, truth), near(truth, edges)) if edges else (0.0, 0.0)
-    f1 = 2 * right * reached / (right + reached) if right + reached else 0.0
-    return {"recall": recall, "precision": precision, "boundary F1": f1}
 
 
 # ---- queries as words ----------------------------------------------------------------------
@@ -332,137 +332,6 @@ def words_hit(captioner, checkpoint, records, args):
             changed[:, query] = soft[:, query].mean(0)
             drops.append(whole - cider(changed))
     return {"hits": hits, "CIDEr": whole, "drops": drops}
-
-
-# ---- the page ------------------------------------------------------------------------------
-
-TEXT = """# What the queries know, on the toy world
-
-Made by `python embed_report.py`, see its first lines; the figures are in `embeddings.json`. {seeds} runs of
-`demo.py` (seeds 0, 1, …), {clips} validation clips each, mean and in brackets the range of the runs. A tiny
-world of moving shapes, a random V-JEPA 2 and a language model that has learned to turn keywords into captions:
-nothing here is a claim about SSv2, V-JEPA 2 or Qwen2.
-
-## 1. One vector a clip
-
-Clips of the same template among all validation clips, each asked in turn (R@k: one of the first k is right;
-mAP; kNN: vote of the nearest 20; NMI: k-means clusters, as many as templates). "No object shared": neighbours
-that show an object of the query are left out, so that motion is what is scored. `untrained` is `prompted` of a
-Q-Former with random weights, `chance` are random vectors.
-
-{same}
-
-The further behind the language model a vector is taken, the more it says of the action: the state behind the
-label prompt, about to write the caption, knows most, the mean of the features next to nothing. That the
-features know so little is the toy encoder's doing, whose weights are random; V-JEPA 2's own features may well
-do better, and only a run on them can say.
-
-Text to clip: how often a clip with this very label is among the first, by the likelihood of the label as the
-clip's caption, or by the state behind the label itself as a prefix. `--text` uses the likelihood.
-
-{text}
-
-Embedding takes {ratio} times a pass for the validation loss, without generation, over the same clips (median
-of five in turn). Memory does not grow with the clips:
-
-{memory}
-
-## 2. Two films, scene by scene
-
-{films} pairs of films a run: {scenes} scenes of {clips_a_scene} clips each are in both, in another order and
-encoded anew, beside {apart} in one film only. A scene is found when what is reported covers half of it in both
-films (intersection over union); boundaries are right within half a window of 2 s, windows start every 0.5 s.
-
-{found}
-
-Scenes are the same footage, so how a clip looks is as good a sign as what happens in it, and the vectors
-closest to the video do best: `--match` uses `attended`. The caption's state is alike for two clips of one
-action, and matches what is not the same scene. Whether that is wanted is for the user to say (`--kind`).
-
-## 3. Do the queries look like words?
-
-The nearest 1, 5 or 20 tokens of each query, over all queries, against the words of the clip's label (three
-letters or more), and of another clip's label: how often any word is there, and what share of the words.
-
-{hits}
-
-Here they do: the toy language model was trained with keywords in the place of the soft prompts, so words are
-what steers it. A pretrained language model has not been, and the literature finds prefixes that are no words;
-this says how to look, not what one would see.
-
-What is lost when one query is replaced by its mean over the clips, of a CIDEr of {cider}, sorted in each run:
-
-{lost}
-"""
-
-
-def mean_and_range(values, digits=3):
-    low, high = min(values), max(values)
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({low:.{digits}f} – {high:.{digits}f})"
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def markdown(results):
-    """The page of all runs: means, and in brackets the range of the seeds."""
-
-    def of(*keys):
-        values = results
-        for key in keys:
-            values = [v[key] for v in values]
-        return mean_and_range(values)
-
-    first = results[0]
-    names = ("R@1", "R@5", "R@10", "mAP", "kNN")
-    parts = {"all": "all clips", "no shared object": "no object shared"}
-    same = [
-        [kind, what, of("retrieval", kind, "NMI"), *(of("retrieval", kind, part, n) for n in names)]
-        for kind in first["retrieval"]
-        for part, what in parts.items()
-    ]
-    text = [[how, *(of("text", how, k) for k in ("R@1", "R@5", "R@10"))] for how in first["text"]]
-    scenes = [
-        [kind, *(of("films", kind, n) for n in ("recall", "precision", "boundary F1"))]
-        for kind in first["films"]
-    ]
-    hits = [
-        [name, of("words", "hits", name, "any"), of("words", "hits", name, "share")]
-        for name in first["words"]["hits"]
-    ]
-    ratios = [
-        statistics.median(r["cost"]["seconds"]["embed"])
-        / statistics.median(r["cost"]["seconds"]["loss"])
-        for r in results
-    ]
-    memory = [
-        [n, mean_and_range([r["cost"]["peak_bytes"][n] / 1e6 for r in results], 0)]
-        for n in first["cost"]["peak_bytes"]
-    ]
-    drops = [sorted(r["words"]["drops"], reverse=True) for r in results]
-    lost = [
-        [f"query number {n + 1} in importance", mean_and_range([d[n] for d in drops], 2)]
-        for n in range(len(drops[0]))
-    ]
-    return TEXT.format(
-        seeds=len(results),
-        clips=first["clips"],
-        same=table(["vector", "neighbours", "NMI", *names], same),
-        text=table(["by", "R@1", "R@5", "R@10"], text),
-        ratio=mean_and_range(ratios, 2),
-        memory=table(["clips embedded", "peak, MB"], memory),
-        films=FILMS,
-        scenes=SCENES,
-        clips_a_scene=CLIPS_A_SCENE,
-        apart=APART,
-        found=table(["vector", "recall", "precision", "boundary F1"], scenes),
-        hits=table(["nearest tokens", "a word of the label", "share of its words"], hits),
-        cider=of("words", "CIDEr"),
-        lost=table(["replaced by its mean", "CIDEr lost"], lost),
-    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from cli import UserError
@@ -22,7 +23,7 @@ KINDS = {
     "prompted": "its state behind the label prompt, about to write the caption",
 }
 PROMPT = STYLES["label"]
-BEST, BEST_OF_FILMS = "prompted", "attended"  # see results/embeddings.md
+BEST, BEST_OF_FILMS = "prompted", "prompts"  # see results/embeddings.md
 
 
 def embed(captioner, features, scale, offset):
@@ -91,18 +92,18 @@ def write(path, captioner, checkpoint, features, split, records, batch_size, wor
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        arrays, done = {}, 0
-        with tqdm(total=len(records), unit="clip", desc="embed") as bar:
+        with ExitStack() as stack, tqdm(total=len(records), unit="clip", desc="embed") as bar:
+            arrays = {k: stack.enter_context(open(f"{folder}/{k}.npy", "wb")) for k in KINDS}
             for batch in batches(loader(dataset, batch_size, workers, captioner.device)):
                 stored = (batch[k].to(captioner.device) for k in ("features", "scale", "offset"))
                 for kind, rows in embed(captioner, *stored).items():
-                    if kind not in arrays:
-                        shape, file = (len(records), rows.shape[1]), Path(folder, f"{kind}.npy")
-                        arrays[kind] = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-                    arrays[kind][done : done + len(rows)] = rows.half().cpu()
-                done += len(batch["ids"])
+                    rows, file = rows.cpu().numpy().astype("<f2"), arrays[kind]
+                    if not file.tell():
+                        head = np.lib.format.header_data_from_array_1_0(rows)
+                        head["shape"] = (len(records), rows.shape[1])
+                        np.lib.format.write_array_header_1_0(file, head)
+                    file.write(rows.tobytes())
                 bar.update(len(batch["ids"]))
-        arrays.clear()  # closes the files
         np.save(Path(folder, "ids.npy"), np.array([r["id"] for r in records]))
         np.save(Path(folder, "about.npy"), np.array(json.dumps(about)))
         try:
@@ -125,7 +126,7 @@ def read(path, kind, checkpoint=None):
 
     if not path.is_file():
         raise UserError(
-            f"no embeddings: {path} does not exist. Run embed.py without --query first."
+            f"no embeddings: {path} does not exist. Without --query and --score embed.py writes it."
         )
     try:
         with np.load(path, allow_pickle=False) as file:

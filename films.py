@@ -3,8 +3,10 @@
 numpy only, but for the picture. Shapes: n windows of film a, m of film b.
 """
 
+import heapq
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -43,38 +45,41 @@ def align(similarity, least=None, shortest=1):
     """Runs of windows that follow each other in both films: [(i, j, length)], the best first.
 
     similarity: (n, m) cosines; least: what a pair of windows must exceed to speak for a match, by
-    default `threshold`; shortest: windows that a run must have. Of all runs along a diagonal the one with the largest sum above it is taken,
-    then the best that shares no window with it, and so on (local alignment without gaps, after Smith
-    and Waterman 1981): scenes may come in any order, and those without a like are left out.
+    default `threshold`; shortest: windows that a run must have. Of all runs along a diagonal the one
+    with the largest sum above `least` is taken, then the best that shares no window with it, and so on
+    (local alignment without gaps, after Smith and Waterman 1981): scenes may come in any order, and
+    those without a like are left out.
     """
     excess = similarity - (threshold(similarity) if least is None else least)
-    found = []
-    while True:
-        i, j, length, total = best_run(excess)
-        if total <= 0:
-            return found
-        if length < shortest:  # its windows may yet be part of a longer one
-            excess[range(i, i + length), range(j, j + length)] = -np.inf
-            continue
-        found.append((i, j, length))
-        excess[i : i + length] = -np.inf
-        excess[:, j : j + length] = -np.inf
-
-
-def best_run(excess):
-    """(i, j, length, sum) of the run along a diagonal of (n, m) whose sum is largest."""
     n, m = excess.shape
-    sums, lengths = np.zeros(m + 1), np.zeros(m + 1, int)  # of the best run that ends at [i, j - 1]
-    best = (0, 0, 0, 0.0)
-    for i in range(n):
-        goes_on = sums[:-1] > 0
-        lengths[1:] = np.where(goes_on, lengths[:-1], 0) + 1
-        sums[1:] = np.where(goes_on, sums[:-1], 0) + excess[i]
-        j = int(sums[1:].argmax())
-        if sums[j + 1] > best[3]:
-            length = int(lengths[j + 1])
-            best = (i - length + 1, j - length + 1, length, float(sums[j + 1]))
-    return best
+    taken_a, taken_b, found = np.zeros(n, bool), np.zeros(m, bool), []
+
+    def best(offset):
+        """(-sum, i, j, length) of the diagonal's best run of windows that are not taken."""
+        i, j = max(0, -offset), max(0, offset)
+        diagonal = excess.diagonal(offset).copy()
+        end = len(diagonal)
+        diagonal[taken_a[i : i + end] | taken_b[j : j + end]] = -np.inf
+        # a barrier that no run gains by crossing, but finite, for the sake of the sums
+        diagonal[np.isneginf(diagonal)] = -1 - diagonal[diagonal > 0].sum()
+        sums = np.concatenate([[0.0], diagonal.cumsum()])
+        gain = sums - np.minimum.accumulate(sums)
+        end = int(gain.argmax())
+        length = int(sums[end::-1].argmin())  # back to the last place where the sum was lowest
+        return -float(gain[end]), i + end - length, j + end - length, length
+
+    queue = [best(offset) for offset in range(1 - n, m)]
+    heapq.heapify(queue)
+    while queue and queue[0][0] < 0:
+        _, i, j, length = heapq.heappop(queue)
+        if not (taken_a[i : i + length].any() or taken_b[j : j + length].any()):
+            if length >= shortest:
+                found.append((i, j, length))
+                taken_a[i : i + length] = taken_b[j : j + length] = True
+            else:  # its windows may yet be part of a longer one, on another diagonal
+                excess[range(i, i + length), range(j, j + length)] = -np.inf
+        heapq.heappush(queue, best(j - i))  # what is left of it; taking windows only lowers sums
+    return found
 
 
 def scenes(similarity, spans_a, spans_b, least=None):
@@ -101,8 +106,34 @@ def scenes(similarity, spans_a, spans_b, least=None):
     return sorted(found, key=lambda scene: scene.start_a)
 
 
-def as_json(found):
-    return [asdict(scene) for scene in found]
+def quality(found, true_a, true_b, within):
+    """{"recall", "precision", "boundary F1"} of scenes found.
+
+    true_a, true_b: [(start, end)] in seconds; true_a[n] is shown again as true_b[n]. A scene is found if
+    what is reported covers half of it in both films (intersection over union). Boundaries are those in
+    film a, right if one of the other side is at most `within` seconds away.
+    """
+
+    def overlap(a, b):
+        both = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+        return both / (max(a[1], b[1]) - min(a[0], b[0]))
+
+    def same(scene, n):
+        pairs = ((scene.start_a, scene.end_a), true_a[n]), ((scene.start_b, scene.end_b), true_b[n])
+        return all(overlap(*pair) >= 0.5 for pair in pairs)
+
+    every = range(len(true_a))
+    recall = fmean(any(same(s, n) for s in found) for n in every)
+    precision = fmean(any(same(s, n) for n in every) for s in found) if found else 0.0
+    edges = [edge for s in found for edge in (s.start_a, s.end_a)]
+    truth = [edge for span in true_a for edge in span]
+
+    def near(some, others):
+        return fmean(any(abs(a - b) <= within for b in others) for a in some)
+
+    right, reached = (near(edges, truth), near(truth, edges)) if edges else (0.0, 0.0)
+    f1 = 2 * right * reached / (right + reached) if right + reached else 0.0
+    return {"recall": recall, "precision": precision, "boundary F1": f1}
 
 
 def draw(similarity, spans_a, spans_b, found, names):

@@ -89,10 +89,10 @@ def find_clips(names):
     return paths
 
 
-def read(paths, encoder, args):
+def read(paths, encoder, args, limit=None):
     """Decode and encode every window of every file; yields lists of at most --batch-size `Window`s.
 
-    In the order of files and of time. args: the flags of `add_flags`, and workers. A file that fails,
+    In the order of files and of time, the first `limit` windows of a file. args: the flags of `add_flags`, and workers. A file that fails,
     hangs or kills its decoder costs itself only.
     """
     from tqdm import tqdm
@@ -111,6 +111,7 @@ def read(paths, encoder, args):
             length = args.window if isinstance(info, video.VideoError) else info.duration
             spans[n] = video.windows(length, args.window, args.stride)
             alone = len(spans[n]) == 1
+            spans[n] = spans[n][:limit]
             for span in spans[n]:
                 # a short clip is decoded as a whole, as preprocess_ssv2.py did
                 yield Window(n, *span, alone), path, *(() if alone else span)

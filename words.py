@@ -11,9 +11,11 @@ from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from dataset import STYLES
 
+CAPTIONS_AT_ONCE = 32
 VOCABULARY_BLOCK = 1 << 15  # rows compared at a time: 200 MB of Qwen2's embeddings in float32
 SHORTEST = 3  # letters of a piece of a word that counts as found
 
@@ -41,17 +43,23 @@ class Corpus:
         self.lm, self.tokenizer = captioner.lm, captioner.tokenizer
         self.layer = self.lm.config.num_hidden_layers // 2
         prompt = self.tokenizer(STYLES["label"], add_special_tokens=False)["input_ids"]
-        ids, states, self.texts, self.text_of = [], [], list(texts), []
-        with torch.inference_mode():
-            for n, text in enumerate(self.texts):
-                tokens = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
-                out = self.lm.base_model(
-                    input_ids=torch.tensor([prompt + tokens], device=captioner.device),
-                    output_hidden_states=True,
-                )
-                states.append(out.hidden_states[self.layer][0, len(prompt) :].float())
-                ids += tokens
-                self.text_of += [n] * len(tokens)
+        by_length, self.texts = {}, list(texts)  # texts of one length need no padding
+        for n, text in enumerate(self.texts):
+            tokens = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            by_length.setdefault(len(tokens), []).append((n, tokens))
+        ids, states, self.text_of = [], [], []
+        bar = tqdm(total=len(self.texts), unit="caption", desc="read captions", delay=1)
+        with torch.inference_mode(), bar:
+            for length, group in by_length.items():
+                for start in range(0, len(group), CAPTIONS_AT_ONCE):
+                    numbers, rows = zip(*group[start : start + CAPTIONS_AT_ONCE], strict=True)
+                    read = torch.tensor([[*prompt, *row] for row in rows], device=captioner.device)
+                    out = self.lm.base_model(input_ids=read, output_hidden_states=True)
+                    middle = out.hidden_states[self.layer][:, len(prompt) :]
+                    states.append(middle.flatten(0, 1).float())
+                    ids += [token for row in rows for token in row]
+                    self.text_of += [n for n in numbers for _ in range(length)]
+                    bar.update(len(rows))
         states = torch.cat(states)  # (M, D)
         self.states = F.normalize(states - states.mean(0), dim=-1)
         ids = torch.tensor(ids, device=captioner.device)
@@ -61,11 +69,12 @@ class Corpus:
         """Tokens of the corpus most like each soft prompt (B, Q, D) at the middle layer.
 
         (ids, cosines, rows), each (B, Q, count): a token's cosine is that of the most similar of its
-        rows. Both sides are less their own means: all states of a layer share a large common part.
+        rows. The states of each clip are less their mean and those of the corpus less theirs, since all
+        states of a layer share a large common part.
         """
         out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), output_hidden_states=True)
         states = out.hidden_states[self.layer].float()  # (B, Q, D)
-        states = F.normalize(states - states.mean((0, 1)), dim=-1)
+        states = F.normalize(states - states.mean(1, keepdim=True), dim=-1)
         found = []
         for queries in states:  # a clip at a time: Q x M floats
             cosines = queries @ self.states.T  # (Q, M)
