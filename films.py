@@ -151,7 +151,7 @@ def draw(similarity, spans_a, spans_b, found, names):
     for n, scene in enumerate(found):
         label = "matched" if n == 0 else None
         a, b = (scene.start_a, scene.end_a), (scene.start_b, scene.end_b)
-        panel.plot(b, a, color="#d55e00", linewidth=2.5, marker="o", markersize=4, label=label)
+        panel.plot(b, a, color="#d55e00", linewidth=1.5, marker="o", markersize=4, label=label)
     panel.invert_yaxis()
     panel.set(xlabel=f"{names[1]}, seconds", ylabel=f"{names[0]}, seconds")
     figure.colorbar(mesh, label="cosine similarity")

@@ -121,18 +121,19 @@ def words_found(tokens, caption):
 def draw(table, title, columns=5):
     """The bytes of a PNG: a row a query, left its nearest tokens by embedding, right in context; the
     darker, the nearer. table: of `Corpus.table`."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.4 + 0.24 * len(table)), layout="constrained")
     FigureCanvasAgg(figure)
+    light = ListedColormap(colormaps["Blues"](range(0, 144)))  # black letters stay legible on it
     names = {"tokens": "by input embedding", "context": "in context, at the middle layer"}
     for panel, (part, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         cells = list(zip_longest(*(row[part][:columns] for row in table), fillvalue=["", 0.0]))
         values = [[cell[1] for cell in row] for row in zip(*cells, strict=True)]  # (Q, columns)
-        highest = max(map(max, values))
-        # half of the scale: black letters stay legible
-        shown = panel.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1.8 * highest)
+        shown = panel.imshow(values, cmap=light, aspect="auto", vmin=0)
         for x, column in enumerate(cells):
             for y, (text, *_) in enumerate(column):
                 text = "".join(c if c.isprintable() else "?" for c in text[:14])
@@ -141,7 +142,7 @@ def draw(table, title, columns=5):
         panel.set(xlabel=f"nearest tokens {name}", ylabel="query", yticks=range(len(table)))
         panel.set_xticks(range(len(cells)), [str(n + 1) for n in range(len(cells))])
         panel.tick_params(labelsize=7)
-        figure.colorbar(shown, ax=panel, label="cosine", boundaries=None)
+        figure.colorbar(shown, ax=panel, label="cosine")
     figure.suptitle(title.replace("$", r"\$"), wrap=True)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
