@@ -154,7 +154,10 @@ def parser(doc):
     """An ArgumentParser whose help is the script's docstring, with every default shown."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):  # "(default: None)" tells nobody anything
+            if action.default is None or action.default is False:
+                return action.help
+            return super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
 

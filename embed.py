@@ -69,7 +69,8 @@ def parse_args(argv=None):
     group.add_argument("--json", action="store_true", help="JSON instead of text")
     group.add_argument(
         "--output",
-        help="file of the vectors (default: embeddings_<split>.npz in the checkpoint's folder)",
+        help="file of the vectors, .npz, or picture of --match and --words, .png (default: in the"
+        " checkpoint's folder, embeddings_<split>.npz, match_<a>_<b>.png, words_<clip>.png)",
     )
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
@@ -83,15 +84,20 @@ def main(argv=None):
     return asked[0](args) if asked else embed_split(args)
 
 
-def folder_of(args):
-    """Where files go: the checkpoint's folder, results/<name> for a Hub id."""
+def output_file(args, name):
+    """--output, or a file of this name in the checkpoint's folder (results/<name> for a Hub id). Raises
+    UserError if it cannot be written, or has another ending: it may be somebody's film or checkpoint."""
     from evaluate import default_output
 
-    return cli.output_folder(default_output(args.checkpoint), "--output")
+    path = Path(args.output or default_output(args.checkpoint) / name)
+    if path.suffix != Path(name).suffix or path.is_dir():
+        raise UserError(f"--output {path}: name a file that ends in {Path(name).suffix}")
+    cli.output_folder(path.parent, "--output")
+    return path
 
 
 def embeddings_file(args):
-    return Path(args.output or folder_of(args) / f"embeddings_{args.split}.npz")
+    return output_file(args, f"embeddings_{args.split}.npz")
 
 
 def cached_clips(args):
@@ -106,7 +112,6 @@ def cached_clips(args):
 
 def embed_split(args):
     path = embeddings_file(args)
-    cli.output_folder(path.parent, "--output")
     records, manifest = cached_clips(args)
     if not records:
         raise UserError(f"there are no clips in split {args.split!r}")
@@ -260,8 +265,7 @@ def match(args):
     paths = windows.find_clips(args.match)
     if len(paths) != 2:
         raise UserError(f"--match takes two films, not the {len(paths)} that these folders hold")
-    output = Path(args.output or folder_of(args) / "match.png")
-    cli.output_folder(output.parent, "--output")
+    output = output_file(args, "match_{}_{}.png".format(*(path.stem for path in paths)))
     _, encoder, captioner = windows.load_models(args)
     (spans_a, a), (spans_b, b) = (film(path, captioner, encoder, args) for path in paths)
     similarity = films.compare(a[args.kind], b[args.kind])
@@ -309,8 +313,7 @@ def words(args):
     [path, *more] = windows.find_clips([args.words])
     if more:
         raise UserError(f"--words reads one clip, not the {len(more) + 1} in {args.words}")
-    output = Path(args.output or folder_of(args) / f"words_{path.stem}.png")
-    cli.output_folder(output.parent, "--output")
+    output = output_file(args, f"words_{path.stem}.png")
     texts = corpus(args)
     _, encoder, captioner = windows.load_models(args)
     first = next(batch[0] for batch in windows.read([path], encoder, args))

@@ -321,6 +321,8 @@ def test_films_that_cannot_be_matched_get_one_sentence(flags, world, tmp_path):
         with pytest.raises(UserError, match=sentence) as error:
             embed.main([*flags, "--match", str(tmp_path / name), clip, "--output", "m.png"])
         assert error.value.code == 1
+    with pytest.raises(UserError, match=r"name a file that ends in \.png"):
+        embed.main([*flags, "--match", clip, clip, "--output", clip])
     with pytest.raises(UserError, match="takes two films"):
         embed.main([*flags, "--match", str(world / "videos"), clip])
 
@@ -477,7 +479,9 @@ def test_the_page_in_results_is_that_of_its_figures():
         (["--query", "/nowhere.mp4"], "clip not found: /nowhere.mp4"),
         (["--words", "/nowhere.mp4"], "clip not found"),
         (["--text", " "], "--text is empty"),
-        (["--score", "--output", "/nowhere/e.npz"], "no embeddings: /nowhere/e.npz does not exist"),
+        (["--score", "--output", "nowhere/e.npz"], "no embeddings: nowhere/e.npz does not exist"),
+        (["--output", "best.pt"], "--output best.pt: name a file that ends in .npz"),
+        (["--output", "tests"], "--output tests: name a file that ends in .npz"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--split", "elsewhere"], "no annotations for split 'elsewhere'"),
     ],
