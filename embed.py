@@ -14,6 +14,7 @@ memory, by brute force; the step beyond 10 million is an index such as faiss.
 
 import importlib.util
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from dataset import (
 )
 
 CORPUS = 2000  # captions
+LONGEST_TEXT = 200  # tokens of a caption
 
 
 def parse_args(argv=None):
@@ -63,8 +65,9 @@ def parse_args(argv=None):
         help=f"of vector (default: {embeddings.BEST}; with --match {embeddings.BEST_OF_FILMS})",
     )
     group.add_argument("--count", type=cli.whole(1), default=10, help="clips or tokens to print")
-    group = parser.add_argument_group("clips")
+    group = parser.add_argument_group("clips of --query, --match and --words")
     windows.add_flags(group)
+    parser.set_defaults(stride=3.0)  # windows that overlap: a scene begins anywhere
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="JSON instead of text")
     group.add_argument(
@@ -78,6 +81,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.kind and not (args.query or args.match):
+        raise UserError("--kind chooses the vectors that --query and --match compare; leave it out")
     args.kind = args.kind or (embeddings.BEST_OF_FILMS if args.match else embeddings.BEST)
     modes = {"query": query, "text": text, "score": score, "match": match, "words": words}
     asked = [do for flag, do in modes.items() if getattr(args, flag) not in (None, False)]
@@ -96,28 +101,39 @@ def output_file(args, name):
     return path
 
 
-def embeddings_file(args):
-    return output_file(args, f"embeddings_{args.split}.npz")
+def embeddings_file(args, limit=None):
+    return output_file(args, f"embeddings_{args.split}{f'_first{limit}' if limit else ''}.npz")
 
 
 def cached_clips(args):
-    """The records of the split that have features, and the manifest. Raises UserError."""
+    """The checkpoint, and the records of the split that have features of its encoder. Raises UserError
+    before a model is loaded."""
+    from captioner import read_checkpoint
+
     manifest = load_manifest(args.features)
     records = load_records(args.annotations, args.split)[: args.limit]
-    return require_features(args.features, args.split, records, args.allow_missing), manifest
+    records = require_features(args.features, args.split, records, args.allow_missing)
+    if not records:
+        raise UserError(f"there are no clips in split {args.split!r} of {args.annotations}")
+    checkpoint = read_checkpoint(args.checkpoint)
+    settings = checkpoint["manifest"]["settings"]
+    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
+    return checkpoint, records
+
+
+def say_cut_short(batch, paths):
+    """Note the files of a batch of windows that have less in them than they say."""
+    for n in sorted({w.file for w in batch if w.truncated}):
+        note(f"{cli.printable(paths[n])}: the file is cut short; what is there is used")
 
 
 # ---- one vector a clip ---------------------------------------------------------------------
 
 
 def embed_split(args):
-    path = embeddings_file(args)
-    records, manifest = cached_clips(args)
-    if not records:
-        raise UserError(f"there are no clips in split {args.split!r}")
-    checkpoint, captioner = windows.load_captioner(args)
-    settings = checkpoint["manifest"]["settings"]
-    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
+    path = embeddings_file(args, args.limit)
+    checkpoint, records = cached_clips(args)
+    _, captioner = windows.load_captioner(args, checkpoint)
     how = (args.features, args.split, records, args.batch_size, args.workers)
     embeddings.write(path, captioner, checkpoint, *how)
     print(json.dumps({"output": str(path), "clips": len(records)}) if args.json else path)
@@ -127,17 +143,20 @@ def embed_split(args):
 def query(args):
     """The clips most like each window of each --query."""
     paths = windows.find_clips(args.query)[: args.limit]
-    path = embeddings_file(args)
-    checkpoint, encoder, captioner = windows.load_models(args)
-    ids, vectors, split = embeddings.read(path, args.kind, checkpoint)
     import retrieval
+    from captioner import read_checkpoint
 
-    labels, failed = known_labels(args, split), 0
+    checkpoint = read_checkpoint(args.checkpoint)
+    ids, vectors, split = embeddings.read(embeddings_file(args), args.kind, checkpoint)
+    labels, answered, failed = known_labels(args, split), 0, 0
+    _, encoder, captioner = windows.load_models(args, checkpoint)
     for batch in windows.read(paths, encoder, args):
         for w in (w for w in batch if w.error):
-            note(f"{paths[w.file]}: {w.error}")
+            note(str(w.error))
             failed += 1
+        say_cut_short(batch, paths)
         sound = [w for w in batch if not w.error]
+        answered += len(sound)
         if not sound:
             continue
         asked = embeddings.embed(captioner, **windows.features(sound, captioner.device))[args.kind]
@@ -147,7 +166,7 @@ def query(args):
             where = {"path": str(paths[w.file])}
             where |= {} if w.alone else {"start": w.start, "end": w.end}
             show(args, where, [(ids[n], cosine, labels.get(ids[n])) for n, cosine in found])
-    return FAILED if failed == len(paths) else PARTIAL if failed else DONE
+    return DONE if not failed else PARTIAL if answered else FAILED
 
 
 def known_labels(args, split):
@@ -178,10 +197,11 @@ def text(args):
 
     if not args.text.strip():
         raise UserError("--text is empty")
-    records, manifest = cached_clips(args)
-    checkpoint, captioner = windows.load_captioner(args)
+    checkpoint, records = cached_clips(args)
+    _, captioner = windows.load_captioner(args, checkpoint)
+    if (tokens := len(captioner.tokenizer(args.text)["input_ids"])) > LONGEST_TEXT:
+        raise UserError(f"--text has {tokens:,} tokens; a caption has at most {LONGEST_TEXT}")
     settings = checkpoint["manifest"]["settings"]
-    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
     data = FeatureDataset(args.features, args.split, records, settings, None, lambda record: [])
     scores = []
     with torch.inference_mode(), tqdm(total=len(records), unit="clip", desc="read") as bar:
@@ -205,7 +225,9 @@ def score(args):
     if lost := [i for i in ids if i not in known]:
         raise UserError(f"{path} has {len(lost)} clips that {args.annotations} does not name")
     by_kind["chance"] = chance(by_kind["features"].shape, args.seed)
-    rows = score_rows(by_kind, [known[i] for i in ids], args.seed)
+    by_kind = {kind: vectors[: args.limit] for kind, vectors in by_kind.items()}
+    rows = score_rows(by_kind, [known[i] for i in ids[: args.limit]], args.seed)
+    note(f"{len(ids[: args.limit]):,} clips of {path}")
     print(json.dumps(rows) if args.json else score_table(rows))
 
 
@@ -231,7 +253,9 @@ def score_rows(by_kind, records, seed):
         vectors = retrieval.unit(vectors[known])
         rows[kind] = {
             "all": retrieval.retrieval(vectors, templates, objects),
-            "no shared object": retrieval.retrieval(vectors, templates, objects, False),
+            "no shared object": retrieval.retrieval(vectors, templates, objects, False)
+            if any(objects)
+            else None,
             "NMI": retrieval.clusters(vectors, templates, seed),
         }
     return rows
@@ -248,7 +272,10 @@ def score_table(rows):
     lines = [f"{'vector':<10}{'NMI':>7}" + "".join(f"{n:>7}" for n in names) * 2]
     lines[0] += "   (right half: neighbours that share no object)"
     for kind, row in rows.items():
-        cells = [row["NMI"], *(row[part][n] for part in ("all", "no shared object") for n in names)]
+        halves = [
+            row[part] or dict.fromkeys(names, math.nan) for part in ("all", "no shared object")
+        ]
+        cells = [row["NMI"], *(half[name] for half in halves for name in names)]
         lines.append(f"{kind:<10}" + "".join(f"{cell:>7.3f}" for cell in cells))
     return "\n".join(lines)
 
@@ -265,9 +292,13 @@ def match(args):
     paths = windows.find_clips(args.match)
     if len(paths) != 2:
         raise UserError(f"--match takes two films, not the {len(paths)} that these folders hold")
-    output = output_file(args, "match_{}_{}.png".format(*(path.stem for path in paths)))
+    output = output_file(args, "match_{}_{}.png".format(*map(windows.stem, paths)))
     _, encoder, captioner = windows.load_models(args)
     (spans_a, a), (spans_b, b) = (film(path, captioner, encoder, args) for path in paths)
+    if len(spans_a) == len(spans_b) == 1:
+        raise UserError(
+            f"both films are one window of {args.window:g} s: use a smaller --window and --stride"
+        )
     similarity = films.compare(a[args.kind], b[args.kind])
     found = films.scenes(similarity, spans_a, spans_b)
     names = [cli.printable(path.name) for path in paths]
@@ -282,23 +313,27 @@ def match(args):
 
 
 def film(path, captioner, encoder, args):
-    """(spans of the windows of one film, {kind: vectors (n, D)}): the first --limit windows. Raises
-    UserError if none can be read."""
+    """(spans of the windows of one film, {kind: vectors (n, D)}): the first --limit windows; NaN where
+    one could not be decoded. Raises UserError if none can be."""
     import numpy as np
 
-    spans, vectors, errors = [], [], []
+    spans, vectors, errors = [], {}, []
     for batch in windows.read([path], encoder, args, args.limit):
+        spans += [(w.start, w.end) for w in batch]
         errors += [w.error for w in batch if w.error]
-        sound = [w for w in batch if not w.error]
-        if sound:
-            rows = embeddings.embed(captioner, **windows.features(sound, captioner.device))
-            vectors.append({kind: v.cpu().numpy() for kind, v in rows.items()})
-            spans += [(w.start, w.end) for w in sound]
-    if not spans:
+        say_cut_short(batch, [path])
+        if not (sound := [w for w in batch if not w.error]):
+            continue
+        rows = embeddings.embed(captioner, **windows.features(sound, captioner.device))
+        for kind, found in rows.items():
+            for w, vector in zip(sound, found.cpu().numpy(), strict=True):
+                vectors.setdefault(kind, {})[w.start, w.end] = vector
+    if not vectors:
         raise UserError(str(errors[0]), code=1)
     if errors:
-        note(f"{path}: {len(errors)} of {len(spans) + len(errors)} windows could not be decoded")
-    return spans, {kind: np.concatenate([v[kind] for v in vectors]) for kind in embeddings.KINDS}
+        note(f"{len(errors)} of {len(spans)} windows are left out, the first because {errors[0]}")
+    lost = np.full_like(vector, np.nan)
+    return spans, {kind: np.stack([v.get(s, lost) for s in spans]) for kind, v in vectors.items()}
 
 
 # ---- queries as words ----------------------------------------------------------------------
@@ -306,6 +341,8 @@ def film(path, captioner, encoder, args):
 
 def words(args):
     """Of each query of one clip the nearest tokens, by input embedding and in context."""
+    import torch
+
     import render
     import words as reading
 
@@ -313,17 +350,19 @@ def words(args):
     [path, *more] = windows.find_clips([args.words])
     if more:
         raise UserError(f"--words reads one clip, not the {len(more) + 1} in {args.words}")
-    output = output_file(args, f"words_{path.stem}.png")
+    output = output_file(args, f"words_{windows.stem(path)}.png")
     texts = corpus(args)
     _, encoder, captioner = windows.load_models(args)
-    first = next(batch[0] for batch in windows.read([path], encoder, args))
+    first = next(batch[0] for batch in windows.read([path], encoder, args, limit=1))
     if first.error:
         raise UserError(str(first.error), code=1)
+    say_cut_short([first], [path])
     if not first.alone:
         note(f"{path}: its first {first.end:.1f} s are read")
     features = windows.features([first], captioner.device)
     caption = captioner.captions(features, "label")[0]
-    soft = captioner.soft_prompts(**features).detach()
+    with torch.inference_mode():
+        soft = captioner.soft_prompts(**features)
     table = reading.Corpus(captioner, texts).table(soft, args.count)
     render.save(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
     if args.json:
@@ -337,7 +376,9 @@ def words(args):
 
 def corpus(args):
     """At most `CORPUS` labels of training clips, drawn by the seed: the words that queries may mean."""
-    records = {r["id"]: r for r in load_records(args.annotations, TRAIN) if r["label"]}
+    records = {
+        r["id"]: r for r in load_records(args.annotations, TRAIN) if (r["label"] or "").strip()
+    }
     if not records:
         raise UserError(f"no captions to read the queries by: {args.annotations} has no labels")
     drawn = by_hash(records, args.seed)[: min(CORPUS, args.limit or CORPUS)]

@@ -5,10 +5,10 @@ Shapes: B clips, n clips of a split, N video tokens, E video width, Q queries, D
 
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from contextlib import ExitStack
-from pathlib import Path
 
 from cli import UserError
 from dataset import STYLES, FeatureDataset, batches, loader
@@ -23,7 +23,7 @@ KINDS = {
     "prompted": "its state behind the label prompt, about to write the caption",
 }
 PROMPT = STYLES["label"]
-BEST, BEST_OF_FILMS = "prompted", "prompts"  # see results/embeddings.md
+BEST, BEST_OF_FILMS = "prompted", "features"  # see results/embeddings.md
 
 
 def embed(captioner, features, scale, offset):
@@ -34,48 +34,35 @@ def embed(captioner, features, scale, offset):
     import torch
     import torch.nn.functional as F
 
-    from captioner import READ_CHUNK
-
-    lm = captioner.lm
+    lm, qformer, attended = captioner.lm, captioner.qformer, []
+    last = qformer.blocks[-1].cross.out
+    hook = last.register_forward_hook(lambda module, x, out: attended.append(out.float().mean(1)))
+    try:
+        with torch.inference_mode():
+            soft = captioner.soft_prompts(features, scale, offset)  # (B, Q, D)
+    finally:
+        hook.remove()
     with torch.inference_mode():
-        groups = zip(*(t.split(READ_CHUNK) for t in (features, scale, offset)), strict=True)
-        read = [_read(captioner, *group) for group in groups]
-        mean, attended, soft = (torch.cat(parts) for parts in zip(*read, strict=True))
+        mean = features.mean(1, dtype=torch.float32) * scale + offset  # (B, E)
         out = lm.base_model(inputs_embeds=soft.to(lm.dtype), use_cache=True)
         prompt = captioner.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([prompt], device=captioner.device).expand(len(soft), -1)  # (B, L)
         after = lm.base_model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
         vectors = {
-            "features": mean,
-            "attended": attended,
-            "prompts": soft.mean(1),
+            "features": (mean - qformer.mean) / qformer.std,
+            "attended": torch.cat(attended),
+            "prompts": soft.float().mean(1),
             "hidden": out.last_hidden_state[:, -1],
             "prompted": after.last_hidden_state[:, -1],
         }
         return {kind: F.normalize(vectors[kind].float(), dim=-1) for kind in KINDS}
 
 
-def _read(captioner, features, scale, offset):
-    """Mean features (B, E), mean attended (B, D) and soft prompts (B, Q, D) of a few clips."""
-    from qformer import Video
-
-    qformer, brought = captioner.qformer, []
-    video = Video(features, scale, offset, qformer.mean, qformer.std, qformer.grid)
-
-    def read_video(cross, x):
-        brought.append(cross.absorbed(x, video, qformer.project, qformer.pos))
-        return brought[-1]
-
-    with captioner.autocast():
-        soft = qformer.prompts(read_video)
-    return video.standardised().mean(1), brought[-1].float().mean(1), soft.float()
-
-
 def write(path, captioner, checkpoint, features, split, records, batch_size, workers):
     """Embed the clips of a split and write a file that `read` reads.
 
-    float16, one array a kind, uncompressed. Rows go to the disk batch by batch, so memory does not
-    grow with the number of clips.
+    float16, one array a kind, uncompressed. Rows go to the disk batch by batch, into files without a
+    name, so memory does not grow with the number of clips and nothing is left of a process that dies.
     """
     import numpy as np
     from tqdm import tqdm
@@ -89,30 +76,35 @@ def write(path, captioner, checkpoint, features, split, records, batch_size, wor
         "step": checkpoint["step"],
         "split": split,
     }
+    small = {"ids": np.array([r["id"] for r in records]), "about": np.array(json.dumps(about))}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        with ExitStack() as stack, tqdm(total=len(records), unit="clip", desc="embed") as bar:
-            arrays = {k: stack.enter_context(open(f"{folder}/{k}.npy", "wb")) for k in KINDS}
-            for batch in batches(loader(dataset, batch_size, workers, captioner.device)):
-                stored = (batch[k].to(captioner.device) for k in ("features", "scale", "offset"))
-                for kind, rows in embed(captioner, *stored).items():
-                    rows, file = rows.cpu().numpy().astype("<f2"), arrays[kind]
-                    if not file.tell():
-                        head = np.lib.format.header_data_from_array_1_0(rows)
-                        head["shape"] = (len(records), rows.shape[1])
-                        np.lib.format.write_array_header_1_0(file, head)
-                    file.write(rows.tobytes())
-                bar.update(len(batch["ids"]))
-        np.save(Path(folder, "ids.npy"), np.array([r["id"] for r in records]))
-        np.save(Path(folder, "about.npy"), np.array(json.dumps(about)))
-        try:
-            with zipfile.ZipFile(unfinished, "w", allowZip64=True) as file:
-                for part in ("ids", "about", *KINDS):
-                    file.write(Path(folder, f"{part}.npy"), f"{part}.npy")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        stack.callback(unfinished.unlink, missing_ok=True)
+        rows_of = {k: stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for k in KINDS}
+        bar = stack.enter_context(tqdm(total=len(records), unit="clip", desc="embed"))
+        for batch in batches(loader(dataset, batch_size, workers, captioner.device)):
+            stored = (batch[k].to(captioner.device) for k in ("features", "scale", "offset"))
+            for kind, rows in embed(captioner, *stored).items():
+                rows, file = rows.cpu().numpy().astype("<f2"), rows_of[kind]
+                if not file.tell():
+                    head = np.lib.format.header_data_from_array_1_0(rows)
+                    head["shape"] = (len(records), rows.shape[1])
+                    np.lib.format.write_array_header_1_0(file, head)
+                file.write(rows.tobytes())
+            bar.update(len(batch["ids"]))
+        out = stack.enter_context(open(unfinished, "wb"))
+        with zipfile.ZipFile(out, "w") as archive:
+            for name, array in small.items():
+                with archive.open(f"{name}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
+            for kind, file in rows_of.items():
+                file.seek(0)
+                with archive.open(f"{kind}.npy", "w", force_zip64=True) as entry:
+                    shutil.copyfileobj(file, entry)
+        out.flush()
+        os.fsync(out.fileno())
+        os.replace(unfinished, path)
 
 
 def read(path, kind, checkpoint=None):
@@ -126,7 +118,8 @@ def read(path, kind, checkpoint=None):
 
     if not path.is_file():
         raise UserError(
-            f"no embeddings: {path} does not exist. Without --query and --score embed.py writes it."
+            f"no embeddings: {path} does not exist. Write them first: python embed.py without"
+            " --query and --score, with the same --checkpoint and --split"
         )
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -135,10 +128,16 @@ def read(path, kind, checkpoint=None):
             whole = about["split"], about["weights"], about["step"]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no embeddings ({type(error).__name__}: {error})") from None
-    if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.dtype != np.float16:
+    if vectors.ndim != 2 or not 0 < len(vectors) == len(ids) or vectors.dtype != np.float16:
         raise UserError(f"{path} holds no embeddings of {kind}")
-    if checkpoint is not None and whole[1] != weights_digest(checkpoint["qformer"]):
-        raise UserError(
-            f"{path} was made with another checkpoint (at step {whole[2]}): run embed.py again"
-        )
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path} is damaged: its {kind} are not all numbers. Run embed.py again")
+    if checkpoint is not None:
+        weights = checkpoint["qformer"]
+        if whole[1] != weights_digest(weights):
+            raise UserError(
+                f"{path} was made with another checkpoint (at step {whole[2]}): run embed.py again"
+            )
+        if vectors.shape[1] != len(weights["mean" if kind == "features" else "gain"]):
+            raise UserError(f"{path} holds no embeddings of {kind}")
     return ids, vectors, whole[0]

@@ -23,8 +23,6 @@ from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import STYLES, TEST, by_hash, file_names, load_records
 from files import write_json
 
-STEM_BYTES = 150  # of the 255 that a file's name may have
-
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
@@ -167,7 +165,7 @@ def output_names(paths):
     another file has it, and short enough for what is put behind it."""
     names, taken = [], {path.stem for path in paths}
     for path in paths:
-        stem = path.stem.encode()[:STEM_BYTES].decode(errors="ignore")
+        stem = windows.stem(path)
         numbered = (f"{stem}-{n}" for n in count(2))
         name = stem if stem not in names else next(n for n in numbered if n not in taken)
         taken.add(name)

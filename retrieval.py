@@ -13,7 +13,7 @@ from cli import UserError
 
 WIDENED = 1 << 14  # vectors widened at a time: 100 MB of Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted vote (Wu et al. 2018, arXiv:1805.01978)
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote (DINO, arXiv:2104.14294)
 
 
 def unit(x):

@@ -11,6 +11,10 @@ import cli
 from cli import UserError
 from dataset import stack_stored
 
+MOST_WINDOWS = 100_000  # of one file: 28 hours, a window a second
+
+STEM_BYTES = 100  # of the 255 that a file's name may have
+
 
 @dataclass
 class Window:
@@ -37,20 +41,21 @@ def add_model_flags(group):
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
 
 
-def load_captioner(args):
-    """(checkpoint, `VideoCaptioner`) of --checkpoint. Raises UserError."""
+def load_captioner(args, checkpoint=None):
+    """(checkpoint, `VideoCaptioner`) of --checkpoint, which may have been read. Raises UserError."""
     from captioner import from_checkpoint, read_checkpoint
 
     device, dtype = cli.device_and_dtype(args)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = checkpoint or read_checkpoint(args.checkpoint)
     return checkpoint, from_checkpoint(checkpoint, device, dtype, args.lm)
 
 
-def load_models(args):
-    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint. Raises UserError."""
+def load_models(args, checkpoint=None):
+    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint, which may have been read. Raises
+    UserError."""
     from encoder import VideoEncoder
 
-    checkpoint, captioner = load_captioner(args)
+    checkpoint, captioner = load_captioner(args, checkpoint)
     encoder = VideoEncoder.from_manifest(checkpoint["manifest"], captioner.device, args.encoder)
     return checkpoint, encoder, captioner
 
@@ -89,11 +94,16 @@ def find_clips(names):
     return paths
 
 
+def stem(path):
+    """The start of a file's name, fit to be that of another: printable and short."""
+    return cli.printable(path.stem).encode()[:STEM_BYTES].decode(errors="ignore")
+
+
 def read(paths, encoder, args, limit=None):
     """Decode and encode every window of every file; yields lists of at most --batch-size `Window`s.
 
-    In the order of files and of time, the first `limit` windows of a file. args: the flags of `add_flags`, and workers. A file that fails,
-    hangs or kills its decoder costs itself only.
+    In the order of files and of time, the first `limit` windows of a file. args: the flags of
+    `add_flags`, and workers. A file that fails, hangs or kills its decoder costs itself only.
     """
     from tqdm import tqdm
 
@@ -109,6 +119,11 @@ def read(paths, encoder, args, limit=None):
             info = ask(video.probe, path)
             # where there is no length to be had, decoding will say why
             length = args.window if isinstance(info, video.VideoError) else info.duration
+            if length / args.stride > MOST_WINDOWS:
+                raise UserError(
+                    f"{path} has {length:.0f} s: at --stride {args.stride:g} these are more than"
+                    f" {MOST_WINDOWS:,} windows; use a larger one"
+                )
             spans[n] = video.windows(length, args.window, args.stride)
             alone = len(spans[n]) == 1
             spans[n] = spans[n][:limit]

@@ -81,8 +81,10 @@ class Corpus:
             best = cosines.new_full((len(queries), len(self.tokens)), -torch.inf)
             best.scatter_reduce_(1, self.token_of.expand_as(cosines), cosines, "amax")  # (Q, U)
             value, token = best.topk(min(count, len(self.tokens)), -1)  # (Q, count)
-            row = (cosines[:, None] == value[..., None]).int().argmax(-1)
-            found.append((self.tokens[token], value, row))
+            rows = [
+                cosines.where(self.token_of == t[:, None], -2).argmax(-1) for t in token.unbind(-1)
+            ]
+            found.append((self.tokens[token], value, torch.stack(rows, -1)))
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def table(self, soft, count):
