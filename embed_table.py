@@ -52,12 +52,13 @@ are reported, a pair, of films that have no clip in common.
 
 {found}
 
-The scenes are the same footage, and that is found by how it looks: the mean of the features does best, training
-adds nothing, and `--match` uses them. The caption's state looks for the same action instead (`--kind prompted`),
-which here is in many scenes that are not the same. The rule (seven tenths of the way from the median to the same,
-longer than a window, better than anything with one film run backwards) and the kind were chosen on the first run's
-films; the others were not looked at. Of films that have nothing in common it still reports a scene now and then:
-a single short one says little.
+The scenes are the same footage, and that is found by how it looks: the mean of the features does best, an untrained
+Q-Former nearly as well, and training takes away from it. So `--match` compares features, and what the queries know
+is no help here. The caption's state looks for the same action instead (`--kind prompted`), which is in many scenes
+that are not the same. The rule (most of the way from the median to the same, longer than a window, better than
+anything with one film run backwards) and the kind were chosen on such films of the same worlds, of which one pair
+in four is among these. Of films that have nothing in common a scene is still reported now and then: a single short
+one says little. How it fares on films that share a look throughout, as real ones do, these cannot say.
 
 ## 3. Do the queries look like words?
 
@@ -74,8 +75,9 @@ literature finds prefixes that are no words; this says how to look, not what one
 
 Which queries matter: the CIDEr that is lost when one is replaced by its mean over the clips, of {cider}.
 The most important one costs {most}, the one in the middle {middle}, the least {least}.
-Beside it what its nearest token in context is, over the clips of the first run: how often a colour, a thing, a
-word of the clip's label, and of another's.
+Of the first run, what each query's nearest token in context is over the clips: how often a colour, a thing, a
+word of the clip's label, and of another's. Some queries name colours alone, or things, but those that do are not
+always those that matter: what one says another may say too.
 
 {lost}
 """

@@ -6,6 +6,7 @@ numpy only, but for the picture. Shapes: n windows of film a, m of film b.
 import heapq
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
@@ -100,31 +101,44 @@ def scenes(similarity, spans_a, spans_b, least=None):
         (start, end), (following, _) = spans_a[:2]
         shortest = min(math.ceil((end - start) / (following - start)), *similarity.shape)
     least = threshold(similarity) if least is None else least
-    runs = align(similarity, least, shortest)
-    by_chance = align(similarity[:, ::-1], least, shortest)[:1]
-    if min(similarity.shape) == 1:  # one window has no direction
-        by_chance = []
-    bar = max((strength(similarity[:, ::-1] - least, run) for run in by_chance), default=0.0)
-    found = []
-    for i, j, length in (run for run in runs if strength(similarity - least, run) > bar):
+    backwards, bar, found = similarity[:, ::-1], 0.0, []
+    if min(similarity.shape) > 1:  # one window has no direction
+        by_chance = align(backwards, least, shortest)
+        bar = max((strength(backwards - least, run) for run in by_chance), default=0.0)
+    for run in align(similarity, least, shortest):
+        if strength(similarity - least, run) <= bar:
+            continue
+        i, j, length = run
         cosines = similarity[range(i, i + length), range(j, j + length)]
-        times = (*times_of(spans_a, i, length), *times_of(spans_b, j, length))
-        found.append(Scene(*times, float(cosines.mean())))
+        found.append(Scene(*times_of(run, spans_a, spans_b), float(cosines.mean())))
     return sorted(found, key=lambda scene: scene.start_a)
 
 
 def strength(excess, run):
+    """The sum of excess (n, m) along a run (i, j, length)."""
     i, j, length = run
     return float(excess[range(i, i + length), range(j, j + length)].sum())
 
 
-def times_of(spans, first, length):
-    """Start and end of a run of windows. A window is matched if most of it is, so what is matched starts
-    in the middle of the first one and ends in that of the last, but for those at the film's ends."""
-    last, half = first + length - 1, (spans[1][0] - spans[0][0]) / 2 if len(spans) > 1 else 0.0
-    start = sum(spans[first]) / 2 - half if first else spans[0][0]
-    end = sum(spans[last]) / 2 + half if last + 1 < len(spans) else spans[-1][1]
-    return start, end
+def times_of(run, spans_a, spans_b):
+    """start and end in film a, then in film b, of a run (i, j, length) of windows.
+
+    A window is matched if most of it is, so what is matched starts about the middle of the first window
+    and ends about that of the last; at the end of either film it is all of that window.
+    """
+    i, j, length = run
+    last_i, last_j = i + length - 1, j + length - 1
+    whole = (spans_a[0][1] - spans_a[0][0]) / 2
+    part = (middle(spans_a[1]) - middle(spans_a[0])) / 2 if len(spans_a) > 1 else whole
+    before = whole if 0 in (i, j) else part
+    after = whole if last_i + 1 == len(spans_a) or last_j + 1 == len(spans_b) else part
+    starts = (middle(spans_a[i]) - before, middle(spans_b[j]) - before)
+    ends = (middle(spans_a[last_i]) + after, middle(spans_b[last_j]) + after)
+    return starts[0], ends[0], starts[1], ends[1]
+
+
+def middle(span):
+    return sum(span) / 2
 
 
 def quality(found, true_a, true_b, within):
@@ -167,7 +181,10 @@ def draw(similarity, spans_a, spans_b, found, names):
     figure = Figure(figsize=(7, 6), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    edges_a, edges_b = ([*[s for s, _ in spans], spans[-1][1]] for spans in (spans_a, spans_b))
+    edges_a, edges_b = (  # a window's cell lies about its middle
+        [spans[0][0], *((middle(s) + middle(t)) / 2 for s, t in pairwise(spans)), spans[-1][1]]
+        for spans in (spans_a, spans_b)
+    )
     mesh = panel.pcolormesh(edges_b, edges_a, similarity, cmap="viridis")
     for n, scene in enumerate(found):
         label = "matched" if n == 0 else None

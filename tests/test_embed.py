@@ -395,7 +395,7 @@ def test_scenes_are_found_in_another_order_and_others_left_out():
     spans = [(float(n), n + 2.0) for n in range(10)]
     found = films.scenes(films.compare(a, b), spans, spans[:9])
     assert [(s.start_a, s.end_a, s.start_b, s.end_b) for s in found] == [
-        (0, 4.5, 5.5, 10),  # from the middle of a window to that of another, but at a film's ends
+        (0, 5, 5, 10),  # at the end of a film its whole window, else the middle of one
         (6.5, 9.5, 1.5, 4.5),
     ]
     assert min(s.score for s in found) > 0.9
@@ -729,6 +729,36 @@ def test_the_page_in_results_is_that_of_its_figures():
     results = json.loads((folder / "embeddings.json").read_text())
     assert (folder / "embeddings.md").read_text() == embed_table.markdown(results)
     assert len(results["runs"]) == 3
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(embed.__file__).parent
+    results = json.loads((root / "results" / "embeddings.json").read_text())
+    runs = results["runs"]
+
+    def mean(*keys):
+        values = runs
+        for key in keys:
+            values = [v[key] for v in values]
+        return float(np.mean(values))
+
+    found, apart = ("films", "features"), ("no shared object", "mAP")
+    assert mean(*found, "recall") == mean(*found, "precision") == 1
+    queries = runs[0]["words"]["queries"]
+    assert queries[5]["colours"] == 1
+    dearest = sorted(range(len(queries)), key=lambda q: -queries[q]["CIDEr lost"])[:3]
+    assert {3, 5} < set(dearest)
+    text = " ".join((root / "README.md").read_text().split())
+    for sentence in (
+        f"mAP {mean('retrieval', 'prompted', *apart):.2f} among clips that share no object",
+        f"mean features {mean('retrieval', 'features', *apart):.2f},"
+        f" random vectors {mean('retrieval', 'chance', *apart):.2f};",
+        f"only the first frame, {mean('retrieval', 'prompted, first frame only', *apart):.2f}.",
+        f"takes {np.median(results['search']['seconds']):.1f} s on two cores",
+        f"it reports {mean(*found, 'scenes where none is shared'):.1f} scenes a pair",
+        f"query 3 a thing {100 * queries[3]['things']:.0f} times in 100",
+    ):
+        assert sentence in text, sentence
 
 
 @pytest.mark.parametrize(
