@@ -7,9 +7,9 @@
     python embed.py --match a.mp4 b.mp4 --window 6 --stride 3      (scenes of a that are in b)
     python embed.py --words my_clip.mp4                (the tokens that each query is nearest to)
 
-Results go to stdout, files into the checkpoint's folder. --limit N: the first N clips of a split or of
---query, windows of each film, captions that --words compares with. 220,000 clips are searched in
-memory, by brute force; the step beyond 10 million is an index such as faiss.
+Results go to stdout, files into the checkpoint's folder. --limit N: the first N clips of a split (into a
+file of their own) or of --query, windows of each film, captions that --words compares with. 220,000
+clips are searched in memory, by brute force; beyond 10 million an index such as faiss takes over.
 """
 
 import importlib.util
@@ -142,10 +142,10 @@ def embed_split(args):
 
 def query(args):
     """The clips most like each window of each --query."""
-    paths = windows.find_clips(args.query)[: args.limit]
     import retrieval
     from captioner import read_checkpoint
 
+    paths = windows.find_clips(args.query)[: args.limit]
     checkpoint = read_checkpoint(args.checkpoint)
     ids, vectors, split = embeddings.read(embeddings_file(args), args.kind, checkpoint)
     labels, answered, failed = known_labels(args, split), 0, 0
