@@ -128,13 +128,17 @@ def times_of(run, spans_a, spans_b):
     """
     i, j, length = run
     last_i, last_j = i + length - 1, j + length - 1
-    whole = (spans_a[0][1] - spans_a[0][0]) / 2
-    part = (middle(spans_a[1]) - middle(spans_a[0])) / 2 if len(spans_a) > 1 else whole
-    before = whole if 0 in (i, j) else part
-    after = whole if last_i + 1 == len(spans_a) or last_j + 1 == len(spans_b) else part
-    starts = (middle(spans_a[i]) - before, middle(spans_b[j]) - before)
-    ends = (middle(spans_a[last_i]) + after, middle(spans_b[last_j]) + after)
+    first, last = (spans_a[i], spans_b[j]), (spans_a[last_i], spans_b[last_j])
+    part = (spans_a[1][0] - spans_a[0][0]) / 2 if len(spans_a) > 1 else 0.0  # half a stride
+    at_start, at_end = 0 in (i, j), last_i + 1 == len(spans_a) or last_j + 1 == len(spans_b)
+    before = min(map(half, first)) if at_start else part
+    after = min(map(half, last)) if at_end else part
+    starts, ends = [middle(s) - before for s in first], [middle(s) + after for s in last]
     return starts[0], ends[0], starts[1], ends[1]
+
+
+def half(span):
+    return (span[1] - span[0]) / 2
 
 
 def middle(span):

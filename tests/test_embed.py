@@ -401,6 +401,15 @@ def test_scenes_are_found_in_another_order_and_others_left_out():
     assert min(s.score for s in found) > 0.9
 
 
+def test_no_scene_ends_behind_its_film():
+    """The last window of a film may be shorter: a scene was said to end 0.2 s after the film."""
+    a = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.2)]
+    b = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.5), (2.0, 4.0)]
+    assert films.times_of((0, 1, 4), a, b) == pytest.approx((0, 3.2, 0.5, 3.85))
+    assert films.times_of((1, 1, 2), a, b) == pytest.approx((1.25, 2.25, 1.25, 2.25))
+    assert films.times_of((0, 0, 1), [(0.0, 1.4)], b) == pytest.approx((0, 1.4, 0.3, 1.7))
+
+
 def test_films_that_share_nothing_share_nothing():
     """Something always looks alike: of every pair of foreign films five "scenes" were reported, as
     many as of films that had them. Now a run must beat the best with one film backwards."""
