@@ -218,9 +218,11 @@ def score(args):
     """Does a vector find clips of the same action? The file's kinds beside chance, on stdout."""
     if importlib.util.find_spec("sklearn") is None:
         raise UserError("--score needs scikit-learn: pip install -e '.[embed]'", code=1)
-    path, by_kind = embeddings_file(args), {}
+    from captioner import read_checkpoint
+
+    path, checkpoint, by_kind = embeddings_file(args), read_checkpoint(args.checkpoint), {}
     for kind in embeddings.KINDS:
-        ids, by_kind[kind], split = embeddings.read(path, kind)
+        ids, by_kind[kind], split = embeddings.read(path, kind, checkpoint)
     known = {r["id"]: r for r in load_records(args.annotations, split)}
     if lost := [i for i in ids if i not in known]:
         raise UserError(f"{path} has {len(lost)} clips that {args.annotations} does not name")
@@ -298,10 +300,11 @@ def match(args):
     if len(spans_a) == len(spans_b) == 1:
         raise UserError(
             f"both films are one window of {args.window:g} s: use a smaller --window and --stride"
+            + (", or a larger --limit" if args.limit == 1 else "")
         )
     similarity = films.compare(a[args.kind], b[args.kind])
     found = films.scenes(similarity, spans_a, spans_b)
-    names = [cli.printable(path.name) for path in paths]
+    names = [cli.printable(path.name, keep="") for path in paths]
     render.save(output, films.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
         print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
@@ -332,8 +335,8 @@ def film(path, captioner, encoder, args):
         raise UserError(str(errors[0]), code=1)
     if errors:
         note(f"{len(errors)} of {len(spans)} windows are left out, the first because {errors[0]}")
-    lost = np.full_like(vector, np.nan)
-    return spans, {kind: np.stack([v.get(s, lost) for s in spans]) for kind, v in vectors.items()}
+    lost = {kind: np.full_like(next(iter(v.values())), np.nan) for kind, v in vectors.items()}
+    return spans, {k: np.stack([v.get(s, lost[k]) for s in spans]) for k, v in vectors.items()}
 
 
 # ---- queries as words ----------------------------------------------------------------------

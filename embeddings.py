@@ -62,7 +62,8 @@ def write(path, captioner, checkpoint, features, split, records, batch_size, wor
     """Embed the clips of a split and write a file that `read` reads.
 
     float16, one array a kind, uncompressed. Rows go to the disk batch by batch, into files without a
-    name, so memory does not grow with the number of clips and nothing is left of a process that dies.
+    name, so memory does not grow with the number of clips, and nothing is left of a process that dies
+    while it embeds.
     """
     import numpy as np
     from tqdm import tqdm
