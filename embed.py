@@ -216,10 +216,9 @@ def text(args):
 
 def score(args):
     """Does a vector find clips of the same action? The file's kinds beside chance, on stdout."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise UserError("--score needs scikit-learn: pip install -e '.[embed]'", code=1)
     from captioner import read_checkpoint
 
+    require_sklearn()
     path, checkpoint, by_kind = embeddings_file(args), read_checkpoint(args.checkpoint), {}
     for kind in embeddings.KINDS:
         ids, by_kind[kind], split = embeddings.read(path, kind, checkpoint)
@@ -231,6 +230,12 @@ def score(args):
     rows = score_rows(by_kind, [known[i] for i in ids[: args.limit]], args.seed)
     note(f"{len(ids[: args.limit]):,} clips of {path}")
     print(json.dumps(rows) if args.json else score_table(rows))
+
+
+def require_sklearn():
+    """Raises UserError where there is no k-means."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("clusters need scikit-learn: pip install -e '.[embed]'", code=1)
 
 
 def chance(shape, seed):

@@ -57,10 +57,19 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        print(markdown(read_json(args.table, "scores")))
+        try:
+            print(markdown(read_json(args.table, "scores")))
+        except (KeyError, TypeError):
+            raise UserError(f"{args.table} was not written by embed_report.py") from None
         return
+    embed.require_sklearn()
     if len(args.runs) != len(args.data):
         raise UserError(f"--runs names {len(args.runs)} folders, --data {len(args.data)}")
+    for run, data in zip(args.runs, args.data, strict=True):
+        needed = [Path(data, name) for name in ("features", "features_still", "videos")]
+        for path in (Path(run, "args.json"), *needed):
+            if not path.exists():
+                raise UserError(f"{path} does not exist: --runs and --data are those of demo.py")
     output = cli.output_folder(args.output, "--output")
     output.mkdir(parents=True, exist_ok=True)
     results = {"films": FILMS, "search": {"shape": SSV2, "seconds": search_seconds()}}

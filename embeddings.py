@@ -126,7 +126,7 @@ def read(path, kind, checkpoint=None):
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             ids, vectors = file["ids"].tolist(), file[kind]
-            whole = about["split"], about["weights"], about["step"]
+            split, digest, step = about["split"], about["weights"], about["step"]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no embeddings ({type(error).__name__}: {error})") from None
     if vectors.ndim != 2 or not 0 < len(vectors) == len(ids) or vectors.dtype != np.float16:
@@ -135,10 +135,10 @@ def read(path, kind, checkpoint=None):
         raise UserError(f"{path} is damaged: its {kind} are not all numbers. Run embed.py again")
     if checkpoint is not None:
         weights = checkpoint["qformer"]
-        if whole[1] != weights_digest(weights):
+        if digest != weights_digest(weights):
             raise UserError(
-                f"{path} was made with another checkpoint (at step {whole[2]}): run embed.py again"
+                f"{path} was made with another checkpoint (at step {step}): run embed.py again"
             )
         if vectors.shape[1] != len(weights["mean" if kind == "features" else "gain"]):
             raise UserError(f"{path} holds no embeddings of {kind}")
-    return ids, vectors, whole[0]
+    return ids, vectors, split

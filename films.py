@@ -96,7 +96,8 @@ def scenes(similarity, spans_a, spans_b, least=None):
 
     similarity: of `compare`. A run must go on for as long as a window: where windows overlap, two that
     look alike by chance do so for a few strides. And it must be better than all that is found with film
-    b backwards, which is what films that have nothing in common come to: something always looks alike.
+    b backwards, which is what films that have nothing in common come to: something always looks alike;
+    mirror images of what is found forwards do not count.
     """
     least = threshold(similarity) if least is None else least
     excess, shortest = np.nan_to_num(similarity, nan=-1.0) - least, 1

@@ -722,6 +722,19 @@ def test_the_report_is_made_of_its_figures(prepared, world, trained, tmp_path, m
     assert (tmp_path / "embeddings.md").read_text() == embed_table.markdown(results)
 
 
+def test_the_report_says_what_it_lacks_before_it_begins(tmp_path):
+    """A run that is not there was found after 20 s of something else; another file was a traceback."""
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json was not written by embed_report\.py"):
+        embed_report.main(["--table", str(tmp_path / "other.json")])
+    output = tmp_path / "results"
+    with pytest.raises(
+        UserError, match=r"nowhere/args\.json does not exist: --runs and --data are"
+    ):
+        embed_report.main(["--runs", str(tmp_path / "nowhere"), "--output", str(output)])
+    assert not output.exists()
+
+
 def test_films_are_scored_on_what_was_put_into_them(tmp_path, monkeypatch):
     """With vectors that know their clip the scenes are found, and nothing where none is shared."""
     monkeypatch.setattr(embed_report, "FILMS", embed_report.FILMS | {"pairs": 3})
