@@ -106,7 +106,7 @@ def build_world(args):
         demo.shell(
             f"preprocess_ssv2.py --videos {data}/videos --encoder {data}/encoder --num-frames 16"
             f" --annotations {data}/annotations --features {data}/{cache} --limit {args.clips}"
-            f" --splits train validation {OBJECTS} --workers 2 {flags}"
+            f" --splits train validation {OBJECTS} --workers 2 --device cpu {flags}"
         )
 
 

@@ -28,9 +28,9 @@ from functools import cache, partial
 from importlib.metadata import version
 from itertools import accumulate, chain, cycle
 from pathlib import Path
-from types import SimpleNamespace
 
 import cli
+import devices
 from bench_data import (
     PROMPT,
     Words,
@@ -93,8 +93,8 @@ def main(argv=None):
     # the profiler that counts a CPU's bytes has much to say; torch reads this when it is imported
     os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     asked = args.device or {"cpu": "cpu", "full": "auto"}[args.preset]
-    device, _ = cli.device_and_dtype(SimpleNamespace(device=asked, dtype="auto"))
-    if args.preset == "full" and device.type == "cpu":
+    device, _ = devices.resolve(asked, "auto")
+    if args.preset == "full" and not devices.on_gpu(device):
         raise UserError("--preset full needs a CUDA GPU: on a CPU one step takes minutes")
     name = device_name(device)
     folder = Path(args.output, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
@@ -311,21 +311,17 @@ def standardise(qformer, floats):
     qformer.standardise(x.mean((0, 1)), x.std((0, 1)))
 
 
-def on_gpu(device):
-    return device.type == "cuda"
-
-
 def half_precision(device):
     """bfloat16 autocast on a GPU, as training has; nothing on a CPU."""
     import torch
 
-    return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if devices.on_gpu(device) else nullcontext()
 
 
 def in_host_memory(device, batch):
     """A batch as the loader delivers it: pinned for a GPU."""
     return {
-        k: v.pin_memory() if device.type == "cuda" and k != "ids" else v for k, v in batch.items()
+        k: v.pin_memory() if devices.on_gpu(device) and k != "ids" else v for k, v in batch.items()
     }
 
 
@@ -479,7 +475,8 @@ def bench_qformer(place):
     _, b = gradient_of(lambda: (reference() * direction).sum(), qformer, attention)
     check("the Q-Former's gradient", difference(a, b), 1e-4)
     variants = {"reference": partial(step, reference), "absorbed": partial(step, absorbed)}
-    if on_gpu(device):  # int8 is exact in TF32, the small matrices are not: for whoever decides it
+    if devices.on_gpu(device):
+        # int8 is exact in TF32, the small matrices are not: for whoever decides it
         variants["absorbed_tf32"] = partial(step, absorbed, "high")
     variants = {name: (run, s["B"]) for name, run in variants.items()}
     yield from measure(place, "clips/s", variants, lambda _: {"absorbed": found})
@@ -494,7 +491,7 @@ def bench_loss(place):
     from captioner import chunked_cross_entropy
 
     s, device = place.shapes, place.device
-    dtype = torch.bfloat16 if on_gpu(device) else torch.float32
+    dtype = torch.bfloat16 if devices.on_gpu(device) else torch.float32
     prefix, captions = 64, [c[0] for c in make_captions(s, 24, 1)]
     length = prefix + len(PROMPT) + max(map(len, captions))
     head = torch.nn.Linear(s["D"], s["V"], bias=False, device=device, dtype=dtype)
@@ -522,7 +519,7 @@ def bench_loss(place):
         return value.item(), hidden.grad
 
     (a, grad_a), (b, grad_b) = step(chunked), step(reference)
-    allowed = 2e-2 if on_gpu(device) else 1e-5
+    allowed = 2e-2 if devices.on_gpu(device) else 1e-5
     check("the loss in chunks", abs(a / b - 1), allowed)
     found = check("its gradient", difference(grad_a, grad_b), allowed)
     variants = {f.__name__: (partial(step, f), len(captions)) for f in (reference, chunked)}
@@ -547,7 +544,7 @@ def bench_train(place):
     floats, qformer = floats["features"], make_qformer(s, device)
     standardise(qformer, floats)
     attention = written_down(qformer)
-    lm = make_lm(s, device, torch.bfloat16 if on_gpu(device) else torch.float32)
+    lm = make_lm(s, device, torch.bfloat16 if devices.on_gpu(device) else torch.float32)
     model = VideoCaptioner(qformer, lm, Words())
 
     def soft_from(name):
@@ -580,7 +577,7 @@ def bench_train(place):
         "int8": (partial(plain, "int8"), 1, None),
         "chunked": (partial(plain, "int8", cross_entropy=chunked_cross_entropy), 1, None),
     }
-    variants |= {"bfloat16": (bfloat16, 1, None)} if on_gpu(device) else {}
+    variants |= {"bfloat16": (bfloat16, 1, None)} if devices.on_gpu(device) else {}
     variants |= {f"captions_{k}": (partial(micro_step, k), k, None) for k in ours}
 
     # the reference's gradient in float32, summed over 1 to 8 passes of the clips
@@ -601,8 +598,8 @@ def bench_train(place):
         # with the language model's sums in bfloat16 too, a factor more: the table says how much
         factor = 1.5 if name in ("absorbed", "int8", "chunked") else 6
         found[name] = check(f"the gradient of {name}", error(name), max(1e-4, factor * own))
-    skipped = {} if on_gpu(device) else NOT_ON_A_CPU
-    if on_gpu(device):
+    skipped = {} if devices.on_gpu(device) else NOT_ON_A_CPU
+    if devices.on_gpu(device):
         compiled = VideoCaptioner(copy.deepcopy(qformer), lm, Words())
         compiled.qformer.compile()
         variants["compile"] = partial(micro_step, 4, compiled), 4, None
@@ -616,7 +613,7 @@ def bench_train(place):
     for row in measure(place, "captions/s", work, lambda _: found):
         row["ms_per_caption"] = 1e3 / row["median"]
         row["ms_per_clip"] = row["ms_per_caption"] * variants[row["name"]][1]
-        if on_gpu(device) and row["name"] in ("reference", "captions_4"):
+        if devices.on_gpu(device) and row["name"] in ("reference", "captions_4"):
             step = partial(step_of, row["name"], model, attention, stored, captions)
             row |= largest_batch(step, qformer, lm, device)
         yield row
@@ -692,7 +689,7 @@ def bench_evaluate(place):
     floats = in_host_memory(device, as_floats(stored))["features"]
     qformer = make_qformer(s, device).requires_grad_(False)
     standardise(qformer, floats)
-    lm = make_lm(s, device, torch.bfloat16 if on_gpu(device) else torch.float32)
+    lm = make_lm(s, device, torch.bfloat16 if devices.on_gpu(device) else torch.float32)
     model, attention = VideoCaptioner(qformer, lm, Words()).eval(), written_down(qformer)
     for module in chain(*attention):
         module.requires_grad_(False)
@@ -719,7 +716,7 @@ def bench_evaluate(place):
         for name, captions in said.items():
             pairs = list(zip(captions, cycle(theirs), strict=False))
             same[name] = sum(a == b for a, b in pairs) / len(pairs)
-            if not on_gpu(device):
+            if not devices.on_gpu(device):
                 check(f"share of other captions in {name}", 1 - same[name], 0.0)
         return {}
 

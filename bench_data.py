@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import devices
 import pool
 import preprocess_ssv2
 import video
@@ -150,7 +151,7 @@ def bench_preprocess(place):
         if row["name"].startswith("decode_workers"):
             stages["decoding"] = max(row["median"], stages.get("decoding", 0))
         yield row
-    together = "batched_encode" if place.device.type == "cuda" else "encode_one_by_one"
+    together = "batched_encode" if devices.on_gpu(place.device) else "encode_one_by_one"
     for row in encode_rows(place, encoder, clips[:8]):
         if row["name"] == together:  # what preprocess_ssv2.py does on this device
             stages["encoding"] = row["median"]
@@ -165,7 +166,7 @@ def bench_preprocess(place):
         stages["saving"] = row["median"]
         yield row
 
-    workers = 2 if place.device.type == "cpu" else 16
+    workers = 16 if devices.on_gpu(place.device) else 2
     args = SimpleNamespace(batch_size=8, workers=workers, timeout=60, num_frames=frames)
     todo = {("all", str(i)): path for i, path in enumerate(paths * 4)}
     (place.folder / "all").mkdir()
@@ -175,7 +176,7 @@ def bench_preprocess(place):
     every = [b - a for a, b in pairwise(done[7::8])]  # batches of eight are written together
     row = rate("pipeline", "clips/s", every, 8)
     slowest = min(stages, key=stages.get)
-    if place.device.type == "cpu":
+    if not devices.on_gpu(place.device):
         slowest += ", and all stages share the cores"
     yield row | {"factor": None, "bottleneck": slowest, "stages": stages}
 
@@ -203,7 +204,7 @@ def decode_rows(place, paths, clips):
         check(f"share of clips that {backend} decodes to other frames", 1.0 - same, 0.0)
     times = {f"decode_{b}": partial(decoded, b) for b in backends}
     times = compare(times, place.device, place.shapes["seconds"] / 2)
-    for workers in (1, 2, 4) if place.device.type == "cpu" else (1, 4, 8, 16):
+    for workers in (1, 4, 8, 16) if devices.on_gpu(place.device) else (1, 2, 4):
         results = pool.decode_many(enumerate(paths * 4), frames, workers)
         arrived = [time.perf_counter() for _ in results]
         times[f"decode_workers_{workers}"] = quarters(arrived)
@@ -221,7 +222,7 @@ def encode_rows(place, encoder, clips):
 
     def verify(features):
         found = difference(features["batched_encode"], features["encode_one_by_one"])
-        allowed = 5e-2 if place.device.type == "cuda" else 1e-5
+        allowed = 5e-2 if devices.on_gpu(place.device) else 1e-5
         return {"batched_encode": check("features of a batch", found, allowed)}
 
     variants = {"encode_one_by_one": one_by_one, "batched_encode": batched}
@@ -250,7 +251,7 @@ def make_encoder(place):
     )
     settings = {"grid": [frames // 2, side // 16, side // 16], "size": side, "resize": "squash"}
     settings |= {"pool": 1, "sampling": "bin_centres", "store": "int8"}
-    dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if devices.on_gpu(place.device) else torch.float32
     return VideoEncoder(VJEPA2Model(config).to(dtype), settings, place.device)
 
 

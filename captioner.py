@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import devices
 import hub
 import share
 from cli import UserError, out_of_memory
@@ -54,8 +55,8 @@ class VideoCaptioner(nn.Module):
 
     def autocast(self):
         """What the Q-Former runs in: bfloat16 matrix products on a GPU."""
-        on_cuda = self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext()
+        on_gpu = devices.on_gpu(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16) if on_gpu else nullcontext()
 
     def soft_prompts(self, features, scale, offset):
         """Stored features of B clips -> soft prompts (B, Q, D)."""
@@ -311,7 +312,7 @@ def _is_ours(checkpoint):
         and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
         and sizes["num_blocks"] <= len(weights)  # building more would take for ever
         and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
-        and all(w.device.type == "cpu" and w.layout == torch.strided for w in weights)
+        and all((w.device.type, w.layout) == ("cpu", torch.strided) for w in weights)
     )
 
 

@@ -240,29 +240,3 @@ def output_folder(path, flag):
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: {there} cannot be written to; name another folder")
     return path
-
-
-def device_and_dtype(args):
-    """Resolve --device and --dtype to a torch.device and a torch.dtype."""
-    import torch
-
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if device.index is not None and ranks.count() > 1:
-            raise UserError(f"--device {name}: the processes of torchrun need a GPU each; use cuda")
-        if device.index is None and ranks.launched():
-            device = torch.device("cuda", ranks.local_rank())
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")
-        torch.cuda.set_device(device)  # streams and events are of the current device
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    return device, getattr(torch, dtype)

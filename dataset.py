@@ -15,6 +15,7 @@ import unicodedata
 import zlib
 from pathlib import Path, PurePosixPath
 
+import devices
 from cli import UserError, out_of_memory
 from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
@@ -388,7 +389,7 @@ def loader(dataset, batch_size, workers, device):
         batch_size,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=devices.on_gpu(device),
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )

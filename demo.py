@@ -48,6 +48,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
     )
+    parser.add_argument("--device", default="cpu", help="cpu, or as of train.py")
     parser.add_argument(
         "--table", nargs="+", metavar="FILE", help="print the README's table of these summaries"
     )
@@ -65,8 +66,10 @@ def main(argv=None):
     annotations = f"--annotations {data}/annotations"
     cached = f"--features {data}/features {annotations}"
     still = f"--features {data}/features_still {annotations}"
+    device = f"--device {shlex.quote(args.device)}"
     encode = f"preprocess_ssv2.py --videos {data}/videos --encoder {data}/encoder --num-frames 16"
-    score = f"evaluate.py --checkpoint {output} --workers 0 --no-meteor"
+    encode += f" {device}"
+    score = f"evaluate.py --checkpoint {output} --workers 0 --no-meteor {device}"
 
     def step(name, command):
         began = time.perf_counter()
@@ -85,7 +88,7 @@ def main(argv=None):
     step(
         "training",
         f"train.py {cached} --lm {data}/lm --output {output} --overwrite --seed {seed} --workers 0"
-        f" --epochs {args.epochs} {TRAINING}",
+        f" --epochs {args.epochs} {TRAINING} {device}",
     )
     step("evaluation", f"{score} {cached} --split validation_pairs")
     step("evaluation", f"{score} {cached} --split validation_objects")
@@ -93,8 +96,8 @@ def main(argv=None):
     step("evaluation", f"{score} {still} --control still")
     said = read_json(run / "predictions_validation.json", "predictions")[:3]
     clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
-    step("captions", f"infer.py {clips} --checkpoint {output}")
-    step("captions", f"infer.py {clips} --checkpoint {output} --style sentence")
+    step("captions", f"infer.py {clips} --checkpoint {output} {device}")
+    step("captions", f"infer.py {clips} --checkpoint {output} {device} --style sentence")
     step(
         "gallery",
         f"evaluate.py --predictions {output}/predictions_validation.json {annotations}"

@@ -83,7 +83,8 @@ def main(argv=None):
 
 def measure(run, data):
     """All scores of one run."""
-    flags = ["--checkpoint", str(run), "--features", str(data / "features"), "--workers", "0"]
+    flags = ["--checkpoint", str(run), "--features", str(data / "features")]
+    flags += ["--workers", "0", "--device", "cpu"]
     flags += ["--annotations", str(data / "annotations"), "--batch-size", str(BATCH)]
     times = ["--window", str(FILMS["window"]), "--stride", str(FILMS["stride"])]
     args = embed.parse_args([*flags, *times])

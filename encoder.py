@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+import devices
 import hub
 from cli import UserError
 from dataset import FORMAT_VERSION
@@ -136,7 +137,7 @@ class VideoEncoder:
         pixels = torch.stack(pixels)  # (B, F, 3, S, S)
         if s["sampling"] == "still":
             pixels = pixels[:, :1].expand_as(pixels)
-        together = self.device.type == "cuda" if together is None else together
+        together = devices.on_gpu(self.device) if together is None else together
         groups = [pixels] if together else pixels.split(1)
         x = torch.cat([self.model.get_vision_features(g.to(dtype)).float() for g in groups])
         t, h, w = s["grid"]
@@ -144,8 +145,9 @@ class VideoEncoder:
 
     def _upload(self, clip):
         frames = torch.as_tensor(clip)
-        on_gpu = self.device.type == "cuda"
-        return frames.pin_memory().to(self.device, non_blocking=True) if on_gpu else frames
+        if not devices.on_gpu(self.device):
+            return frames
+        return frames.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def launch(self, clips):
@@ -158,7 +160,7 @@ class VideoEncoder:
         finite = batch["features"] if self.settings["store"] == "fp16" else x
         batch["finite"] = finite.isfinite().flatten(1).all(1)  # (B,)
         batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # pinned there
-        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        done = torch.cuda.Event() if devices.on_gpu(self.device) else None
         if done:
             done.record()
 

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import cli
+import devices
 import gallery
 import hub
 import ranks
@@ -197,7 +198,7 @@ def predict(args, records):
     """Caption `records` with the checkpoint. Returns {id: caption} and the settings used."""
     manifest = load_manifest(args.features)
     clips = require_features(args.features, args.split, records, args.allow_missing)
-    device, dtype = cli.device_and_dtype(args)
+    device, dtype = devices.resolve(args.device, args.dtype)
     from captioner import from_checkpoint, read_checkpoint, weights_digest
 
     checkpoint = read_checkpoint(args.checkpoint)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
+import devices
 from cli import UserError
 
 # shapes: of the preset; folder: for files; peak: FLOP/s of a large matrix product
@@ -18,7 +19,7 @@ Place = namedtuple("Place", "shapes device folder peak")
 def wait(device):
     import torch
 
-    if device.type == "cuda":
+    if devices.on_gpu(device):
         torch.cuda.synchronize(device)
 
 
@@ -26,7 +27,7 @@ def matmul_peak(device):
     """FLOP/s of a large matrix product: what can be had here, not what the data sheet says."""
     import torch
 
-    on_gpu = device.type == "cuda"
+    on_gpu = devices.on_gpu(device)
     n, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(compare({"matmul": lambda: a @ b}, device, 0.5)["matmul"])
@@ -58,7 +59,7 @@ def inspect(run, device, compiled=False):
     from torch.utils.flop_counter import FlopCounterMode
 
     with nullcontext() if compiled else FlopCounterMode(display=False) as counter:
-        if device.type == "cuda":
+        if devices.on_gpu(device):
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             result = run()
@@ -144,7 +145,7 @@ def device_name(device):
 
     import torch
 
-    if device.type == "cuda":
+    if devices.on_gpu(device):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():

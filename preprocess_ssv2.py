@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import cli
+import devices
 import hub
 import ranks
 from cli import DONE, FAILED, PARTIAL, UserError, note
@@ -171,7 +172,7 @@ def clear(features, splits, part):
 
 def matching_encoder(args, features, needed):
     """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
-    device, dtype = cli.device_and_dtype(args)
+    device, dtype = devices.resolve(args.device, args.dtype)
     asked = {
         "num_frames": args.num_frames,
         "sampling": "still" if args.still else "bin_centres",
@@ -264,7 +265,7 @@ def encode(encoder, todo, features, args):
                 # a GPU begins this batch before the last one is taken and saved
                 running.append(launch(batch))
                 batch = []
-                while len(running) > (1 if encoder.device.type == "cuda" else 0):
+                while len(running) > (1 if devices.on_gpu(encoder.device) else 0):
                     yield from collect(*running.pop(0))
             yield from written(4 * args.batch_size)
         running += [launch(batch)] if batch else []

@@ -30,15 +30,14 @@ def local_rank():
 
 
 @contextmanager
-def joined(device=None):
-    """The processes can exchange while in the block. device: the torch.device of the gradients."""
+def joined(backend="gloo"):
+    """The processes can exchange while in the block, by a backend of torch.distributed."""
     if count() == 1:
         yield
         return
     import torch.distributed as dist
 
-    on_cuda = device is not None and device.type == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import curves
+import devices
 import ranks
 from cli import Stopped, UserError, note, output_folder
 from dataset import STYLES, check_same_settings
-from files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
@@ -125,7 +126,7 @@ def start(folder, args, device, **counts):
         "threads": torch.get_num_threads(),
         "git_commit": commit,
         "processes": ranks.count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": devices.describe(device),
         **counts,
     }
     write_json(folder / "args.json", facts)
@@ -346,6 +347,9 @@ def restore(state, frozen, ours, args, total, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--resume: the optimizer's state is not of this run: {error}") from None
+    before, device = device_of(args.output), devices.describe(model.device)
+    if before and before != device:
+        note(f"the run was on {before} and goes on on {device}: the last bits may differ")
     best, scored = state["best"], state["scored"]
     if best > -math.inf:
         try:
@@ -357,6 +361,14 @@ def restore(state, frozen, ours, args, total, model, optimizer):
             )
             best, scored = -math.inf, 0
     return state["step"], scored, state["bad"], best
+
+
+def device_of(folder):
+    """The device that args.json names, or None."""
+    try:
+        return read_json(Path(folder, "args.json"), "args").get("device")
+    except (UserError, AttributeError):
+        return None
 
 
 def flags(args):

@@ -209,7 +209,8 @@ class World:
         self.features = folder / "features"
 
     def preprocess(self, features=None, **kwargs):
-        flags = ["--videos", self.videos, "--annotations", self.annotations, "--workers", 2]
+        flags = ["--videos", self.videos, "--annotations", self.annotations]
+        flags += ["--workers", 2, "--device", "cpu"]
         flags += ["--features", features or self.features, "--encoder", self.toy / "encoder"]
         flags += ["--num-frames", 16, "--batch-size", 4, *kwargs.pop("flags", ())]
         return run("preprocess_ssv2", flags, **kwargs)
@@ -219,7 +220,7 @@ class World:
         flags += ["--output", output, "--lm", self.toy / "lm", "--num-queries", 4, "--lr", 2e-3]
         flags += ["--batch-size", 4, "--grad-accum", 3, "--epochs", 3, "--warmup-steps", 2]
         flags += ["--eval-clips", 10, "--save-every", 2, "--allow-missing", DAMAGED]
-        flags += ["--workers", workers, "--resume", *kwargs.pop("flags", ())]
+        flags += ["--workers", workers, "--resume", "--device", "cpu", *kwargs.pop("flags", ())]
         return run("train", flags, **kwargs)
 
     def cache(self):

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice, pairwise
 
 import cli
+import devices
 import ranks
 import reporter
 import runfolder
@@ -108,8 +109,9 @@ def main(argv=None):
     reporter.check(args.report_to)
     folder = runfolder.claim(args)
     data = read_data(args)
-    device, dtype = cli.device_and_dtype(args)
-    with ranks.joined(device), runfolder.held(folder, args):
+    device, dtype = devices.resolve(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")  # a run is of one dtype, whatever auto means
+    with ranks.joined(devices.backend(device)), runfolder.held(folder, args):
         return learn(args, data, folder, device, dtype)
 
 
@@ -233,7 +235,7 @@ def build(args, data, device, dtype):
     frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
     frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.qformer, args.weight_decay), fused=device.type == "cuda"
+        parameter_groups(model.qformer, args.weight_decay), fused=devices.on_gpu(device)
     )
     return model, frozen, optimizer
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import cli
+import devices
 from cli import UserError
 from dataset import stack_stored
 
@@ -45,7 +46,7 @@ def load_captioner(args, checkpoint=None):
     """(checkpoint, `VideoCaptioner`) of --checkpoint, which may have been read. Raises UserError."""
     from captioner import from_checkpoint, read_checkpoint
 
-    device, dtype = cli.device_and_dtype(args)
+    device, dtype = devices.resolve(args.device, args.dtype)
     checkpoint = checkpoint or read_checkpoint(args.checkpoint)
     return checkpoint, from_checkpoint(checkpoint, device, dtype, args.lm)
 

@@ -5,6 +5,7 @@ import shutil
 import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor run on a GPU by accident
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
 
 import pytest
@@ -29,6 +30,15 @@ class CharTokenizer:
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU pretends to be a GPU, see `PretendedGPU`."""
+    from gpu import PretendedGPU
+
+    with monkeypatch.context() as patch:
+        yield PretendedGPU(patch)
 
 
 @pytest.fixture

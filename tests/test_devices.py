@@ -1,0 +1,127 @@
+"""--device and --dtype, with torch's own CUDA functions as far as a machine without a GPU has them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import devices
+from cli import UserError
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Two GPUs as far as torch can tell; the list of indices that became the current one."""
+    chosen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    return chosen
+
+
+def under_torchrun(monkeypatch, rank, count):
+    for name, value in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count)]:
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_a_gpu_has_its_index(cuda, capsys, name, index):
+    """torch.cuda.set_device(torch.device("cuda")) raises ValueError: with --device auto or cuda every
+    script died there, and no test on a CPU had entered the line."""
+    device, dtype = devices.resolve(name, "auto")
+    assert (device, dtype) == (torch.device("cuda", index), torch.bfloat16)
+    assert cuda == [index] and f"cuda:{index} (a GPU), bfloat16" in capsys.readouterr().err
+
+
+def test_each_process_of_torchrun_has_its_gpu(cuda, monkeypatch):
+    under_torchrun(monkeypatch, 1, 2)
+    assert devices.resolve("auto", "float32")[0] == torch.device("cuda", 1) and cuda == [1]
+    with pytest.raises(UserError, match="need a GPU each"):
+        devices.resolve("cuda:1", "auto")
+    under_torchrun(monkeypatch, 2, 3)
+    with pytest.raises(UserError, match="torch sees 2 CUDA devices"):
+        devices.resolve("cuda", "auto")
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:99", "cuda:-1", "gpu", "mps", "cpu:x", ""])
+def test_no_such_device(cuda, name):
+    with pytest.raises(UserError, match=re.escape(f"--device {name}")):
+        devices.resolve(name, "auto")
+
+
+def test_only_one_place_knows_what_a_gpu_is():
+    """A branch that asks torch itself would never run in the tests, see gpu.py."""
+    asks = re.compile(r"""["']cuda["']|\.is_cuda|\.type\s*[!=]=""")
+    found = {
+        f"{path.name}: {line.strip()}"
+        for path in Path(devices.__file__).parent.glob("*.py")
+        for line in path.read_text().splitlines()
+        if asks.search(line) and path.name != "doctor.py"  # which asks in a process of its own
+    }
+    assert found == {
+        'devices.py: GPU = "cuda"  # torch\'s type of a GPU',
+        "devices.py: return device.type == GPU",
+    }
+
+
+# ---- a GPU that torch cannot use -----------------------------------------------------------------
+
+
+@pytest.fixture
+def unusable(monkeypatch):
+    """An NVIDIA GPU whose driver is too old for torch."""
+
+    def is_available():
+        import warnings
+
+        warnings.warn(
+            "The NVIDIA driver on your system is too old (Triggered internally)", stacklevel=2
+        )
+        return False
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: True)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_torch_cannot_use_is_an_error(unusable, monkeypatch, name):
+    """With a driver too old for the wheel, auto fell back to the CPU without a word, and filled a
+    float32 cache at minutes a clip."""
+    with pytest.raises(UserError, match=r"13\.0.* too old; .*older CUDA.* pass --device cpu"):
+        devices.resolve(name, "auto")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"built for CPUs; install a CUDA build.* --device cpu"):
+        devices.resolve(name, "auto")
+
+
+def test_a_gpu_that_is_not_wanted_is_no_error(unusable, monkeypatch):
+    cpu = torch.device("cpu"), torch.float32
+    assert devices.resolve("cpu", "auto") == cpu
+    for hidden in ("", "-1", "NoDevFiles", " "):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert devices.resolve("auto", "auto") == cpu
+    with pytest.raises(UserError, match="torch sees 0 CUDA devices"):
+        devices.resolve("cuda", "auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: False)
+    assert devices.resolve("auto", "auto") == cpu
+
+
+def test_nvidia_smi_alone_is_no_gpu(monkeypatch, tmp_path):
+    """Driver packages are installed on machines without a card, too."""
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(devices, "Path", lambda path: tmp_path)  # no /dev/nvidia0
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for script, found in [("exit 9", False), ("echo No devices", False), ("echo GPU 0: A", True)]:
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+        smi.chmod(0o755)
+        assert devices.has_nvidia_gpu() == found
