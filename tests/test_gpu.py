@@ -1,0 +1,114 @@
+"""The whole chain on a pretended GPU, see gpu.py: the branches that no CPU enters."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import preprocess, train_flags
+
+import app
+import evaluate
+import infer
+import train
+import windows
+from cli import TERMINATED
+from dataset import load_features, load_manifest
+from encoder import VideoEncoder
+
+
+def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
+    """Every script died on its first line of CUDA, and no test had been there."""
+    monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
+    features = tmp_path / "features"
+    (tmp_path / "annotations").symlink_to(prepared / "annotations")
+    flags = ["--batch-size", 4, "--limit", 20]
+    assert preprocess(world, tmp_path, *flags) == 0
+    assert gpu.most_in_flight == 2  # a batch is encoded while the one before it is saved
+    assert preprocess(world, tmp_path, *flags, "--verify") == 0
+    settings = load_manifest(features)["settings"]
+    assert settings["compute_dtype"] == "bfloat16"
+
+    # trained, evaluated, stopped and resumed
+    run = tmp_path / "run"
+    flags = ["--batch-size", 4, "--grad-accum", 2, "--limit", 20, "--epochs", 2, "--workers", 1]
+    flags = train_flags(world, tmp_path, run, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("runfolder.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert train.main(flags) == TERMINATED
+    assert not train.main([*flags, "--resume"])
+    args = json.loads((run / "args.json").read_text())
+    assert (args["device"], args["args"]["dtype"]) == ("pretended GPU 0", "bfloat16")
+
+    # captions of the cache and of the files, and of the page
+    common = ["--checkpoint", str(run), "--limit", "4", "--workers", "0"]
+    cached = ["--features", str(features), "--annotations", str(tmp_path / "annotations")]
+    assert not evaluate.main([*common, *cached, "--num-beams", "2", "--output", str(tmp_path)])
+    beams = json.loads((tmp_path / "predictions_validation_first4_beams2.json").read_text())
+    assert len(beams) == 4 and all(p["caption"] for p in beams)
+    assert not evaluate.main([*common, *cached, "--output", str(tmp_path)])
+    greedy = json.loads((tmp_path / "predictions_validation_first4.json").read_text())
+    paths = [str(world / "videos" / f"{p['image_id']}.webm") for p in greedy]
+    capsys.readouterr()
+    assert not infer.main([*paths, *common, "--batch-size", "4"])
+    printed = capsys.readouterr()
+    captions = [line.split("\t")[1] for line in printed.out.splitlines()]
+    assert captions == [p["caption"] for p in greedy]
+    assert printed.err.startswith("device       cpu:0 (pretended GPU 0), bfloat16")
+    args = app.parse_args(common)
+    checkpoint, encoder, captioner = windows.load_models(args)
+    look = app.Look(encoder, captioner, checkpoint["templates"], args)
+    assert look(paths[0])[1] == greedy[0]["caption"]
+
+
+def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monkeypatch):
+    """Batched, with copies back that are read only when they are there."""
+    (tmp_path / "annotations").symlink_to(prepared / "annotations")
+    flags = ["--batch-size", 3, "--limit", 7, "--splits", "train", "--dtype", "float32"]
+    sizes, encode = [], VideoEncoder.encode
+
+    def counted(self, clips):
+        with monkeypatch.context() as patch:
+            vision = self.model.get_vision_features
+            patch.setattr(
+                self.model, "get_vision_features", lambda x: sizes.append(len(x)) or vision(x)
+            )
+            return encode(self, clips)
+
+    monkeypatch.setattr(VideoEncoder, "encode", counted)
+    assert preprocess(world, tmp_path, *flags) == 0
+    assert sizes == [3, 3, 1]  # one call a batch
+    settings = load_manifest(prepared / "features")["settings"]
+    for path in sorted((tmp_path / "features" / "train").iterdir()):
+        clip = path.stem
+        mine, cpus = (
+            load_features(folder / "features" / "train" / path.name, clip, settings)
+            for folder in (tmp_path, prepared)
+        )
+        assert (mine["features"].int() - cpus["features"].int()).abs().max() <= 1
+        torch.testing.assert_close(mine["scale"], cpus["scale"])
+        torch.testing.assert_close(mine["offset"], cpus["offset"], rtol=1e-3, atol=1e-5)
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="before set_device"):
+        torch.ones(2).to(torch.device("cpu", 0), non_blocking=True)
+    torch.cuda.set_device(torch.device("cpu", 0))
+    with pytest.raises(RuntimeError, match="not pinned"):
+        torch.ones(2).to(torch.device("cpu", 0), non_blocking=True)
+    host, early, late = (
+        torch.ones(2).to("cpu", non_blocking=True),
+        *(torch.cuda.Event() for _ in "ab"),
+    )
+    early.record()
+    other = torch.ones(2).to("cpu", non_blocking=True)
+    late.record()
+    assert host.isnan().all()
+    early.synchronize()
+    assert host.tolist() == [1, 1] and other.isnan().all()
+    late.synchronize()
+    assert other.tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match="enable_timing"):
+        early.elapsed_time(late)
