@@ -185,7 +185,7 @@ def _load(name, dtype):
     from transformers import AutoModel
 
     folder = hub.find_model(name, "--encoder")
-    model = hub.load(AutoModel, folder, "--encoder", dtype=dtype)
+    model = hub.load_model(AutoModel, folder, "--encoder", dtype=dtype)
     if not hasattr(model, "get_vision_features") or model.config.model_type != "vjepa2":
         raise UserError(f"--encoder {name} is a {model.config.model_type} model, not V-JEPA 2")
     return model, hub.fingerprint(folder)

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, out_of_memory
 from files import read_json
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository
@@ -125,18 +125,54 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
+def is_quantised(folder):
+    """True for a model whose weights are packed into fewer bits."""
+    return "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
+
+
+def load_model(auto_class, folder, flag, **kwargs):
+    """`load` for a model. Raises UserError if its files lack a weight or have one of another shape.
+
+    transformers leaves such weights random and only logs it: the same command then gives other
+    captions each time, under the same fingerprint.
+    """
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(auto_class, folder, flag, **asked, **kwargs)
+    missing, mismatched = (sorted(map(str, info[f"{k}_keys"])) for k in ("missing", "mismatched"))
+    if missing or mismatched:
+        why = f"have no {missing[0]}" if missing else f"have another shape for {mismatched[0]}"
+        count = len(missing or mismatched)
+        found = sorted(map(str, info["unexpected_keys"]))
+        there = (
+            f" (among the keys that are not the model's: {found[0]})" if missing and found else ""
+        )
+        raise UserError(
+            f"{flag} {folder}: the weights of {type(model).__name__} {why}, {count} of that kind"
+            f"{there}. Save the model again with save_pretrained."
+        )
+    return model
+
+
 def load(auto_class, folder, flag, **kwargs):
     """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
-    import transformers
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of keys is a table; `load_model` judges them
     try:
         # a model may bring code of its own, which is never run; nor asked about on the terminal
         return auto_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **kwargs
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{flag} {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
+        *(ImportError, AttributeError, AssertionError),
+    ) as error:
+        if out_of_memory(error):
+            raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag} {folder} cannot be loaded: {why}") from None
+    finally:
+        logging.set_verbosity(level)
