@@ -8,7 +8,9 @@ L text tokens.
 
 import copy
 import hashlib
+import inspect
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import devices
 import hub
@@ -28,6 +31,7 @@ from qformer import QFormer
 CHECKPOINT_VERSION = 1
 READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
 TEXTS_CHUNK = 32  # texts compared at a time: a key/value cache each
+MAX_NEW_TOKENS = 50  # of a generated caption
 LOGITS_CHUNK = 256  # labelled tokens at a time: 256 x V floats are 156 MB for Qwen2
 
 
@@ -35,12 +39,13 @@ class VideoCaptioner(nn.Module):
     """Q-Former + frozen language model.
 
     qformer: a `QFormer` whose width is the language model's; lm: a causal LM of transformers;
-    tokenizer: its tokenizer, with an eos token.
+    tokenizer: its tokenizer, with an eos token; bos: the token in front of the soft prompts, or None.
     """
 
-    def __init__(self, qformer, lm, tokenizer):
+    def __init__(self, qformer, lm, tokenizer, bos=None):
         super().__init__()
         self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
+        self.bos, self.cache_name = bos, cache_name(lm)
         self.train(self.training)
 
     def train(self, mode=True):
@@ -72,12 +77,49 @@ class VideoCaptioner(nn.Module):
 
         Computed once per clip: every caption, loss and generation of the clip continues from it.
         """
-        return self.read(self.soft_prompts(features, scale, offset))
+        return self.read(self.soft_prompts(features, scale, offset))[0]
 
     def read(self, soft):
-        """Soft prompts (B, Q, D) -> the LM's key/value cache over them."""
-        out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), use_cache=True)
-        return out.past_key_values
+        """Soft prompts (B, Q, D) -> the LM's key/value cache over them, and its hidden states
+        (B, Q, D), one more in front where there is a bos."""
+        cache = DynamicCache(config=self.lm.config)
+        return cache, self.run_lm(cache, inputs_embeds=self.embedded(soft)).last_hidden_state
+
+    def embedded(self, soft):
+        """What the LM reads of soft prompts: bos, if it has one, in front, all in its dtype."""
+        soft = soft.to(self.lm.dtype)
+        if self.bos is None:
+            return soft
+        bos = torch.full((len(soft), 1), self.bos, device=soft.device)
+        return torch.cat([self.lm.get_input_embeddings()(bos).to(soft.dtype), soft], 1)
+
+    def run_lm(self, cache=None, input_ids=None, inputs_embeds=None, **kwargs):
+        """Every call of the frozen language model: B rows of L tokens behind what `cache` holds.
+
+        The cache grows by them in place. Returns transformers' output, with `last_hidden_state`
+        (B, L, D). Raises UserError where the model left the cache as it was: what is behind a prefix
+        would then not see it, and every clip have the same caption.
+        """
+        rows = (
+            {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        )
+        if cache is None:
+            return self.lm.base_model(**rows, use_cache=False, **kwargs)
+        held = cache.get_seq_length()
+        out = self.lm.base_model(**rows, **{self.cache_name: cache}, use_cache=True, **kwargs)
+        if cache.get_seq_length() != held + next(iter(rows.values())).shape[1]:
+            raise UserError(
+                f"--lm: {type(self.lm).__name__} of this version of transformers does not fill the"
+                " key/value cache that it is given",
+                code=1,
+            )
+        return out
+
+    def continued(self, cache, input_ids):
+        """Hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L), behind the prefixes of
+        B clips. The cache is consumed."""
+        cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))  # B -> B*K, differentiable
+        return self.run_lm(cache, input_ids).last_hidden_state
 
     def loss(self, cache, input_ids, positions, targets):
         """Summed cross-entropy of K captions per clip, a float32 scalar.
@@ -86,21 +128,22 @@ class VideoCaptioner(nn.Module):
         `dataset.collate`. Rows are padded on the right, which causal attention never looks at, so
         no mask is needed.
         """
-        clips = cache.layers[0].keys.shape[0]
-        cache.batch_repeat_interleave(len(input_ids) // clips)  # B -> B*K, differentiable
-        hidden = self.lm.base_model(
-            input_ids=input_ids, past_key_values=cache, use_cache=True
-        ).last_hidden_state  # (B*K, L, D)
+        hidden = self.continued(cache, input_ids)  # (B*K, L, D)
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (M, D)
         return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, targets)
 
     @torch.inference_mode()
-    def generate(self, cache, style, max_new_tokens=50, num_beams=1):
+    def generate(self, cache, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
         """Caption B clips from their `prefix` cache, which is consumed. Returns B strings."""
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
-        clips = cache.layers[0].keys.shape[0]
-        ids = ids.expand(clips, -1)  # (B, L)
+        ids = ids.expand(clips_of(cache), -1)  # (B, L)
+        room = positions(self.lm) - cache.get_seq_length() - ids.shape[1]
+        if max_new_tokens > room:
+            raise UserError(
+                f"--max-new-tokens {max_new_tokens}: {self.lm.config.name_or_path} has room for {room}"
+                " behind its prompt"
+            )
         if num_beams == 1:
             rows = self._greedy(cache, ids, max_new_tokens)
         else:
@@ -112,7 +155,7 @@ class VideoCaptioner(nn.Module):
         eos, columns = self.tokenizer.eos_token_id, []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
-            out = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            out = self.run_lm(cache, ids)
             logits = self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])  # (B, V)
             token = logits.argmax(-1).masked_fill(done, eos)  # (B,)
             columns.append(token)
@@ -142,8 +185,8 @@ class VideoCaptioner(nn.Module):
         out = self.lm.generate(
             full,
             attention_mask=torch.ones_like(full),
-            past_key_values=cache,
             generation_config=config,
+            **{self.cache_name: cache},
         )
         return out[:, full.shape[1] :]
 
@@ -154,16 +197,12 @@ class VideoCaptioner(nn.Module):
         The mean log-probability of its tokens and eos, so that a long text does not lose by its
         length. cache: of `prefix`; it is left as it is.
         """
-        clips, scores = cache.layers[0].keys.shape[0], []
+        clips, scores = clips_of(cache), []
         for start in range(0, len(texts), TEXTS_CHUNK):
             some = texts[start : start + TEXTS_CHUNK]
             pairs = [encode_caption(self.tokenizer, style, text) for text in some]
             text = {k: v.to(self.device) for k, v in collate_text(pairs * clips).items()}
-            behind = copy.deepcopy(cache)
-            behind.batch_repeat_interleave(len(some))  # B -> B*K
-            hidden = self.lm.base_model(
-                input_ids=text["input_ids"], past_key_values=behind, use_cache=True
-            ).last_hidden_state  # (B*K, L, D)
+            hidden = self.continued(copy.deepcopy(cache), text["input_ids"])  # (B*K, L, D)
             hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
             chunks = zip(*(x.split(LOGITS_CHUNK) for x in (hidden, text["targets"])), strict=True)
             head = self.lm.get_output_embeddings()
@@ -175,7 +214,7 @@ class VideoCaptioner(nn.Module):
         return torch.cat(scores, 1)
 
     @torch.inference_mode()
-    def captions(self, batch, style, max_new_tokens=50, num_beams=1):
+    def captions(self, batch, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
         """Caption B clips given as `features` (B, N, E), `scale` and `offset` (B, E)."""
         cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
         return self.generate(cache, style, max_new_tokens, num_beams)
@@ -194,6 +233,29 @@ class VideoCaptioner(nn.Module):
                 text = batch["input_ids"], batch["positions"], batch["targets"]
                 total = self.loss(copy.deepcopy(cache), *text).item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
+
+
+def cache_name(lm):
+    """What a language model's forward calls its key/value cache: "cache" since transformers 5.24, and
+    "past_key_values" before; from 5.40 on a model swallows the old name without a word.
+
+    Raises UserError where it has none.
+    """
+    parameters = inspect.signature(lm.base_model.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise UserError(f"--lm {lm.config.name_or_path}: {type(lm).__name__} has no key/value cache")
+
+
+def clips_of(cache):
+    """The number of clips in a key/value cache."""
+    return cache.layers[0].keys.shape[0]
+
+
+def positions(lm):
+    """How many tokens a language model can read."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def chunked_cross_entropy(head, hidden, targets):
@@ -215,14 +277,15 @@ def chunked_cross_entropy(head, hidden, targets):
     return total
 
 
-def build(manifest, lm_name, device, dtype, **sizes):
+def build(manifest, lm_name, device, dtype, captions=(), **sizes):
     """A new captioner over the features of `manifest`. Returns it and the LM's fingerprint.
 
-    sizes: num_queries, num_blocks, num_heads, dropout of `QFormer`. Raises UserError if the language
-    model cannot be had or the sizes do not divide.
+    captions: the texts it will be trained on; sizes: num_queries, num_blocks, num_heads, dropout of
+    `QFormer`. Raises UserError if the language model cannot be had or is not one that can be
+    prompted, if it has no room for the longest caption, or if the sizes do not divide.
     """
     lm, tokenizer, fingerprint = load_lm(lm_name, device, dtype)
-    embeddings = lm.get_input_embeddings().weight
+    embeddings = embedding_table(lm)  # (V, D)
     if embeddings.shape[1] % sizes["num_heads"]:
         raise UserError(f"--num-heads {sizes['num_heads']} does not divide {embeddings.shape[1]}")
     qformer = QFormer(
@@ -232,19 +295,111 @@ def build(manifest, lm_name, device, dtype, **sizes):
         output_norm=embeddings.float().norm(dim=1).mean().item(),
         **sizes,
     )
-    return VideoCaptioner(qformer.to(device), lm, tokenizer), fingerprint
+    model = VideoCaptioner(qformer.to(device), lm, tokenizer, first_token(tokenizer))
+    check_lm(model, lm_name)
+    check_room(model, lm_name, captions)
+    return model, fingerprint
+
+
+def embedding_table(lm):
+    """The vectors (V, D) that the language model's embedding layer returns: some multiply their weight."""
+    layer = lm.get_input_embeddings()
+    with torch.inference_mode():
+        return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
+
+
+def first_token(tokenizer):
+    """The beginning-of-text token that the tokenizer puts in front of a text by itself, or None."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def load_lm(name, device, dtype):
     """Return (causal LM on the device, tokenizer, fingerprint) for a folder or Hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = hub.find_model(name, "--lm")
-    lm = hub.load(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
+    if hub.is_quantised(folder):
+        raise UserError(f"--lm {name} is quantised: use the model that it was made from")
+    lm = hub.load_model(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
     tokenizer = hub.load(AutoTokenizer, folder, "--lm")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end-of-text token")
+    word = "moving"
+    ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+    if not ids or word not in tokenizer.batch_decode([ids])[0].lower():
+        raise UserError(
+            f"--lm {name}: its tokenizer cannot write {word!r}; are its files complete?"
+        )
     return lm, tokenizer, hub.fingerprint(folder)
+
+
+# How far the logits behind a cached prefix may be from those of one pass over everything, as a share
+# of their standard deviation: rounding, which kernels for other shapes do otherwise
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+@torch.inference_mode()
+def check_lm(model, name):
+    """Raise UserError unless our two ways around the language model's own forward give its logits.
+
+    They are the head on the labelled tokens only, and K texts behind one cached prefix. Models that
+    scale or cap their logits, that have another cache or attend to later tokens would be trained on
+    something else without a word.
+    """
+    lm, device = model.lm, model.device
+    rng = torch.Generator().manual_seed(0)
+    prefix, text, texts = (
+        torch.randint(lm.get_input_embeddings().num_embeddings, size, generator=rng).to(device)
+        for size in ((3, 6), (3, 8), (6, 8))
+    )
+    try:
+        head = lm.get_output_embeddings()
+        wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
+        found = head(model.run_lm(input_ids=text).last_hidden_state).double()
+        if not torch.equal(wanted, found):
+            raise UserError(
+                f"--lm {name}: {type(lm).__name__} does more to its logits than to apply its head, as"
+                " captions are trained here; use another model"
+            )
+        soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
+        found = head(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
+        rows = model.embedded(soft).repeat_interleave(2, 0)
+        rows = torch.cat([rows, lm.get_input_embeddings()(texts)], 1)
+        wanted = lm(inputs_embeds=rows, use_cache=False).logits[:, -texts.shape[1] :].double()
+        difference = ((found - wanted).std() / wanted.std()).item()
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(NotImplementedError, RuntimeError, TypeError, ValueError),
+    ) as error:
+        if out_of_memory(error):
+            raise
+        difference = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    if isinstance(difference, str) or not difference <= TOLERANCE[lm.dtype]:
+        raise UserError(
+            f"--lm {name}: {type(lm).__name__} does not write the same behind a cached prefix as in one"
+            f" pass ({difference}); use another model"
+        )
+
+
+def check_room(model, name, captions):
+    """Raise UserError unless the longest caption fits behind the prefix and the longest prompt."""
+
+    def prompt_length(style):
+        return len(encode_caption(model.tokenizer, style, "")[0])
+
+    style = max(STYLES, key=prompt_length)
+    queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
+    room = positions(model.lm) - queries - prompt_length(style)
+    # a token is at least a byte of its text: only texts of too many bytes need be counted
+    long = [text for text in captions if len(text.encode()) + 2 > room]
+    lengths = {text: len(encode_caption(model.tokenizer, style, text)[1]) for text in long}
+    longest = max([MAX_NEW_TOKENS, *lengths.values()])
+    if longest > room:
+        text = max(lengths, key=lengths.get, default="")
+        raise UserError(
+            f"--lm {name} reads {positions(model.lm)} tokens: behind {queries} soft prompts there is"
+            f" room for a caption of {room}, not of {longest} ({text[:60]!r}…); use another model,"
+            " fewer --num-queries or shorter captions"
+        )
 
 
 class Damaged(UserError):
@@ -307,6 +462,7 @@ def _is_ours(checkpoint):
         and isinstance(checkpoint.get("templates", []), list)
         and all(isinstance(template, str) for template in checkpoint.get("templates", []))
         and all(isinstance(name, str) for name in names)
+        and ("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0))
         and are_settings(settings)
         and all(map(is_count, [*counts, sizes.get("width")]))
         and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
@@ -340,7 +496,8 @@ def model_state(captioner, manifest, lm_name, fingerprint):
         "qformer": captioner.qformer.state_dict(),
         "sizes": captioner.qformer.sizes,
         "manifest": manifest,
-        "lm": {"name": str(lm_name), "fingerprint": fingerprint},
+        "lm": {"name": str(lm_name), "fingerprint": fingerprint}
+        | ({} if captioner.bos is None else {"bos": captioner.bos}),
         "styles": dict(STYLES),
     }
 
@@ -365,4 +522,4 @@ def from_checkpoint(checkpoint, device, dtype, lm_name=None):
         raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
     qformer = QFormer(**checkpoint["sizes"])
     load_weights(qformer, checkpoint["qformer"])
-    return VideoCaptioner(qformer.to(device), lm, tokenizer).eval()
+    return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()

@@ -186,7 +186,7 @@ def text_to_clip(captioner, records, args):
         for label in labels:
             ids = captioner.tokenizer(" " + label, add_special_tokens=False)["input_ids"]
             words = table(torch.tensor([ids + prompt], device=captioner.device))
-            state.append(captioner.lm.base_model(inputs_embeds=words).last_hidden_state[:, -1])
+            state.append(captioner.run_lm(inputs_embeds=words).last_hidden_state[:, -1])
     likelihood = torch.cat(likely).T  # (texts, clips)
     prefix = F.normalize(torch.cat(state), dim=-1) @ torch.cat(shown).T
     chance = torch.rand(prefix.shape, generator=torch.Generator().manual_seed(0))
@@ -393,7 +393,7 @@ def words_hit(captioner, records, args):
         def cider(prompts):
             said = {}
             for start in range(0, len(records), BATCH):
-                cache = captioner.read(prompts[start : start + BATCH])
+                cache, _ = captioner.read(prompts[start : start + BATCH])
                 texts = captioner.generate(cache, "label")
                 said |= zip([r["id"] for r in records[start : start + BATCH]], texts, strict=True)
             result, _ = score(said, records, records, args.annotations, with_meteor=False)

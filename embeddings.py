@@ -34,7 +34,7 @@ def embed(captioner, features, scale, offset):
     import torch
     import torch.nn.functional as F
 
-    lm, qformer, attended = captioner.lm, captioner.qformer, []
+    qformer, attended = captioner.qformer, []
     last = qformer.blocks[-1].cross.out
     hook = last.register_forward_hook(lambda module, x, out: attended.append(out.float().mean(1)))
     try:
@@ -44,15 +44,15 @@ def embed(captioner, features, scale, offset):
         hook.remove()
     with torch.inference_mode():
         mean = features.mean(1, dtype=torch.float32) * scale + offset  # (B, E)
-        out = lm.base_model(inputs_embeds=soft.to(lm.dtype), use_cache=True)
+        cache, hidden = captioner.read(soft)
         prompt = captioner.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([prompt], device=captioner.device).expand(len(soft), -1)  # (B, L)
-        after = lm.base_model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        after = captioner.run_lm(cache, ids)
         vectors = {
             "features": (mean - qformer.mean) / qformer.std,
             "attended": torch.cat(attended),
             "prompts": soft.float().mean(1),
-            "hidden": out.last_hidden_state[:, -1],
+            "hidden": hidden[:, -1],
             "prompted": after.last_hidden_state[:, -1],
         }
         return {kind: F.normalize(vectors[kind].float(), dim=-1) for kind in KINDS}

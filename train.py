@@ -111,15 +111,15 @@ def main(argv=None):
     data = read_data(args)
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # a run is of one dtype, whatever auto means
+    model, frozen, optimizer = build(args, data, device, dtype)  # before it claims the folder
     with ranks.joined(devices.backend(device)), runfolder.held(folder, args):
-        return learn(args, data, folder, device, dtype)
+        return learn(args, data, folder, model, frozen, optimizer)
 
 
-def learn(args, data, folder, device, dtype):
+def learn(args, data, folder, model, frozen, optimizer):
     """From the first step, or the last saved one, to the scores. Returns the exit code."""
     per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
     total = args.epochs * per_epoch
-    model, frozen, optimizer = build(args, data, device, dtype)
 
     # scored: the step of the last evaluation whose best is kept; bad: steps skipped in a row
     step, scored, bad, best = 0, 0, 0, -math.inf
@@ -139,7 +139,9 @@ def learn(args, data, folder, device, dtype):
 
     told = reporter.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
     trainable = sum(p.numel() for p in model.qformer.parameters())
-    runfolder.start(folder, args, device, clips=len(data.train), trainable_parameters=trainable)
+    runfolder.start(
+        folder, args, model.device, clips=len(data.train), trainable_parameters=trainable
+    )
     stop = runfolder.Stop()
     model.train()
 
@@ -175,7 +177,7 @@ def learn(args, data, folder, device, dtype):
             save()  # from here on a folder without last.pt has lost it
         elif step % per_epoch == 0 and step > scored:
             end_epoch()  # it was left for a signal, or its best.pt is lost
-        for epoch, ids, window in windows(args, data, model.tokenizer, device, step):
+        for epoch, ids, window in windows(args, data, model.tokenizer, model.device, step):
             lr = lr_at(step, total, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -227,6 +229,7 @@ def build(args, data, device, dtype):
         args.lm,
         device,
         dtype,
+        captions=(text for r in data.train for text in (r["label"], *r["paraphrases"])),
         num_queries=args.num_queries,
         num_blocks=args.num_blocks,
         num_heads=args.num_heads,
@@ -347,8 +350,10 @@ def micro_steps(model, window, seed=0):
         total = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
         total.backward()
         loss, tokens = loss + total.detach(), tokens + len(b["targets"])
-    for p in model.qformer.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for name, p in model.qformer.named_parameters():
+        if p.grad is None:
+            assert not window, f"the loss has no gradient for {name}"
+            p.grad = torch.zeros_like(p)
     ranks.add_up(p.grad for p in model.qformer.parameters())
     # the only wait for the GPU in a step, with the gradient's norm
     loss, tokens = ranks.total(loss.item(), tokens)

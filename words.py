@@ -22,12 +22,14 @@ SHORTEST = 3  # letters of a piece of a word that counts as found
 
 def nearest_tokens(lm, soft, count):
     """Input embeddings most like each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
-    table = lm.get_input_embeddings().weight  # (V, D)
+    table = lm.get_input_embeddings()  # called, for some multiply their weight
     soft, best = F.normalize(soft.float(), dim=-1), []
-    for start in range(0, len(table), VOCABULARY_BLOCK):
-        rows = F.normalize(table[start : start + VOCABULARY_BLOCK].float(), dim=-1)
-        cosines, ids = (soft @ rows.T).topk(min(count, len(rows)), -1)
-        best.append((ids + start, cosines))
+    for ids in torch.arange(table.num_embeddings, device=table.weight.device).split(
+        VOCABULARY_BLOCK
+    ):
+        rows = F.normalize(table(ids).float(), dim=-1)  # (block, D)
+        cosines, nearest = (soft @ rows.T).topk(min(count, len(rows)), -1)
+        best.append((ids[nearest], cosines))
     ids, cosines = (torch.cat(parts, -1) for parts in zip(*best, strict=True))
     cosines, order = cosines.topk(min(count, cosines.shape[-1]), -1)
     return ids.gather(-1, order), cosines
@@ -40,9 +42,10 @@ class Corpus:
     """
 
     def __init__(self, captioner, texts):
-        self.lm, self.tokenizer = captioner.lm, captioner.tokenizer
-        self.layer = self.lm.config.num_hidden_layers // 2
+        self.captioner, self.tokenizer = captioner, captioner.tokenizer
+        self.layer = captioner.lm.config.num_hidden_layers // 2
         prompt = self.tokenizer(STYLES["label"], add_special_tokens=False)["input_ids"]
+        prompt = prompt if captioner.bos is None else [captioner.bos, *prompt]
         by_length, self.texts = {}, list(texts)  # texts of one length need no padding
         for n, text in enumerate(self.texts):
             tokens = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
@@ -54,7 +57,7 @@ class Corpus:
                 for start in range(0, len(group), CAPTIONS_AT_ONCE):
                     numbers, rows = zip(*group[start : start + CAPTIONS_AT_ONCE], strict=True)
                     read = torch.tensor([[*prompt, *row] for row in rows], device=captioner.device)
-                    out = self.lm.base_model(input_ids=read, output_hidden_states=True)
+                    out = captioner.run_lm(input_ids=read, output_hidden_states=True)
                     middle = out.hidden_states[self.layer][:, len(prompt) :]
                     states.append(middle.flatten(0, 1).float())
                     ids += [token for row in rows for token in row]
@@ -72,8 +75,9 @@ class Corpus:
         rows. The states of each clip are less their mean and those of the corpus less theirs, since all
         states of a layer share a large common part.
         """
-        out = self.lm.base_model(inputs_embeds=soft.to(self.lm.dtype), output_hidden_states=True)
-        states = out.hidden_states[self.layer].float()  # (B, Q, D)
+        rows = self.captioner.embedded(soft)
+        out = self.captioner.run_lm(inputs_embeds=rows, output_hidden_states=True)
+        states = out.hidden_states[self.layer][:, -soft.shape[1] :].float()  # (B, Q, D)
         states = F.normalize(states - states.mean(1, keepdim=True), dim=-1)
         found = []
         for queries in states:  # a clip at a time: Q x M floats
@@ -91,7 +95,7 @@ class Corpus:
         """Of each query of one clip (1, Q, D): {"tokens": [[text, cosine]], "context": [[text, cosine,
         caption it stands in]]}, `count` of each, best first."""
         with torch.inference_mode():
-            ids, cosines = nearest_tokens(self.lm, soft, count)
+            ids, cosines = nearest_tokens(self.captioner.lm, soft, count)
             near, likeness, rows = self.nearest(soft, count)
         table = []
         for query in range(soft.shape[1]):

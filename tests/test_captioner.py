@@ -276,7 +276,8 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     total, tokens = train.micro_steps(captioner.eval(), [batch])
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
     cache.batch_repeat_interleave(2)
-    logits = captioner.lm(input_ids=batch["input_ids"], past_key_values=cache).logits
+    cached = {captioner.cache_name: cache}
+    logits = captioner.lm(input_ids=batch["input_ids"], **cached).logits
     mean = F.cross_entropy(logits.flatten(0, 1)[batch["positions"]], batch["targets"])
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)
 
