@@ -20,14 +20,14 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-.venv/demo: pyproject.toml
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[viz]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz]'
 	touch $@
 
-.venv/test: pyproject.toml
+.venv/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[viz,app,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz,app,dev]'
 	touch $@
 
 clean:

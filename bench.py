@@ -649,7 +649,8 @@ def step_of(name, model, attention, stored, captions, count):
             loss = reference_loss(model.lm, soft, [c[0] for c in texts])
         loss.backward()
     else:
-        train.micro_steps(model, [collate(as_items(clips, texts))])
+        batch = in_host_memory(model.device, collate(as_items(clips, texts)))
+        train.micro_steps(model, [batch])
 
 
 def largest_batch(step, qformer, lm, device, card=CARD):

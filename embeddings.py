@@ -123,7 +123,8 @@ def read(path, kind, checkpoint=None):
             " --query and --score, with the same --checkpoint and --split"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here: numpy leaves what is no archive open
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             ids, vectors = file["ids"].tolist(), file[kind]
             split, digest, step = about["split"], about["weights"], about["step"]

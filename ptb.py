@@ -62,6 +62,9 @@ def run_java(arguments, lines, time_limit):
         raise JavaError(f"java took longer than {time_limit:g} s") from None
     finally:
         kill(process)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            with suppress(OSError):  # what was never read
+                stream.close()
     if process.returncode:
         last = errors.decode(errors="replace").strip().split("\n")[-1]
         raise JavaError(f"java exited with {process.returncode}: {last[:200]}")

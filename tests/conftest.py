@@ -1,8 +1,10 @@
 """Tiny models in place of the real ones: the architectures are the same, the sizes are not."""
 
+import logging
 import os
 import shutil
 import time
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor run on a GPU by accident
@@ -25,6 +27,16 @@ class CharTokenizer:
 
     def batch_decode(self, rows, skip_special_tokens=True):
         return ["".join(chr(t) for t in row if t) for row in rows]
+
+
+class AsWarning(logging.Handler):
+    """What transformers logs as a warning becomes one, and so an error, see pyproject.toml."""
+
+    def emit(self, record):
+        warnings.warn(record.getMessage(), stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(AsWarning(logging.WARNING))
 
 
 @pytest.fixture(autouse=True)

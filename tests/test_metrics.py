@@ -257,6 +257,7 @@ def small_meteor(tmp_path, monkeypatch):
 
 
 @needs_java
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # pycocoevalcap's pipes
 def test_meteor_equals_pycocoevalcap_in_a_german_jvm(small_meteor, monkeypatch):
     """A JVM that prints 0,37 made METEOR hang for ever; `|||` and line ends did so too."""
     references = {str(i): [r["label"], "he holds a big thing"] for i, r in enumerate(world(12))}

@@ -193,8 +193,11 @@ def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, 
     )
     said = json.loads((output / "captions.json").read_text())
     assert [r.get("reference") for r in said] == [records[0]["label"], None, None]
-    with_reference = Image.open(output / f"{name}_captioned.gif").height
-    assert with_reference > Image.open(output / f"{name}-2_captioned.gif").height
+    heights = []
+    for stem in (name, f"{name}-2"):
+        with Image.open(output / f"{stem}_captioned.gif") as image:
+            heights.append(image.height)
+    assert heights[0] > heights[1], "the reference stands beneath"
 
 
 def test_no_two_clips_share_a_file(tmp_path):
