@@ -10,6 +10,7 @@ models, data and extras that are not there are listed, and are no failure.
 
 import importlib
 import json
+import math
 import operator
 import os
 import re
@@ -19,12 +20,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cli
+import devices
 import evaluate
 import hub
 import prepare_annotations
@@ -212,7 +215,7 @@ def look_at_gpu(torch):
     if why:
         return Finding(MISSING, "CUDA", f"torch cannot use the GPU: {why}", "nvidia-smi")
     if not found["name"]:
-        if not (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
+        if not devices.has_nvidia_gpu():
             return Finding(NOTE, "CUDA", "no NVIDIA GPU: training on a CPU is for toys only")
         if found["built_for"]:
             text = f"an NVIDIA GPU, but no driver that runs torch's CUDA {found['built_for']}"
@@ -220,6 +223,10 @@ def look_at_gpu(torch):
         fix = f"{INSTALL} --force-reinstall '{torch}'"
         return Finding(MISSING, "CUDA", "an NVIDIA GPU, but torch is built for CPUs", fix)
     text = f"{found['count']} x {found['name']}, {found['bytes'] / 1e9:.0f} GB"
+    step, why = in_child(try_step, "cuda")
+    if why:
+        return Finding(MISSING, "CUDA", f"{text}; a step with tiny models failed: {why}")
+    text += f"; a step with tiny models took {step[0]:.1f} s and {step[1] / 1e6:.0f} MB"
     if not found["bf16"]:
         return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
     if found["bytes"] < CARD:
@@ -239,6 +246,62 @@ def ask_cuda():
         facts |= {"name": card.name, "bytes": card.total_memory, "count": torch.cuda.device_count()}
         facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     return facts
+
+
+def try_step(device):
+    """Encode, train a step, caption: with tiny random models, through the scripts' own functions.
+
+    Returns [seconds, peak bytes of the GPU].
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen2Tokenizer,
+        VJEPA2Config,
+        VJEPA2Model,
+    )
+
+    import captioner
+    from dataset import encode_caption, loader, with_scale
+    from encoder import VideoEncoder
+    from qformer import QFormer
+
+    device, dtype = devices.resolve(device, "auto")
+    began = time.perf_counter()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {f"pred_{k}": v for k, v in sizes.items()} | {"pred_num_mask_tokens": 1}
+    config = VJEPA2Config(crop_size=64, frames_per_clip=8, **sizes, **small)
+    settings = {"size": 64, "resize": "squash", "sampling": "bin_centres", "pool": 1}
+    settings |= {"grid": (4, 4, 4), "store": "int8"}
+    encoder = VideoEncoder(VJEPA2Model(config).to(dtype), settings, device)
+    clips = torch.randint(0, 256, (4, 8, 48, 80, 3), dtype=torch.uint8)
+    stored = encoder.stored(list(clips))
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": len(tokenizer)}
+    lm = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(device, dtype)
+    shape = {"num_queries": 8, "width": 64, "video_width": 64, "grid": (4, 4, 4)}
+    qformer = QFormer(**shape, num_blocks=1, num_heads=4, dropout=0.1).to(device)
+    model = captioner.VideoCaptioner(qformer, lm, tokenizer)
+    captioner.check_lm(model, "of random weights")
+
+    pairs = [encode_caption(tokenizer, style, "moving a cup") for style in ("label", "sentence")]
+    items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]
+    batches = list(loader(items, 2, 0, device))
+    optimizer = train.make_optimizer(qformer, 1e-3, 0.03)
+    loss, tokens = train.micro_steps(model.train(), batches)
+    norm = train.scale_and_clip(qformer, tokens, 1.0)
+    optimizer.step()
+    model.eval()
+    for beams in (1, 2):
+        model.captions(evaluate.to_device(batches[0], device), "label", 4, beams)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RuntimeError(f"the loss is {loss}, its gradient's norm {norm}")
+    peak = torch.cuda.max_memory_allocated(device) if devices.on_gpu(device) else 0
+    return time.perf_counter() - began, peak
 
 
 def look_at_decoders():

@@ -237,10 +237,7 @@ def build(args, data, device, dtype):
     )
     frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
     frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.qformer, args.weight_decay), fused=devices.on_gpu(device)
-    )
-    return model, frozen, optimizer
+    return model, frozen, make_optimizer(model.qformer, args.lr, args.weight_decay)
 
 
 def read_data(args):
@@ -283,6 +280,14 @@ def epoch_order(records, seed, epoch):
     records = list(records)
     random.Random(f"order:{seed}:{epoch}").shuffle(records)
     return records
+
+
+def make_optimizer(qformer, lr, weight_decay):
+    """AdamW; on a GPU in one kernel for all parameters."""
+    import torch
+
+    groups = parameter_groups(qformer, weight_decay)
+    return torch.optim.AdamW(groups, lr, fused=devices.on_gpu(qformer.queries.device))
 
 
 def parameter_groups(qformer, weight_decay):

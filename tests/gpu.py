@@ -42,6 +42,9 @@ class PretendedGPU:
         )
         patch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
         patch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+        patch.setattr(
+            torch.cuda, "max_memory_allocated", lambda device: self.index(device, True) + 7
+        )
         for name in ("set_device", "get_device_name", "synchronize"):
             patch.setattr(torch.cuda, name, getattr(self, name))
         patch.setattr(torch.cuda, "is_available", lambda: True)

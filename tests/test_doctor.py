@@ -161,7 +161,7 @@ def test_an_nvidia_gpu_beside_a_torch_for_cpus(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(
         "class version: cuda = None\nclass cuda: is_available = staticmethod(lambda: False)"
     )
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: a card\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -218,3 +218,17 @@ def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp
     found = {f.what: f for f in doctor.models(args, {"transformers"})}
     assert found["checkpoint's lm"].state == "missing" and not found["checkpoint's lm"].fix
     assert "if it is elsewhere: --lm FOLDER" in found["checkpoint's lm"].found
+
+
+def test_a_step_on_the_gpu(gpu, monkeypatch):
+    """The findings said "ok" on machines on which every script died on its first line of CUDA."""
+    seconds, peak = doctor.try_step("auto")
+    assert 0 < seconds < 60 and peak == 7
+    asked = {"name": "a card", "count": 1, "bytes": 24e9, "bf16": True, "built_for": "13.0"}
+    answers = {"ask_cuda": (asked, None), "try_step": ([1.26, 34.2e6], None)}
+    monkeypatch.setattr(doctor, "in_child", lambda function, *_: answers[function.__name__])
+    finding = doctor.look_at_gpu("torch>=2.10")
+    assert finding.state == "ok" and "took 1.3 s and 34 MB" in finding.found
+    answers["try_step"] = (None, "RuntimeError: no kernel image is available")
+    finding = doctor.look_at_gpu("torch>=2.10")
+    assert finding.state == "missing" and "no kernel image" in finding.found
