@@ -113,6 +113,8 @@ def explain(error):
             f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
             " room and start again where it stopped"
         )
+    if out_of_files(error):
+        return "too many open files; allow more with `ulimit -n 4096` in this shell, or lower --workers"
     if out_of_memory(error):
         return (
             "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
@@ -138,6 +140,15 @@ def out_of_memory(error):
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
         or (isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words))
+    )
+
+
+def out_of_files(error):
+    """True where this process, or a worker of it, may open no more files."""
+    # a worker's error arrives as text; torch receives no descriptor when there is no room for one
+    words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
+    return getattr(error, "errno", None) == errno.EMFILE or (
+        isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words)
     )
 
 

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from pathlib import Path, PurePosixPath
 
-from cli import UserError, out_of_memory
+from cli import UserError, out_of_files, out_of_memory
 from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
@@ -228,7 +228,7 @@ def load_features(path, clip_id, settings):
     except FileNotFoundError:
         raise broken("are missing") from None
     except (OSError, ValueError) as error:  # a bad sector, a cut or foreign file
-        if out_of_memory(error):
+        if out_of_memory(error) or out_of_files(error):
             raise
         raise broken(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):

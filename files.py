@@ -14,7 +14,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cli import UserError, note, out_of_memory
+from cli import UserError, note, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.3 GB
 HASHES = 1 << 32  # values of a clip's hash
@@ -164,7 +164,7 @@ def read_torch(path, verify=True, mmap=False):
     except (OSError, ValueError):
         raise
     except Exception as error:  # zipfile and torch raise whatever the damage happens to trip over
-        if out_of_memory(error):
+        if out_of_memory(error) or out_of_files(error):
             raise
         raise ValueError(
             f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"

@@ -302,6 +302,10 @@ def windows(args, data, tokenizer, device, step):
 
     Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
     last window of an epoch is as short as the clips that are left.
+
+    The micro-batches of a step are an iterator, to be used up before the next step is asked for. Each
+    is read when its turn comes: a batch from a worker holds a file descriptor for each of its
+    tensors, and 256 of them are more than a process may have.
     """
     start, done = divmod(step, math.ceil(len(data.train) / (args.batch_size * args.grad_accum)))
     for epoch in range(start, args.epochs):
@@ -314,7 +318,7 @@ def windows(args, data, tokenizer, device, step):
         reader = batches(loader(dataset, args.batch_size, args.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, list(islice(reader, len(ranks.share(micro_batches))))
+            yield epoch, ids, islice(reader, len(ranks.share(micro_batches)))
         done = 0
 
 

@@ -1,0 +1,58 @@
+"""How training reads its features: as they are used, within what the machine has, and timed."""
+
+import errno
+import os
+
+import pytest
+import torch
+from conftest import train_flags
+
+import cli
+import train
+
+CPU = torch.device("cpu")
+
+
+def training(world, prepared, *flags):
+    """(args, data) of a training run, as `train.main` has them."""
+    args = train.parse_args(train_flags(world, prepared, "unused", *flags))
+    return args, train.read_data(args)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
+def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer):
+    """Out of memory, one was told to halve --batch-size and to double --grad-accum; 256 micro-batches
+    then ended in a traceback, for all of a step were read before the first was used."""
+    flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
+    args, data = training(world, prepared, *flags)
+    before = len(os.listdir("/dev/fd"))
+    [(_, ids, window)] = train.windows(args, data, tokenizer, CPU, 0)
+    seen = [(batch["ids"], len(os.listdir("/dev/fd")) - before) for batch in window]
+    assert [read for read, _ in seen] == [[i] for i in ids] and len(ids) == 30
+    assert max(files for _, files in seen) < 90, "each micro-batch has six"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "a.pt"),
+        OSError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"),
+        RuntimeError("unable to open file <a.pt>: Too many open files (24)"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+)
+def test_too_many_open_files_are_one_sentence(error):
+    assert "`ulimit -n 4096`" in cli.explain(error)
+
+
+def test_no_file_is_to_be_deleted_because_too_many_are_open(
+    world, prepared, tokenizer, monkeypatch
+):
+    def too_many(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    args, data = training(world, prepared)
+    monkeypatch.setattr("dataset.read_torch", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
+            next(window)
