@@ -168,8 +168,11 @@ class Log:
         if not self.quiet:
             os.fsync(self.metrics.fileno()), os.fsync(self.losses.fileno())
 
-    def step(self, step, epoch, lr, loss, norm, tokens, ids):
-        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping."""
+    def step(self, step, epoch, lr, loss, norm, tokens, ids, data_seconds):
+        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping.
+
+        data_seconds: for which the step waited for this process's data, a part of its `seconds`.
+        """
         if self.quiet:
             return
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
@@ -182,6 +185,7 @@ class Log:
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            "data_seconds": round(data_seconds, 4),
             "clips_per_second": round(len(ids) / seconds, 2),
         }
         if entry["loss"] is None or entry["grad_norm"] is None:
@@ -194,10 +198,11 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         self.losses.write(f"{step}\t{mean:.6f}\n")
         self.metrics.flush(), self.losses.flush()
-        told = ("loss", "lr", "grad_norm", "clips_per_second")
+        told = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
         self.report(step, "train", {k: entry[k] for k in told})
-        rate = entry["clips_per_second"]
-        self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} clip/s", refresh=False)
+        shown = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
+        shown += f", data {100 * data_seconds / seconds:.0f} %"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def epoch(self, step, epoch, loss, result, predictions, records):

@@ -185,7 +185,7 @@ def learn(args, data, folder, device, dtype):
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            log.step(step, epoch, lr, loss, norm, tokens, ids)
+            log.step(step, epoch, lr, loss, norm, tokens, ids, window.seconds)
             bad = 0 if finite else bad + 1
             if bad == BAD_STEPS:
                 raise not_finite(folder)
@@ -318,8 +318,28 @@ def windows(args, data, tokenizer, device, step):
         reader = batches(loader(dataset, args.batch_size, args.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, islice(reader, len(ranks.share(micro_batches)))
+            yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
         done = 0
+
+
+class Timed:
+    """An iterator that counts the `seconds` for which its user waited for the next item.
+
+    A GPU may have been at work meanwhile: what was lost by the waiting is at most this.
+    """
+
+    def __init__(self, items):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def dropout_seed(seed, step):

@@ -1,13 +1,16 @@
 """How training reads its features: as they are used, within what the machine has, and timed."""
 
 import errno
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import train_flags
 
 import cli
+import runfolder
 import train
 
 CPU = torch.device("cpu")
@@ -56,3 +59,17 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(
     with pytest.raises(OSError, match="Too many open files"):
         for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
             next(window)
+
+
+def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
+    """Nothing told a run that waits for its disk from one that computes."""
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["data_seconds"] < line["seconds"] for line in lines)
+
+    figures = {}
+    reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
+    with runfolder.Log(tmp_path, 0, 2, reporter) as log:
+        log.began -= 100
+        log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
+        assert log.bar.postfix.endswith("data 25 %")
+    assert figures["train/data_seconds"] == 25.0

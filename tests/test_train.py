@@ -14,6 +14,7 @@ import runfolder
 import train
 from cli import TERMINATED, Stopped, UserError
 from dataset import load_records
+from sandbox import TIMING
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 
@@ -33,7 +34,7 @@ def same(a, b):
 
 def log(folder):
     lines = [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in s.items() if k not in ("seconds", "clips_per_second")} for s in lines]
+    return [{k: v for k, v in s.items() if k not in TIMING} for s in lines]
 
 
 def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatch):
