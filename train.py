@@ -15,8 +15,10 @@ import math
 import random
 import time
 from collections import namedtuple
+from contextlib import closing
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
+from statistics import fmean, median
 
 import cli
 import ranks
@@ -40,6 +42,7 @@ from evaluate import caption, clip_batches, score, to_device, write_predictions
 from files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
+TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first ones start workers and choose kernels
 BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
 
 # manifest of the features; records to train on, to validate on at the end, and after each epoch;
@@ -85,7 +88,7 @@ def parse_args(argv=None):
     group.add_argument("--save-every", type=cli.whole(1), default=100, help="steps between saves")
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
-    group.add_argument("--dry-run", action="store_true", help="print the plan, time three steps")
+    group.add_argument("--dry-run", action="store_true", help="print the plan, time some steps")
     group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
         "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
@@ -394,9 +397,7 @@ def evaluate(args, data, model, records, with_meteor=False):
 
     Every process captions its share; rank 0 alone has scores.
     """
-    size = 8 * args.batch_size  # no gradient, so more clips fit
-    loader = clip_batches(model, args, VALIDATION, records, "label", size)
-    predictions, loss = caption(model, loader, "label")
+    predictions, loss = caption(model, validation_batches(args, model, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
     if ranks.rank():
         return {"metrics": {}}, predictions, loss
@@ -409,6 +410,11 @@ def evaluate(args, data, model, records, with_meteor=False):
         with_meteor=with_meteor,
     )
     return result, predictions, loss
+
+
+def validation_batches(args, model, records):
+    """A loader over this process's share of validation clips; no gradient, so that more fit at once."""
+    return clip_batches(model, args, VALIDATION, records, "label", 8 * args.batch_size)
 
 
 def finish(args, data, model, folder):
@@ -456,13 +462,33 @@ def print_plan(args, data, model, total):
 
 
 def time_steps(args, data, model, total):
-    """--dry-run: time three steps without changing anything."""
-    times = [time.perf_counter()]
-    for *_, window in islice(windows(args, data, model.tokenizer, model.device, 0), 3):
-        micro_steps(model, window)
-        times.append(time.perf_counter())
-    step = min(b - a for a, b in pairwise(times))
-    print(f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s")
+    """--dry-run: time some steps and a batch of validation without changing anything."""
+    from tqdm import tqdm
+
+    computing, waiting = [], []
+    began = time.perf_counter()
+    with closing(windows(args, data, model.tokenizer, model.device, 0)) as steps:
+        count = min(total, TIMED_STEPS)
+        for *_, window in tqdm(islice(steps, count), "timing", count, leave=False, unit="step"):
+            micro_steps(model, window)
+            model.qformer.zero_grad()
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            computing.append(seconds - window.seconds)
+            waiting.append(window.seconds)
+    if count > WARM_UP_STEPS:
+        computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
+    # the batches of several workers arrive in bunches: a median would pass over the few steps that wait
+    wait = fmean(waiting)
+    step = median(computing) + wait
+    print(
+        f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
+        f" {100 * wait / step:.0f} % of it waiting for data"
+    )
+    clips = data.subset[: 8 * args.batch_size * ranks.count()]
+    began = time.perf_counter()
+    caption(model, validation_batches(args, model, clips), "label")
+    seconds = time.perf_counter() - began
+    print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
 
 
 if __name__ == "__main__":

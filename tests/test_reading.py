@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import train_flags
 
+import captioner
 import cli
+import dataset
 import runfolder
 import train
 
@@ -59,6 +61,41 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(
     with pytest.raises(OSError, match="Too many open files"):
         for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
             next(window)
+
+
+def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsys):
+    """It took the fastest of three steps, whose clips had all been read ahead: a disk that is too slow,
+    and a validation that does not fit, were met only in the run.
+
+    On a clock of this test's own: to read a clip takes 1.5 s, and longer in the first two steps; to
+    compute a step of two clips 1 s, but for one that is disturbed; to caption a batch 7 s."""
+    clock, steps, validated = [0.0], [], []
+    load, validate = dataset.load_features, captioner.VideoCaptioner.validation
+
+    def read(*args):
+        clock[0] += 1.5 if len(steps) >= 2 else 60
+        return load(*args)
+
+    def compute(model, window):
+        steps.append([clip for batch in window for clip in batch["ids"]])
+        clock[0] += 30 if len(steps) == 7 else 1
+
+    def validation(model, batch, *rest):
+        validated.append(len(batch["ids"]))
+        clock[0] += 7
+        return validate(model, batch, *rest)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "micro_steps", compute)
+    monkeypatch.setattr(dataset, "load_features", read)
+    monkeypatch.setattr(captioner.VideoCaptioner, "validation", validation)
+    flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1)
+    assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
+    assert capsys.readouterr().out == (
+        "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
+        "validation     22.0 s for a batch of 10 clips\n"
+    )
+    assert [len(clips) for clips in steps] == [2] * 20 and validated == [10]
 
 
 def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):

@@ -124,9 +124,11 @@ def test_resume_without_a_checkpoint_starts(world, prepared, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
-    assert not train.main(train_flags(world, prepared, tmp_path / "new", "--dry-run"))
+    flags = train_flags(world, prepared, tmp_path / "new", "--dry-run", "--limit", 30)
+    assert not train.main(flags)
     printed = capsys.readouterr()
-    assert "estimated time" in printed.out and "10 steps in 2 epochs" in printed.err
+    assert "waiting for data" in printed.out and "for a batch of 10 clips" in printed.out
+    assert "4 steps in 2 epochs" in printed.err
     assert not (tmp_path / "new").exists()
 
 
