@@ -183,11 +183,24 @@ def add_common(parser, workers=4):
         choices=["auto", "float32", "bfloat16"],
         help="dtype of the frozen models; auto is bfloat16 on CUDA and float32 on CPU",
     )
-    group.add_argument(
-        "--workers", type=whole(0), default=workers, help="worker processes that read clips"
-    )
+    add_workers(group, workers)
     group.add_argument("--limit", type=whole(1), help="only the first N clips")
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
+
+
+def add_workers(group, most, least=0):
+    """Add --workers to a group of flags: `most` by default, or as many as there are CPUs for them."""
+    what = f"worker processes for clips: {most}, or one per available CPU if fewer"
+    group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=what)
+
+
+def cpus():
+    """The CPUs for this process: its part of those that its machine's processes of torchrun may use."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:  # macOS, Windows
+        count = os.cpu_count() or 1
+    return max(1, count // ranks.local_count())
 
 
 def whole(least, most=None):

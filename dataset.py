@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import unicodedata
+import warnings
 import zlib
 from pathlib import Path, PurePosixPath
 
@@ -383,6 +384,8 @@ def loader(dataset, batch_size, workers, device):
     import torch
     from torch.utils.data import DataLoader
 
+    # how many workers are too many is the user's to say
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
         dataset,
         batch_size,

@@ -12,7 +12,11 @@ from conftest import train_flags
 import captioner
 import cli
 import dataset
+import evaluate
+import infer
+import preprocess_ssv2
 import runfolder
+import toy_ssv2
 import train
 
 CPU = torch.device("cpu")
@@ -61,6 +65,26 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(
     with pytest.raises(OSError, match="Too many open files"):
         for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
             next(window)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "default"), [(64, 1, 4), (2, 1, 2), (16, 8, 2), (64, 8, 4), (2, 4, 1)]
+)
+def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes, default):
+    """Four workers a process, on two cores or beside seven other processes, and torch warned of it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    if processes > 1:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for script in (train, evaluate, preprocess_ssv2):
+        assert script.parse_args([]).workers == default
+    assert infer.parse_args([]).workers == toy_ssv2.parse_args(["x"]).workers == min(2, default)
+
+
+def test_more_workers_than_cpus_are_the_users_to_ask_for(recwarn):
+    """torch warned where a loader is made, and again where its reading begins."""
+    dataset.loader([], 8, 500, CPU).check_worker_number_rationality()
+    assert not recwarn.list
 
 
 def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsys):
