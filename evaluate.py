@@ -35,6 +35,8 @@ from dataset import (
 from dataset import batches as read_batches
 from files import in_shard, read_json, write_json
 
+BATCH = 64  # clips captioned at once, here and in the validation of train.py
+
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
@@ -81,7 +83,7 @@ def parse_args(argv=None):
         help="N clips only (100 if no number is given), as GIFs within the page",
     )
     group = parser.add_argument_group("generation")
-    group.add_argument("--batch-size", type=cli.whole(1), default=64, help="clips at once")
+    group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips at once")
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
     group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
     cli.add_common(parser)

@@ -38,6 +38,7 @@ from dataset import (
     loader,
     require_features,
 )
+from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
 from files import write_json
 
@@ -413,8 +414,8 @@ def evaluate(args, data, model, records, with_meteor=False):
 
 
 def validation_batches(args, model, records):
-    """A loader over this process's share of validation clips; no gradient, so that more fit at once."""
-    return clip_batches(model, args, VALIDATION, records, "label", 8 * args.batch_size)
+    """A loader over this process's share of validation clips, in the batches of evaluate.py."""
+    return clip_batches(model, args, VALIDATION, records, "label", VALIDATION_BATCH)
 
 
 def finish(args, data, model, folder):
@@ -484,7 +485,7 @@ def time_steps(args, data, model, total):
         f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
         f" {100 * wait / step:.0f} % of it waiting for data"
     )
-    clips = data.subset[: 8 * args.batch_size * ranks.count()]
+    clips = data.subset[: VALIDATION_BATCH * ranks.count()]
     began = time.perf_counter()
     caption(model, validation_batches(args, model, clips), "label")
     seconds = time.perf_counter() - began

@@ -113,13 +113,15 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train, "micro_steps", compute)
     monkeypatch.setattr(dataset, "load_features", read)
     monkeypatch.setattr(captioner.VideoCaptioner, "validation", validation)
-    flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1)
+    flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1, "--eval-clips", 64)
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
     assert capsys.readouterr().out == (
         "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
-        "validation     22.0 s for a batch of 10 clips\n"
+        "validation     103.0 s for a batch of 64 clips\n"
     )
-    assert [len(clips) for clips in steps] == [2] * 20 and validated == [10]
+    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], (
+        "whatever --batch-size"
+    )
 
 
 def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
