@@ -123,7 +123,7 @@ def explain(error):
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a process that reads features failed: {text.strip().splitlines()[-1]}. With little"
-            " memory, or a small /dev/shm, lower --workers."
+            " memory, or a small /dev/shm, use --workers 0 (or a container's --shm-size)."
         )
     return None
 

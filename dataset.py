@@ -8,14 +8,17 @@ torch and numpy are imported inside functions, so that a script's --help can use
 """
 
 import hashlib
+import math
 import os
 import random
 import signal
 import unicodedata
 import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+import ranks
 from cli import UserError, out_of_files, out_of_memory
 from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
@@ -250,6 +253,12 @@ def load_features(path, clip_id, settings):
     return {"id": clip_id, **with_scale(stored)}
 
 
+def clip_bytes(settings):
+    """What the features of one clip take, with the scale and offset of each channel."""
+    size = {"int8": 1, "fp16": 2}[settings["store"]]
+    return settings["width"] * (_num_tokens(settings) * size + 2 * 4)
+
+
 def with_scale(stored):
     """The tensors of a clip in stored form; float16 has scale 1 and offset 0."""
     import torch
@@ -395,6 +404,37 @@ def loader(dataset, batch_size, workers, device):
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def shared_bytes(settings, batch_size, workers):
+    """What the loaders of this machine's processes hold in shared memory at most.
+
+    That is two batches for each worker (torch's prefetch_factor) and the one in use; the captions of
+    a batch are a few kB, and left out.
+    """
+    batches = 2 * workers + 1 if workers else 0
+    return ranks.local_count() * batches * batch_size * clip_bytes(settings)
+
+
+@contextmanager
+def shared_memory(settings, workers, **batch_sizes):
+    """While in the block, a full shared memory is a UserError that says how much is needed.
+
+    batch_sizes: of the loaders that read there, one after the other, by what each is for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        needs = {k: shared_bytes(settings, size, workers) / 1e6 for k, size in batch_sizes.items()}
+        raise UserError(
+            f"/dev/shm is too small: with --workers {workers} it must hold"
+            f" {' and then '.join(f'{mb:,.0f} MB for {what}' for what, mb in needs.items())}. Use"
+            " --workers 0, or enlarge it (for a container:"
+            f" --shm-size {math.ceil(max(needs.values()))}m)",
+            code=1,
+        ) from None
 
 
 def _leave_signals_to_the_parent(_):

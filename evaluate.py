@@ -31,6 +31,7 @@ from dataset import (
     load_records,
     loader,
     require_features,
+    shared_memory,
 )
 from dataset import batches as read_batches
 from files import in_shard, read_json, write_json
@@ -209,7 +210,10 @@ def predict(args, records):
     check_same_settings(wanted, manifest["settings"], f"the cache {args.features}")
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
     batches = clip_batches(captioner, args, args.split, clips, args.style, args.batch_size)
-    predictions, loss = caption(captioner, batches, args.style, args.max_new_tokens, args.num_beams)
+    with shared_memory(manifest["settings"], args.workers, captioning=args.batch_size):
+        predictions, loss = caption(
+            captioner, batches, args.style, args.max_new_tokens, args.num_beams
+        )
     predictions = {r["id"]: predictions[r["id"]] for r in clips}
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}

@@ -33,10 +33,12 @@ from dataset import (
     by_hash,
     channel_statistics,
     choose_captions,
+    clip_bytes,
     load_manifest,
     load_records,
     loader,
     require_features,
+    shared_memory,
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
@@ -113,7 +115,9 @@ def main(argv=None):
     folder = runfolder.claim(args)
     data = read_data(args)
     device, dtype = cli.device_and_dtype(args)
-    with ranks.joined(device), runfolder.held(folder, args):
+    sizes = {"training": args.batch_size, "validation": VALIDATION_BATCH}
+    memory = shared_memory(data.manifest["settings"], args.workers, **sizes)
+    with ranks.joined(device), runfolder.held(folder, args), memory:
         return learn(args, data, folder, device, dtype)
 
 
@@ -447,7 +451,6 @@ def print_plan(args, data, model, total):
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
     tokens = math.prod(settings["grid"])
-    size = tokens * settings["width"] * {"int8": 1, "fp16": 2}[settings["store"]]
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
     note(
         f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
@@ -458,7 +461,7 @@ def print_plan(args, data, model, total):
         f"step         {args.batch_size} x {args.grad_accum} x {k}"
         f" = {args.batch_size * args.grad_accum * k} captions, {total:,} steps in {args.epochs} epochs\n"
         f"features     {tokens} x {settings['width']} {settings['store']},"
-        f" {size * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
+        f" {clip_bytes(settings) * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
     )
 
 

@@ -12,12 +12,14 @@ from conftest import train_flags
 import captioner
 import cli
 import dataset
+import doctor
 import evaluate
 import infer
 import preprocess_ssv2
 import runfolder
 import toy_ssv2
 import train
+from cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,59 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(
     with pytest.raises(OSError, match="Too many open files"):
         for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
             next(window)
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+
+
+def test_a_full_shared_memory_says_how_much_is_needed(
+    world, prepared, trained, tmp_path, monkeypatch
+):
+    """One was told to lower --workers, not how far, and nothing of the validation hours later, whose
+    batches are larger. 128 tokens of 192 int8 and 8 bytes a channel: a clip has 26,112 bytes."""
+
+    def full(*args):
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{FULL}")
+
+    monkeypatch.setattr(train, "learn", full)
+    flags = train_flags(world, prepared, tmp_path / "run", "--batch-size", 32, "--workers", 2)
+    with pytest.raises(UserError) as error:
+        train.main(flags)
+    assert str(error.value) == (
+        "/dev/shm is too small: with --workers 2 it must hold 4 MB for training and then 8 MB for"
+        " validation. Use --workers 0, or enlarge it (for a container: --shm-size 9m)"
+    )
+    monkeypatch.setattr(evaluate, "caption", full)
+    flags = [
+        "--checkpoint",
+        str(trained),
+        "--features",
+        str(prepared / "features"),
+        "--workers",
+        "2",
+    ]
+    with pytest.raises(UserError, match=r"hold 8 MB for captioning\. .* --shm-size 9m"):
+        evaluate.main([*flags, "--annotations", str(prepared / "annotations")])
+    with pytest.raises(ZeroDivisionError), dataset.shared_memory({}, 2):
+        1 / 0  # noqa: B018
+
+
+def test_every_process_of_a_machine_has_its_loaders_there(monkeypatch):
+    settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
+    one = dataset.shared_bytes(settings, 64, 4)
+    assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
+    monkeypatch.setattr("ranks.local_count", lambda: 4)
+    assert dataset.shared_bytes(settings, 64, 4) == 4 * one
+
+
+def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("cli.cpus", lambda: 4)
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        found = {f.what: f for f in doctor.machine(tmp_path)}["/dev/shm"]
+        assert found.state == state and "up to 2.4 on SSv2 with --workers 4" in found.found
+    assert found.fix is None
 
 
 @pytest.mark.parametrize(
