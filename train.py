@@ -5,7 +5,7 @@
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
 
-One 24 GB GPU. Writes <output>/: last.pt and the previous one, best.pt (best validation CIDEr),
+One GPU of 14 GB or more (estimate). Writes <output>/: last.pt and the previous one, best.pt (best validation CIDEr),
 curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
 predictions_validation.json, evaluation_validation.json, args.json.
 """
@@ -46,6 +46,7 @@ from files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first ones start workers and choose kernels
+STEP = 64  # clips a step unless both --batch-size and --grad-accum say otherwise
 BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
 
 # manifest of the features; records to train on, to validate on at the end, and after each epoch;
@@ -72,9 +73,16 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over the clips")
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips a micro-batch")
     group.add_argument(
-        "--grad-accum", type=cli.whole(1), default=8, help="micro-batches a step, of all processes"
+        "--batch-size",
+        type=cli.whole(1),
+        help=f"clips a micro-batch (default: {STEP} by --grad-accum)",
+    )
+    group.add_argument(
+        "--grad-accum",
+        type=cli.whole(1),
+        help=f"micro-batches a step, of all processes (default: {STEP} by --batch-size; with neither"
+        " flag 2, or as many as there are processes)",
     )
     group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
     group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
@@ -97,7 +105,36 @@ def parse_args(argv=None):
         "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
     )
     cli.add_common(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    sizes = split_step(args.batch_size, args.grad_accum, ranks.count())
+    args.batch_size, args.grad_accum = sizes
+    return args
+
+
+def split_step(batch_size, grad_accum, processes):
+    """(clips a micro-batch, micro-batches a step): what is None of it made to give a step of 64 clips.
+
+    With neither given, each process gets as many micro-batches as the others, and there are at least
+    two: 32 clips at once need 14 GB of a GPU, 64 need 23. Raises UserError if 64 cannot be divided so.
+    """
+    if batch_size and grad_accum:
+        return batch_size, grad_accum
+    if given := batch_size or grad_accum:
+        if STEP % given:
+            flags = (
+                ("--batch-size", "--grad-accum") if batch_size else ("--grad-accum", "--batch-size")
+            )
+            raise UserError(
+                f"{flags[0]} {given} does not divide {STEP}, the clips a step: give {flags[1]} too"
+            )
+        return (given, STEP // given) if batch_size else (STEP // given, given)
+    for count in range(2, STEP + 1):
+        if count % processes == 0 and STEP % count == 0:
+            return STEP // count, count
+    raise UserError(
+        f"{processes} processes cannot have equal shares of {STEP} clips a step: give --batch-size and"
+        " --grad-accum"
+    )
 
 
 def main(argv=None):

@@ -69,6 +69,62 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(
             next(window)
 
 
+@pytest.mark.parametrize(
+    ("given", "processes", "sizes"),
+    [
+        *[((None, None), n, s) for n, s in {1: (32, 2), 2: (32, 2), 4: (16, 4), 8: (8, 8)}.items()],
+        ((None, None), 64, (1, 64)),
+        *[((8, None), 1, (8, 8)), ((None, 16), 4, (4, 16)), ((64, None), 1, (64, 1))],
+        *[((7, 3), 1, (7, 3)), ((7, 3), 3, (7, 3))],
+    ],
+)
+def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
+    """The default was 8 x 8 clips: four times the launches of 32 x 2, on a card with room for it."""
+    monkeypatch.setattr("ranks.count", lambda: processes)
+    names = ("--batch-size", "--grad-accum")
+    flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
+    args = train.parse_args(flags)
+    assert (args.batch_size, args.grad_accum) == sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "complaint"),
+    [
+        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
+        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
+        ([], 3, "3 processes cannot have equal shares .* give --batch-size and --grad-accum"),
+    ],
+)
+def test_a_step_that_cannot_be_split_is_said(monkeypatch, flags, processes, complaint):
+    monkeypatch.setattr("ranks.count", lambda: processes)
+    with pytest.raises(UserError, match=complaint):
+        train.parse_args(flags)
+
+
+def test_any_number_of_processes_takes_the_same_clips_a_step(
+    world, prepared, tokenizer, monkeypatch
+):
+    """Without a flag: one, two, four and eight, each with as many micro-batches as the others."""
+    where = train_flags(world, prepared, "unused", "--epochs", 1)
+    where = [x for x in where if x not in ("--batch-size", "8", "--grad-accum", "3")]
+    runs = {}
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr("ranks.count", lambda count=count: count)
+        dealt = []
+        for rank in range(count):
+            monkeypatch.setattr("ranks.rank", lambda rank=rank: rank)
+            args = train.parse_args(where)
+            data = train.read_data(args)
+            steps = train.windows(args, data, tokenizer, CPU, 0)
+            dealt.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
+        for step in zip(*dealt, strict=True):
+            read = sorted(i for _, micro_batches in step for batch in micro_batches for i in batch)
+            assert all(sorted(ids) == read for ids, _ in step)
+        assert len({len(micro_batches) for _, micro_batches in next(zip(*dealt, strict=True))}) == 1
+        runs[count] = [ids for ids, _ in dealt[0]]
+    assert runs[1] == runs[2] == runs[4] == runs[8] and [*map(len, runs[1])] == [64, 36]
+
+
 FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
 
 
