@@ -117,8 +117,8 @@ def explain(error):
         return "too many open files; allow more with `ulimit -n 4096` in this shell, or lower --workers"
     if out_of_memory(error):
         return (
-            "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
-            " or lower --workers"
+            "out of memory; halve --batch-size (in train.py double --grad-accum too: as many clips a"
+            " step, with which --resume goes on), or lower --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (

@@ -35,6 +35,9 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "export",
 }
 
+# A step may be split into other micro-batches of as many clips in all
+SPLIT = ("batch_size", "grad_accum")
+
 # What --overwrite removes: a run's own files, never what else lies in the folder.
 # The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
 OURS = [LAST, PREVIOUS, DAMAGED, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
@@ -332,7 +335,16 @@ def restore(state, frozen, ours, args, total, model, optimizer):
     if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     now, then = ours["args"], state["args"]
-    for key in sorted(now.keys() | then.keys()):
+    others = set()
+    if clips_a_step(now) == clips_a_step(then):
+        others = set(SPLIT)
+        if any(now[key] != then[key] for key in SPLIT):
+            was, is_now = (" x ".join(str(args[key]) for key in SPLIT) for args in (then, now))
+            note(
+                f"--resume: steps of {is_now} clips, until now {was}: the same clips a step, behind"
+                " other dropout masks"
+            )
+    for key in sorted((now.keys() | then.keys()) - others):
         if now.get(key) != then.get(key):
             raise UserError(
                 f"--resume: the run in {args.output} was started with"
@@ -362,6 +374,12 @@ def restore(state, frozen, ours, args, total, model, optimizer):
             )
             best, scored = -math.inf, 0
     return state["step"], scored, state["bad"], best
+
+
+def clips_a_step(args):
+    """Of the flags of a run, or None if they do not tell."""
+    sizes = [args.get(key) for key in SPLIT]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None
 
 
 def flags(args):

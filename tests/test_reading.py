@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import cli
 import dataset
 import doctor
 import evaluate
+import files
 import infer
 import preprocess_ssv2
 import runfolder
@@ -123,6 +125,21 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
         assert len({len(micro_batches) for _, micro_batches in next(zip(*dealt, strict=True))}) == 1
         runs[count] = [ids for ids, _ in dealt[0]]
     assert runs[1] == runs[2] == runs[4] == runs[8] and [*map(len, runs[1])] == [64, 36]
+
+
+def test_a_run_goes_on_with_another_split_of_its_step(
+    world, prepared, trained, tmp_path, quick_meteor, capsys
+):
+    """Out of memory, one was told to halve --batch-size, and could not go on so. (That another number
+    of clips a step is refused, test_train.py tests.)"""
+    run = shutil.copytree(trained, tmp_path / "run")
+    os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
+    flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
+    assert not train.main(flags)
+    note = "steps of 4 x 6 clips, until now 8 x 3: the same clips a step, behind other dropout masks"
+    assert note in capsys.readouterr().err
+    last = files.read_torch(run / "last.pt")
+    assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
 
 
 FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
