@@ -142,6 +142,16 @@ def test_a_run_goes_on_with_another_split_of_its_step(
     assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
 
 
+@pytest.mark.parametrize(("gigabytes", "state"), [(15.8, "ok"), (12.9, "note")])
+def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
+    """It warned of every card below 24 GB, where the defaults need 14."""
+    card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
+    monkeypatch.setattr(doctor, "in_child", lambda function: (card, None))
+    finding = doctor.look_at_gpu("torch")
+    assert finding.state == state
+    assert finding.fix in (None, "python train.py --batch-size 8 --grad-accum 8")
+
+
 FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
 
 
