@@ -96,7 +96,7 @@ def parse_args(argv=None):
         action="store_true",
         help="leave METEOR out at the end: it needs 10 s to start",
     )
-    group.add_argument("--save-every", type=cli.whole(1), default=100, help="steps between saves")
+    group.add_argument("--save-every", type=cli.whole(1), default=500, help="steps between saves")
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
     group.add_argument("--dry-run", action="store_true", help="print the plan, time some steps")
