@@ -113,15 +113,17 @@ def explain(error):
             f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
             " room and start again where it stopped"
         )
+    if out_of_files(error):
+        return "too many open files; allow more with `ulimit -n 4096` in this shell, or lower --workers"
     if out_of_memory(error):
         return (
-            "out of memory; halve --batch-size (in train.py double --grad-accum too: the same step),"
-            " or lower --workers"
+            "out of memory; halve --batch-size (in train.py double --grad-accum too: as many clips a"
+            " step, with which --resume goes on), or lower --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"a process that reads features failed: {text.strip().splitlines()[-1]}. With little"
-            " memory, or a small /dev/shm, lower --workers."
+            " memory, or a small /dev/shm, use --workers 0 (or a container's --shm-size)."
         )
     return None
 
@@ -138,6 +140,15 @@ def out_of_memory(error):
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
         or (isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words))
+    )
+
+
+def out_of_files(error):
+    """True where this process, or a worker of it, may open no more files."""
+    # a worker's error arrives as text; torch receives no descriptor when there is no room for one
+    words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
+    return getattr(error, "errno", None) == errno.EMFILE or (
+        isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words)
     )
 
 
@@ -172,11 +183,24 @@ def add_common(parser, workers=4):
         choices=["auto", "float32", "bfloat16"],
         help="dtype of the frozen models; auto is bfloat16 on CUDA and float32 on CPU",
     )
-    group.add_argument(
-        "--workers", type=whole(0), default=workers, help="worker processes that read clips"
-    )
+    add_workers(group, workers)
     group.add_argument("--limit", type=whole(1), help="only the first N clips")
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
+
+
+def add_workers(group, most, least=0):
+    """Add --workers to a group of flags: `most` by default, or as many as there are CPUs for them."""
+    what = f"worker processes for clips: {most}, or one per available CPU if fewer"
+    group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=what)
+
+
+def cpus():
+    """The CPUs for this process: its part of those that its machine's processes of torchrun may use."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:  # macOS, Windows
+        count = os.cpu_count() or 1
+    return max(1, count // ranks.local_count())
 
 
 def whole(least, most=None):

@@ -8,15 +8,19 @@ torch and numpy are imported inside functions, so that a script's --help can use
 """
 
 import hashlib
+import math
 import os
 import random
 import signal
 import unicodedata
+import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import devices
-from cli import UserError, out_of_memory
+import ranks
+from cli import UserError, out_of_files, out_of_memory
 from files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
@@ -229,7 +233,7 @@ def load_features(path, clip_id, settings):
     except FileNotFoundError:
         raise broken("are missing") from None
     except (OSError, ValueError) as error:  # a bad sector, a cut or foreign file
-        if out_of_memory(error):
+        if out_of_memory(error) or out_of_files(error):
             raise
         raise broken(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
@@ -248,6 +252,12 @@ def load_features(path, clip_id, settings):
     if not all(stored[k].isfinite().all() for k in extra or ("features",)):
         raise broken("hold NaN or infinity")
     return {"id": clip_id, **with_scale(stored)}
+
+
+def clip_bytes(settings):
+    """What the features of one clip take, with the scale and offset of each channel."""
+    size = {"int8": 1, "fp16": 2}[settings["store"]]
+    return settings["width"] * (_num_tokens(settings) * size + 2 * 4)
 
 
 def with_scale(stored):
@@ -384,6 +394,8 @@ def loader(dataset, batch_size, workers, device):
     import torch
     from torch.utils.data import DataLoader
 
+    # how many workers are too many is the user's to say
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
         dataset,
         batch_size,
@@ -393,6 +405,37 @@ def loader(dataset, batch_size, workers, device):
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def shared_bytes(settings, batch_size, workers):
+    """What the loaders of this machine's processes hold in shared memory at most.
+
+    That is two batches for each worker (torch's prefetch_factor) and the one in use; the captions of
+    a batch are a few kB, and left out.
+    """
+    batches = 2 * workers + 1 if workers else 0
+    return ranks.local_count() * batches * batch_size * clip_bytes(settings)
+
+
+@contextmanager
+def shared_memory(settings, workers, **batch_sizes):
+    """While in the block, a full shared memory is a UserError that says how much is needed.
+
+    batch_sizes: of the loaders that read there, one after the other, by what each is for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        needs = {k: shared_bytes(settings, size, workers) / 1e6 for k, size in batch_sizes.items()}
+        raise UserError(
+            f"/dev/shm is too small: with --workers {workers} it must hold"
+            f" {' and then '.join(f'{mb:,.0f} MB for {what}' for what, mb in needs.items())}. Use"
+            " --workers 0, or enlarge it (for a container:"
+            f" --shm-size {math.ceil(max(needs.values()))}m)",
+            code=1,
+        ) from None
 
 
 def _leave_signals_to_the_parent(_):

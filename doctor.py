@@ -39,9 +39,11 @@ from dataset import (
     TRAIN,
     VALIDATION,
     check_same_settings,
+    clip_bytes,
     load_manifest,
     load_records,
     require_features,
+    shared_bytes,
 )
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -51,11 +53,15 @@ LIMIT = 300  # seconds for one import: the first one from a network disk may tak
 INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
 PROJECT = "." if Path.cwd() == HERE else str(HERE)
 
-# SSv2 in a default cache, computed from the format: ViT-L's tokens in int8, two floats a channel
+# SSv2 in a default cache, of which doctor.py computes the bytes: ViT-L's tokens in int8
 CLIPS = 168_913 + 24_777  # training and validation
-CLIP_BYTES = {pool: 1024 * (16 * 16 * 16 // pool**2 + 2 * 4) for pool in (1, 2, 4)}
-# What the defaults are meant for (estimates), less what a driver or a kernel keeps for itself
-CARD, MEMORY = 0.95 * 24e9, 0.95 * 16e9
+STORED = {
+    pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
+    for pool in (1, 2, 4)
+}
+# What the defaults need (estimates): on a GPU 13.1 GB, counted for 32 clips of 2 captions at once, and
+# CUDA's own; of memory 16 GB, less what a kernel keeps for itself
+CARD, MEMORY = 14e9, 0.95 * 16e9
 
 Finding = namedtuple("Finding", "state what found fix", defaults=[None])
 
@@ -230,8 +236,9 @@ def look_at_gpu(torch):
     if not found["bf16"]:
         return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
     if found["bytes"] < CARD:
-        fix = "python train.py --batch-size 4 --grad-accum 16"
-        return Finding(NOTE, "CUDA", f"{text}: may be small for the defaults (estimate)", fix)
+        fix = "python train.py --batch-size 8 --grad-accum 8"
+        less = "train.py's defaults need 14 GB, this needs 7 (estimates)"
+        return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
     return Finding(OK, "CUDA", f"{text}, bfloat16")
 
 
@@ -345,7 +352,7 @@ def machine(features):
     folder = Path(features).absolute()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    takes = {pool: CLIPS * size for pool, size in CLIP_BYTES.items()}
+    takes = {pool: CLIPS * clip_bytes(settings) for pool, settings in STORED.items()}
     text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {takes[1] / 1e12:.2f}, "
     text += " and ".join(f"{takes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
     fits = next((f"--pool {pool}" for pool in takes if takes[pool] < free), "--features ELSEWHERE")
@@ -357,9 +364,10 @@ def machine(features):
         findings.append(Finding(OK if memory > MEMORY else NOTE, "memory", text))
     if os.path.isdir(SHARED):
         scoring, free = evaluate.parse_args([]), shutil.disk_usage(SHARED).free
-        ahead = scoring.workers * 2 * scoring.batch_size * CLIP_BYTES[1]  # 2 batches a worker
-        text = f"{free / 1e9:.1f} GB free; evaluate.py takes {ahead / 1e9:.1f} on SSv2 (computed)"
-        fix = None if ahead < free else "python evaluate.py --workers 0"
+        ahead = shared_bytes(STORED[1], scoring.batch_size, scoring.workers)
+        text = f"{free / 1e9:.1f} GB free; train.py and evaluate.py take up to {ahead / 1e9:.1f}"
+        text += f" on SSv2 with --workers {scoring.workers} (computed)"
+        fix = None if ahead < free else "python train.py --workers 0"
         findings.append(Finding(NOTE if fix else OK, SHARED, text, fix))
     return findings
 

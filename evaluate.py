@@ -32,9 +32,12 @@ from dataset import (
     load_records,
     loader,
     require_features,
+    shared_memory,
 )
 from dataset import batches as read_batches
 from files import in_shard, read_json, write_json
+
+BATCH = 64  # clips captioned at once, here and in the validation of train.py
 
 
 def parse_args(argv=None):
@@ -82,7 +85,7 @@ def parse_args(argv=None):
         help="N clips only (100 if no number is given), as GIFs within the page",
     )
     group = parser.add_argument_group("generation")
-    group.add_argument("--batch-size", type=cli.whole(1), default=64, help="clips at once")
+    group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips at once")
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
     group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
     cli.add_common(parser)
@@ -208,7 +211,10 @@ def predict(args, records):
     check_same_settings(wanted, manifest["settings"], f"the cache {args.features}")
     captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
     batches = clip_batches(captioner, args, args.split, clips, args.style, args.batch_size)
-    predictions, loss = caption(captioner, batches, args.style, args.max_new_tokens, args.num_beams)
+    with shared_memory(manifest["settings"], args.workers, captioning=args.batch_size):
+        predictions, loss = caption(
+            captioner, batches, args.style, args.max_new_tokens, args.num_beams
+        )
     predictions = {r["id"]: predictions[r["id"]] for r in clips}
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}

@@ -14,7 +14,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cli import UserError, note, out_of_memory
+from cli import UserError, note, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.3 GB
 HASHES = 1 << 32  # values of a clip's hash
@@ -151,21 +151,35 @@ def read_torch(path, verify=True, mmap=False):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no regular file")
-        with zipfile.ZipFile(path) as archive:
-            # torch compresses nothing; a stranger's 4 MB may unpack to 4 GB
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("it is compressed, which no file of ours is")
-            if verify and (bad := archive.testzip()):
-                raise ValueError(f"the checksum of its part {bad} is wrong")
+        with open(path, "rb") as file:
+            if mmap:
+                read_ahead(file)
+            with zipfile.ZipFile(file) as archive:
+                # torch compresses nothing; a stranger's 4 MB may unpack to 4 GB
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("it is compressed, which no file of ours is")
+                if verify and (bad := archive.testzip()):
+                    raise ValueError(f"the checksum of its part {bad} is wrong")
         return torch.load(str(path), weights_only=True, mmap=mmap, map_location="cpu")
     except (OSError, ValueError):
         raise
     except Exception as error:  # zipfile and torch raise whatever the damage happens to trip over
-        if out_of_memory(error):
+        if out_of_memory(error) or out_of_files(error):
             raise
         raise ValueError(
             f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
         ) from None
+
+
+def read_ahead(file):
+    """Have the kernel read the whole open file now, where it can be asked to.
+
+    Behind an mmap it would fetch a file that is not in memory in small pieces: 10.3 ms instead of 6.6
+    for 4.2 MB.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # it is advice only: some file systems take none
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def is_clip_id(name):

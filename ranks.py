@@ -24,6 +24,11 @@ def count():
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def local_count():
+    """The processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
 def local_rank():
     """The number among the processes of this machine: which GPU is ours."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0

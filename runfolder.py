@@ -36,6 +36,9 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "export",
 }
 
+# A step may be split into other micro-batches of as many clips in all
+SPLIT = ("batch_size", "grad_accum")
+
 # What --overwrite removes: a run's own files, never what else lies in the folder.
 # The checkpoints first: a kill meanwhile must not leave an old run to be resumed as the new one.
 OURS = [LAST, PREVIOUS, DAMAGED, "best.pt", "args.json", "metrics.jsonl", "losses.txt"]
@@ -169,8 +172,11 @@ class Log:
         if not self.quiet:
             os.fsync(self.metrics.fileno()), os.fsync(self.losses.fileno())
 
-    def step(self, step, epoch, lr, loss, norm, tokens, ids):
-        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping."""
+    def step(self, step, epoch, lr, loss, norm, tokens, ids, data_seconds):
+        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping.
+
+        data_seconds: for which the step waited for this process's data, a part of its `seconds`.
+        """
         if self.quiet:
             return
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
@@ -183,6 +189,7 @@ class Log:
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            "data_seconds": round(data_seconds, 4),
             "clips_per_second": round(len(ids) / seconds, 2),
         }
         if entry["loss"] is None or entry["grad_norm"] is None:
@@ -195,10 +202,11 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         self.losses.write(f"{step}\t{mean:.6f}\n")
         self.metrics.flush(), self.losses.flush()
-        told = ("loss", "lr", "grad_norm", "clips_per_second")
+        told = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
         self.report(step, "train", {k: entry[k] for k in told})
-        rate = entry["clips_per_second"]
-        self.bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} clip/s", refresh=False)
+        shown = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
+        shown += f", data {100 * data_seconds / seconds:.0f} %"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def epoch(self, step, epoch, loss, result, predictions, records):
@@ -328,7 +336,16 @@ def restore(state, frozen, ours, args, total, model, optimizer):
     if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     now, then = ours["args"], state["args"]
-    for key in sorted(now.keys() | then.keys()):
+    others = set()
+    if clips_a_step(now) == clips_a_step(then):
+        others = set(SPLIT)
+        if any(now[key] != then[key] for key in SPLIT):
+            was, is_now = (" x ".join(str(args[key]) for key in SPLIT) for args in (then, now))
+            note(
+                f"--resume: steps of {is_now} clips, until now {was}: the same clips a step, behind"
+                " other dropout masks"
+            )
+    for key in sorted((now.keys() | then.keys()) - others):
         if now.get(key) != then.get(key):
             raise UserError(
                 f"--resume: the run in {args.output} was started with"
@@ -369,6 +386,12 @@ def device_of(folder):
         return read_json(Path(folder, "args.json"), "args").get("device")
     except (UserError, AttributeError):
         return None
+
+
+def clips_a_step(args):
+    """Of the flags of a run, or None if they do not tell."""
+    sizes = [args.get(key) for key in SPLIT]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None
 
 
 def flags(args):

@@ -29,7 +29,7 @@ from dataset import load_records
 
 HERE = Path(__file__).resolve().parent
 WORK_BEGINS = {"train": ("runfolder", "Log"), "preprocess_ssv2": ("preprocess_ssv2", "encode_all")}
-TIMING = ("seconds", "clips_per_second")
+TIMING = ("seconds", "data_seconds", "clips_per_second")
 DAMAGED = 3  # clips of the world that no run may take
 
 Ended = namedtuple("Ended", "code seconds stderr")

@@ -27,7 +27,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cli import UserError, note, parser, run, whole
+from cli import UserError, add_workers, note, parser, run, whole
 from dataset import TEST, TRAIN, VALIDATION
 from files import read_json, write_json
 from toy_models import SIZE, write_encoder, write_lm
@@ -58,9 +58,7 @@ def parse_args(argv=None):
     group = p.add_argument_group("language model")
     group.add_argument("--lm-steps", type=whole(1), default=800, help="steps of batch 32")
     group = p.add_argument_group("machine")
-    group.add_argument(
-        "--workers", type=whole(1), default=2, help="worker processes that write clips"
-    )
+    add_workers(group, 2, least=1)
     return p.parse_args(argv)
 
 

@@ -5,8 +5,8 @@
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
 
-One 24 GB GPU. Writes <output>/: last.pt and the previous one, best.pt (best validation CIDEr),
-curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
+One GPU of 14 GB or more (estimate). Writes <output>/: last.pt and the previous one, best.pt (best
+validation CIDEr), curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
 predictions_validation.json, evaluation_validation.json, args.json.
 """
 
@@ -15,8 +15,10 @@ import math
 import random
 import time
 from collections import namedtuple
+from contextlib import closing
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
+from statistics import fmean, median
 
 import cli
 import devices
@@ -32,15 +34,20 @@ from dataset import (
     by_hash,
     channel_statistics,
     choose_captions,
+    clip_bytes,
     load_manifest,
     load_records,
     loader,
     require_features,
+    shared_memory,
 )
+from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
 from files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
+TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first ones start workers and choose kernels
+STEP = 64  # clips a step unless both --batch-size and --grad-accum say otherwise
 BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
 
 # manifest of the features; records to train on, to validate on at the end, and after each epoch;
@@ -67,9 +74,16 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over the clips")
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips a micro-batch")
     group.add_argument(
-        "--grad-accum", type=cli.whole(1), default=8, help="micro-batches a step, of all processes"
+        "--batch-size",
+        type=cli.whole(1),
+        help=f"clips a micro-batch (default: {STEP} by --grad-accum)",
+    )
+    group.add_argument(
+        "--grad-accum",
+        type=cli.whole(1),
+        help=f"micro-batches a step, of all processes (default: {STEP} by --batch-size; with neither"
+        " flag 2, or as many as there are processes)",
     )
     group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
     group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
@@ -83,16 +97,45 @@ def parse_args(argv=None):
         action="store_true",
         help="leave METEOR out at the end: it needs 10 s to start",
     )
-    group.add_argument("--save-every", type=cli.whole(1), default=100, help="steps between saves")
+    group.add_argument("--save-every", type=cli.whole(1), default=500, help="steps between saves")
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
-    group.add_argument("--dry-run", action="store_true", help="print the plan, time three steps")
+    group.add_argument("--dry-run", action="store_true", help="print the plan, time some steps")
     group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
         "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
     )
     cli.add_common(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    sizes = split_step(args.batch_size, args.grad_accum, ranks.count())
+    args.batch_size, args.grad_accum = sizes
+    return args
+
+
+def split_step(batch_size, grad_accum, processes):
+    """(clips a micro-batch, micro-batches a step): what is None of it made to give a step of 64 clips.
+
+    With neither given, each process gets as many micro-batches as the others, and there are at least
+    two: 32 clips at once need 14 GB of a GPU, 64 need 23. Raises UserError if 64 cannot be divided so.
+    """
+    if batch_size and grad_accum:
+        return batch_size, grad_accum
+    if given := batch_size or grad_accum:
+        if STEP % given:
+            flags = (
+                ("--batch-size", "--grad-accum") if batch_size else ("--grad-accum", "--batch-size")
+            )
+            raise UserError(
+                f"{flags[0]} {given} does not divide {STEP}, the clips a step: give {flags[1]} too"
+            )
+        return (given, STEP // given) if batch_size else (STEP // given, given)
+    for count in range(2, STEP + 1):
+        if count % processes == 0 and STEP % count == 0:
+            return STEP // count, count
+    raise UserError(
+        f"{processes} processes cannot have equal shares of {STEP} clips a step: give --batch-size and"
+        " --grad-accum"
+    )
 
 
 def main(argv=None):
@@ -112,7 +155,9 @@ def main(argv=None):
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # a run is of one dtype, whatever auto means
     model, frozen, optimizer = build(args, data, device, dtype)  # before it claims the folder
-    with ranks.joined(devices.backend(device)), runfolder.held(folder, args):
+    sizes = {"training": args.batch_size, "validation": VALIDATION_BATCH}
+    memory = shared_memory(data.manifest["settings"], args.workers, **sizes)
+    with ranks.joined(devices.backend(device)), runfolder.held(folder, args), memory:
         return learn(args, data, folder, model, frozen, optimizer)
 
 
@@ -189,7 +234,7 @@ def learn(args, data, folder, model, frozen, optimizer):
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            log.step(step, epoch, lr, loss, norm, tokens, ids)
+            log.step(step, epoch, lr, loss, norm, tokens, ids, window.seconds)
             bad = 0 if finite else bad + 1
             if bad == BAD_STEPS:
                 raise not_finite(folder)
@@ -312,6 +357,10 @@ def windows(args, data, tokenizer, device, step):
 
     Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
     last window of an epoch is as short as the clips that are left.
+
+    The micro-batches of a step are an iterator, to be used up before the next step is asked for. Each
+    is read when its turn comes: a batch from a worker holds a file descriptor for each of its
+    tensors, and 256 of them are more than a process may have.
     """
     start, done = divmod(step, math.ceil(len(data.train) / (args.batch_size * args.grad_accum)))
     for epoch in range(start, args.epochs):
@@ -324,8 +373,28 @@ def windows(args, data, tokenizer, device, step):
         reader = batches(loader(dataset, args.batch_size, args.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, list(islice(reader, len(ranks.share(micro_batches))))
+            yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
         done = 0
+
+
+class Timed:
+    """An iterator that counts the `seconds` for which its user waited for the next item.
+
+    A GPU may have been at work meanwhile: what was lost by the waiting is at most this.
+    """
+
+    def __init__(self, items):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def dropout_seed(seed, step):
@@ -357,7 +426,7 @@ def micro_steps(model, window, seed=0):
         loss, tokens = loss + total.detach(), tokens + len(b["targets"])
     for name, p in model.qformer.named_parameters():
         if p.grad is None:
-            assert not window, f"the loss has no gradient for {name}"
+            assert not tokens, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     ranks.add_up(p.grad for p in model.qformer.parameters())
     # the only wait for the GPU in a step, with the gradient's norm
@@ -382,9 +451,7 @@ def evaluate(args, data, model, records, with_meteor=False):
 
     Every process captions its share; rank 0 alone has scores.
     """
-    size = 8 * args.batch_size  # no gradient, so more clips fit
-    loader = clip_batches(model, args, VALIDATION, records, "label", size)
-    predictions, loss = caption(model, loader, "label")
+    predictions, loss = caption(model, validation_batches(args, model, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
     if ranks.rank():
         return {"metrics": {}}, predictions, loss
@@ -397,6 +464,11 @@ def evaluate(args, data, model, records, with_meteor=False):
         with_meteor=with_meteor,
     )
     return result, predictions, loss
+
+
+def validation_batches(args, model, records):
+    """A loader over this process's share of validation clips, in the batches of evaluate.py."""
+    return clip_batches(model, args, VALIDATION, records, "label", VALIDATION_BATCH)
 
 
 def finish(args, data, model, folder):
@@ -428,7 +500,6 @@ def print_plan(args, data, model, total):
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
     tokens = math.prod(settings["grid"])
-    size = tokens * settings["width"] * {"int8": 1, "fp16": 2}[settings["store"]]
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
     note(
         f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
@@ -439,18 +510,38 @@ def print_plan(args, data, model, total):
         f"step         {args.batch_size} x {args.grad_accum} x {k}"
         f" = {args.batch_size * args.grad_accum * k} captions, {total:,} steps in {args.epochs} epochs\n"
         f"features     {tokens} x {settings['width']} {settings['store']},"
-        f" {size * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
+        f" {clip_bytes(settings) * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
     )
 
 
 def time_steps(args, data, model, total):
-    """--dry-run: time three steps without changing anything."""
-    times = [time.perf_counter()]
-    for *_, window in islice(windows(args, data, model.tokenizer, model.device, 0), 3):
-        micro_steps(model, window)
-        times.append(time.perf_counter())
-    step = min(b - a for a, b in pairwise(times))
-    print(f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s")
+    """--dry-run: time some steps and a batch of validation without changing anything."""
+    from tqdm import tqdm
+
+    computing, waiting = [], []
+    began = time.perf_counter()
+    with closing(windows(args, data, model.tokenizer, model.device, 0)) as steps:
+        count = min(total, TIMED_STEPS)
+        for *_, window in tqdm(islice(steps, count), "timing", count, leave=False, unit="step"):
+            micro_steps(model, window)
+            model.qformer.zero_grad()
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            computing.append(seconds - window.seconds)
+            waiting.append(window.seconds)
+    if count > WARM_UP_STEPS:
+        computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
+    # the batches of several workers arrive in bunches: a median would pass over the few steps that wait
+    wait = fmean(waiting)
+    step = median(computing) + wait
+    print(
+        f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
+        f" {100 * wait / step:.0f} % of it waiting for data"
+    )
+    clips = data.subset[: VALIDATION_BATCH * ranks.count()]
+    began = time.perf_counter()
+    caption(model, validation_batches(args, model, clips), "label")
+    seconds = time.perf_counter() - began
+    print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
 
 
 if __name__ == "__main__":

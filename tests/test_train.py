@@ -14,6 +14,7 @@ import runfolder
 import train
 from cli import TERMINATED, Stopped, UserError
 from dataset import load_records
+from sandbox import TIMING
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 
@@ -33,7 +34,7 @@ def same(a, b):
 
 def log(folder):
     lines = [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in s.items() if k not in ("seconds", "clips_per_second")} for s in lines]
+    return [{k: v for k, v in s.items() if k not in TIMING} for s in lines]
 
 
 def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatch):
@@ -123,9 +124,11 @@ def test_resume_without_a_checkpoint_starts(world, prepared, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
-    assert not train.main(train_flags(world, prepared, tmp_path / "new", "--dry-run"))
+    flags = train_flags(world, prepared, tmp_path / "new", "--dry-run", "--limit", 30)
+    assert not train.main(flags)
     printed = capsys.readouterr()
-    assert "estimated time" in printed.out and "10 steps in 2 epochs" in printed.err
+    assert "waiting for data" in printed.out and "for a batch of 10 clips" in printed.out
+    assert "4 steps in 2 epochs" in printed.err
     assert not (tmp_path / "new").exists()
 
 

@@ -1,0 +1,278 @@
+"""How training reads its features: as they are used, within what the machine has, and timed."""
+
+import errno
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import train_flags
+
+import captioner
+import cli
+import dataset
+import doctor
+import evaluate
+import files
+import infer
+import preprocess_ssv2
+import runfolder
+import toy_ssv2
+import train
+from cli import UserError
+
+CPU = torch.device("cpu")
+
+
+def training(world, prepared, *flags):
+    """(args, data) of a training run, as `train.main` has them."""
+    args = train.parse_args(train_flags(world, prepared, "unused", *flags))
+    return args, train.read_data(args)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
+def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer):
+    """Out of memory, one was told to halve --batch-size and to double --grad-accum; 256 micro-batches
+    then ended in a traceback, for all of a step were read before the first was used."""
+    flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
+    args, data = training(world, prepared, *flags)
+    before = len(os.listdir("/dev/fd"))
+    [(_, ids, window)] = train.windows(args, data, tokenizer, CPU, 0)
+    seen = [(batch["ids"], len(os.listdir("/dev/fd")) - before) for batch in window]
+    assert [read for read, _ in seen] == [[i] for i in ids] and len(ids) == 30
+    assert max(files for _, files in seen) < 90, "each micro-batch has six"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "a.pt"),
+        OSError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"),
+        RuntimeError("unable to open file <a.pt>: Too many open files (24)"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+)
+def test_too_many_open_files_are_one_sentence(error):
+    assert "`ulimit -n 4096`" in cli.explain(error)
+
+
+def test_no_file_is_to_be_deleted_because_too_many_are_open(
+    world, prepared, tokenizer, monkeypatch
+):
+    def too_many(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    args, data = training(world, prepared)
+    monkeypatch.setattr("dataset.read_torch", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
+            next(window)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "sizes"),
+    [
+        *[((None, None), n, s) for n, s in {1: (32, 2), 2: (32, 2), 4: (16, 4), 8: (8, 8)}.items()],
+        ((None, None), 64, (1, 64)),
+        *[((8, None), 1, (8, 8)), ((None, 16), 4, (4, 16)), ((64, None), 1, (64, 1))],
+        *[((7, 3), 1, (7, 3)), ((7, 3), 3, (7, 3))],
+    ],
+)
+def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
+    """The default was 8 x 8 clips: four times the launches of 32 x 2, on a card with room for it."""
+    monkeypatch.setattr("ranks.count", lambda: processes)
+    names = ("--batch-size", "--grad-accum")
+    flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
+    args = train.parse_args(flags)
+    assert (args.batch_size, args.grad_accum) == sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "complaint"),
+    [
+        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
+        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
+        ([], 3, "3 processes cannot have equal shares .* give --batch-size and --grad-accum"),
+    ],
+)
+def test_a_step_that_cannot_be_split_is_said(monkeypatch, flags, processes, complaint):
+    monkeypatch.setattr("ranks.count", lambda: processes)
+    with pytest.raises(UserError, match=complaint):
+        train.parse_args(flags)
+
+
+def test_any_number_of_processes_takes_the_same_clips_a_step(
+    world, prepared, tokenizer, monkeypatch
+):
+    """Without a flag: one, two, four and eight, each with as many micro-batches as the others."""
+    where = train_flags(world, prepared, "unused", "--epochs", 1)
+    where = [x for x in where if x not in ("--batch-size", "8", "--grad-accum", "3")]
+    runs = {}
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr("ranks.count", lambda count=count: count)
+        dealt = []
+        for rank in range(count):
+            monkeypatch.setattr("ranks.rank", lambda rank=rank: rank)
+            args = train.parse_args(where)
+            data = train.read_data(args)
+            steps = train.windows(args, data, tokenizer, CPU, 0)
+            dealt.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
+        for step in zip(*dealt, strict=True):
+            read = sorted(i for _, micro_batches in step for batch in micro_batches for i in batch)
+            assert all(sorted(ids) == read for ids, _ in step)
+        assert len({len(micro_batches) for _, micro_batches in next(zip(*dealt, strict=True))}) == 1
+        runs[count] = [ids for ids, _ in dealt[0]]
+    assert runs[1] == runs[2] == runs[4] == runs[8] and [*map(len, runs[1])] == [64, 36]
+
+
+def test_a_run_goes_on_with_another_split_of_its_step(
+    world, prepared, trained, tmp_path, quick_meteor, capsys
+):
+    """Out of memory, one was told to halve --batch-size, and could not go on so. (That another number
+    of clips a step is refused, test_train.py tests.)"""
+    run = shutil.copytree(trained, tmp_path / "run")
+    os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
+    flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
+    assert not train.main(flags)
+    note = (
+        "steps of 4 x 6 clips, until now 8 x 3: the same clips a step, behind other dropout masks"
+    )
+    assert note in capsys.readouterr().err
+    last = files.read_torch(run / "last.pt")
+    assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
+
+
+@pytest.mark.parametrize(("gigabytes", "state"), [(15.8, "ok"), (12.9, "note")])
+def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
+    """It warned of every card below 24 GB, where the defaults need 14."""
+    card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
+    monkeypatch.setattr(doctor, "in_child", lambda function: (card, None))
+    finding = doctor.look_at_gpu("torch")
+    assert finding.state == state
+    assert finding.fix in (None, "python train.py --batch-size 8 --grad-accum 8")
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+
+
+def test_a_full_shared_memory_says_how_much_is_needed(
+    world, prepared, trained, tmp_path, monkeypatch
+):
+    """One was told to lower --workers, not how far, and nothing of the validation hours later, whose
+    batches are larger. 128 tokens of 192 int8 and 8 bytes a channel: a clip has 26,112 bytes."""
+
+    def full(*args):
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{FULL}")
+
+    monkeypatch.setattr(train, "learn", full)
+    flags = train_flags(world, prepared, tmp_path / "run", "--batch-size", 32, "--workers", 2)
+    with pytest.raises(UserError) as error:
+        train.main(flags)
+    assert str(error.value) == (
+        "/dev/shm is too small: with --workers 2 it must hold 4 MB for training and then 8 MB for"
+        " validation. Use --workers 0, or enlarge it (for a container: --shm-size 9m)"
+    )
+    monkeypatch.setattr(evaluate, "caption", full)
+    flags = [
+        "--checkpoint",
+        str(trained),
+        "--features",
+        str(prepared / "features"),
+        "--workers",
+        "2",
+    ]
+    with pytest.raises(UserError, match=r"hold 8 MB for captioning\. .* --shm-size 9m"):
+        evaluate.main([*flags, "--annotations", str(prepared / "annotations")])
+    with pytest.raises(ZeroDivisionError), dataset.shared_memory({}, 2):
+        1 / 0  # noqa: B018
+
+
+def test_every_process_of_a_machine_has_its_loaders_there(monkeypatch):
+    settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
+    one = dataset.shared_bytes(settings, 64, 4)
+    assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
+    monkeypatch.setattr("ranks.local_count", lambda: 4)
+    assert dataset.shared_bytes(settings, 64, 4) == 4 * one
+
+
+def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("cli.cpus", lambda: 4)
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        found = {f.what: f for f in doctor.machine(tmp_path)}["/dev/shm"]
+        assert found.state == state and "up to 2.4 on SSv2 with --workers 4" in found.found
+    assert found.fix is None
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "default"), [(64, 1, 4), (2, 1, 2), (16, 8, 2), (64, 8, 4), (2, 4, 1)]
+)
+def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes, default):
+    """Four workers a process, on two cores or beside seven other processes, and torch warned of it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    if processes > 1:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for script in (train, evaluate, preprocess_ssv2):
+        assert script.parse_args([]).workers == default
+    assert infer.parse_args([]).workers == toy_ssv2.parse_args(["x"]).workers == min(2, default)
+
+
+def test_more_workers_than_cpus_are_the_users_to_ask_for(recwarn):
+    """torch warned where a loader is made, and again where its reading begins."""
+    dataset.loader([], 8, 500, CPU).check_worker_number_rationality()
+    assert not recwarn.list
+
+
+def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsys):
+    """It took the fastest of three steps, whose clips had all been read ahead: a disk that is too slow,
+    and a validation that does not fit, were met only in the run.
+
+    On a clock of this test's own: to read a clip takes 1.5 s, and longer in the first two steps; to
+    compute a step of two clips 1 s, but for one that is disturbed; to caption a batch 7 s."""
+    clock, steps, validated = [0.0], [], []
+    load, validate = dataset.load_features, captioner.VideoCaptioner.validation
+
+    def read(*args):
+        clock[0] += 1.5 if len(steps) >= 2 else 60
+        return load(*args)
+
+    def compute(model, window):
+        steps.append([clip for batch in window for clip in batch["ids"]])
+        clock[0] += 30 if len(steps) == 7 else 1
+
+    def validation(model, batch, *rest):
+        validated.append(len(batch["ids"]))
+        clock[0] += 7
+        return validate(model, batch, *rest)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "micro_steps", compute)
+    monkeypatch.setattr(dataset, "load_features", read)
+    monkeypatch.setattr(captioner.VideoCaptioner, "validation", validation)
+    flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1, "--eval-clips", 64)
+    assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
+    assert capsys.readouterr().out == (
+        "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
+        "validation     103.0 s for a batch of 64 clips\n"
+    )
+    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], (
+        "whatever --batch-size"
+    )
+
+
+def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
+    """Nothing told a run that waits for its disk from one that computes."""
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["data_seconds"] < line["seconds"] for line in lines)
+
+    figures = {}
+    reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
+    with runfolder.Log(tmp_path, 0, 2, reporter) as log:
+        log.began -= 100
+        log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
+        assert log.bar.postfix.endswith("data 25 %")
+    assert figures["train/data_seconds"] == 25.0
