@@ -5,9 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import train_flags
+
+import doctor
 
 HERE = Path(__file__).parent.parent
 SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if "def parse_args(" in p.read_text())
@@ -126,3 +130,34 @@ def test_readme_table_is_the_measured_one():
     files = sorted((HERE / "results").glob("demo_seed*.json"))
     assert len(files) >= 3
     assert demo.markdown(files) in (HERE / "README.md").read_text()
+
+
+def test_what_works_prints_no_warning(world, prepared, tmp_path):
+    """Three lines about deprecated arguments in every command, 21 in `make demo`: nobody reads the
+    one that matters. Default workers, for torch warns of more than there are processors."""
+    run = tmp_path / "run"
+    flags = ["--epochs", 1, "--limit", 8, "--no-meteor"]
+    flags = train_flags(world, prepared, run, *flags)
+    i = flags.index("--workers")
+    commands = [("train", flags[:i] + flags[i + 2 :])]
+    cached = ["--features", prepared / "features", "--annotations", prepared / "annotations"]
+    common = ["--checkpoint", run, "--limit", 4]
+    commands.append(("evaluate", [*common, *cached, "--no-meteor", "--num-beams", 2]))
+    commands.append(("infer", [*common, world / "videos"]))
+    for name, args in commands:
+        done = script(name, *args)
+        assert done.returncode == 0, done.stderr
+        assert not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_constraints_fit_every_machine():
+    """`torch==2.13.0+cpu`, as pip freeze has it, installs on no machine with a GPU."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    ranges = dict(map(doctor.name_and_range, project["dependencies"]))
+    lines = (HERE / "constraints.txt").read_text().splitlines()
+    pins = [line.split("#")[0].strip() for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+( *;.*)?", pin) for pin in pins)
+    versions = dict(re.match(r"([\w-]+)==([\d.]+)", pin).groups() for pin in pins)
+    assert {"torch", "transformers", "tokenizers", "huggingface_hub", "numpy"} < versions.keys()
+    pinned = ranges.keys() & versions.keys()
+    assert len(pinned) > 4 and all(doctor.within(versions[n], ranges[n]) for n in pinned)

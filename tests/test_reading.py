@@ -148,7 +148,9 @@ def test_a_run_goes_on_with_another_split_of_its_step(
 def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
     """It warned of every card below 24 GB, where the defaults need 14."""
     card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
-    monkeypatch.setattr(doctor, "in_child", lambda function: (card, None))
+    monkeypatch.setattr(
+        doctor, "in_child", lambda ask, *_: (card if ask is doctor.ask_cuda else [1, 1e6], None)
+    )
     finding = doctor.look_at_gpu("torch")
     assert finding.state == state
     assert finding.fix in (None, "python train.py --batch-size 8 --grad-accum 8")
@@ -215,7 +217,8 @@ def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
     if processes > 1:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, str(processes))
     for script in (train, evaluate, preprocess_ssv2):
         assert script.parse_args([]).workers == default
     assert infer.parse_args([]).workers == toy_ssv2.parse_args(["x"]).workers == min(2, default)
