@@ -342,8 +342,8 @@ def restore(state, frozen, ours, args, total, model, optimizer):
         if any(now[key] != then[key] for key in SPLIT):
             was, is_now = (" x ".join(str(args[key]) for key in SPLIT) for args in (then, now))
             note(
-                f"--resume: steps of {is_now} clips, until now {was}: the same clips a step, behind"
-                " other dropout masks"
+                f"--resume: a step is now split {is_now}, until now {was}: the clips are the same, the"
+                " dropout masks differ"
             )
     for key in sorted((now.keys() | then.keys()) - others):
         if now.get(key) != then.get(key):
@@ -366,7 +366,7 @@ def restore(state, frozen, ours, args, total, model, optimizer):
         raise UserError(f"--resume: the optimizer's state is not of this run: {error}") from None
     before, device = device_of(args.output), devices.describe(model.device)
     if before and before != device:
-        note(f"the run was on {before} and goes on on {device}: the last bits may differ")
+        note(f"--resume: the run began on {before}, this is {device}: last digits may differ")
     best, scored = state["best"], state["scored"]
     if best > -math.inf:
         try:

@@ -136,9 +136,7 @@ def test_a_run_goes_on_with_another_split_of_its_step(
     os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
     flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
     assert not train.main(flags)
-    note = (
-        "steps of 4 x 6 clips, until now 8 x 3: the same clips a step, behind other dropout masks"
-    )
+    note = "a step is now split 4 x 6, until now 8 x 3: the clips are the same, the dropout masks"
     assert note in capsys.readouterr().err
     last = files.read_torch(run / "last.pt")
     assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
