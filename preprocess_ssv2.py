@@ -100,7 +100,8 @@ def main(argv=None):
             return verify(Path(args.features), in_part(keys, part), args.workers)
         paths, missing = find_clips(Path(args.videos), wanted)
         paths = {key: paths[key] for key in in_part(paths, part)}
-        return fill(args, part, paths, in_part(missing, part))
+        device = devices.resolve(args.device, args.dtype)
+        return fill(args, part, paths, in_part(missing, part), *device)
 
 
 def in_part(keys, part):
@@ -140,7 +141,7 @@ def complete(features, paths):
     return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
 
 
-def fill(args, part, paths, missing):
+def fill(args, part, paths, missing, device, dtype):
     """Encode what the cache lacks of a part: of --shard, or of this process's share of it."""
     features = cli.output_folder(args.features, "--features")
     told = (
@@ -152,7 +153,7 @@ def fill(args, part, paths, missing):
         counts = [len(paths), len(missing), len(done)]
         counts = counts if args.dry_run else map(int, ranks.total(*counts))
         note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
-        encoder = matching_encoder(args, features, needed=todo or args.dry_run)
+        encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
         if args.dry_run:
             return dry_run(args, encoder, todo)
         clear(features, args.splits, part)
@@ -170,9 +171,8 @@ def clear(features, splits, part):
         remove_unfinished(features)
 
 
-def matching_encoder(args, features, needed):
+def matching_encoder(args, features, device, dtype, needed):
     """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
-    device, dtype = devices.resolve(args.device, args.dtype)
     asked = {
         "num_frames": args.num_frames,
         "sampling": "still" if args.still else "bin_centres",

@@ -282,6 +282,19 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)
 
 
+def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
+    """Zeros stand for the gradient of a process without a micro-batch, and hid a cut graph in others."""
+    import train
+
+    batch = double(make_batch(CAPTIONS))
+    train.micro_steps(captioner, iter([]))
+    assert all((p.grad == 0).all() for p in captioner.qformer.parameters())
+    captioner.zero_grad()
+    captioner.qformer.gain.requires_grad_(False)
+    with pytest.raises(AssertionError, match="no gradient for gain"):
+        train.micro_steps(captioner, [batch])
+
+
 def test_a_clip_without_reference_is_captioned_all_the_same(captioner, make_batch):
     """One clip without a paraphrase among those of its batch ended the evaluation of sentences."""
     batch = double(make_batch([[CAPTIONS[0][1]], []]))

@@ -10,12 +10,15 @@ from conftest import CharTokenizer, train_flags
 from test_captioner import CAPTIONS, EXACT, loss_and_gradient
 
 import captioner as module
+import devices
 import embeddings
+import hub
 import train
 import words
 from captioner import VideoCaptioner, check_lm, check_room, model_state
 from cli import UserError
 from dataset import STYLES
+from encoder import VideoEncoder
 
 TINY = {"vocab_size": 130, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA = TINY | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -273,9 +276,6 @@ def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
 
 
 def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
-    import devices
-    from encoder import VideoEncoder
-
     folder = shutil.copytree(world / "encoder", tmp_path / "encoder")
     spoil_weights(
         folder, lambda w: {k.replace("layer.0.norm1", "layer.0.norm_1"): v for k, v in w.items()}
@@ -283,3 +283,14 @@ def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model have no .*layer\.0\.norm1"):
         device = devices.resolve("cpu", "auto")
         VideoEncoder.from_pretrained(str(folder), *device, 16, "bin_centres", "squash", 1, "int8")
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, AssertionError, KeyError, OSError])
+def test_what_loading_raises_is_a_sentence(error, tmp_path):
+    class Auto:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise error("no module named somewhere\nand more")
+
+    with pytest.raises(UserError, match=r"--lm .* cannot be loaded: .*no module named"):
+        hub.load(Auto, tmp_path, "--lm")
