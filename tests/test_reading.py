@@ -58,17 +58,21 @@ def test_too_many_open_files_are_one_sentence(error):
     assert "`ulimit -n 4096`" in cli.explain(error)
 
 
-def test_no_file_is_to_be_deleted_because_too_many_are_open(
-    world, prepared, tokenizer, monkeypatch
-):
-    def too_many(*args, **kwargs):
-        raise OSError(errno.EMFILE, "Too many open files")
+@pytest.mark.parametrize("where", ["builtins.open", "torch.load"])
+def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatch, where):
+    """The features were called unreadable: "Delete the file and run preprocess_ssv2.py again"."""
 
-    args, data = training(world, prepared)
-    monkeypatch.setattr("dataset.read_torch", too_many)
-    with pytest.raises(OSError, match="Too many open files"):
-        for _, _, window in train.windows(args, data, tokenizer, CPU, 0):
-            next(window)
+    def too_many(path, *args, **kwargs):
+        kind = OSError if where == "builtins.open" else RuntimeError
+        raise kind(f"unable to open file <{path}>: Too many open files (24)")
+
+    settings = {"grid": [2, 3, 4], "width": 5, "store": "fp16"}
+    stored = {"features": torch.randn(24, 5).half()}
+    dataset.save_features(tmp_path / "7.pt", "7", stored, "decord")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, too_many)
+        with pytest.raises((OSError, RuntimeError), match="Too many open files"):
+            dataset.load_features(tmp_path / "7.pt", "7", settings)
 
 
 @pytest.mark.parametrize(
