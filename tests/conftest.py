@@ -50,6 +50,10 @@ class AsWarning(logging.Handler):
 logging.getLogger("transformers").addHandler(AsWarning(logging.WARNING))
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would start those with most tests first
+
+
 def pytest_collection_modifyitems(items):
     place = {name: n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
