@@ -18,8 +18,9 @@ from filelock import FileLock  # torch brings it
 # Files that take longest, in CPU-seconds. They start first, so that at the end no worker of pytest-xdist
 # sits idle beside a long one; the very first needs no `world`, which the other workers build meanwhile.
 LONGEST = (
-    *("test_demo.py", "test_reliability.py", "test_train.py", "test_embed.py", "test_evaluate.py"),
-    *("test_curves.py", "test_doctor.py", "test_bench.py", "test_interface.py"),
+    *("test_demo.py", "test_reliability.py", "test_app.py", "test_embed.py", "test_evaluate.py"),
+    *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
+    *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_render.py"),
 )
 torch.set_num_threads(1)  # as toy_ssv2.py does in the worker that builds `world`: sums depend on it
 
