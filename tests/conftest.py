@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor run on a GPU by accident
@@ -12,8 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on 
 
 import pytest
 import torch
+from filelock import FileLock  # torch brings it
+
+# Files that take longest, in CPU-seconds. They start first, so that at the end no worker of pytest-xdist
+# sits idle beside a long one; the very first needs no `world`, which the other workers build meanwhile.
+LONGEST = (
+    *("test_demo.py", "test_reliability.py", "test_app.py", "test_embed.py", "test_evaluate.py"),
+    *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
+    *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_render.py"),
+)
+torch.set_num_threads(1)  # as toy_ssv2.py does in the worker that builds `world`: sums depend on it
 
 WIDTH, VOCABULARY = 32, 130
+TOY = ["--clips", "100", "--lm-steps", "30"]  # flags of toy_ssv2.py for `world`
 
 
 class CharTokenizer:
@@ -37,6 +49,15 @@ class AsWarning(logging.Handler):
 
 
 logging.getLogger("transformers").addHandler(AsWarning(logging.WARNING))
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would start those with most tests first
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -132,26 +153,43 @@ def make_batch(make_clips, tokenizer):
     return make
 
 
+def built_once(tmp_path_factory, name, build):
+    """The folder that `build(folder)` makes: once for all workers of pytest-xdist, which wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has its own folder in the one that they share
+        root = root.parent
+    folder = root / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.done").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker whose build failed
+            build(folder)
+            Path(f"{folder}.done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small toy world, written by the real script; nobody may write into it."""
     import toy_ssv2
 
-    folder = tmp_path_factory.mktemp("toy") / "world"
-    toy_ssv2.main([str(folder), "--clips", "100", "--lm-steps", "30"])
-    return folder
+    def build(folder):
+        toy_ssv2.main([str(folder), *TOY])
+
+    return built_once(tmp_path_factory, "world", build)
 
 
 @pytest.fixture(scope="session")
 def prepared(world, tmp_path_factory):
-    """Annotations and features of the world."""
+    """Annotations and features of the world; each worker its own copy, for scripts lock the cache."""
     import prepare_annotations
 
-    folder = tmp_path_factory.mktemp("prepared")
-    flags = ["--labels", world / "labels", "--paraphrases", world / "paraphrases"]
-    prepare_annotations.main([*map(str, flags), "--output", str(folder / "annotations")])
-    assert preprocess(world, folder) == 0
-    return folder
+    def build(folder):
+        flags = ["--labels", world / "labels", "--paraphrases", world / "paraphrases"]
+        prepare_annotations.main([*map(str, flags), "--output", str(folder / "annotations")])
+        assert preprocess(world, folder) == 0
+
+    built = built_once(tmp_path_factory, "prepared", build)
+    return shutil.copytree(built, tmp_path_factory.mktemp("prepared") / "data")
 
 
 def preprocess(world, folder, *flags, videos=None, features=None):
@@ -188,11 +226,13 @@ def trained(world, prepared, tmp_path_factory):
     """A run folder of the real train.py: 2 epochs of 5 steps, the last of each with 4 clips."""
     import train
 
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metrics.meteor", lambda *_: 0.25)  # see quick_meteor
-        assert not train.main(train_flags(world, prepared, output))
-    return output
+    def build(output):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("metrics.meteor", lambda *_: 0.25)  # see quick_meteor
+            assert not train.main(train_flags(world, prepared, output))
+
+    built = built_once(tmp_path_factory, "trained", build)
+    return shutil.copytree(built, tmp_path_factory.mktemp("runs") / "whole")
 
 
 @pytest.fixture

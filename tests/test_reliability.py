@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,31 @@ import ranks
 import sandbox
 import torture
 import train
-from cli import FAILED, UserError
+from cli import DONE, FAILED, UserError
 from dataset import load_manifest, load_records
 
 HERE = Path(torture.__file__).parent
 
 
+class Short(sandbox.World):
+    """Runs of 2 epochs of 10 small steps: matplotlib alone takes half a second an epoch."""
+
+    def train(self, output, workers=0, **kwargs):
+        short = ["--epochs", 2, "--batch-size", 2, *kwargs.pop("flags", ())]
+        return super().train(output, workers, flags=short, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
-    return sandbox.make_world(tmp_path_factory.mktemp("torture"), world)
+    """Some of the world's clips: to train on 57 whole and 3 damaged ones."""
+    place = sandbox.make_world(tmp_path_factory.mktemp("torture"), world)
+    for split, count in (("train", 60), ("validation", 16)):
+        path = place.annotations / f"{split}.json"
+        records = json.loads(path.read_text())
+        damaged = sorted(r["id"] for r in records)[: sandbox.DAMAGED]  # as make_world has it
+        records.sort(key=lambda r: split == "train" and r["id"] not in damaged)
+        path.write_text(json.dumps(records[:count]))
+    return Short(place.folder, place.toy, place.annotations, place.videos)
 
 
 TRIALS = {
@@ -37,7 +52,6 @@ TRIALS = {
     "bits flip in features": lambda place, rng: torture.flip_features(place, 300, rng),
     "bits flip in a checkpoint": lambda place, rng: torture.flip_checkpoint(place, 200, rng),
     "the disk is full": lambda place, rng: torture.fill_the_disk(place),
-    "two processes are one": lambda place, rng: islice(torture.processes(place), 2),
     "the second process leaves": lambda place, rng: torture.two_at_once(place),
 }
 
@@ -46,6 +60,45 @@ TRIALS = {
 def test_trial(place, name):
     rows = list(TRIALS[name](place, random.Random(1)))
     assert rows and not [row for row in rows if not row.fine]
+
+
+BOTH = """
+import contextlib, importlib, json, sys
+
+import ranks
+
+if __name__ == "__main__":
+    with ranks.joined():
+        ranks.joined = lambda *_: contextlib.nullcontext()  # torchrun's store is for one group
+        for name, *flags in json.loads(sys.argv[1]):
+            code = importlib.import_module(name).main(flags)
+    sys.exit(code)
+"""
+
+
+def test_two_processes_are_one(place, tmp_path, monkeypatch):
+    """Features to the last bit, parameters to what AdamW makes of one. One torchrun for both scripts:
+    its processes import torch and transformers for 12 s."""
+    (tmp_path / "both.py").write_text(BOTH)
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    (features, _), (run, _) = place.cache(), place.trained()
+    mine = tmp_path / "features", tmp_path / "run"
+    with monkeypatch.context() as patch:  # only the command lines
+        patch.setattr(sandbox, "run", lambda name, flags: [name, *map(str, flags)])
+        orders = [
+            place.preprocess(mine[0], flags=["--workers", 0]),
+            place.train(mine[1], flags=["--features", mine[0]]),
+        ]
+    ended = sandbox.run(tmp_path / "both", [json.dumps(orders)], ranks=2)
+    sandbox.expect(ended, DONE)
+    assert not sandbox.differences(sandbox.contents(features), sandbox.contents(mine[0]))
+    row = torture.process_row("2 processes instead of 1", run, mine[1], 3e-4)
+    assert row.fine, row.found
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was_killed(place):
+    assert all(row.fine for row in torture.processes(place))
 
 
 # ---- who is refused at the door ----------------------------------------------------------------

@@ -48,10 +48,10 @@ def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatc
         if number == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runfolder.Log, "step", step_then_stop)
-    assert train.main(train_flags(world, prepared, output)) == TERMINATED
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder.Log, "step", step_then_stop)
+        assert train.main(train_flags(world, prepared, output)) == TERMINATED
     assert state(output)["step"] == stop_after
-    monkeypatch.undo()
     with open(output / "metrics.jsonl", "a") as file:  # a step that the checkpoint does not have
         file.write(json.dumps({"step": stop_after + 1, "loss": 0}) + '\n{"step": ')
     flags = train_flags(world, prepared, output, "--resume", "--workers", workers)
@@ -147,15 +147,16 @@ def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     world, prepared, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "scale_and_clip", lambda *_: float("nan"))
     flags = train_flags(world, prepared, tmp_path / "run", "--grad-accum", 1, "--save-every", 1)
-    with pytest.raises(UserError, match="5 steps in a row") as error:
-        train.main(flags)
-    assert error.value.code == 1
-    last = state(tmp_path / "run")
-    assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
-    with pytest.raises(UserError, match="5 steps in a row"):  # as an undisturbed run would end
-        train.main([*flags, "--resume"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "scale_and_clip", lambda *_: float("nan"))
+        with pytest.raises(UserError, match="5 steps in a row") as error:
+            train.main(flags)
+        assert error.value.code == 1
+        last = state(tmp_path / "run")
+        assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
+        with pytest.raises(UserError, match="5 steps in a row"):  # as an undisturbed run would end
+            train.main([*flags, "--resume"])
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
 
@@ -164,7 +165,6 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         return float("nan") if len(weights) == 3 else clip(qformer, *rest)
 
     weights = []
-    monkeypatch.undo()
     clip = train.scale_and_clip
     monkeypatch.setattr(train, "scale_and_clip", third_is_bad)
     assert not train.main(train_flags(world, prepared, tmp_path / "other", "--epochs", 1))
