@@ -70,8 +70,8 @@ def gpu(monkeypatch):
     """The CPU pretends to be a GPU, see `PretendedGPU`."""
     from gpu import PretendedGPU
 
-    with monkeypatch.context() as patch:
-        yield PretendedGPU(patch)
+    with monkeypatch.context() as patch, PretendedGPU(patch) as gpu:
+        yield gpu
 
 
 @pytest.fixture

@@ -3,53 +3,65 @@ nothing ready that a GPU would not have ready.
 
 What it models: `torch.cuda.set_device` and `Event`; copies that do not block, which leave garbage on the
 host until an event recorded after them was waited for, and which need pinned memory on the way up; the
-DataLoader's pinning. Not modelled: kernels that run late, and tensors on two devices.
+DataLoader's pinning; operations on tensors of both memories, which fail. Not modelled: kernels that run
+late, and which GPU of several.
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import devices
 
 INT_GARBAGE, FLOAT_GARBAGE = 85, float("nan")
+HOST, PINNED, GPU = "host", "pinned", "gpu"
 
 
-class PretendedGPU:
-    """Patches torch so that the CPU is the GPU of this process. `most_in_flight`: batches, see `Event`."""
+class PretendedGPU(TorchFunctionMode):
+    """Patches torch so that the CPU is the GPU of this process; `most_in_flight`: batches, see `Event`.
+
+    The host is the device "cpu" as a string, or none at all; the GPU is any torch.device. As a mode it
+    sees every operation and knows where the tensors are that a copy or a factory has put there.
+    """
 
     def __init__(self, patch, count=1):
-        self.count, self.current = count, None
+        super().__init__()
+        self.count, self.current, self.where = count, None, WeakTensorKeyDictionary()
         self.copies, self.waiting, self.most_in_flight = [], [], 0
-        self.real_to = torch.Tensor.to
-        gpu = self
+        gpu, module_to = self, torch.nn.Module.to
 
-        def to(tensor, *args, **kwargs):
-            return gpu.to(tensor, *args, **kwargs)
-
-        def pin_memory(tensor, device=None):
-            pinned = tensor.clone()
-            pinned.lies_in_pinned_memory = True
-            return pinned
+        def to(module, *args, **kwargs):
+            with torch._C.DisableTorchFunction():
+                moved = module_to(module, *args, **kwargs)
+            if any(isinstance(arg, torch.device) for arg in args):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    gpu.where[tensor] = GPU
+            return moved
 
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")
         patch.setattr(devices, "GPU", "cpu")
-        patch.setattr(torch.Tensor, "to", to)
-        patch.setattr(torch.Tensor, "pin_memory", pin_memory)
-        patch.setattr(torch.accelerator, "is_available", lambda: True)
-        patch.setattr(
-            torch.accelerator,
-            "current_accelerator",
-            lambda check_available=False: torch.device("cpu"),
-        )
-        patch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
-        patch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-        patch.setattr(
-            torch.cuda, "max_memory_allocated", lambda device: self.index(device, True) + 7
-        )
-        for name in ("set_device", "get_device_name", "synchronize"):
-            patch.setattr(torch.cuda, name, getattr(self, name))
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: count)
-        patch.setattr(torch.cuda, "Event", lambda *args, **kwargs: Event(self, *args, **kwargs))
+        patch.setattr(torch.nn.Module, "to", to)
+        # a mode is its thread's own, and the DataLoader pins in another
+        patch.setattr(torch.Tensor, "pin_memory", lambda x, device=None: gpu.put(x.clone(), PINNED))
+        accelerator = {
+            "is_available": lambda: True,
+            "current_accelerator": lambda check_available=False: torch.device("cpu"),
+            "current_device_index": lambda: self.current,
+            "set_device_index": lambda index: None,
+        }
+        cuda = {
+            "is_available": lambda: True,
+            "device_count": lambda: count,
+            "max_memory_allocated": lambda device: self.index(device, optional=True) + 7,
+            "set_device": self.set_device,
+            "get_device_name": lambda device=None: f"pretended GPU {self.index(device, True)}",
+            "synchronize": lambda device=None: self.finish(self.copies),
+            "Event": lambda *args, **kwargs: Event(self, *args, **kwargs),
+        }
+        for module, functions in ((torch.accelerator, accelerator), (torch.cuda, cuda)):
+            for name, function in functions.items():
+                patch.setattr(module, name, function)
 
     def index(self, device, optional=False):
         """As torch's `_get_device_index`, which CUDA's functions call first."""
@@ -69,34 +81,61 @@ class PretendedGPU:
     def set_device(self, device):
         self.current = self.index(device)
 
-    def get_device_name(self, device=None):
-        return f"pretended GPU {self.index(device, optional=True)}"
+    # ---- where tensors are ---------------------------------------------------------------------
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.__name__
+        if name == "to" and isinstance(args[0], torch.Tensor):
+            return self.to(*args, **kwargs)
+        out = function(*args, **kwargs)
+        if isinstance(kwargs.get("device"), torch.device):
+            place = GPU if kwargs["device"].type == devices.GPU else None
+        elif name in ("cpu", "numpy"):
+            place = HOST
+        else:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            # a number is read wherever it is
+            places = {self.place(x) for x in tensors if x.dim() or self.place(x) == GPU} - {None}
+            mixed = GPU in places and len(places) > 1
+            if mixed and name not in ("__getitem__", "__setitem__", "copy_", "__set__"):
+                raise RuntimeError(f"Expected all tensors to be on the same device ({name})")
+            place = GPU if GPU in places else HOST if places or not tensors else None
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor not in self.where:
+                self.put(tensor, place)
+        return out
+
+    def put(self, tensor, place):
+        if place:
+            self.where[tensor] = place
+        return tensor
+
+    def place(self, tensor):
+        if tensor.is_meta:
+            return None
+        return self.where.get(tensor, HOST if isinstance(tensor, torch.nn.Parameter) else None)
 
     def to(self, tensor, *args, non_blocking=False, **kwargs):
-        """Copies that do not block. The host is "cpu", as a string; a torch.device is the GPU."""
         device = kwargs.get("device", next(iter(args), None))
-        if not non_blocking or not isinstance(device, str | torch.device):
-            return self.real_to(tensor, *args, **kwargs)
-        if self.current is None:
+        if not isinstance(device, str | torch.device):
+            return self.put(torch.Tensor.to(tensor, *args, **kwargs), self.place(tensor))
+        place = HOST if device == "cpu" else GPU
+        if non_blocking and self.current is None:
             raise RuntimeError("a copy to or from a GPU before set_device")
-        if device == "cpu":
-            host = torch.empty_like(tensor)
-            host.fill_(FLOAT_GARBAGE if host.is_floating_point() else INT_GARBAGE)
-            self.copies.append((host, tensor.clone()))
-            return host
-        if not getattr(tensor, "lies_in_pinned_memory", False):
+        if non_blocking and place == GPU and self.place(tensor) != PINNED:
             raise RuntimeError("a copy that does not block, from memory that is not pinned")
-        return self.real_to(tensor, *args, **kwargs).clone()
+        copy = torch.Tensor.to(tensor, *args, **kwargs)
+        copy = copy.clone() if copy is tensor and self.place(tensor) != place else copy
+        if non_blocking and place == HOST:
+            self.copies.append((copy, copy.clone()))
+            copy.fill_(FLOAT_GARBAGE if copy.is_floating_point() else INT_GARBAGE)
+        return self.put(copy, place)
 
     @torch.inference_mode()
     def finish(self, copies):
         for host, tensor in copies:
             host.copy_(tensor)
         self.copies = [c for c in self.copies if not any(c is done for done in copies)]
-
-    def synchronize(self, device=None):
-        self.index(device, optional=True)
-        self.finish(self.copies)
 
 
 class Event:

@@ -112,3 +112,9 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
     assert other.tolist() == [1, 1]
     with pytest.raises(RuntimeError, match="enable_timing"):
         early.elapsed_time(late)
+    there = torch.zeros(3, device=torch.device("cpu", 0))
+    assert (there + torch.tensor(1.0)).sum() == 3  # a number may be anywhere
+    for far in (torch.arange(3), torch.nn.Linear(3, 3).bias, there.cpu()):
+        with pytest.raises(RuntimeError, match="same device"):
+            there + far
+    assert torch.nn.Linear(3, 3).to(torch.device("cpu", 0))(there).shape == (3,)
