@@ -87,11 +87,11 @@ class PretendedGPU(TorchFunctionMode):
         kwargs, name = kwargs or {}, function.__name__
         if name == "to" and isinstance(args[0], torch.Tensor):
             return self.to(*args, **kwargs)
+        if name == "cpu":
+            return self.to(args[0], "cpu")
         out = function(*args, **kwargs)
         if isinstance(kwargs.get("device"), torch.device):
             place = GPU if kwargs["device"].type == devices.GPU else None
-        elif name in ("cpu", "numpy"):
-            place = HOST
         else:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             # a number is read wherever it is
