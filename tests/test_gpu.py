@@ -31,7 +31,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
 
     # trained, evaluated, stopped and resumed
     run = tmp_path / "run"
-    flags = ["--batch-size", 4, "--grad-accum", 2, "--limit", 20, "--epochs", 2, "--workers", 1]
+    flags = ["--batch-size", 4, "--grad-accum", 2, "--limit", 20, "--epochs", 2]
     flags = train_flags(world, tmp_path, run, *flags)
     with monkeypatch.context() as patch:
         patch.setattr("runfolder.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
