@@ -127,7 +127,8 @@ def fingerprint(folder):
 
 def is_quantised(folder):
     """True for a model whose weights are packed into fewer bits."""
-    return "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
+    config = read_json(Path(folder) / "config.json", "configuration")
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
 
 
 def load_model(auto_class, folder, flag, **kwargs):

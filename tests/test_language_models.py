@@ -251,6 +251,11 @@ FOLDERS = {
     "Gemma2": (hf.Gemma2Config, lambda f: None, "more to its logits"),
     "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* a caption of"),
     "quantised": (hf.Qwen2Config, quantise, "is quantised"),
+    "damaged": (
+        hf.Qwen2Config,
+        lambda f: (f / "config.json").write_text("{"),
+        "cannot be read|JSON",
+    ),
     "no tokenizer": (hf.Qwen2Config, forget_tokenizer, "tokenizer|cannot be loaded"),
     "a renamed layer": (
         hf.Qwen2Config,
@@ -270,7 +275,7 @@ def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
     flags = GPT2 | {"n_positions": 40} if config is hf.GPT2Config else LLAMA | {"head_dim": 8}
     folder = save(tmp_path / "lm", world, config, **flags)
     spoil(folder)
-    with pytest.raises(UserError, match=f"--lm {folder}.*({why})"):
+    with pytest.raises(UserError, match=f"{folder}.*({why})"):
         train.main(train_flags(world, prepared, tmp_path / "run", "--lm", folder))
     assert not (tmp_path / "run").exists()
 
