@@ -155,8 +155,9 @@ def written_down(qformer):
                 block.cross.out,
             ),
         ):
-            mha = torch.nn.MultiheadAttention(w.shape[1], block.num_heads, batch_first=True)
-            mha = mha.to(w.device, w.dtype)
+            mha = torch.nn.MultiheadAttention(
+                w.shape[1], block.num_heads, batch_first=True, device=w.device, dtype=w.dtype
+            )
             mha.load_state_dict(
                 {
                     "in_proj_weight": w,

@@ -29,7 +29,7 @@ class PretendedGPU(TorchFunctionMode):
         super().__init__()
         self.count, self.current, self.where = count, None, WeakTensorKeyDictionary()
         self.copies, self.waiting, self.most_in_flight = [], [], 0
-        gpu, module_to = self, torch.nn.Module.to
+        gpu, module_to, new_parameter = self, torch.nn.Module.to, torch.nn.Parameter.__new__
 
         def to(module, *args, **kwargs):
             with torch._C.DisableTorchFunction():
@@ -39,9 +39,14 @@ class PretendedGPU(TorchFunctionMode):
                     gpu.where[tensor] = GPU
             return moved
 
+        def parameter(cls, data=None, requires_grad=True):
+            made = new_parameter(cls, data, requires_grad)
+            return made if data is None else gpu.put(made, gpu.where.get(data))
+
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")
         patch.setattr(devices, "GPU", "cpu")
         patch.setattr(torch.nn.Module, "to", to)
+        patch.setattr(torch.nn.Parameter, "__new__", parameter)
         # a mode is its thread's own, and the DataLoader pins in another
         patch.setattr(torch.Tensor, "pin_memory", lambda x, device=None: gpu.put(x.clone(), PINNED))
         accelerator = {
