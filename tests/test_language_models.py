@@ -123,6 +123,19 @@ def test_these_are_refused(name, tokenizer):
         check_lm(make(config, flags, tokenizer), "tiny")
 
 
+def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
+    """It raises nothing, and without a prefix it is right."""
+    model = make(*GOOD["Qwen2"], tokenizer)
+
+    def off_by_one(module, args, kwargs, out):
+        if model.cache_name in kwargs and "input_ids" in kwargs:
+            out.last_hidden_state = out.last_hidden_state.roll(1, 1)
+
+    model.lm.base_model.register_forward_hook(off_by_one, with_kwargs=True)
+    with pytest.raises(UserError, match=r"cached prefix .*\(\d\.\d+\)"):
+        check_lm(model, "tiny")
+
+
 def test_a_swallowed_cache_is_an_error(tokenizer, make_batch, monkeypatch):
     """transformers renamed the argument; from 5.40 on a model takes the old name among **kwargs and
     forgets it: every clip got the same caption, and training ended in autograd."""
