@@ -128,7 +128,7 @@ def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
     model = make(*GOOD["Qwen2"], tokenizer)
 
     def off_by_one(module, args, kwargs, out):
-        if model.cache_name in kwargs and "input_ids" in kwargs:
+        if kwargs.get(model.cache_name) is not None and kwargs.get("input_ids") is not None:
             out.last_hidden_state = out.last_hidden_state.roll(1, 1)
 
     model.lm.base_model.register_forward_hook(off_by_one, with_kwargs=True)
