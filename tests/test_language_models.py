@@ -260,10 +260,14 @@ FOLDERS = {
     "a renamed layer": (
         hf.Qwen2Config,
         lambda f: spoil_weights(f, rename_a_layer),
-        r"have no .*layers\.1\.mlp.*, 3 of that kind .*layers\.1\.ffn",
+        r"are missing \(3, .*layers\.1\.mlp.*unexpected.*layers\.1\.ffn",
     ),
-    "torch.compile": (hf.Qwen2Config, lambda f: spoil_weights(f, compiled), r"have no .*_orig_mod"),
-    "another shape": (hf.Qwen2Config, lambda f: spoil_weights(f, cut), "have another shape for"),
+    "torch.compile": (
+        hf.Qwen2Config,
+        lambda f: spoil_weights(f, compiled),
+        r"are missing .*_orig_mod",
+    ),
+    "another shape": (hf.Qwen2Config, lambda f: spoil_weights(f, cut), "have the wrong shape"),
 }
 
 
@@ -285,7 +289,7 @@ def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
     spoil_weights(
         folder, lambda w: {k.replace("layer.0.norm1", "layer.0.norm_1"): v for k, v in w.items()}
     )
-    with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model have no .*layer\.0\.norm1"):
+    with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model are missing .*layer\.0\.norm1"):
         device = devices.resolve("cpu", "auto")
         VideoEncoder.from_pretrained(str(folder), *device, 16, "bin_centres", "squash", 1, "int8")
 
