@@ -1,7 +1,7 @@
 """Choose the device, a CPU or an NVIDIA GPU, and the dtype.
 
-Every branch that depends on the device calls `on_gpu`. The tests patch it, to run the GPU branches on a
-CPU.
+Every branch that depends on the device calls `on_gpu`, which the tests patch to run the GPU branches on
+a CPU.
 """
 
 import os

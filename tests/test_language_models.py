@@ -188,9 +188,9 @@ def test_captions_fit_the_positions(tokenizer):
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 100}, tokenizer)
     room = 100 - 6 - len(STYLES["sentence"])  # one token a character
     check_room(model, "tiny", ["a" * (room - 2)])  # a space before it, eos behind
-    with pytest.raises(UserError, match=f"a caption of {room}, not of {room + 1}"):
+    with pytest.raises(UserError, match=f"leave {room} for a caption, but 'a+' takes {room + 1}"):
         check_room(model, "tiny", ["short", "a" * (room - 1)])
-    with pytest.raises(UserError, match="not of 50"):
+    with pytest.raises(UserError, match="generation may take 50"):
         check_room(make(hf.GPT2Config, GPT2 | {"n_positions": 50}, tokenizer), "tiny", [])
 
 
@@ -249,7 +249,7 @@ def forget_tokenizer(folder):
 
 FOLDERS = {
     "Gemma2": (hf.Gemma2Config, lambda f: None, "more to its logits"),
-    "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* a caption of"),
+    "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* for a caption"),
     "quantised": (hf.Qwen2Config, quantise, "is quantised"),
     "damaged": (
         hf.Qwen2Config,
