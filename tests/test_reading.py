@@ -98,7 +98,11 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
     [
         (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
         (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
-        ([], 3, "3 processes cannot have equal shares .* give --batch-size and --grad-accum"),
+        (
+            [],
+            3,
+            "64 clips per step cannot be shared equally by 3 processes: give --batch-size and --grad-accum",
+        ),
     ],
 )
 def test_a_step_that_cannot_be_split_is_said(monkeypatch, flags, processes, complaint):
@@ -140,7 +144,9 @@ def test_a_run_goes_on_with_another_split_of_its_step(
     os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
     flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
     assert not train.main(flags)
-    note = "a step is now split 4 x 6, until now 8 x 3: the clips are the same, the dropout masks"
+    note = (
+        "a step is now 4 x 6 clips instead of 8 x 3: the clips are the same, but the dropout masks"
+    )
     assert note in capsys.readouterr().err
     last = files.read_torch(run / "last.pt")
     assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
