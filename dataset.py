@@ -429,11 +429,10 @@ def shared_memory(settings, workers, **batch_sizes):
         if "shared memory" not in str(error):
             raise
         needs = {k: shared_bytes(settings, size, workers) / 1e6 for k, size in batch_sizes.items()}
+        listed = " and then ".join(f"{mb:,.0f} MB for {what}" for what, mb in needs.items())
         raise UserError(
-            f"/dev/shm is too small: with --workers {workers} it must hold"
-            f" {' and then '.join(f'{mb:,.0f} MB for {what}' for what, mb in needs.items())}. Use"
-            " --workers 0, or enlarge it (for a container:"
-            f" --shm-size {math.ceil(max(needs.values()))}m)",
+            f"/dev/shm is too small: with --workers {workers} it must hold {listed}. Use --workers 0, or"
+            f" enlarge it (for a container: --shm-size {math.ceil(max(needs.values()))}m)",
             code=1,
         ) from None
 

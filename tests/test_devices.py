@@ -1,6 +1,7 @@
 """--device and --dtype, using torch's own CUDA functions where they work without a GPU."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,6 @@ def unusable(monkeypatch):
     """An NVIDIA GPU whose driver is too old for torch."""
 
     def is_available():
-        import warnings
-
         warnings.warn(
             "The NVIDIA driver on your system is too old (Triggered internally)", stacklevel=2
         )

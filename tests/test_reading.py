@@ -271,9 +271,7 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
         "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
         "validation     103.0 s for a batch of 64 clips\n"
     )
-    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], (
-        "whatever --batch-size"
-    )
+    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], "not --batch-size"
 
 
 def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
