@@ -476,7 +476,7 @@ def bench_qformer(place):
     check("the Q-Former's gradient", difference(a, b), 1e-4)
     variants = {"reference": partial(step, reference), "absorbed": partial(step, absorbed)}
     if devices.on_gpu(device):
-        # int8 is exact in TF32, the small matrices are not: for whoever decides it
+        # measured for comparison: TF32 is exact for int8, but not for the small matrices
         variants["absorbed_tf32"] = partial(step, absorbed, "high")
     variants = {name: (run, s["B"]) for name, run in variants.items()}
     yield from measure(place, "clips/s", variants, lambda _: {"absorbed": found})

@@ -39,7 +39,7 @@ class VideoCaptioner(nn.Module):
     """Q-Former + frozen language model.
 
     qformer: a `QFormer` whose width is the language model's; lm: a causal LM of transformers;
-    tokenizer: its tokenizer, with an eos token; bos: the token in front of the soft prompts, or None.
+    tokenizer: its tokenizer, with an eos token; bos: id of a token before the soft prompts, or None.
     """
 
     def __init__(self, qformer, lm, tokenizer, bos=None):
@@ -80,13 +80,15 @@ class VideoCaptioner(nn.Module):
         return self.read(self.soft_prompts(features, scale, offset))[0]
 
     def read(self, soft):
-        """Soft prompts (B, Q, D) -> the LM's key/value cache over them, and its hidden states
-        (B, Q, D), one more in front where there is a bos."""
+        """Soft prompts (B, Q, D) -> the LM's key/value cache over them and its hidden states (B, Q, D).
+
+        With a bos, both start with one more position.
+        """
         cache = DynamicCache(config=self.lm.config)
         return cache, self.run_lm(cache, inputs_embeds=self.embedded(soft)).last_hidden_state
 
     def embedded(self, soft):
-        """What the LM reads of soft prompts: bos, if it has one, in front, all in its dtype."""
+        """Input embeddings of the prefix: bos, if there is one, and the soft prompts, in the LM's dtype."""
         soft = soft.to(self.lm.dtype)
         if self.bos is None:
             return soft
@@ -94,30 +96,30 @@ class VideoCaptioner(nn.Module):
         return torch.cat([self.lm.get_input_embeddings()(bos).to(soft.dtype), soft], 1)
 
     def run_lm(self, cache=None, input_ids=None, inputs_embeds=None, **kwargs):
-        """Every call of the frozen language model: B rows of L tokens behind what `cache` holds.
+        """Run the frozen language model on B rows of L tokens that follow the contents of `cache`.
 
-        The cache grows by them in place. Returns transformers' output, with `last_hidden_state`
-        (B, L, D). Raises UserError where the model left the cache as it was: what is behind a prefix
-        would then not see it, and every clip have the same caption.
+        All calls of the base model go through here. Appends the tokens to the cache in place. Returns
+        transformers' output, with `last_hidden_state` (B, L, D). Raises UserError if the cache did not
+        grow: the model would ignore the prefix and write the same caption for every clip.
         """
-        rows = (
-            {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        )
+        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if cache is None:
-            return self.lm.base_model(**rows, use_cache=False, **kwargs)
-        held = cache.get_seq_length()
-        out = self.lm.base_model(**rows, **{self.cache_name: cache}, use_cache=True, **kwargs)
-        if cache.get_seq_length() != held + next(iter(rows.values())).shape[1]:
+            return self.lm.base_model(use_cache=False, **kwargs)
+        before = cache.get_seq_length()
+        out = self.lm.base_model(use_cache=True, **{self.cache_name: cache}, **kwargs)
+        if cache.get_seq_length() != before + out.last_hidden_state.shape[1]:
             raise UserError(
-                f"--lm: {type(self.lm).__name__} of this version of transformers does not fill the"
-                " key/value cache that it is given",
+                f"--lm: in this version of transformers, {type(self.lm).__name__} does not fill the"
+                " key/value cache it is given",
                 code=1,
             )
         return out
 
     def continued(self, cache, input_ids):
-        """Hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L), behind the prefixes of
-        B clips. The cache is consumed."""
+        """Hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L).
+
+        cache: the prefixes of B clips, which the texts follow. It is consumed.
+        """
         cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))  # B -> B*K, differentiable
         return self.run_lm(cache, input_ids).last_hidden_state
 
@@ -138,11 +140,11 @@ class VideoCaptioner(nn.Module):
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
         ids = ids.expand(clips_of(cache), -1)  # (B, L)
-        room = positions(self.lm) - cache.get_seq_length() - ids.shape[1]
+        room = max_positions(self.lm) - cache.get_seq_length() - ids.shape[1]
         if max_new_tokens > room:
             raise UserError(
                 f"--max-new-tokens {max_new_tokens}: {self.lm.config.name_or_path} has room for {room}"
-                " behind its prompt"
+                " tokens after the prompt"
             )
         if num_beams == 1:
             rows = self._greedy(cache, ids, max_new_tokens)
@@ -236,10 +238,10 @@ class VideoCaptioner(nn.Module):
 
 
 def cache_name(lm):
-    """What a language model's forward calls its key/value cache: "cache" since transformers 5.24, and
-    "past_key_values" before; from 5.40 on a model swallows the old name without a word.
+    """The name of the key/value cache among the arguments of a language model's forward.
 
-    Raises UserError where it has none.
+    It is "cache" since transformers 5.24 and "past_key_values" before. From 5.40 on, models silently
+    ignore the old name. Raises UserError if the model has no such argument.
     """
     parameters = inspect.signature(lm.base_model.forward).parameters
     for name in ("cache", "past_key_values"):
@@ -253,8 +255,8 @@ def clips_of(cache):
     return cache.layers[0].keys.shape[0]
 
 
-def positions(lm):
-    """How many tokens a language model can read."""
+def max_positions(lm):
+    """The largest number of tokens that a language model can read."""
     return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
@@ -280,9 +282,9 @@ def chunked_cross_entropy(head, hidden, targets):
 def build(manifest, lm_name, device, dtype, captions=(), **sizes):
     """A new captioner over the features of `manifest`. Returns it and the LM's fingerprint.
 
-    captions: the texts it will be trained on; sizes: num_queries, num_blocks, num_heads, dropout of
-    `QFormer`. Raises UserError if the language model cannot be had or is not one that can be
-    prompted, if it has no room for the longest caption, or if the sizes do not divide.
+    captions: the training captions; sizes: num_queries, num_blocks, num_heads, dropout of `QFormer`.
+    Raises UserError if the language model cannot be loaded or is not supported, if the longest caption
+    does not fit, or if the sizes do not divide.
     """
     lm, tokenizer, fingerprint = load_lm(lm_name, device, dtype)
     embeddings = embedding_table(lm)  # (V, D)
@@ -302,14 +304,14 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
 
 
 def embedding_table(lm):
-    """The vectors (V, D) that the language model's embedding layer returns: some multiply their weight."""
+    """The output (V, D) of the language model's embedding layer; some layers scale their weight."""
     layer = lm.get_input_embeddings()
     with torch.inference_mode():
         return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
 
 
 def first_token(tokenizer):
-    """The beginning-of-text token that the tokenizer puts in front of a text by itself, or None."""
+    """The beginning-of-text token if the tokenizer puts it before every text, else None."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
@@ -318,7 +320,7 @@ def load_lm(name, device, dtype):
     """Return (causal LM on the device, tokenizer, fingerprint) for a folder or Hub id."""
     folder = hub.find_model(name, "--lm")
     if hub.is_quantised(folder):
-        raise UserError(f"--lm {name} is quantised: use the model that it was made from")
+        raise UserError(f"--lm {name} is quantised; use the original model")
     lm = hub.load_model(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
     tokenizer = hub.load(AutoTokenizer, folder, "--lm")
     if tokenizer.eos_token_id is None:
@@ -327,23 +329,23 @@ def load_lm(name, device, dtype):
     ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
     if not ids or word not in tokenizer.batch_decode([ids])[0].lower():
         raise UserError(
-            f"--lm {name}: its tokenizer cannot write {word!r}; are its files complete?"
+            f"--lm {name}: its tokenizer cannot encode {word!r}; are its files complete?"
         )
     return lm, tokenizer, hub.fingerprint(folder)
 
 
-# How far the logits behind a cached prefix may be from those of one pass over everything, as a share
-# of their standard deviation: rounding, which kernels for other shapes do otherwise
+# Largest difference between the logits after a cached prefix and those of one full pass, relative to
+# their standard deviation. Kernels round differently for different shapes.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 @torch.inference_mode()
 def check_lm(model, name):
-    """Raise UserError unless our two ways around the language model's own forward give its logits.
+    """Raise UserError unless our two shortcuts give the logits of the language model's own forward.
 
-    They are the head on the labelled tokens only, and K texts behind one cached prefix. Models that
-    scale or cap their logits, that have another cache or attend to later tokens would be trained on
-    something else without a word.
+    The shortcuts are applying the head to the labelled tokens only, and running K texts after one cached
+    prefix. They silently compute the wrong loss for models that scale or cap their logits, have another
+    kind of cache or attend to later tokens.
     """
     lm, device = model.lm, model.device
     rng = torch.Generator().manual_seed(0)
@@ -357,8 +359,8 @@ def check_lm(model, name):
         found = head(model.run_lm(input_ids=text).last_hidden_state).double()
         if not torch.equal(wanted, found):
             raise UserError(
-                f"--lm {name}: {type(lm).__name__} does more to its logits than to apply its head, as"
-                " captions are trained here; use another model"
+                f"--lm {name}: {type(lm).__name__} does more to its logits than apply its head,"
+                " which is not supported; use another model"
             )
         soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
         found = head(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
@@ -375,30 +377,31 @@ def check_lm(model, name):
         difference = f"{type(error).__name__}: {str(error).strip()[:200]}"
     if isinstance(difference, str) or not difference <= TOLERANCE[lm.dtype]:
         raise UserError(
-            f"--lm {name}: {type(lm).__name__} does not write the same behind a cached prefix as in one"
+            f"--lm {name}: {type(lm).__name__} gives other logits after a cached prefix than in one full"
             f" pass ({difference}); use another model"
         )
 
 
 def check_room(model, name, captions):
-    """Raise UserError unless the longest caption fits behind the prefix and the longest prompt."""
+    """Raise UserError unless the longest caption fits after the prefix and the longest prompt."""
 
     def prompt_length(style):
         return len(encode_caption(model.tokenizer, style, "")[0])
 
     style = max(STYLES, key=prompt_length)
     queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
-    room = positions(model.lm) - queries - prompt_length(style)
-    # a token is at least a byte of its text: only texts of too many bytes need be counted
+    room = max_positions(model.lm) - queries - prompt_length(style)
+    # a token is at least one byte of text, so texts with few bytes need not be tokenised
     long = [text for text in captions if len(text.encode()) + 2 > room]
     lengths = {text: len(encode_caption(model.tokenizer, style, text)[1]) for text in long}
     longest = max([MAX_NEW_TOKENS, *lengths.values()])
     if longest > room:
-        text = max(lengths, key=lengths.get, default="")
+        text = next((text for text in long if lengths[text] == longest), None)
+        what = "generation may take" if text is None else f"{text[:60]!r} takes"
         raise UserError(
-            f"--lm {name} reads {positions(model.lm)} tokens: behind {queries} soft prompts there is"
-            f" room for a caption of {room}, not of {longest} ({text[:60]!r}…); use another model,"
-            " fewer --num-queries or shorter captions"
+            f"--lm {name} reads {max_positions(model.lm)} tokens: {queries} soft prompts and the prompt"
+            f" leave {room} for a caption, but {what} {longest}; use another model, fewer --num-queries"
+            " or shorter captions"
         )
 
 

@@ -114,16 +114,16 @@ def explain(error):
             " room and start again where it stopped"
         )
     if out_of_files(error):
-        return "too many open files; allow more with `ulimit -n 4096` in this shell, or lower --workers"
+        return "too many open files; raise the limit with `ulimit -n 4096` in this shell, or lower --workers"
     if out_of_memory(error):
         return (
-            "out of memory; halve --batch-size (in train.py double --grad-accum too: as many clips a"
-            " step, with which --resume goes on), or lower --workers"
+            "out of memory; halve --batch-size (in train.py also double --grad-accum: the clips per step"
+            " stay the same, and --resume accepts it), or lower --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a process that reads features failed: {text.strip().splitlines()[-1]}. With little"
-            " memory, or a small /dev/shm, use --workers 0 (or a container's --shm-size)."
+            f"a process that reads features failed: {text.strip().splitlines()[-1]}. If memory or"
+            " /dev/shm is too small, use --workers 0 or a larger --shm-size of the container."
         )
     return None
 
@@ -144,8 +144,8 @@ def out_of_memory(error):
 
 
 def out_of_files(error):
-    """True where this process, or a worker of it, may open no more files."""
-    # a worker's error arrives as text; torch receives no descriptor when there is no room for one
+    """True if this process or one of its workers has reached the limit of open files."""
+    # a worker's error arrives as text; the second one is torch's when it cannot receive a descriptor
     words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
     return getattr(error, "errno", None) == errno.EMFILE or (
         isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words)
@@ -189,13 +189,13 @@ def add_common(parser, workers=4):
 
 
 def add_workers(group, most, least=0):
-    """Add --workers to a group of flags: `most` by default, or as many as there are CPUs for them."""
-    what = f"worker processes for clips: {most}, or one per available CPU if fewer"
-    group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=what)
+    """Add --workers to a group of flags: by default `most`, but no more than there are CPUs."""
+    text = f"worker processes: {most}, or one per available CPU if there are fewer"
+    group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=text)
 
 
 def cpus():
-    """The CPUs for this process: its part of those that its machine's processes of torchrun may use."""
+    """CPUs available to this process: under torchrun, its share of the machine's."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:  # macOS, Windows

@@ -255,7 +255,7 @@ def load_features(path, clip_id, settings):
 
 
 def clip_bytes(settings):
-    """What the features of one clip take, with the scale and offset of each channel."""
+    """Bytes of one clip's features, with the scale and offset of each channel."""
     size = {"int8": 1, "fp16": 2}[settings["store"]]
     return settings["width"] * (_num_tokens(settings) * size + 2 * 4)
 
@@ -394,7 +394,7 @@ def loader(dataset, batch_size, workers, device):
     import torch
     from torch.utils.data import DataLoader
 
-    # how many workers are too many is the user's to say
+    # the user may ask for more workers than CPUs
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
         dataset,
@@ -408,10 +408,10 @@ def loader(dataset, batch_size, workers, device):
 
 
 def shared_bytes(settings, batch_size, workers):
-    """What the loaders of this machine's processes hold in shared memory at most.
+    """Most bytes that the loaders of this machine's processes hold in shared memory.
 
-    That is two batches for each worker (torch's prefetch_factor) and the one in use; the captions of
-    a batch are a few kB, and left out.
+    Each worker holds two batches (torch's prefetch_factor), and one more is in use. The captions of a
+    batch, a few kB, are not counted.
     """
     batches = 2 * workers + 1 if workers else 0
     return ranks.local_count() * batches * batch_size * clip_bytes(settings)
@@ -419,9 +419,9 @@ def shared_bytes(settings, batch_size, workers):
 
 @contextmanager
 def shared_memory(settings, workers, **batch_sizes):
-    """While in the block, a full shared memory is a UserError that says how much is needed.
+    """Turn "no shared memory left" into a UserError that says how much the loaders need.
 
-    batch_sizes: of the loaders that read there, one after the other, by what each is for.
+    batch_sizes: {purpose of a loader: its batch size}. The loaders run one after the other.
     """
     try:
         yield
@@ -429,11 +429,10 @@ def shared_memory(settings, workers, **batch_sizes):
         if "shared memory" not in str(error):
             raise
         needs = {k: shared_bytes(settings, size, workers) / 1e6 for k, size in batch_sizes.items()}
+        listed = " and then ".join(f"{mb:,.0f} MB for {what}" for what, mb in needs.items())
         raise UserError(
-            f"/dev/shm is too small: with --workers {workers} it must hold"
-            f" {' and then '.join(f'{mb:,.0f} MB for {what}' for what, mb in needs.items())}. Use"
-            " --workers 0, or enlarge it (for a container:"
-            f" --shm-size {math.ceil(max(needs.values()))}m)",
+            f"/dev/shm is too small: with --workers {workers} it must hold {listed}. Use --workers 0, or"
+            f" enlarge it (for a container: --shm-size {math.ceil(max(needs.values()))}m)",
             code=1,
         ) from None
 

@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, or as of train.py")
+    parser.add_argument("--device", default="cpu", help="as in train.py")
     parser.add_argument(
         "--table", nargs="+", metavar="FILE", help="print the README's table of these summaries"
     )

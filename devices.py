@@ -1,7 +1,7 @@
-"""Which device the tensors are on: a CPU or an NVIDIA GPU.
+"""Choose the device, a CPU or an NVIDIA GPU, and the dtype.
 
-Every branch of the product that depends on it asks `on_gpu`, so that the tests can run them all on a
-CPU that pretends.
+Every branch that depends on the device calls `on_gpu`, which the tests patch to run the GPU branches on
+a CPU.
 """
 
 import os
@@ -13,10 +13,8 @@ import ranks
 from cli import UserError, note
 
 GPU = "cuda"  # torch's type of a GPU
-HIDDEN = (
-    "-1",
-    "NoDevFiles",
-)  # values of CUDA_VISIBLE_DEVICES that mean none; the latter is Slurm's
+# CUDA_VISIBLE_DEVICES starts with one of these if no GPU may be used; Slurm sets the second
+HIDDEN = ("-1", "NoDevFiles")
 
 
 def on_gpu(device):
@@ -30,10 +28,10 @@ def backend(device):
 
 
 def resolve(name, dtype):
-    """Return the torch.device, its index included, and the torch.dtype of --device and --dtype.
+    """Resolve --device and --dtype to a torch.device, with its index, and a torch.dtype.
 
-    Makes the GPU the current one and prints both. Raises UserError where there is no such device, or
-    where an NVIDIA GPU is there and torch cannot use it.
+    Prints both and makes a GPU the current CUDA device. Raises UserError if there is no such device, or
+    if the machine has an NVIDIA GPU that torch cannot use.
     """
     import torch
 
@@ -42,7 +40,7 @@ def resolve(name, dtype):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", GPU):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if on_gpu(device):
@@ -62,7 +60,7 @@ def resolve(name, dtype):
 
 
 def describe(device):
-    """cpu, or the GPU's name."""
+    """The GPU's name, or "cpu"."""
     import torch
 
     return torch.cuda.get_device_name(device) if on_gpu(device) else "cpu"
@@ -71,8 +69,8 @@ def describe(device):
 def usable_gpu():
     """True if torch can use a GPU.
 
-    Raises UserError where an NVIDIA GPU is there, not hidden, and torch cannot use it: to go on
-    without it would take days and fill a cache with float32 features.
+    Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Falling back to the
+    CPU would take days and fill the cache with float32 features.
     """
     import torch
 
@@ -86,17 +84,17 @@ def usable_gpu():
     if torch.version.cuda is None:
         why, remedy = "torch is built for CPUs", "install a CUDA build of torch"
     else:
-        said = str(caught[0].message).split(" (Triggered")[0] if caught else "no reason is given"
-        why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: {said}"
-        remedy = "install torch for an older CUDA (https://pytorch.org) or update the driver"
-    raise UserError(f"there is an NVIDIA GPU, but {why}; {remedy}, or pass --device cpu")
+        reason = str(caught[0].message).split(" (Triggered")[0] if caught else "no reason given"
+        why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: {reason}"
+        remedy = "install torch built for an older CUDA (https://pytorch.org) or update the driver"
+    raise UserError(f"this machine has an NVIDIA GPU, but {why}; {remedy}, or pass --device cpu")
 
 
 def has_nvidia_gpu():
     """True if the machine has an NVIDIA GPU with a driver, whether or not torch can use it."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
-    try:  # Windows, and Linux inside it
+    try:  # Windows and WSL have no /dev/nvidia*
         command = ["nvidia-smi", "--list-gpus"]
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

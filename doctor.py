@@ -53,14 +53,14 @@ LIMIT = 300  # seconds for one import: the first one from a network disk may tak
 INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
 PROJECT = "." if Path.cwd() == HERE else str(HERE)
 
-# SSv2 in a default cache, of which doctor.py computes the bytes: ViT-L's tokens in int8
+# SSv2 in the default cache, to compute its size: ViT-L's tokens in int8
 CLIPS = 168_913 + 24_777  # training and validation
 STORED = {
     pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
     for pool in (1, 2, 4)
 }
-# What the defaults need (estimates): on a GPU 13.1 GB, counted for 32 clips of 2 captions at once, and
-# CUDA's own; of memory 16 GB, less what a kernel keeps for itself
+# Bytes that the defaults need (estimates). GPU: 13.1 GB, counted for a micro-batch of 32 clips with 2
+# captions each, and CUDA's own memory. RAM: 16 GB, less what the operating system reserves.
 CARD, MEMORY = 14e9, 0.95 * 16e9
 
 Finding = namedtuple("Finding", "state what found fix", defaults=[None])
@@ -237,7 +237,7 @@ def look_at_gpu(torch):
         return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
     if found["bytes"] < CARD:
         fix = "python train.py --batch-size 8 --grad-accum 8"
-        less = "train.py's defaults need 14 GB, this needs 7 (estimates)"
+        less = "train.py's defaults need 14 GB; with the flags below it needs 7 (estimates)"
         return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
     return Finding(OK, "CUDA", f"{text}, bfloat16")
 
@@ -256,9 +256,9 @@ def ask_cuda():
 
 
 def try_step(device):
-    """Encode, train a step, caption: with tiny random models, through the scripts' own functions.
+    """Encode, train one step and caption with tiny random models, using the scripts' own functions.
 
-    Returns [seconds, peak bytes of the GPU].
+    Returns (seconds, peak bytes on the GPU).
     """
     import torch
     from tokenizers import pre_tokenizers
@@ -293,7 +293,7 @@ def try_step(device):
     shape = {"num_queries": 8, "width": 64, "video_width": 64, "grid": (4, 4, 4)}
     qformer = QFormer(**shape, num_blocks=1, num_heads=4, dropout=0.1).to(device)
     model = captioner.VideoCaptioner(qformer, lm, tokenizer)
-    captioner.check_lm(model, "of random weights")
+    captioner.check_lm(model, "(tiny, random)")
 
     pairs = [encode_caption(tokenizer, style, "moving a cup") for style in ("label", "sentence")]
     items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]

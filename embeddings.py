@@ -123,7 +123,7 @@ def read(path, kind, checkpoint=None):
             " --query and --score, with the same --checkpoint and --split"
         )
     try:
-        # opened here: numpy leaves what is no archive open
+        # opened here: numpy leaves a file open if it is not an archive
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             ids, vectors = file["ids"].tolist(), file[kind]

@@ -37,7 +37,7 @@ from dataset import (
 from dataset import batches as read_batches
 from files import in_shard, read_json, write_json
 
-BATCH = 64  # clips captioned at once, here and in the validation of train.py
+BATCH = 64  # clips captioned at once, here and in train.py's validation
 
 
 def parse_args(argv=None):

@@ -126,29 +126,26 @@ def fingerprint(folder):
 
 
 def is_quantised(folder):
-    """True for a model whose weights are packed into fewer bits."""
+    """True if the model's configuration says that its weights are quantised."""
     config = read_json(Path(folder) / "config.json", "configuration")
     return isinstance(config, dict) and bool(config.get("quantization_config"))
 
 
 def load_model(auto_class, folder, flag, **kwargs):
-    """`load` for a model. Raises UserError if its files lack a weight or have one of another shape.
+    """`load` for a model. Raises UserError if a weight is missing or has the wrong shape.
 
-    transformers leaves such weights random and only logs it: the same command then gives other
-    captions each time, under the same fingerprint.
+    transformers initialises such weights at random and only logs it. The same command would then write
+    different captions each time, with the same fingerprint.
     """
-    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load(auto_class, folder, flag, **asked, **kwargs)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(auto_class, folder, flag, **kwargs)
     missing, mismatched = (sorted(map(str, info[f"{k}_keys"])) for k in ("missing", "mismatched"))
     if missing or mismatched:
-        why = f"have no {missing[0]}" if missing else f"have another shape for {mismatched[0]}"
-        count = len(missing or mismatched)
-        found = sorted(map(str, info["unexpected_keys"]))
-        there = (
-            f" (among the keys that are not the model's: {found[0]})" if missing and found else ""
-        )
+        keys, what = (missing, "are missing") if missing else (mismatched, "have the wrong shape")
+        unexpected = sorted(map(str, info["unexpected_keys"])) if missing else []
+        there = f"; the files have unexpected weights, e.g. {unexpected[0]}" if unexpected else ""
         raise UserError(
-            f"{flag} {folder}: the weights of {type(model).__name__} {why}, {count} of that kind"
+            f"{flag} {folder}: weights of {type(model).__name__} {what} ({len(keys)}, e.g. {keys[0]})"
             f"{there}. Save the model again with save_pretrained."
         )
     return model
@@ -161,7 +158,7 @@ def load(auto_class, folder, flag, **kwargs):
 
     logging.disable_progress_bar()
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of keys is a table; `load_model` judges them
+    logging.set_verbosity_error()  # it logs a table of keys, which `load_model` checks
     try:
         # a model may bring code of its own, which is never run; nor asked about on the terminal
         return auto_class.from_pretrained(

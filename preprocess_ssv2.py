@@ -100,8 +100,8 @@ def main(argv=None):
             return verify(Path(args.features), in_part(keys, part), args.workers)
         paths, missing = find_clips(Path(args.videos), wanted)
         paths = {key: paths[key] for key in in_part(paths, part)}
-        device = devices.resolve(args.device, args.dtype)
-        return fill(args, part, paths, in_part(missing, part), *device)
+        device, dtype = devices.resolve(args.device, args.dtype)
+        return fill(args, part, paths, in_part(missing, part), device, dtype)
 
 
 def in_part(keys, part):

@@ -63,7 +63,7 @@ def run_java(arguments, lines, time_limit):
     finally:
         kill(process)
         for stream in (process.stdin, process.stdout, process.stderr):
-            with suppress(OSError):  # what was never read
+            with suppress(OSError):  # closing stdin flushes what java never read
                 stream.close()
     if process.returncode:
         last = errors.decode(errors="replace").strip().split("\n")[-1]

@@ -25,7 +25,7 @@ def count():
 
 
 def local_count():
-    """The processes of this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
 
 
@@ -36,7 +36,7 @@ def local_rank():
 
 @contextmanager
 def joined(backend="gloo"):
-    """The processes can exchange while in the block, by a backend of torch.distributed."""
+    """Let the processes communicate inside the block, through a backend of torch.distributed."""
     if count() == 1:
         yield
         return

@@ -36,7 +36,7 @@ MAY_CHANGE = {"annotations", "device", "features", "lm", "output", "overwrite", 
     "export",
 }
 
-# A step may be split into other micro-batches of as many clips in all
+# Flags that --resume lets change if their product, the clips per step, stays the same
 SPLIT = ("batch_size", "grad_accum")
 
 # What --overwrite removes: a run's own files, never what else lies in the folder.
@@ -175,7 +175,7 @@ class Log:
     def step(self, step, epoch, lr, loss, norm, tokens, ids, data_seconds):
         """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping.
 
-        data_seconds: for which the step waited for this process's data, a part of its `seconds`.
+        data_seconds: the part of the step's `seconds` in which this process waited for data.
         """
         if self.quiet:
             return
@@ -202,8 +202,8 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         self.losses.write(f"{step}\t{mean:.6f}\n")
         self.metrics.flush(), self.losses.flush()
-        told = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
-        self.report(step, "train", {k: entry[k] for k in told})
+        reported = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
+        self.report(step, "train", {k: entry[k] for k in reported})
         shown = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
         shown += f", data {100 * data_seconds / seconds:.0f} %"
         self.bar.set_postfix_str(shown, refresh=False)
@@ -336,16 +336,16 @@ def restore(state, frozen, ours, args, total, model, optimizer):
     if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     now, then = ours["args"], state["args"]
-    others = set()
+    may_differ = set()
     if clips_a_step(now) == clips_a_step(then):
-        others = set(SPLIT)
-        if any(now[key] != then[key] for key in SPLIT):
-            was, is_now = (" x ".join(str(args[key]) for key in SPLIT) for args in (then, now))
+        may_differ = set(SPLIT)
+        old, new = (" x ".join(str(args[key]) for key in SPLIT) for args in (then, now))
+        if old != new:
             note(
-                f"--resume: a step is now split {is_now}, until now {was}: the clips are the same, the"
+                f"--resume: a step is now {new} clips instead of {old}: the clips are the same, but the"
                 " dropout masks differ"
             )
-    for key in sorted((now.keys() | then.keys()) - others):
+    for key in sorted((now.keys() | then.keys()) - may_differ):
         if now.get(key) != then.get(key):
             raise UserError(
                 f"--resume: the run in {args.output} was started with"
@@ -366,7 +366,7 @@ def restore(state, frozen, ours, args, total, model, optimizer):
         raise UserError(f"--resume: the optimizer's state is not of this run: {error}") from None
     before, device = device_of(args.output), devices.describe(model.device)
     if before and before != device:
-        note(f"--resume: the run began on {before}, this is {device}: last digits may differ")
+        note(f"--resume: the run began on {before}, this is {device}: results may differ slightly")
     best, scored = state["best"], state["scored"]
     if best > -math.inf:
         try:
@@ -381,7 +381,7 @@ def restore(state, frozen, ours, args, total, model, optimizer):
 
 
 def device_of(folder):
-    """The device that args.json names, or None."""
+    """The device that a run folder's args.json names, or None."""
     try:
         return read_json(Path(folder, "args.json"), "args").get("device")
     except (UserError, AttributeError):
@@ -389,7 +389,7 @@ def device_of(folder):
 
 
 def clips_a_step(args):
-    """Of the flags of a run, or None if they do not tell."""
+    """The clips per step of a run with these flags, or None if the flags are not valid."""
     sizes = [args.get(key) for key in SPLIT]
     return math.prod(sizes) if all(type(size) is int for size in sizes) else None
 

@@ -5,7 +5,7 @@
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
 
-One GPU of 14 GB or more (estimate). Writes <output>/: last.pt and the previous one, best.pt (best
+Needs a GPU with 14 GB (estimate). Writes <output>/: last.pt and the previous one, best.pt (best
 validation CIDEr), curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
 predictions_validation.json, evaluation_validation.json, args.json.
 """
@@ -46,8 +46,8 @@ from evaluate import caption, clip_batches, score, to_device, write_predictions
 from files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
-TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first ones start workers and choose kernels
-STEP = 64  # clips a step unless both --batch-size and --grad-accum say otherwise
+TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first steps also start workers
+STEP = 64  # clips per step, unless both --batch-size and --grad-accum are given
 BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
 
 # manifest of the features; records to train on, to validate on at the end, and after each epoch;
@@ -77,13 +77,13 @@ def parse_args(argv=None):
     group.add_argument(
         "--batch-size",
         type=cli.whole(1),
-        help=f"clips a micro-batch (default: {STEP} by --grad-accum)",
+        help=f"clips per micro-batch (default: {STEP} / --grad-accum)",
     )
     group.add_argument(
         "--grad-accum",
         type=cli.whole(1),
-        help=f"micro-batches a step, of all processes (default: {STEP} by --batch-size; with neither"
-        " flag 2, or as many as there are processes)",
+        help=f"micro-batches per step, over all processes (default: {STEP} / --batch-size; with neither"
+        " flag, the number of processes, but at least 2)",
     )
     group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
     group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
@@ -100,40 +100,40 @@ def parse_args(argv=None):
     group.add_argument("--save-every", type=cli.whole(1), default=500, help="steps between saves")
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
-    group.add_argument("--dry-run", action="store_true", help="print the plan, time some steps")
+    group.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps")
     group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
         "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
     )
     cli.add_common(parser)
     args = parser.parse_args(argv)
-    sizes = split_step(args.batch_size, args.grad_accum, ranks.count())
-    args.batch_size, args.grad_accum = sizes
+    args.batch_size, args.grad_accum = split_step(args.batch_size, args.grad_accum, ranks.count())
     return args
 
 
 def split_step(batch_size, grad_accum, processes):
-    """(clips a micro-batch, micro-batches a step): what is None of it made to give a step of 64 clips.
+    """Fill in what is None of (clips per micro-batch, micro-batches per step) for a step of 64 clips.
 
-    With neither given, each process gets as many micro-batches as the others, and there are at least
-    two: 32 clips at once need 14 GB of a GPU, 64 need 23. Raises UserError if 64 cannot be divided so.
+    If both are None, each process gets one micro-batch, and a single one gets two: 32 clips at once need
+    14 GB on a GPU, 64 need 23. Raises UserError if the numbers do not divide 64.
     """
     if batch_size and grad_accum:
         return batch_size, grad_accum
-    if given := batch_size or grad_accum:
-        if STEP % given:
-            flags = (
-                ("--batch-size", "--grad-accum") if batch_size else ("--grad-accum", "--batch-size")
-            )
+    if batch_size:
+        if STEP % batch_size:
             raise UserError(
-                f"{flags[0]} {given} does not divide {STEP}, the clips a step: give {flags[1]} too"
+                f"--batch-size {batch_size} does not divide {STEP} clips per step: give --grad-accum too"
             )
-        return (given, STEP // given) if batch_size else (STEP // given, given)
-    for count in range(2, STEP + 1):
-        if count % processes == 0 and STEP % count == 0:
-            return STEP // count, count
+        return batch_size, STEP // batch_size
+    count = grad_accum or max(2, processes)
+    if STEP % count == 0:
+        return STEP // count, count
+    if grad_accum:
+        raise UserError(
+            f"--grad-accum {grad_accum} does not divide {STEP} clips per step: give --batch-size too"
+        )
     raise UserError(
-        f"{processes} processes cannot have equal shares of {STEP} clips a step: give --batch-size and"
+        f"{STEP} clips per step cannot be shared equally by {processes} processes: give --batch-size and"
         " --grad-accum"
     )
 
@@ -153,8 +153,8 @@ def main(argv=None):
     folder = runfolder.claim(args)
     data = read_data(args)
     device, dtype = devices.resolve(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix("torch.")  # a run is of one dtype, whatever auto means
-    model, frozen, optimizer = build(args, data, device, dtype)  # before it claims the folder
+    args.dtype = str(dtype).removeprefix("torch.")  # resolved, for --resume to compare
+    model, frozen, optimizer = build(args, data, device, dtype)  # before the folder is claimed
     sizes = {"training": args.batch_size, "validation": VALIDATION_BATCH}
     memory = shared_memory(data.manifest["settings"], args.workers, **sizes)
     with ranks.joined(devices.backend(device)), runfolder.held(folder, args), memory:
@@ -328,7 +328,7 @@ def epoch_order(records, seed, epoch):
 
 
 def make_optimizer(qformer, lr, weight_decay):
-    """AdamW; on a GPU in one kernel for all parameters."""
+    """AdamW, fused into one kernel on a GPU."""
     import torch
 
     groups = parameter_groups(qformer, weight_decay)
@@ -358,9 +358,9 @@ def windows(args, data, tokenizer, device, step):
     Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
     last window of an epoch is as short as the clips that are left.
 
-    The micro-batches of a step are an iterator, to be used up before the next step is asked for. Each
-    is read when its turn comes: a batch from a worker holds a file descriptor for each of its
-    tensors, and 256 of them are more than a process may have.
+    The micro-batches of a step are an iterator, which must be exhausted before the next step. They are
+    read one at a time: a batch from a worker holds one file descriptor per tensor, and 256 batches
+    exceed the limit of a process.
     """
     start, done = divmod(step, math.ceil(len(data.train) / (args.batch_size * args.grad_accum)))
     for epoch in range(start, args.epochs):
@@ -378,9 +378,9 @@ def windows(args, data, tokenizer, device, step):
 
 
 class Timed:
-    """An iterator that counts the `seconds` for which its user waited for the next item.
+    """An iterator that adds up the `seconds` its user waits for items.
 
-    A GPU may have been at work meanwhile: what was lost by the waiting is at most this.
+    A GPU may compute meanwhile, so this is an upper bound on the time lost.
     """
 
     def __init__(self, items):
@@ -467,7 +467,7 @@ def evaluate(args, data, model, records, with_meteor=False):
 
 
 def validation_batches(args, model, records):
-    """A loader over this process's share of validation clips, in the batches of evaluate.py."""
+    """This process's share of the validation clips, in batches of the same size as in evaluate.py."""
     return clip_batches(model, args, VALIDATION, records, "label", VALIDATION_BATCH)
 
 
@@ -515,7 +515,7 @@ def print_plan(args, data, model, total):
 
 
 def time_steps(args, data, model, total):
-    """--dry-run: time some steps and a batch of validation without changing anything."""
+    """--dry-run: time a few steps and a validation batch without changing anything."""
     from tqdm import tqdm
 
     computing, waiting = [], []
@@ -530,7 +530,7 @@ def time_steps(args, data, model, total):
             waiting.append(window.seconds)
     if count > WARM_UP_STEPS:
         computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
-    # the batches of several workers arrive in bunches: a median would pass over the few steps that wait
+    # several workers deliver batches in bursts: a median would miss the few steps that wait
     wait = fmean(waiting)
     step = median(computing) + wait
     print(

@@ -22,11 +22,10 @@ SHORTEST = 3  # letters of a piece of a word that counts as found
 
 def nearest_tokens(lm, soft, count):
     """Input embeddings most like each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
-    table = lm.get_input_embeddings()  # called, for some multiply their weight
+    table = lm.get_input_embeddings()  # called below: some layers scale their weight
     soft, best = F.normalize(soft.float(), dim=-1), []
-    for ids in torch.arange(table.num_embeddings, device=table.weight.device).split(
-        VOCABULARY_BLOCK
-    ):
+    vocabulary = torch.arange(table.num_embeddings, device=table.weight.device)
+    for ids in vocabulary.split(VOCABULARY_BLOCK):
         rows = F.normalize(table(ids).float(), dim=-1)  # (block, D)
         cosines, nearest = (soft @ rows.T).topk(min(count, len(rows)), -1)
         best.append((ids[nearest], cosines))

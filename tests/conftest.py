@@ -15,14 +15,14 @@ import pytest
 import torch
 from filelock import FileLock  # torch brings it
 
-# Files that take longest, in CPU-seconds. They start first, so that at the end no worker of pytest-xdist
-# sits idle beside a long one; the very first needs no `world`, which the other workers build meanwhile.
+# The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
+# left idle at the end. The first one does not need `world`, which another worker builds meanwhile.
 LONGEST = (
     *("test_demo.py", "test_reliability.py", "test_app.py", "test_embed.py", "test_evaluate.py"),
     *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
     *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_render.py"),
 )
-torch.set_num_threads(1)  # as toy_ssv2.py does in the worker that builds `world`: sums depend on it
+torch.set_num_threads(1)  # toy_ssv2.py sets it in the worker that builds `world`; sums depend on it
 
 WIDTH, VOCABULARY = 32, 130
 TOY = ["--clips", "100", "--lm-steps", "30"]  # flags of toy_ssv2.py for `world`
@@ -42,7 +42,7 @@ class CharTokenizer:
 
 
 class AsWarning(logging.Handler):
-    """What transformers logs as a warning becomes one, and so an error, see pyproject.toml."""
+    """Turns transformers' log warnings into Python warnings, which are errors (see pyproject.toml)."""
 
     def emit(self, record):
         warnings.warn(record.getMessage(), stacklevel=2)
@@ -52,7 +52,7 @@ logging.getLogger("transformers").addHandler(AsWarning(logging.WARNING))
 
 
 def pytest_configure(config):
-    config.option.loadscopereorder = False  # pytest-xdist would start those with most tests first
+    config.option.loadscopereorder = False  # else pytest-xdist starts files with most tests first
 
 
 def pytest_collection_modifyitems(items):
@@ -67,7 +67,7 @@ def one_seed():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The CPU pretends to be a GPU, see `PretendedGPU`."""
+    """A CPU that behaves like a GPU, see `PretendedGPU`."""
     from gpu import PretendedGPU
 
     with monkeypatch.context() as patch, PretendedGPU(patch) as gpu:
@@ -154,9 +154,9 @@ def make_batch(make_clips, tokenizer):
 
 
 def built_once(tmp_path_factory, name, build):
-    """The folder that `build(folder)` makes: once for all workers of pytest-xdist, which wait for it."""
+    """The folder that `build(folder)` makes. One worker of pytest-xdist builds it, the others wait."""
     root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each has its own folder in the one that they share
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder is inside a shared one
         root = root.parent
     folder = root / name
     with FileLock(f"{folder}.lock"):
@@ -180,7 +180,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(world, tmp_path_factory):
-    """Annotations and features of the world; each worker its own copy, for scripts lock the cache."""
+    """Annotations and features of the world. Each worker has a copy, since scripts lock the cache."""
     import prepare_annotations
 
     def build(folder):

@@ -1,10 +1,13 @@
-"""A model of a GPU on the CPU, for the product's GPU branches: it refuses what a GPU refuses, and keeps
-nothing ready that a GPU would not have ready.
+"""A model of a GPU on the CPU, to test the GPU branches. It raises where a GPU raises, and results are
+not available before they would be on a GPU.
 
-What it models: `torch.cuda.set_device` and `Event`; copies that do not block, which leave garbage on the
-host until an event recorded after them was waited for, and which need pinned memory on the way up; the
-DataLoader's pinning; operations on tensors of both memories, which fail. Not modelled: kernels that run
-late, and which GPU of several.
+It models:
+- the argument checks of `torch.cuda.set_device` and `Event`
+- non-blocking copies to the host, which are garbage until an event recorded after them is synchronised
+- non-blocking copies to the GPU, which need pinned memory, and the DataLoader's pinning
+- operations that mix tensors in host and GPU memory, which fail
+
+It does not model kernels that run late, nor several GPUs.
 """
 
 import torch
@@ -19,10 +22,11 @@ HOST, PINNED, GPU = "host", "pinned", "gpu"
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Patches torch so that the CPU is the GPU of this process; `most_in_flight`: batches, see `Event`.
+    """Patches torch so that this process uses its CPU as a GPU.
 
-    The host is the device "cpu" as a string, or none at all; the GPU is any torch.device. As a mode it
-    sees every operation and knows where the tensors are that a copy or a factory has put there.
+    The device "cpu" as a string, or no device, is the host. Any torch.device is the GPU. As a
+    TorchFunctionMode it sees every operation and records which memory each tensor is in.
+    most_in_flight: the largest number of recorded events that were not yet synchronised.
     """
 
     def __init__(self, patch, count=1):
@@ -47,7 +51,7 @@ class PretendedGPU(TorchFunctionMode):
         patch.setattr(devices, "GPU", "cpu")
         patch.setattr(torch.nn.Module, "to", to)
         patch.setattr(torch.nn.Parameter, "__new__", parameter)
-        # a mode is its thread's own, and the DataLoader pins in another
+        # a mode is active in one thread only, and the DataLoader pins in another
         patch.setattr(torch.Tensor, "pin_memory", lambda x, device=None: gpu.put(x.clone(), PINNED))
         accelerator = {
             "is_available": lambda: True,
@@ -69,7 +73,7 @@ class PretendedGPU(TorchFunctionMode):
                 patch.setattr(module, name, function)
 
     def index(self, device, optional=False):
-        """As torch's `_get_device_index`, which CUDA's functions call first."""
+        """Like torch's `_get_device_index`, which the torch.cuda functions call first."""
         device = torch.device(device) if isinstance(device, str) else device
         if isinstance(device, torch.device):
             if device.type != devices.GPU:
@@ -99,7 +103,7 @@ class PretendedGPU(TorchFunctionMode):
             place = GPU if kwargs["device"].type == devices.GPU else None
         else:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            # a number is read wherever it is
+            # tensors without dimensions in host memory may be mixed with tensors on the GPU
             places = {self.place(x) for x in tensors if x.dim() or self.place(x) == GPU} - {None}
             mixed = GPU in places and len(places) > 1
             if mixed and name not in ("__getitem__", "__setitem__", "copy_", "__set__"):
@@ -144,7 +148,7 @@ class PretendedGPU(TorchFunctionMode):
 
 
 class Event:
-    """torch.cuda.Event: `synchronize` waits for what was queued when it was recorded, and only that."""
+    """torch.cuda.Event: `synchronize` completes only the copies queued before `record`."""
 
     def __init__(
         self, gpu, enable_timing=False, blocking=False, interprocess=False, external=False
@@ -160,7 +164,7 @@ class Event:
 
     def synchronize(self):
         if self.copies is None:
-            return  # as CUDA: an event that was never recorded waits for nothing
+            return  # as in CUDA, an event that was never recorded waits for nothing
         self.gpu.finish(self.copies)
         self.gpu.waiting.remove(self)
 

@@ -70,7 +70,7 @@ def test_groups_check_and_measure(place, group, names):
 
 @pytest.fixture
 def bench_gpu(gpu, monkeypatch):
-    """A pretended GPU whose memory is counted as a CPU's."""
+    """A pretended GPU whose memory is measured as on a CPU."""
     monkeypatch.setattr(measure, "devices", SimpleNamespace(on_gpu=lambda device: False))
     gpu.set_device(0)
 

@@ -283,7 +283,8 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
 
 
 def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
-    """Zeros stand for the gradient of a process without a micro-batch, and hid a cut graph in others."""
+    """A process without a micro-batch has zero gradients. Zeros also replaced missing gradients in other
+    processes, which hid a broken graph."""
     import train
 
     batch = double(make_batch(CAPTIONS))

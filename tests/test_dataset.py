@@ -36,10 +36,10 @@ def test_features_round_trip(tmp_path):
     assert (item["scale"] == 1).all() and (item["offset"] == 0).all()
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no such advice")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise on this system")
 def test_a_feature_file_is_read_ahead_of_its_mmap(tmp_path, monkeypatch):
-    """A file that was not in memory came in small pieces, behind the mmap: 1.5 times the seconds.
-    A file system that takes no advice, and a system that has none to give, change nothing."""
+    """Through an mmap, a file that was not in memory was read in small pieces, which took 1.5 times as
+    long. Reading still works if the file system rejects the advice or the system has no posix_fadvise."""
     path, calls, load = write(tmp_path / "7.pt"), [], torch.load
 
     def advise(fd, offset, length, advice):

@@ -28,7 +28,7 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
     minus shuffled CIDEr is over 1. A model that cannot be steered reads well and scores 0."""
     world = ["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")]
     world += ["--clips", "300", "--lm-steps", "200"]
-    more_steps = " --batch-size 16 --warmup-steps 30"  # of the few clips
+    more_steps = " --batch-size 16 --warmup-steps 30"  # to make up for the few clips
     monkeypatch.setattr(demo, "TRAINING", demo.TRAINING + more_steps)
     demo.main([*world, "--epochs", "6"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -1,6 +1,7 @@
-"""--device and --dtype, with torch's own CUDA functions as far as a machine without a GPU has them."""
+"""--device and --dtype, using torch's own CUDA functions where they work without a GPU."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cli import UserError
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Two GPUs as far as torch can tell; the list of indices that became the current one."""
+    """Makes torch see two GPUs. Returns the list of indices passed to set_device."""
     chosen = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -33,8 +34,8 @@ def under_torchrun(monkeypatch, rank, count):
     ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
 )
 def test_a_gpu_has_its_index(cuda, capsys, name, index):
-    """torch.cuda.set_device(torch.device("cuda")) raises ValueError: with --device auto or cuda every
-    script died there, and no test on a CPU had entered the line."""
+    """torch.cuda.set_device(torch.device("cuda")) raises ValueError. Every script died there with --device
+    auto or cuda, and no CPU test ran that line."""
     device, dtype = devices.resolve(name, "auto")
     assert (device, dtype) == (torch.device("cuda", index), torch.bfloat16)
     assert cuda == [index] and f"cuda:{index} (a GPU), bfloat16" in capsys.readouterr().err
@@ -57,13 +58,13 @@ def test_no_such_device(cuda, name):
 
 
 def test_only_one_place_knows_what_a_gpu_is():
-    """A branch that asks torch itself would never run in the tests, see gpu.py."""
+    """Tests cannot enter a GPU branch that does not call `on_gpu`, see gpu.py."""
     asks = re.compile(r"""["']cuda["']|\.is_cuda|\.type\s*[!=]=""")
     found = {
         f"{path.name}: {line.strip()}"
         for path in Path(devices.__file__).parent.glob("*.py")
         for line in path.read_text().splitlines()
-        if asks.search(line) and path.name != "doctor.py"  # which asks in a process of its own
+        if asks.search(line) and path.name != "doctor.py"  # it asks torch in a child process
     }
     assert found == {
         'devices.py: GPU = "cuda"  # torch\'s type of a GPU',
@@ -79,8 +80,6 @@ def unusable(monkeypatch):
     """An NVIDIA GPU whose driver is too old for torch."""
 
     def is_available():
-        import warnings
-
         warnings.warn(
             "The NVIDIA driver on your system is too old (Triggered internally)", stacklevel=2
         )
@@ -94,8 +93,8 @@ def unusable(monkeypatch):
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_that_torch_cannot_use_is_an_error(unusable, monkeypatch, name):
-    """With a driver too old for the wheel, auto fell back to the CPU without a word, and filled a
-    float32 cache at minutes a clip."""
+    """With a driver too old for the wheel, auto silently fell back to the CPU and filled a float32 cache
+    at minutes per clip."""
     with pytest.raises(UserError, match=r"13\.0.* too old; .*older CUDA.* pass --device cpu"):
         devices.resolve(name, "auto")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -117,7 +116,7 @@ def test_a_gpu_that_is_not_wanted_is_no_error(unusable, monkeypatch):
 
 
 def test_nvidia_smi_alone_is_no_gpu(monkeypatch, tmp_path):
-    """Driver packages are installed on machines without a card, too."""
+    """Machines without a card may have driver packages installed."""
     smi = tmp_path / "nvidia-smi"
     monkeypatch.setattr(devices, "Path", lambda path: tmp_path)  # no /dev/nvidia0
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

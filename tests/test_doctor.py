@@ -221,7 +221,7 @@ def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp
 
 
 def test_a_step_on_the_gpu(gpu, monkeypatch):
-    """The findings said "ok" on machines on which every script died on its first line of CUDA."""
+    """doctor.py reported "ok" on machines where every script died on its first CUDA line."""
     seconds, peak = doctor.try_step("auto")
     assert 0 < seconds < 60 and peak == 7
     asked = {"name": "a card", "count": 1, "bytes": 24e9, "bf16": True, "built_for": "13.0"}

@@ -1,4 +1,4 @@
-"""The whole chain on a pretended GPU, see gpu.py: the branches that no CPU enters."""
+"""The whole chain on a pretended GPU, see gpu.py: the branches that a CPU does not run."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from encoder import VideoEncoder
 
 
 def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
-    """Every script died on its first line of CUDA, and no test had been there."""
+    """Every script died on its first CUDA line, which no test ran."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
     features = tmp_path / "features"
     (tmp_path / "annotations").symlink_to(prepared / "annotations")
@@ -40,7 +40,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     args = json.loads((run / "args.json").read_text())
     assert (args["device"], args["args"]["dtype"]) == ("pretended GPU 0", "bfloat16")
 
-    # captions of the cache and of the files, and of the page
+    # captions from the cache, from files and in the web demo
     common = ["--checkpoint", str(run), "--limit", "4", "--workers", "0"]
     cached = ["--features", str(features), "--annotations", str(tmp_path / "annotations")]
     assert not evaluate.main([*common, *cached, "--num-beams", "2", "--output", str(tmp_path)])
@@ -62,7 +62,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
 
 
 def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monkeypatch):
-    """Batched, with copies back that are read only when they are there."""
+    """A GPU encodes in batches, and its copies to the host are read only when complete."""
     (tmp_path / "annotations").symlink_to(prepared / "annotations")
     flags = ["--batch-size", 3, "--limit", 7, "--splits", "train", "--dtype", "float32"]
     sizes, encode = [], VideoEncoder.encode
@@ -113,7 +113,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
     with pytest.raises(RuntimeError, match="enable_timing"):
         early.elapsed_time(late)
     there = torch.zeros(3, device=torch.device("cpu", 0))
-    assert (there + torch.tensor(1.0)).sum() == 3  # a number may be anywhere
+    assert (there + torch.tensor(1.0)).sum() == 3  # a tensor without dimensions may be on the host
     for far in (torch.arange(3), torch.nn.Linear(3, 3).bias, there.cpu()):
         with pytest.raises(RuntimeError, match="same device"):
             there + far

@@ -30,8 +30,9 @@ def test_all_scripts_are_known():
 
 @pytest.fixture(scope="module")
 def helps():
-    """Of each script what --help printed, how it ended, and which heavy packages came with it. One
-    process for all; of two scripts that import the same package the first is blamed."""
+    """{script: [what --help printed, how it ended, the heavy packages it imported]}.
+
+    All scripts run in one process. If two import the same package, only the first is reported."""
     code = f"""if True:
         import contextlib, importlib, io, json, sys
         found = {{}}
@@ -151,8 +152,8 @@ def test_readme_table_is_the_measured_one():
 
 
 def test_what_works_prints_no_warning(world, prepared, tmp_path):
-    """Three lines about deprecated arguments in every command, 21 in `make demo`: nobody reads the
-    one that matters. Default workers, for torch warns of more than there are processors."""
+    """Every command printed three lines about deprecated arguments, and `make demo` 21. The number of
+    workers is the default, since torch warns if it exceeds the number of CPUs."""
     run = tmp_path / "run"
     flags = ["--epochs", 1, "--limit", 8, "--no-meteor"]
     flags = train_flags(world, prepared, run, *flags)
@@ -169,7 +170,7 @@ def test_what_works_prints_no_warning(world, prepared, tmp_path):
 
 
 def test_constraints_fit_every_machine():
-    """`torch==2.13.0+cpu`, as pip freeze has it, installs on no machine with a GPU."""
+    """`torch==2.13.0+cpu`, as pip freeze writes it, would install a CPU build on GPU machines."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     ranges = dict(map(doctor.name_and_range, project["dependencies"]))
     lines = (HERE / "constraints.txt").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Which language models can be prompted, and which are refused before a run begins."""
+"""Which language models work with soft prompts, and which are refused before a run begins."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def make(config, flags, tokenizer, bos=None):
 
 
 def read_as_one(model, soft, ids):
-    """Logits of one pass of the language model over [bos] + soft prompts + ids, by its own forward."""
+    """Logits of the language model's own forward over [bos] + soft prompts + ids, in one pass."""
     embed = model.lm.get_input_embeddings()
     bos = [] if model.bos is None else [embed(torch.tensor([[model.bos]]))]
     rows = torch.cat([*bos, soft, embed(torch.tensor([ids]))], 1)
@@ -73,7 +73,7 @@ def read_as_one(model, soft, ids):
 
 
 def check_against_plain_passes(model, make_batch, make_clips):
-    """Loss, gradient and greedy captions behind a shared prefix are those of separate full passes."""
+    """Loss, gradient and greedy captions after a shared prefix equal those of separate full passes."""
     clips = make_clips(len(CAPTIONS))
     total, grads = loss_and_gradient(model, make_batch(CAPTIONS, clips))
     model.zero_grad()
@@ -116,8 +116,8 @@ def test_these_are_prompted_exactly(name, tokenizer, make_batch, make_clips):
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_these_are_refused(name, tokenizer):
-    """They were trained on something else than their own logits, without a word, or ended in a
-    traceback and left a run folder behind."""
+    """Training silently used logits that were not the model's, or ended in a traceback and left a run
+    folder."""
     config, flags, why = REFUSED[name]
     with pytest.raises(UserError, match=f"--lm tiny.*{why}|has no key/value cache"):
         check_lm(make(config, flags, tokenizer), "tiny")
@@ -137,8 +137,8 @@ def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
 
 
 def test_a_swallowed_cache_is_an_error(tokenizer, make_batch, monkeypatch):
-    """transformers renamed the argument; from 5.40 on a model takes the old name among **kwargs and
-    forgets it: every clip got the same caption, and training ended in autograd."""
+    """transformers renamed the argument. From 5.40 on, models accept the old name in **kwargs and ignore
+    it: every clip gets the same caption, and training ends in an autograd error."""
     model = make(*GOOD["Qwen2"], tokenizer)
     model.cache_name = "forgotten"
     with pytest.raises(UserError, match="does not fill the key/value cache"):
@@ -173,8 +173,8 @@ class WithBos(CharTokenizer):
 
 
 def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokenizer):
-    """Llama's tokenizers put one before each text; without it the first soft prompt stands in the
-    place where such a model expects it."""
+    """Llama's tokenizers put a bos before each text. Without it, the first soft prompt would be where
+    such a model expects the bos."""
     assert module.first_token(tokenizer) is None
     assert module.first_token(WithBos()) == 2
     model = make(*GOOD["Llama"], tokenizer, bos=2)
@@ -190,20 +190,21 @@ def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokeniz
 
 
 def test_norms_are_of_what_the_embedding_layer_returns(tokenizer):
-    """Gemma 3's multiplies its weight by sqrt(D): soft prompts began at a sixth of the norm."""
+    """Gemma 3's layer multiplies its weight by sqrt(D). Soft prompts began at a sixth of that norm."""
     lm = make(*GOOD["Gemma 3"], tokenizer).lm
     weight = lm.get_input_embeddings().weight
     torch.testing.assert_close(module.embedding_table(lm).detach(), weight.detach() * 32**0.5)
 
 
 def test_captions_fit_the_positions(tokenizer):
-    """GPT-2 has 1,024 learned positions: a longer caption ended the run at its step, in a traceback."""
+    """GPT-2 has 1,024 learned positions. A longer caption ended the run in a traceback when its step
+    came."""
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 100}, tokenizer)
     room = 100 - 6 - len(STYLES["sentence"])  # one token a character
     check_room(model, "tiny", ["a" * (room - 2)])  # a space before it, eos behind
-    with pytest.raises(UserError, match=f"a caption of {room}, not of {room + 1}"):
+    with pytest.raises(UserError, match=f"leave {room} for a caption, but 'a+' takes {room + 1}"):
         check_room(model, "tiny", ["short", "a" * (room - 1)])
-    with pytest.raises(UserError, match="not of 50"):
+    with pytest.raises(UserError, match="generation may take 50"):
         check_room(make(hf.GPT2Config, GPT2 | {"n_positions": 50}, tokenizer), "tiny", [])
 
 
@@ -262,7 +263,7 @@ def forget_tokenizer(folder):
 
 FOLDERS = {
     "Gemma2": (hf.Gemma2Config, lambda f: None, "more to its logits"),
-    "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* a caption of"),
+    "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* for a caption"),
     "quantised": (hf.Qwen2Config, quantise, "is quantised"),
     "damaged": (
         hf.Qwen2Config,
@@ -273,17 +274,21 @@ FOLDERS = {
     "a renamed layer": (
         hf.Qwen2Config,
         lambda f: spoil_weights(f, rename_a_layer),
-        r"have no .*layers\.1\.mlp.*, 3 of that kind .*layers\.1\.ffn",
+        r"are missing \(3, .*layers\.1\.mlp.*unexpected.*layers\.1\.ffn",
     ),
-    "torch.compile": (hf.Qwen2Config, lambda f: spoil_weights(f, compiled), r"have no .*_orig_mod"),
-    "another shape": (hf.Qwen2Config, lambda f: spoil_weights(f, cut), "have another shape for"),
+    "torch.compile": (
+        hf.Qwen2Config,
+        lambda f: spoil_weights(f, compiled),
+        r"are missing .*_orig_mod",
+    ),
+    "another shape": (hf.Qwen2Config, lambda f: spoil_weights(f, cut), "have the wrong shape"),
 }
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
-    """One sentence, before the run folder is there. Weights under other keys once stayed random, a log
-    line apart: the same infer command gave three captions three times."""
+    """Each gets one sentence, before the run folder is made. Weights with other keys stayed random, with
+    only a log line: the same infer command gave three different captions in three runs."""
     config, spoil, why = FOLDERS[name]
     flags = GPT2 | {"n_positions": 40} if config is hf.GPT2Config else LLAMA | {"head_dim": 8}
     folder = save(tmp_path / "lm", world, config, **flags)
@@ -298,7 +303,7 @@ def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
     spoil_weights(
         folder, lambda w: {k.replace("layer.0.norm1", "layer.0.norm_1"): v for k, v in w.items()}
     )
-    with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model have no .*layer\.0\.norm1"):
+    with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model are missing .*layer\.0\.norm1"):
         device = devices.resolve("cpu", "auto")
         VideoEncoder.from_pretrained(str(folder), *device, 16, "bin_centres", "squash", 1, "int8")
 

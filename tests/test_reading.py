@@ -1,4 +1,4 @@
-"""How training reads its features: as they are used, within what the machine has, and timed."""
+"""How training reads its features: one micro-batch at a time, within the machine's limits, timed."""
 
 import errno
 import json
@@ -34,8 +34,8 @@ def training(world, prepared, *flags):
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
 def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer):
-    """Out of memory, one was told to halve --batch-size and to double --grad-accum; 256 micro-batches
-    then ended in a traceback, for all of a step were read before the first was used."""
+    """All micro-batches of a step were read before the first was used. The out-of-memory message says to
+    halve --batch-size and double --grad-accum, and 256 micro-batches then ended in a traceback."""
     flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
     args, data = training(world, prepared, *flags)
     before = len(os.listdir("/dev/fd"))
@@ -60,7 +60,7 @@ def test_too_many_open_files_are_one_sentence(error):
 
 @pytest.mark.parametrize("where", ["builtins.open", "torch.load"])
 def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatch, where):
-    """The features were called unreadable: "Delete the file and run preprocess_ssv2.py again"."""
+    """The message was that the features are unreadable and the file should be deleted."""
 
     def too_many(path, *args, **kwargs):
         kind = OSError if where == "builtins.open" else RuntimeError
@@ -85,7 +85,7 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
     ],
 )
 def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
-    """The default was 8 x 8 clips: four times the launches of 32 x 2, on a card with room for it."""
+    """The default was 8 x 8 clips: four times the kernel launches of 32 x 2, which also fits the card."""
     monkeypatch.setattr("ranks.count", lambda: processes)
     names = ("--batch-size", "--grad-accum")
     flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
@@ -98,10 +98,10 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
     [
         (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
         (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
-        ([], 3, "3 processes cannot have equal shares .* give --batch-size and --grad-accum"),
+        ([], 3, "shared equally by 3 processes: give --batch-size and --grad-accum"),
     ],
 )
-def test_a_step_that_cannot_be_split_is_said(monkeypatch, flags, processes, complaint):
+def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, complaint):
     monkeypatch.setattr("ranks.count", lambda: processes)
     with pytest.raises(UserError, match=complaint):
         train.parse_args(flags)
@@ -110,7 +110,7 @@ def test_a_step_that_cannot_be_split_is_said(monkeypatch, flags, processes, comp
 def test_any_number_of_processes_takes_the_same_clips_a_step(
     world, prepared, tokenizer, monkeypatch
 ):
-    """Without a flag: one, two, four and eight, each with as many micro-batches as the others."""
+    """One, two, four and eight processes without flags; each gets the same number of micro-batches."""
     where = train_flags(world, prepared, "unused", "--epochs", 1)
     where = [x for x in where if x not in ("--batch-size", "8", "--grad-accum", "3")]
     runs = {}
@@ -131,16 +131,16 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
     assert runs[1] == runs[2] == runs[4] == runs[8] and [*map(len, runs[1])] == [64, 36]
 
 
-def test_a_run_goes_on_with_another_split_of_its_step(
+def test_a_run_resumes_with_another_split_of_its_step(
     world, prepared, trained, tmp_path, quick_meteor, capsys
 ):
-    """Out of memory, one was told to halve --batch-size, and could not go on so. (That another number
-    of clips a step is refused, test_train.py tests.)"""
+    """The out-of-memory message says to halve --batch-size, but --resume refused the changed flags.
+    test_train.py tests that another number of clips per step is refused."""
     run = shutil.copytree(trained, tmp_path / "run")
     os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
     flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
     assert not train.main(flags)
-    note = "a step is now split 4 x 6, until now 8 x 3: the clips are the same, the dropout masks"
+    note = "a step is now 4 x 6 clips instead of 8 x 3: the clips are the same, but the dropout"
     assert note in capsys.readouterr().err
     last = files.read_torch(run / "last.pt")
     assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_split_of_its_step(
 
 @pytest.mark.parametrize(("gigabytes", "state"), [(15.8, "ok"), (12.9, "note")])
 def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
-    """It warned of every card below 24 GB, where the defaults need 14."""
+    """doctor.py warned about every card below 24 GB, although the defaults need 14."""
     card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
     monkeypatch.setattr(
         doctor, "in_child", lambda ask, *_: (card if ask is doctor.ask_cuda else [1, 1e6], None)
@@ -164,8 +164,9 @@ FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left
 def test_a_full_shared_memory_says_how_much_is_needed(
     world, prepared, trained, tmp_path, monkeypatch
 ):
-    """One was told to lower --workers, not how far, and nothing of the validation hours later, whose
-    batches are larger. 128 tokens of 192 int8 and 8 bytes a channel: a clip has 26,112 bytes."""
+    """The message did not say how far to lower --workers, nor that validation, hours later, needs more.
+
+    A clip has 26,112 bytes: 128 tokens of 192 int8, and 8 bytes per channel."""
 
     def full(*args):
         raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{FULL}")
@@ -193,7 +194,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
         1 / 0  # noqa: B018
 
 
-def test_every_process_of_a_machine_has_its_loaders_there(monkeypatch):
+def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
     settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
@@ -215,7 +216,7 @@ def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monk
     ("cpus", "processes", "default"), [(64, 1, 4), (2, 1, 2), (16, 8, 2), (64, 8, 4), (2, 4, 1)]
 )
 def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes, default):
-    """Four workers a process, on two cores or beside seven other processes, and torch warned of it."""
+    """The default was four workers per process, even on two cores or with eight processes. torch warned."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
     if processes > 1:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
@@ -226,18 +227,18 @@ def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes
     assert infer.parse_args([]).workers == toy_ssv2.parse_args(["x"]).workers == min(2, default)
 
 
-def test_more_workers_than_cpus_are_the_users_to_ask_for(recwarn):
-    """torch warned where a loader is made, and again where its reading begins."""
+def test_more_workers_than_cpus_give_no_warning(recwarn):
+    """torch warned when the loader was made, and again when it started to read."""
     dataset.loader([], 8, 500, CPU).check_worker_number_rationality()
     assert not recwarn.list
 
 
 def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsys):
-    """It took the fastest of three steps, whose clips had all been read ahead: a disk that is too slow,
-    and a validation that does not fit, were met only in the run.
+    """--dry-run took the fastest of three steps, whose clips had all been read ahead. It missed a disk that
+    is too slow and a validation batch that does not fit in memory.
 
-    On a clock of this test's own: to read a clip takes 1.5 s, and longer in the first two steps; to
-    compute a step of two clips 1 s, but for one that is disturbed; to caption a batch 7 s."""
+    On this test's clock, reading a clip takes 1.5 s, and longer in the first two steps. Computing a step
+    of two clips takes 1 s, except for one slow step. Captioning a batch takes 7 s."""
     clock, steps, validated = [0.0], [], []
     load, validate = dataset.load_features, captioner.VideoCaptioner.validation
 
@@ -264,13 +265,11 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
         "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
         "validation     103.0 s for a batch of 64 clips\n"
     )
-    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], (
-        "whatever --batch-size"
-    )
+    assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], "not --batch-size"
 
 
 def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
-    """Nothing told a run that waits for its disk from one that computes."""
+    """The log did not show whether a run was waiting for the disk or computing."""
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["data_seconds"] < line["seconds"] for line in lines)
 

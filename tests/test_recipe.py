@@ -1,4 +1,4 @@
-"""What the flags of a run do to its steps: each of these could be ignored, and nothing else would show it."""
+"""The effect of train.py's flags on its steps. Other tests would pass if a flag were ignored."""
 
 import json
 
@@ -17,12 +17,12 @@ FLAGS += ["--lr", 1e-3, "--warmup-steps", 2, "--weight-decay", 0.07, "--clip-gra
 
 
 class Spied(Exception):
-    """Ends the run behind its first evaluation: scores are not what is looked at."""
+    """Ends the run after its first evaluation, since these tests do not need the final scores."""
 
 
 @pytest.fixture(scope="module")
 def spied(world, prepared, tmp_path_factory):
-    """What the optimizer and the steps of a run with FLAGS were given."""
+    """(run folder, values seen in each step, the optimizer's groups in each step) of a run with FLAGS."""
     output = tmp_path_factory.mktemp("runs") / "spied"
     steps, groups, micro_steps = [], [], train.micro_steps
 
@@ -67,7 +67,7 @@ def spied(world, prepared, tmp_path_factory):
 
 
 def test_rate_and_decay_are_the_flags(spied):
-    """A linear warm-up over --warmup-steps to --lr, then a cosine; decay on one of the two groups."""
+    """Linear warm-up to --lr over --warmup-steps, then a cosine. Weight decay on one of two groups."""
     _, _, groups = spied
     rates = [1e-3 * share for share in (0.5, 1, 1, 0.75, 0.25)]
     for rate, ((lr, decay, _), (other_lr, no_decay, _)) in zip(rates, groups, strict=True):

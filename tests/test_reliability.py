@@ -25,7 +25,7 @@ HERE = Path(torture.__file__).parent
 
 
 class Short(sandbox.World):
-    """Runs of 2 epochs of 10 small steps: matplotlib alone takes half a second an epoch."""
+    """Runs of 2 epochs of 10 small steps. Each epoch costs half a second in matplotlib alone."""
 
     def train(self, output, workers=0, **kwargs):
         short = ["--epochs", 2, "--batch-size", 2, *kwargs.pop("flags", ())]
@@ -34,7 +34,7 @@ class Short(sandbox.World):
 
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
-    """Some of the world's clips: to train on 57 whole and 3 damaged ones."""
+    """A sandbox with fewer clips: 57 intact and 3 damaged ones for training."""
     place = sandbox.make_world(tmp_path_factory.mktemp("torture"), world)
     for split, count in (("train", 60), ("validation", 16)):
         path = place.annotations / f"{split}.json"
@@ -69,7 +69,7 @@ import ranks
 
 if __name__ == "__main__":
     with ranks.joined():
-        ranks.joined = lambda *_: contextlib.nullcontext()  # torchrun's store is for one group
+        ranks.joined = lambda *_: contextlib.nullcontext()  # torchrun's store allows one process group
         for name, *flags in json.loads(sys.argv[1]):
             code = importlib.import_module(name).main(flags)
     sys.exit(code)
@@ -77,8 +77,8 @@ if __name__ == "__main__":
 
 
 def test_two_processes_are_one(place, tmp_path, monkeypatch):
-    """Features to the last bit, parameters to what AdamW makes of one. One torchrun for both scripts:
-    its processes import torch and transformers for 12 s."""
+    """Two processes give bit-identical features, and parameters equal up to rounding in AdamW. One torchrun
+    runs both scripts, since importing torch and transformers takes its processes 12 s."""
     (tmp_path / "both.py").write_text(BOTH)
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     (features, _), (run, _) = place.cache(), place.trained()
@@ -97,7 +97,7 @@ def test_two_processes_are_one(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_was_killed(place):
+def test_two_processes_resume_what_one_began(place):
     assert all(row.fine for row in torture.processes(place))
 
 

@@ -28,7 +28,7 @@ def noisy(tmp_path_factory):
 
 def film(path, frames, picture, rate=12, codec="libvpx-vp9"):
     rng = np.random.default_rng(0)
-    # at its usual speed VP9 takes 9 s over noise
+    # at its default speed VP9 takes 9 s to encode noise
     options = {"crf": "40", "deadline": "realtime", "cpu-used": "8"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -199,7 +199,7 @@ def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, 
     for stem in (name, f"{name}-2"):
         with Image.open(output / f"{stem}_captioned.gif") as image:
             heights.append(image.height)
-    assert heights[0] > heights[1], "the reference stands beneath"
+    assert heights[0] > heights[1], "the reference is drawn below the caption"
 
 
 def test_no_two_clips_share_a_file(tmp_path):

@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
 
 @pytest.fixture(scope="module")
 def world(world, tmp_path_factory):
-    """A copy of the world: here it may be damaged."""
+    """A copy of the world, which these tests may damage."""
     return shutil.copytree(world, tmp_path_factory.mktemp("toy") / "world")
 
 
@@ -47,7 +47,7 @@ def split_of(clips, split):
 
 
 def test_same_seed_same_bytes(world, tmp_path):
-    """Videos, labels and weights alike; one worker writes what two do."""
+    """Videos, labels and weights are the same, and one worker writes the same as two."""
     assert not toy_ssv2.main([str(tmp_path / "again"), *FLAGS, "--workers", "1"])
     assert digests(tmp_path / "again") == digests(world)
 
