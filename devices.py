@@ -78,8 +78,7 @@ def usable_gpu():
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return True
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
-    if not hidden or hidden.startswith(HIDDEN) or not has_nvidia_gpu():
+    if hidden() or not has_nvidia_gpu():
         return False
     if torch.version.cuda is None:
         why, remedy = "torch is built for CPUs", "install a CUDA build of torch"
@@ -88,6 +87,12 @@ def usable_gpu():
         why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: {reason}"
         remedy = "install torch built for an older CUDA (https://pytorch.org) or update the driver"
     raise UserError(f"this machine has an NVIDIA GPU, but {why}; {remedy}, or pass --device cpu")
+
+
+def hidden():
+    """True if CUDA_VISIBLE_DEVICES hides every GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    return not visible or visible.startswith(HIDDEN)
 
 
 def has_nvidia_gpu():

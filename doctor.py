@@ -221,6 +221,8 @@ def look_at_gpu(torch):
     if why:
         return Finding(MISSING, "CUDA", f"torch cannot use the GPU: {why}", "nvidia-smi")
     if not found["name"]:
+        if devices.hidden():
+            return Finding(NOTE, "CUDA", "CUDA_VISIBLE_DEVICES hides every GPU")
         if not devices.has_nvidia_gpu():
             return Finding(NOTE, "CUDA", "no NVIDIA GPU: training on a CPU is for toys only")
         if found["built_for"]:

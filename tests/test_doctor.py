@@ -165,6 +165,8 @@ def test_an_nvidia_gpu_beside_a_torch_for_cpus(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert "hides every GPU" in doctor.look_at_gpu("torch>=2.10").found  # set in conftest.py
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     finding = doctor.look_at_gpu("torch>=2.10")
     assert finding.state == "missing" and "built for CPUs" in finding.found
     assert "--force-reinstall 'torch>=2.10'" in finding.fix
