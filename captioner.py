@@ -269,7 +269,9 @@ def chunked_cross_entropy(head, hidden, targets):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
     def cross_entropy(h, t):
-        return F.cross_entropy(head(h).to(dtype), t, reduction="sum")
+        # On a GPU autograd repeats this in a thread of its own. The clone is the first thing that thread
+        # does with CUDA; if it were the matrix product, torch would warn of a missing CUDA context.
+        return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="sum")
 
     total = hidden.new_zeros((), dtype=dtype)
     for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):

@@ -66,6 +66,13 @@ def describe(device):
     return torch.cuda.get_device_name(device) if on_gpu(device) else "cpu"
 
 
+def peak_memory(device):
+    """The most that tensors took of a GPU's memory, and that torch reserved for them, in bytes."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
 def usable_gpu():
     """True if torch can use a GPU.
 

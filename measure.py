@@ -48,6 +48,32 @@ def compare(variants, device, seconds, warm=False):
     return times
 
 
+def attention_formulas():
+    """torch's FLOP formulas of attention, for kernels that take fewer key and value heads than query heads.
+
+    They compute as if each key and value head were repeated; torch's own formulas refuse them.
+    """
+    from torch.utils.flop_counter import flop_registry
+
+    def repeated(formula):
+        def count(*args, **kwargs):
+            tensors = [getattr(arg, "ndim", 0) == 4 and n < 4 for n, arg in enumerate(args)]
+            heads = max(arg.shape[1] for arg, is_one in zip(args, tensors, strict=True) if is_one)
+            args = [
+                arg.new_empty((arg.shape[0], heads, *arg.shape[2:]), device="meta")
+                if is_one
+                else arg
+                for arg, is_one in zip(args, tensors, strict=True)
+            ]
+            return formula(*args, **kwargs)
+
+        count._get_raw = True  # tensors, not their shapes
+        return count
+
+    attention = {op: f for op, f in flop_registry.items() if "scaled_dot_product" in str(op)}
+    return {op: repeated(formula) for op, formula in attention.items()}
+
+
 def inspect(run, device, compiled=False):
     """Call `run` under counters: (what it returns, FLOPs of its matrix products, peak bytes).
 
@@ -58,7 +84,8 @@ def inspect(run, device, compiled=False):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with nullcontext() if compiled else FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    with nullcontext() if compiled else counting as counter:
         if devices.on_gpu(device):
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)

@@ -542,6 +542,9 @@ def time_steps(args, data, model, total):
     caption(model, validation_batches(args, model, clips), "label")
     seconds = time.perf_counter() - began
     print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
+    if devices.on_gpu(model.device):
+        used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
+        print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB with torch's own reserve")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class PretendedGPU(TorchFunctionMode):
             "is_available": lambda: True,
             "device_count": lambda: count,
             "max_memory_allocated": lambda device: self.index(device, optional=True) + 7,
+            "max_memory_reserved": lambda device: self.index(device, optional=True) + 9,
             "set_device": self.set_device,
             "get_device_name": lambda device=None: f"pretended GPU {self.index(device, True)}",
             "synchronize": lambda device=None: self.finish(self.copies),

@@ -155,3 +155,17 @@ def test_committed_results_are_whole():
     for result in committed():
         assert set(bench.GROUPS) == {row["group"] for row in result["rows"]}
         assert all(line["found"] <= line["allowed"] for line in result["equal"])
+
+
+def test_attention_with_fewer_key_heads_is_counted_as_if_they_were_repeated():
+    """On a GPU transformers leaves grouped heads to the kernel, and torch's counter ended the run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    q, few, many = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2, 4))
+    count = measure.attention_formulas()[op]
+    out = op(q, many, many)
+    with FlopCounterMode(display=False) as torchs:
+        op(q, many, many)
+    assert count(q, few, few, out_val=out) == count(q, many, many, out_val=out)
+    assert count(q, few, few, out_val=out) == torchs.get_total_flops() > 0
