@@ -318,6 +318,11 @@ def first_token(tokenizer):
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
+def largest_id(tokenizer):
+    """The largest token id that a tokenizer may return for a text, or at its end."""
+    return max(tokenizer.eos_token_id, *tokenizer.get_vocab().values())
+
+
 def load_lm(name, device, dtype):
     """Return (causal LM on the device, tokenizer, fingerprint) for a folder or Hub id."""
     folder = hub.find_model(name, "--lm")
@@ -332,6 +337,12 @@ def load_lm(name, device, dtype):
     if not ids or word not in tokenizer.batch_decode([ids])[0].lower():
         raise UserError(
             f"--lm {name}: its tokenizer cannot encode {word!r}; are its files complete?"
+        )
+    rows = lm.get_input_embeddings().num_embeddings
+    if largest_id(tokenizer) >= rows:
+        raise UserError(
+            f"--lm {name}: its tokenizer has token ids up to {largest_id(tokenizer)}, its model embeds"
+            f" {rows:,} tokens; these are not files of one model"
         )
     return lm, tokenizer, hub.fingerprint(folder)
 
@@ -359,6 +370,8 @@ def check_lm(model, name):
         head = lm.get_output_embeddings()
         wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
         found = head(model.run_lm(input_ids=text).last_hidden_state).double()
+        if not wanted.isfinite().all():
+            raise UserError(f"--lm {name}: its logits are not finite in {lm.dtype}; see --dtype")
         if not torch.equal(wanted, found):
             raise UserError(
                 f"--lm {name}: {type(lm).__name__} does more to its logits than apply its head,"

@@ -426,7 +426,7 @@ def shared_memory(settings, workers, **batch_sizes):
     try:
         yield
     except RuntimeError as error:
-        if "shared memory" not in str(error):
+        if "shared memory" not in str(error) or not workers or "nccl" in str(error).lower():
             raise
         needs = {k: shared_bytes(settings, size, workers) / 1e6 for k, size in batch_sizes.items()}
         listed = " and then ".join(f"{mb:,.0f} MB for {what}" for what, mb in needs.items())

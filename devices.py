@@ -41,7 +41,9 @@ def resolve(name, dtype):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", GPU):
+    if (
+        device.type not in ("cpu", GPU) or str(device) != name.lower()
+    ):  # torch wraps cuda:256 to cuda:0
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if on_gpu(device):
         if device.index is not None and ranks.count() > 1:
@@ -85,8 +87,13 @@ def usable_gpu():
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden() or not has_nvidia_gpu():
         return False
+    if visible and not caught:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} leaves no GPU; correct it, or pass --device cpu"
+        )
     if torch.version.cuda is None:
         why, remedy = "torch is built for CPUs", "install a CUDA build of torch"
     else:
@@ -108,7 +115,7 @@ def has_nvidia_gpu():
         return True
     try:  # Windows and WSL have no /dev/nvidia*
         command = ["nvidia-smi", "--list-gpus"]
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        listed = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return listed.returncode == 0 and listed.stdout.startswith("GPU ")
+    return listed.returncode == 0 and listed.stdout.startswith(b"GPU ")

@@ -139,7 +139,8 @@ def load_model(auto_class, folder, flag, **kwargs):
     """
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(auto_class, folder, flag, **kwargs)
-    missing, mismatched = (sorted(map(str, info[f"{k}_keys"])) for k in ("missing", "mismatched"))
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(name for name, *_ in info["mismatched_keys"])
     if missing or mismatched:
         keys, what = (missing, "are missing") if missing else (mismatched, "have the wrong shape")
         unexpected = sorted(map(str, info["unexpected_keys"])) if missing else []
@@ -153,6 +154,7 @@ def load_model(auto_class, folder, flag, **kwargs):
 
 def load(auto_class, folder, flag, **kwargs):
     """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -166,11 +168,12 @@ def load(auto_class, folder, flag, **kwargs):
         )
     except (
         *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
-        *(ImportError, AttributeError, AssertionError),
+        *(ImportError, AttributeError, AssertionError, StrictDataclassError),
     ) as error:
         if out_of_memory(error):
             raise
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        why = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         raise UserError(f"{flag} {folder} cannot be loaded: {why}") from None
     finally:
         logging.set_verbosity(level)

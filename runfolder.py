@@ -336,6 +336,8 @@ def restore(state, frozen, ours, args, total, model, optimizer):
     if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"--resume: {args.output}/{LAST} is no state of a run (a copy of best.pt?)")
     now, then = ours["args"], state["args"]
+    if then.get("dtype") == "auto":  # runs from before it was stored resolved
+        then = then | {"dtype": now["dtype"]}
     may_differ = set()
     if clips_a_step(now) == clips_a_step(then):
         may_differ = set(SPLIT)

@@ -51,7 +51,9 @@ def test_each_process_of_torchrun_has_its_gpu(cuda, monkeypatch):
         devices.resolve("cuda", "auto")
 
 
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:99", "cuda:-1", "gpu", "mps", "cpu:x", ""])
+@pytest.mark.parametrize(
+    "name", ["cuda:2", "cuda:99", "cuda:256", "cuda:-1", "gpu", "mps", "cpu:x", ""]
+)
 def test_no_such_device(cuda, name):
     with pytest.raises(UserError, match=re.escape(f"--device {name}")):
         devices.resolve(name, "auto")
@@ -113,6 +115,13 @@ def test_a_gpu_that_is_not_wanted_is_no_error(unusable, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: False)
     assert devices.resolve("auto", "auto") == cpu
+
+
+def test_a_number_that_no_gpu_has_is_not_blamed_on_the_driver(unusable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=7 leaves no GPU"):
+        devices.resolve("auto", "auto")
 
 
 def test_nvidia_smi_alone_is_no_gpu(monkeypatch, tmp_path):

@@ -8,10 +8,14 @@ import torch
 from conftest import preprocess, train_flags
 
 import app
+import devices
+import embeddings
 import evaluate
 import infer
 import train
 import windows
+import words
+from captioner import VideoCaptioner, check_lm
 from cli import TERMINATED
 from dataset import load_features, load_manifest
 from encoder import VideoEncoder
@@ -90,6 +94,18 @@ def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monk
         assert (mine["features"].int() - cpus["features"].int()).abs().max() <= 1
         torch.testing.assert_close(mine["scale"], cpus["scale"])
         torch.testing.assert_close(mine["offset"], cpus["offset"], rtol=1e-3, atol=1e-5)
+
+
+def test_bos_and_words_are_where_the_model_is(gpu, lm, make_qformer, make_clips, tokenizer):
+    """The toy world's model has no bos, and nobody asks the chain for words."""
+    device, _ = devices.resolve("auto", "float32")
+    model = VideoCaptioner(make_qformer().to(device), lm.to(device), tokenizer, bos=2).eval()
+    stored = [tensor.to(device) for tensor in make_clips(2)]
+    check_lm(model, "tiny")
+    assert len(model.generate(model.prefix(*stored), "label", 3)) == 2
+    assert embeddings.embed(model, *stored)["prompted"].shape[0] == 2
+    soft = model.soft_prompts(*(tensor[:1] for tensor in stored))
+    assert len(words.Corpus(model, ["abc"]).table(soft, 3)) == 6
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):

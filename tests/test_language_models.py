@@ -136,6 +136,13 @@ def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
         check_lm(model, "tiny")
 
 
+def test_weights_that_overflow_are_named(tokenizer):
+    model = make(*GOOD["Qwen2"], tokenizer)
+    model.lm.base_model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="its logits are not finite"):
+        check_lm(model, "tiny")
+
+
 def test_a_swallowed_cache_is_an_error(tokenizer, make_batch, monkeypatch):
     """transformers renamed the argument. From 5.40 on, models accept the old name in **kwargs and ignore
     it: every clip gets the same caption, and training ends in an autograd error."""
@@ -226,7 +233,11 @@ def save(folder, world, config, **flags):
     folder.mkdir()
     for path in tokenizer.values():
         shutil.copy(path, folder)
-    ids = {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    rows = (
+        max(json.loads((world / "lm" / "tokenizer.json").read_text())["model"]["vocab"].values())
+        + 2
+    )
+    ids = {"vocab_size": rows, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     hf.AutoModelForCausalLM.from_config(config(**flags | ids)).save_pretrained(folder)
     return folder
 
@@ -261,7 +272,20 @@ def forget_tokenizer(folder):
         path.unlink()
 
 
+def unset_positions(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def another_eos(folder):
+    """AutoTokenizer adds what its vocabulary lacks behind the last id."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|elsewhere|>"}))
+
+
 FOLDERS = {
+    "an id too many": (hf.Qwen2Config, another_eos, "token ids up to .* not files of one model"),
+    "a config without a number": (hf.Qwen2Config, unset_positions, "max_position_embeddings"),
     "Gemma2": (hf.Gemma2Config, lambda f: None, "more to its logits"),
     "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* for a caption"),
     "quantised": (hf.Qwen2Config, quantise, "is quantised"),

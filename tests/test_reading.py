@@ -280,3 +280,11 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
         log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
         assert log.bar.postfix.endswith("data 25 %")
     assert figures["train/data_seconds"] == 25.0
+
+
+def test_shared_memory_that_nccl_lacks_is_not_the_loaders():
+    settings = {"grid": [2, 3, 4], "width": 5, "store": "fp16"}
+    for workers, text in ((4, "NCCL error: creating shared memory segment"), (0, "shared memory")):
+        shared = dataset.shared_memory(settings, workers, training=8)
+        with pytest.raises(RuntimeError, match="shared memory"), shared:
+            raise RuntimeError(text)

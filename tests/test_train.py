@@ -107,6 +107,14 @@ def test_resume_refuses_a_changed_flag_by_name(world, prepared, trained, flags, 
         train.main(train_flags(world, prepared, trained, "--resume", *flags))
 
 
+def test_a_run_that_stored_its_dtype_as_auto_resumes(world, prepared, trained, tmp_path):
+    """So every run did before --dtype was stored resolved, and none of them could be continued."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    old = state(folder)
+    torch.save(old | {"args": old["args"] | {"dtype": "auto"}}, folder / "last.pt")
+    assert not train.main(train_flags(world, prepared, folder, "--resume"))
+
+
 def test_resume_refuses_other_captions(world, prepared, trained, tmp_path):
     other = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
     records = json.loads((other / "train.json").read_text())
