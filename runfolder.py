@@ -349,9 +349,11 @@ def restore(state, frozen, ours, args, total, model, optimizer):
             )
     for key in sorted((now.keys() | then.keys()) - may_differ):
         if now.get(key) != then.get(key):
+            keys = SPLIT if key in SPLIT else [key]  # the two make a step together
+            flags_then = " ".join(f"--{k.replace('_', '-')} {then.get(k)}" for k in keys)
             raise UserError(
-                f"--resume: the run in {args.output} was started with"
-                f" --{key.replace('_', '-')} {then.get(key)}, not {now.get(key)}"
+                f"--resume: the run in {args.output} was started with {flags_then},"
+                f" not {' x '.join(str(now.get(k)) for k in keys)}"
             )
     settings = [m["manifest"]["settings"] for m in (state, frozen)]
     check_same_settings(*settings, f"the cache {args.features}")

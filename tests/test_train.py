@@ -100,7 +100,8 @@ def test_a_run_is_not_overwritten(world, prepared, trained):
 
 
 @pytest.mark.parametrize(
-    ("flags", "name"), [(("--lr", "1e-3"), "--lr"), (("--batch-size", 4), "--batch-size")]
+    ("flags", "name"),
+    [(("--lr", "1e-3"), "--lr"), (("--batch-size", 4), "--batch-size 8 --grad-accum 3, not 4 x 3")],
 )
 def test_resume_refuses_a_changed_flag_by_name(world, prepared, trained, flags, name):
     with pytest.raises(UserError, match=f"started with {name}"):
