@@ -319,8 +319,12 @@ def first_token(tokenizer):
 
 
 def largest_id(tokenizer):
-    """The largest token id that a tokenizer may return for a text, or at its end."""
-    return max(tokenizer.eos_token_id, *tokenizer.get_vocab().values())
+    """The largest token id that a tokenizer returns for ordinary text, or at its end.
+
+    Added tokens do not count: Gemma 3's text models do not embed the image token of their tokenizer.
+    """
+    added = tokenizer.added_tokens_decoder.keys()
+    return max(tokenizer.eos_token_id, *(tokenizer.get_vocab().values() - added))
 
 
 def load_lm(name, device, dtype):

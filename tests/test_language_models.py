@@ -309,6 +309,18 @@ FOLDERS = {
 }
 
 
+def test_a_special_token_that_the_model_does_not_embed_is_no_obstacle(world, tmp_path):
+    """gemma-3-1b's tokenizer has an image token behind the last row of its embeddings."""
+    folder = save(tmp_path / "lm", world, hf.Qwen2Config, **LLAMA)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{n}>" for n in range(9)]})
+    assert len(tokenizer) > rows
+    tokenizer.save_pretrained(folder)
+    lm, _, _ = module.load_lm(str(folder), torch.device("cpu"), torch.float32)
+    assert lm.get_input_embeddings().num_embeddings == rows
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
     """Each gets one sentence, before the run folder is made. Weights with other keys stayed random, with
