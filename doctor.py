@@ -59,8 +59,8 @@ STORED = {
     pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
     for pool in (1, 2, 4)
 }
-# Bytes that the defaults need (estimates). GPU: 13.1 GB, counted for a micro-batch of 32 clips with 2
-# captions each, and CUDA's own memory. RAM: 16 GB, less what the operating system reserves.
+# Bytes that the defaults need. GPU: 13.3 GB, measured at 32 clips of 2 captions a micro-batch, see
+# results/gpu.md, and CUDA's own memory. RAM: 16 GB (estimate), less what the operating system reserves.
 CARD, MEMORY = 14e9, 0.95 * 16e9
 
 Finding = namedtuple("Finding", "state what found fix", defaults=[None])
@@ -239,7 +239,7 @@ def look_at_gpu(torch):
         return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
     if found["bytes"] < CARD:
         fix = "python train.py --batch-size 8 --grad-accum 8"
-        less = "train.py's defaults need 14 GB; with the flags below it needs 7 (estimates)"
+        less = "train.py's defaults need 14 GB; with the flags below it needs 7"
         return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
     return Finding(OK, "CUDA", f"{text}, bfloat16")
 

@@ -5,7 +5,7 @@
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
 
-Needs a GPU with 14 GB (estimate). Writes <output>/: last.pt and the previous one, best.pt (best
+Needs a GPU with 14 GB. Writes <output>/: last.pt and the previous one, best.pt (best
 validation CIDEr), curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
 predictions_validation.json, evaluation_validation.json, args.json.
 """
