@@ -220,7 +220,7 @@ def reference_captions(lm, qformer, attention, features, tokens):
     out, device = [], qformer.queries.device
     words = lm.get_input_embeddings()(torch.tensor([PROMPT], device=device))
     for some in features.split(8):
-        with half_precision(device):
+        with devices.autocast(device):
             soft = reference_qformer(qformer, attention, some.to(device)).to(words.dtype)
         embeds = torch.cat([soft, words.expand(len(soft), -1, -1)], 1)  # (8, Q+L, D)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
@@ -309,13 +309,6 @@ def standardise(qformer, floats):
     """By the statistics of float16 clips (B, N, E)."""
     x = floats.float()
     qformer.standardise(x.mean((0, 1)), x.std((0, 1)))
-
-
-def half_precision(device):
-    """bfloat16 autocast on a GPU, as training has; nothing on a CPU."""
-    import torch
-
-    return torch.autocast(device.type, torch.bfloat16) if devices.on_gpu(device) else nullcontext()
 
 
 def in_host_memory(device, batch):
@@ -464,7 +457,7 @@ def bench_qformer(place):
 
     def step(soft, precision="highest"):
         torch.set_float32_matmul_precision(precision)
-        with half_precision(device):
+        with devices.autocast(device):
             loss = (soft() * direction).sum()
         loss.backward()
         torch.set_float32_matmul_precision("highest")
@@ -556,13 +549,13 @@ def bench_train(place):
             return qformer(floats.to(device, non_blocking=True), one, 0 * one)
         return qformer(**to_device(ints, device))
 
-    def plain(soft, k=0, lm=lm, cast=half_precision, cross_entropy=None):
+    def plain(soft, k=0, lm=lm, cast=devices.autocast, cross_entropy=None):
         with cast(device):
             loss = reference_loss(lm, soft_from(soft), [c[k] for c in captions], cross_entropy)
         loss.backward()
 
     def bfloat16():
-        with half_precision(device):
+        with devices.autocast(device):
             soft = soft_from("int8")
         first = [c[0] for c in captions]
         reference_loss(lm, soft.to(lm.dtype), first, chunked_cross_entropy).backward()
@@ -644,7 +637,7 @@ def step_of(name, model, attention, stored, captions, count):
     clips, texts = {k: v[rows] for k, v in stored.items()}, [captions[i][:4] for i in rows]
     if name == "reference":
         floats = as_floats(clips)["features"].to(model.device)
-        with half_precision(model.device):
+        with devices.autocast(model.device):
             soft = reference_qformer(model.qformer, attention, floats)
             loss = reference_loss(model.lm, soft, [c[0] for c in texts])
         loss.backward()

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -58,15 +57,10 @@ class VideoCaptioner(nn.Module):
     def device(self):
         return self.qformer.queries.device
 
-    def autocast(self):
-        """What the Q-Former runs in: bfloat16 matrix products on a GPU."""
-        on_gpu = devices.on_gpu(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16) if on_gpu else nullcontext()
-
     def soft_prompts(self, features, scale, offset):
         """Stored features of B clips -> soft prompts (B, Q, D)."""
         clips = features, scale, offset
-        with self.autocast():
+        with devices.autocast(self.device):
             if torch.is_grad_enabled():
                 return self.qformer(*clips)
             groups = zip(*(t.split(READ_CHUNK) for t in clips), strict=True)

@@ -7,6 +7,7 @@ a CPU.
 import os
 import subprocess
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import ranks
@@ -20,6 +21,13 @@ HIDDEN = ("-1", "NoDevFiles")
 def on_gpu(device):
     """True if tensors on this torch.device are in a GPU's memory."""
     return device.type == GPU
+
+
+def autocast(device):
+    """A context for the trained parts: bfloat16 matrix products on a GPU, nothing on a CPU."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
 
 
 def backend(device):
