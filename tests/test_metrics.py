@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import until
 
 import metrics
 import ptb
@@ -505,7 +506,8 @@ def test_an_error_beside_java_does_not_wait_for_it(tmp_path, monkeypatch):
             raise KeyError("a signal, say")
     assert isinstance(waiting.exception(), ptb.JavaError)
     state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # a killed process needs a moment to go
+    until(lambda: not state.exists() or state.read_text().split()[2] in "ZX", seconds=20)
     java.write_text("#!/bin/sh\ncat\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert ptb.run_java([], ["x", "y"], 20) == ["x", "y"]
