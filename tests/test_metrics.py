@@ -506,8 +506,14 @@ def test_an_error_beside_java_does_not_wait_for_it(tmp_path, monkeypatch):
             raise KeyError("a signal, say")
     assert isinstance(waiting.exception(), ptb.JavaError)
     state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-    # a killed process needs a moment to go
-    until(lambda: not state.exists() or state.read_text().split()[2] in "ZX", seconds=20)
+
+    def gone():
+        try:
+            return state.read_text().split()[2] in "ZX"
+        except OSError:
+            return True
+
+    until(gone, seconds=20)  # a killed process needs a moment to go
     java.write_text("#!/bin/sh\ncat\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert ptb.run_java([], ["x", "y"], 20) == ["x", "y"]
