@@ -5,15 +5,15 @@ BIN = .venv/bin
 .PHONY: demo ablation torture test clean
 
 demo: .venv/demo
-	$(BIN)/python demo.py
+	$(BIN)/python -m worlds.demo
 
 # 40 minutes on two idle cores; stop it at any time, start it again and it goes on
 ablation: .venv/demo
-	$(BIN)/python ablation.py
+	$(BIN)/python -m bench.ablation
 
 # 5 minutes on two cores: what `make test` does in short
 torture: .venv/test
-	$(BIN)/python torture.py
+	PYTHONPATH=tests $(BIN)/python -m torture.checks
 
 test: .venv/test
 	$(BIN)/ruff format --check .

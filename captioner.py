@@ -19,13 +19,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import devices
-import hub
-import share
-from cli import UserError, out_of_memory
 from dataset import STYLES, are_settings, collate_text, encode_caption, is_count
-from files import read_torch
 from qformer import QFormer
+from runtime import devices, hub
+from runtime.cli import UserError, out_of_memory
+from runtime.files import read_torch
+from tools import export
 
 CHECKPOINT_VERSION = 1
 READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
@@ -430,13 +429,13 @@ def read_checkpoint(path, flag="--checkpoint"):
     or foreign; one flipped byte is damage.
     """
     where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
-    exported = share.is_export(where)
+    exported = export.is_export(where)
     if not exported and os.path.isdir(where):
         path = where = where / "best.pt"
     if not exported and not os.path.isfile(where):  # Path.is_file raises for too long a name
         raise UserError(f"{flag} {path} does not exist. Run train.py first.")
     try:
-        checkpoint = share.read(where) if exported else read_torch(where)
+        checkpoint = export.read(where) if exported else read_torch(where)
     except PermissionError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
     except (ValueError, OSError) as error:

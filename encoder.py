@@ -9,10 +9,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-import devices
-import hub
-from cli import UserError
 from dataset import FORMAT_VERSION
+from runtime import devices, hub
+from runtime.cli import UserError
 
 # ImageNet statistics, V-JEPA 2's (Assran et al. 2025, arXiv:2506.09985) and most others'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,13 +15,6 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
-import cli
-import devices
-import gallery
-import hub
-import ranks
-import share
-from cli import UserError, note
 from dataset import (
     STYLES,
     TRAIN,
@@ -35,7 +28,11 @@ from dataset import (
     shared_memory,
 )
 from dataset import batches as read_batches
-from files import in_shard, read_json, write_json
+from runtime import cli, devices, distributed, hub
+from runtime.cli import UserError, note
+from runtime.files import in_shard, read_json, write_json
+from tools import export
+from viz import gallery
 
 BATCH = 64  # clips captioned at once, here and in train.py's validation
 
@@ -112,9 +109,9 @@ def main(argv=None):
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
-        with ranks.joined():
+        with distributed.joined():
             predictions, settings = predict(args, records)
-    if ranks.rank():
+    if distributed.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
     lacking = len(missing) if len(missing) <= args.allow_missing else 0  # more is an error, below
@@ -170,7 +167,7 @@ def gallery_name(args, lacking):
 def default_output(path):
     """The folder of a file or folder; for what is shared, a Hub id or an exported folder, results/<name>,
     unless that is a run of one's own."""
-    if not (hub.is_id(path) or share.is_export(Path(path))):
+    if not (hub.is_id(path) or export.is_export(Path(path))):
         path = Path(path)
         return path if path.is_dir() else path.parent
     folder = Path("results", Path(path).name)
@@ -232,7 +229,7 @@ def clip_batches(captioner, args, split, records, style, batch_size):
     """
     settings = load_manifest(args.features)["settings"]
     groups = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
-    records = [r for group in ranks.share(groups) for r in group]
+    records = [r for group in distributed.share(groups) for r in group]
     choose = partial(reference, style=style)
     data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
     return loader(data, batch_size, args.workers, captioner.device)
@@ -265,8 +262,8 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
                 bar.update(len(texts))
     finally:
         captioner.train(mode)
-    *sums, without = ranks.total(total or 0.0, tokens, total is None)
-    predictions = [item for part in ranks.gather(list(predictions.items())) for item in part]
+    *sums, without = distributed.total(total or 0.0, tokens, total is None)
+    predictions = [item for part in distributed.gather(list(predictions.items())) for item in part]
     if twice := len(predictions) - len(dict(predictions)):
         raise UserError(f"{twice} clips were captioned by two processes", code=1)
     mean = sums[0] / sums[1] if sums[1] and not without else math.nan

@@ -15,13 +15,12 @@ from functools import partial
 from itertools import count, groupby
 from pathlib import Path
 
-import attention
-import cli
-import render
 import windows
-from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import STYLES, TEST, by_hash, file_names, load_records
-from files import write_json
+from runtime import cli
+from runtime.cli import DONE, FAILED, PARTIAL, UserError, note
+from runtime.files import write_json
+from viz import attention_map, films
 
 
 def parse_args(argv=None):
@@ -70,7 +69,7 @@ def main(argv=None):
     output = output and cli.output_folder(output, "--output")
     names = output_names(paths)
     if pictures:
-        render.require()
+        films.require()
         refuse_own_inputs(paths, names, output)
 
     _, encoder, captioner = windows.load_models(args)
@@ -83,7 +82,7 @@ def main(argv=None):
             results.append(result)
             if path in labels:
                 result["reference"] = labels[path]
-            films(path, result, output / name if output else None, args)
+            write_films(path, result, output / name if output else None, args)
             if problem := result.get("error") or result.get("warning"):
                 note(f"{path}: {problem}")
             for line in [json.dumps(result)] if args.json else text_lines(result):
@@ -198,14 +197,14 @@ def references(paths, args):
 
 def explain(qformer, settings, output, names, batch, features, texts):
     """Write a picture of each window of a batch: where the queries look."""
-    maps = attention.mass(qformer, features)
+    maps = attention_map.mass(qformer, features)
     for w, weights, text in zip(batch, maps, texts, strict=True):
         span = "" if w.alone else f"_{w.start:.2f}-{w.end:.2f}"
-        picture = attention.draw(w.frames, weights, settings, text)
-        render.save(output / f"{names[w.file]}_attention{span}.png", picture)
+        picture = attention_map.draw(w.frames, weights, settings, text)
+        films.save(output / f"{names[w.file]}_attention{span}.png", picture)
 
 
-def films(path, result, stem, args):
+def write_films(path, result, stem, args):
     """Write the films of one file that were asked for; one that fails is the result's warning.
 
     stem: their path, up to what tells them apart.
@@ -214,10 +213,10 @@ def films(path, result, stem, args):
 
     if "error" in result:
         return
-    for wanted, draw, ending in ((args.gif, render.gif, "gif"), (args.video, render.mp4, "mp4")):
+    for wanted, draw, ending in ((args.gif, films.gif, "gif"), (args.video, films.mp4, "mp4")):
         if wanted:
             try:
-                render.save(stem.with_name(f"{stem.name}_captioned.{ending}"), draw(path, result))
+                films.save(stem.with_name(f"{stem.name}_captioned.{ending}"), draw(path, result))
             except VideoError as error:
                 result["warning"] = f"no {ending}: {error}"
 

@@ -14,10 +14,10 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-import cli
-from cli import UserError, note
 from dataset import TRAIN, VALIDATION, by_hash, is_control, why_refused
-from files import is_clip_id, read_json, read_text, write_json
+from runtime import cli
+from runtime.cli import UserError, note
+from runtime.files import is_clip_id, read_json, read_text, write_json
 
 PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release

@@ -17,11 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-import cli
-import devices
-import hub
-import ranks
-from cli import DONE, FAILED, PARTIAL, UserError, note
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -32,8 +27,10 @@ from dataset import (
     load_records,
     save_features,
 )
-from failures import failure_log
-from files import (
+from runtime import cli, devices, distributed, hub
+from runtime.cli import DONE, FAILED, PARTIAL, UserError, note
+from runtime.failure_log import failure_log
+from runtime.files import (
     in_shard,
     json_bytes,
     lock,
@@ -91,10 +88,10 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
-    if args.dry_run and ranks.rank():
+    if args.dry_run and distributed.rank():
         return DONE  # rank 0 tells what all need
-    part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
-    with nullcontext() if args.dry_run else ranks.joined():
+    part = args.shard if args.dry_run else distributed.share_of_shard(*args.shard)
+    with nullcontext() if args.dry_run else distributed.joined():
         if args.verify:
             keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
             return verify(Path(args.features), in_part(keys, part), args.workers)
@@ -151,7 +148,7 @@ def fill(args, part, paths, missing, device, dtype):
         done = complete(features, paths)
         todo = {key: path for key, path in paths.items() if key not in done}
         counts = [len(paths), len(missing), len(done)]
-        counts = counts if args.dry_run else map(int, ranks.total(*counts))
+        counts = counts if args.dry_run else map(int, distributed.total(*counts))
         note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
         encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
         if args.dry_run:
@@ -222,7 +219,7 @@ def encode_all(args, encoder, todo, features, log):
 
 def encode(encoder, todo, features, args):
     """Decode, encode and save; yields (key, None or (reason, detail)) for every clip of `todo`."""
-    import pool
+    from runtime import decode_workers
     from video import VideoError
 
     def save(key, stored, decoder):
@@ -246,7 +243,7 @@ def encode(encoder, todo, features, args):
             yield key, None
 
     batch, running, writes = [], [], []
-    clips = pool.decode_many(
+    clips = decode_workers.decode_many(
         todo.items(),
         args.num_frames,
         workers=args.workers,
@@ -322,7 +319,7 @@ def nearest_folder(path):
 
 def report(ok, failed, missing):
     """The last line, of all processes together, and the exit code."""
-    parts = ranks.gather((ok, failed, missing))
+    parts = distributed.gather((ok, failed, missing))
     ok = sum(part[0] for part in parts)
     failed = {key: error for part in parts for key, error in part[1].items()}
     missing = [key for part in parts for key in part[2]]
@@ -335,7 +332,7 @@ def report(ok, failed, missing):
         note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
     if not ok and (failed or missing):
         return FAILED
-    if ranks.launched():
+    if distributed.launched():
         return DONE  # torchrun would take another code for a crash, and end the other processes
     return PARTIAL if failed or missing else DONE
 
@@ -353,17 +350,17 @@ def verify(features, keys, workers):
 
     have = complete(features, dict.fromkeys(keys))
     bad = []
-    with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(have), "file") as bar:
-        for problem in pool.map(check, sorted(have)):
+    with ThreadPoolExecutor(max(1, workers)) as threads, progress(len(have), "file") as bar:
+        for problem in threads.map(check, sorted(have)):
             bar.update()
             if problem:
                 bad.append(problem)
-    bad = [problem for part in ranks.gather(bad) for problem in part]
+    bad = [problem for part in distributed.gather(bad) for problem in part]
     for problem in bad[:20]:
         note(problem)
     if len(bad) > 20:
         note(f"… and {len(bad) - 20} more")
-    have, wanted = map(int, ranks.total(len(have), len(keys)))
+    have, wanted = map(int, distributed.total(len(have), len(keys)))
     print(f"{have - len(bad):,} whole, {len(bad):,} damaged, {wanted - have:,} absent")
     return FAILED if bad or have < wanted else DONE
 

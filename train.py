@@ -20,12 +20,6 @@ from functools import partial
 from itertools import islice
 from statistics import fmean, median
 
-import cli
-import devices
-import ranks
-import reporter
-import runfolder
-from cli import UserError, note
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -43,7 +37,9 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
-from files import write_json
+from runtime import cli, dashboard, devices, distributed, run_folder
+from runtime.cli import UserError, note
+from runtime.files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first steps also start workers
@@ -103,11 +99,13 @@ def parse_args(argv=None):
     group.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps")
     group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
-        "--report-to", choices=reporter.NAMES, default="none", help="a dashboard to log to as well"
+        "--report-to", choices=dashboard.NAMES, default="none", help="a dashboard to log to as well"
     )
     cli.add_common(parser)
     args = parser.parse_args(argv)
-    args.batch_size, args.grad_accum = split_step(args.batch_size, args.grad_accum, ranks.count())
+    args.batch_size, args.grad_accum = split_step(
+        args.batch_size, args.grad_accum, distributed.count()
+    )
     return args
 
 
@@ -141,23 +139,23 @@ def split_step(batch_size, grad_accum, processes):
 def main(argv=None):
     args = parse_args(argv)
     if args.export is not None:
-        import share
+        from tools import export
 
-        return print(*share.export(args.output, args.export), sep="\n")
-    if ranks.count() > args.grad_accum:
+        return print(*export.export(args.output, args.export), sep="\n")
+    if distributed.count() > args.grad_accum:
         raise UserError(
-            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.count()} processes:"
+            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {distributed.count()} processes:"
             " raise it and lower --batch-size (the same step), or start fewer"
         )
-    reporter.check(args.report_to)
-    folder = runfolder.claim(args)
+    dashboard.check(args.report_to)
+    folder = run_folder.claim(args)
     data = read_data(args)
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # resolved, for --resume to compare
     model, frozen, optimizer = build(args, data, device, dtype)  # before the folder is claimed
     sizes = {"training": args.batch_size, "validation": VALIDATION_BATCH}
     memory = shared_memory(data.manifest["settings"], args.workers, **sizes)
-    with ranks.joined(devices.backend(device)), runfolder.held(folder, args), memory:
+    with distributed.joined(devices.backend(device)), run_folder.held(folder, args), memory:
         return learn(args, data, folder, model, frozen, optimizer)
 
 
@@ -168,26 +166,28 @@ def learn(args, data, folder, model, frozen, optimizer):
 
     # scored: the step of the last evaluation whose best is kept; bad: steps skipped in a row
     step, scored, bad, best = 0, 0, 0, -math.inf
-    ours = runfolder.identity(args, data.train)
-    saved = runfolder.newest(folder, args.dry_run) if args.resume else None
+    ours = run_folder.identity(args, data.train)
+    saved = run_folder.newest(folder, args.dry_run) if args.resume else None
     if saved:
-        step, scored, bad, best = runfolder.restore(
+        step, scored, bad, best = run_folder.restore(
             saved, frozen, ours, args, total, model, optimizer
         )
         note(f"resuming after step {step:,} of {total:,}")
-    elif ranks.rank() == 0:
+    elif distributed.rank() == 0:
         model.qformer.standardise(*statistics(args, data))
-    ranks.copy_from_first(model.qformer.state_dict().values())
+    distributed.copy_from_first(model.qformer.state_dict().values())
     print_plan(args, data, model, total)
     if args.dry_run:
         return time_steps(args, data, model, total)
 
-    told = reporter.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
+    told = dashboard.Reporter(
+        "none" if distributed.rank() else args.report_to, folder, step, vars(args)
+    )
     trainable = sum(p.numel() for p in model.qformer.parameters())
-    runfolder.start(
+    run_folder.start(
         folder, args, model.device, clips=len(data.train), trainable_parameters=trainable
     )
-    stop = runfolder.Stop()
+    stop = run_folder.Stop()
     model.train()
 
     def state():
@@ -217,7 +217,7 @@ def learn(args, data, folder, model, frozen, optimizer):
         scored = step
         save()
 
-    with runfolder.Log(folder, step, total, told) as log, runfolder.Writer() as disk:
+    with run_folder.Log(folder, step, total, told) as log, run_folder.Writer() as disk:
         if not saved:
             save()  # from here on a folder without last.pt has lost it
         elif step % per_epoch == 0 and step > scored:
@@ -239,7 +239,7 @@ def learn(args, data, folder, model, frozen, optimizer):
             if bad == BAD_STEPS:
                 raise not_finite(folder)
             disk.check()
-            stopping = ranks.largest(stop.signal)
+            stopping = distributed.largest(stop.signal)
             if step % per_epoch == 0 or step % args.save_every == 0 or stopping:
                 save()
             if stopping:
@@ -247,7 +247,7 @@ def learn(args, data, folder, model, frozen, optimizer):
             if step % per_epoch == 0:
                 end_epoch()
     stop.restore()  # all is saved: from here a signal ends the script as usual
-    if stopping := ranks.largest(stop.signal):
+    if stopping := distributed.largest(stop.signal):
         note(f"stopped after step {step:,}; continue with --resume")
         return cli.SIGNALLED + stopping
     return finish(args, data, model, folder)
@@ -366,14 +366,14 @@ def windows(args, data, tokenizer, device, step):
     for epoch in range(start, args.epochs):
         order = epoch_order(data.train, args.seed, epoch)
         steps = in_groups(in_groups(order, args.batch_size), args.grad_accum)[done:]
-        ours = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
+        ours = [r for micro_batches in steps for m in distributed.share(micro_batches) for r in m]
         choose = partial(choose_captions, count=args.captions_per_clip, seed=args.seed, epoch=epoch)
         settings = data.manifest["settings"]
         dataset = FeatureDataset(args.features, TRAIN, ours, settings, tokenizer, choose)
         reader = batches(loader(dataset, args.batch_size, args.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
+            yield epoch, ids, Timed(islice(reader, len(distributed.share(micro_batches))))
         done = 0
 
 
@@ -418,7 +418,7 @@ def micro_steps(model, window, seed=0):
 
     loss, tokens = torch.zeros((), device=model.device), 0
     for n, batch in enumerate(window):
-        torch.manual_seed(seed + ranks.rank() + n * ranks.count())
+        torch.manual_seed(seed + distributed.rank() + n * distributed.count())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
         total = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
@@ -428,9 +428,9 @@ def micro_steps(model, window, seed=0):
         if p.grad is None:
             assert not tokens, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
-    ranks.add_up(p.grad for p in model.qformer.parameters())
+    distributed.add_up(p.grad for p in model.qformer.parameters())
     # the only wait for the GPU in a step, with the gradient's norm
-    loss, tokens = ranks.total(loss.item(), tokens)
+    loss, tokens = distributed.total(loss.item(), tokens)
     return loss, int(tokens)
 
 
@@ -453,7 +453,7 @@ def evaluate(args, data, model, records, with_meteor=False):
     """
     predictions, loss = caption(model, validation_batches(args, model, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
-    if ranks.rank():
+    if distributed.rank():
         return {"metrics": {}}, predictions, loss
     result, _ = score(
         predictions,
@@ -476,13 +476,13 @@ def finish(args, data, model, folder):
     import captioner
     import metrics
 
-    ranks.gather(None)  # rank 0 may still have been writing it
+    distributed.gather(None)  # rank 0 may still have been writing it
     best = captioner.read_checkpoint(folder / "best.pt")
     model.qformer.load_state_dict(best["qformer"])
     result, predictions, loss = evaluate(
         args, data, model, data.validation, with_meteor=not args.no_meteor
     )
-    if ranks.rank():
+    if distributed.rank():
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
@@ -537,11 +537,11 @@ def time_steps(args, data, model, total):
         f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
         f" {100 * wait / step:.0f} % of it waiting for data"
     )
-    clips = data.subset[: VALIDATION_BATCH * ranks.count()]
+    clips = data.subset[: VALIDATION_BATCH * distributed.count()]
     began = time.perf_counter()
     caption(model, validation_batches(args, model, clips), "label")
     seconds = time.perf_counter() - began
-    print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
+    print(f"validation     {seconds:.1f} s for a batch of {len(distributed.share(clips))} clips")
     if devices.on_gpu(model.device):
         used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
         print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB with torch's own reserve")

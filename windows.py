@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import cli
-import devices
-from cli import UserError
 from dataset import stack_stored
+from runtime import cli, devices
+from runtime.cli import UserError
 
 MOST_WINDOWS = 100_000  # of one file: 28 hours, a window a second
 
@@ -108,11 +107,13 @@ def read(paths, encoder, args, limit=None):
     """
     from tqdm import tqdm
 
-    import pool
     import video
+    from runtime import decode_workers
 
-    crew = pool.Crew(args.timeout) if args.workers else None
-    ask = crew.ask if crew else pool.attempt  # a header too may make a decoder hang or die
+    crew = decode_workers.Crew(args.timeout) if args.workers else None
+    ask = (
+        crew.ask if crew else decode_workers.attempt
+    )  # a header too may make a decoder hang or die
     spans = {}
 
     def jobs():
@@ -136,7 +137,7 @@ def read(paths, encoder, args, limit=None):
         """How many there are, a file that was not yet opened counted as one."""
         return sum(map(len, spans.values())) + len(paths) - len(spans)
 
-    clips = pool.decode_many(
+    clips = decode_workers.decode_many(
         jobs(),
         encoder.settings["num_frames"],
         workers=args.workers,

@@ -22,10 +22,12 @@ LONGEST = (
     *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
     *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_render.py"),
 )
-torch.set_num_threads(1)  # toy_ssv2.py sets it in the worker that builds `world`; sums depend on it
+torch.set_num_threads(
+    1
+)  # worlds/toy_ssv2.py sets it in the worker that builds `world`; sums depend on it
 
 WIDTH, VOCABULARY = 32, 130
-TOY = ["--clips", "100", "--lm-steps", "30"]  # flags of toy_ssv2.py for `world`
+TOY = ["--clips", "100", "--lm-steps", "30"]  # flags of worlds/toy_ssv2.py for `world`
 
 
 class CharTokenizer:
@@ -170,7 +172,7 @@ def built_once(tmp_path_factory, name, build):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small toy world, written by the real script; nobody may write into it."""
-    import toy_ssv2
+    from worlds import toy_ssv2
 
     def build(folder):
         toy_ssv2.main([str(folder), *TOY])

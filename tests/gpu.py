@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import devices
+from runtime import devices
 
 INT_GARBAGE, FLOAT_GARBAGE = 85, float("nan")
 HOST, PINNED, GPU = "host", "pinned", "gpu"

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ablation
-import ablation_table
 import dataset
 import evaluate
 import train
-from ablation_changes import CHANGES, any_caption, changed
+from bench import ablation, ablation_table
+from bench.ablation_changes import CHANGES, any_caption, changed
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -187,7 +186,7 @@ def test_a_run_is_the_real_training_and_is_not_repeated(args, monkeypatch, capsy
     assert not (Path(args.runs) / "original_seed0.log").exists()
     log = Path(args.runs) / "base_seed0.log"
     assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
-    assert "Run ablation.py first" in log.read_text()
+    assert "Run bench/ablation.py first" in log.read_text()
     args.clips = 65
     assert ablation.finished(args, "original", 0) is None, "other flags are another run"
 

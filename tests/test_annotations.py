@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import prepare_annotations
-from cli import UserError
 from dataset import load_records
 from prepare_annotations import main
+from runtime.cli import UserError
 
 TRAIN = [
     {

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import until
 
-import app
 import infer
+from viz import app
 
 HERE = Path(__file__).parent.parent
 LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
@@ -21,7 +21,7 @@ LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
 
 @pytest.fixture(scope="module")
 def address(trained, world, tmp_path_factory):
-    """The address of a running app.py, which is ended by Ctrl-C and then has no upload left."""
+    """The address of a running viz/app.py, which is ended by Ctrl-C and then has no upload left."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     kept = tmp_path_factory.mktemp("kept")
     with socket.socket() as free:
@@ -29,8 +29,8 @@ def address(trained, world, tmp_path_factory):
         port = str(free.getsockname()[1])
     flags = ["--checkpoint", trained / "best.pt", "--examples", world / "videos", "--port", port]
     flags += [flag for pair in LIMITS.items() for flag in pair]
-    command = [sys.executable, HERE / "app.py", *map(str, flags)]
-    process = subprocess.Popen(command, text=True, env=os.environ | {"TMPDIR": str(kept)})
+    command = [sys.executable, "-m", "viz.app", *map(str, flags)]
+    process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | {"TMPDIR": str(kept)})
 
     def answers():
         assert process.poll() is None, "app.py ended"

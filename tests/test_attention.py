@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import attention
 from qformer import Video
+from viz import attention_map
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -55,7 +55,7 @@ def test_the_mass_is_on_what_the_queries_match(make_qformer, make_clips):
         key = cross.per_head(cross.k.weight).mT @ cross.q.bias.view(4, -1, 1)  # (A, D, 1)
         direction = (key.sum(0).T @ qformer.project.weight)[0]  # (E,)
         features[0, 37] = (direction * qformer.std * 500 / direction.norm()).half()
-    mass = attention.mass(qformer, {"features": features, "scale": scale, "offset": offset})
+    mass = attention_map.mass(qformer, {"features": features, "scale": scale, "offset": offset})
     assert mass.shape == (1, *GRID) and np.isclose(mass.sum(), 1)
     assert np.unravel_index(mass.argmax(), mass.shape)[1:] == np.unravel_index(37, GRID)
     assert mass.max() > 0.5
@@ -67,12 +67,12 @@ def test_the_picture_shows_what_the_encoder_saw(resize):
     frames = np.zeros((8, 60, 120, 3), np.uint8)
     frames[:, :20, :20, 0] = 255
     settings = {"size": 64, "resize": resize}
-    seen = attention.as_encoded(frames, settings)
+    seen = attention_map.as_encoded(frames, settings)
     assert seen.shape == (8, 64, 64, 3)
     red = (seen[0, :, :, 0] > 200).any()
     assert red == (resize != "crop")
     picture = Image.open(
-        io.BytesIO(attention.draw(frames, np.full((4, 2, 2), 1 / 16), settings, "x"))
+        io.BytesIO(attention_map.draw(frames, np.full((4, 2, 2), 1 / 16), settings, "x"))
     )
     assert picture.width > 400 and picture.height > 200
 
@@ -109,5 +109,5 @@ def test_a_caption_with_dollar_signs_is_text():
 
 def drawn(frames, weights, title=""):
     settings = {"size": 64, "resize": "squash"}
-    data = attention.draw(frames, weights, settings, title)
+    data = attention_map.draw(frames, weights, settings, title)
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import captioner
-import measure
 import qformer
-from cli import UserError
+from bench import speed, timing
+from runtime.cli import UserError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -19,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def place(tmp_path):
-    return measure.Place(bench.TINY, CPU, tmp_path, 1e9)
+    return timing.Place(speed.TINY, CPU, tmp_path, 1e9)
 
 
 def test_ours_is_the_reference():
     """Q-Former to 1e-10 in float64 and 1e-5 in float32, in bfloat16 within 1.5 of the reference's own
     error; K captions behind one prefix to 1e-6 and 1e-5, values and gradients."""
-    lines = bench.equalities(CPU)
+    lines = speed.equalities(CPU)
     assert len(lines) == 10
     assert all(line["found"] <= line["allowed"] for line in lines)
 
@@ -48,7 +47,7 @@ def test_a_difference_ends_the_run(monkeypatch, mistake):
 
         monkeypatch.setattr(qformer.CrossAttention, "absorbed", wrong)
     with pytest.raises(UserError, match="not equal"):
-        bench.equalities(CPU)
+        speed.equalities(CPU)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_a_difference_ends_the_run(monkeypatch, mistake):
     ],
 )
 def test_groups_check_and_measure(place, group, names):
-    rows = list(bench.GROUPS[group](place))
+    rows = list(speed.GROUPS[group](place))
     assert names <= {row["name"] for row in rows}
     keys = {"name", "unit", "median", "iqr", "factor", "max_abs_diff", "peak_bytes"}
     assert all(keys <= row.keys() for row in rows)
@@ -71,7 +70,7 @@ def test_groups_check_and_measure(place, group, names):
 @pytest.fixture
 def bench_gpu(gpu, monkeypatch):
     """A pretended GPU whose memory is measured as on a CPU."""
-    monkeypatch.setattr(measure, "devices", SimpleNamespace(on_gpu=lambda device: False))
+    monkeypatch.setattr(timing, "devices", SimpleNamespace(on_gpu=lambda device: False))
     gpu.set_device(0)
 
 
@@ -80,10 +79,10 @@ def test_every_training_row_is_checked(place, monkeypatch, emulate_gpu, request)
     """On a GPU more variants run, under bfloat16; a CPU can stand in for all but the compiler."""
     if emulate_gpu:
         request.getfixturevalue("bench_gpu")
-        largest = bench.largest_batch
-        monkeypatch.setattr(bench, "largest_batch", lambda *args: largest(*args, card=1e6))
+        largest = speed.largest_batch
+        monkeypatch.setattr(speed, "largest_batch", lambda *args: largest(*args, card=1e6))
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
-    rows = {row["name"]: row for row in bench.bench_train(place)}
+    rows = {row["name"]: row for row in speed.bench_train(place)}
     assert {"absorbed", "int8", "chunked", "captions_4", "bfloat16", "compile"} < rows.keys()
     measured = {name for name, row in rows.items() if "left_out" not in row}
     assert measured >= {"bfloat16", "compile"} or not emulate_gpu
@@ -105,15 +104,15 @@ def test_a_tenth_of_the_tokens_is_missed(place, monkeypatch, bench_gpu):
 
     monkeypatch.setattr(train, "micro_steps", lossy)
     with pytest.raises(UserError, match="not equal: the gradient of captions"):
-        list(bench.bench_train(place))
+        list(speed.bench_train(place))
 
 
 def test_batched_encoding_is_one_by_one(place):
-    import bench_data
+    from bench import data
 
     clips = [torch.randint(0, 256, (16, 90, 120, 3), dtype=torch.uint8).numpy() for _ in range(3)]
-    encoder = bench_data.make_encoder(place)
-    rows = {row["name"]: row for row in bench_data.encode_rows(place, encoder, clips)}
+    encoder = data.make_encoder(place)
+    rows = {row["name"]: row for row in data.encode_rows(place, encoder, clips)}
     assert rows["batched_encode"]["max_abs_diff"] < 1e-5
 
 
@@ -125,7 +124,7 @@ def test_the_largest_micro_batch_fits(place):
         return torch.ones(count, 1000), torch.ones(min(count, 5), 2000)
 
     fixed = 5 * 4 * 110  # as language model, and four times as Q-Former: float32
-    found = bench.largest_batch(step, weights, weights, CPU, card=fixed + 80_100)
+    found = speed.largest_batch(step, weights, weights, CPU, card=fixed + 80_100)
     assert found == {"largest_micro_batch": 10, "bytes_at_8": fixed + 8 * 4000 + 40_000}
 
 
@@ -135,10 +134,10 @@ def test_peak_bytes_are_those_held_at_once():
             torch.ones(1000)  # let go at once
         return torch.ones(500) + torch.ones(500)  # three of 2,000 bytes
 
-    _, flops, most = measure.inspect(run, CPU)
+    _, flops, most = timing.inspect(run, CPU)
     assert most == 6000
     assert flops == 0
-    assert measure.inspect(lambda: torch.ones(3, 4) @ torch.ones(4, 5), CPU)[1] == 2 * 3 * 4 * 5
+    assert timing.inspect(lambda: torch.ones(3, 4) @ torch.ones(4, 5), CPU)[1] == 2 * 3 * 4 * 5
 
 
 def committed():
@@ -148,12 +147,12 @@ def committed():
 
 def test_the_readme_says_what_was_measured():
     assert committed()
-    assert measure.summary(committed()) in (ROOT / "README.md").read_text()
+    assert timing.summary(committed()) in (ROOT / "README.md").read_text()
 
 
 def test_committed_results_are_whole():
     for result in committed():
-        assert set(bench.GROUPS) == {row["group"] for row in result["rows"]}
+        assert set(speed.GROUPS) == {row["group"] for row in result["rows"]}
         assert all(line["found"] <= line["allowed"] for line in result["equal"])
 
 
@@ -163,7 +162,7 @@ def test_attention_with_fewer_key_heads_is_counted_as_if_they_were_repeated():
 
     op = torch.ops.aten._scaled_dot_product_flash_attention
     q, few, many = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2, 4))
-    count = measure.attention_formulas()[op]
+    count = timing.attention_formulas()[op]
     out = op(q, many, many)
     with FlopCounterMode(display=False) as torchs:
         op(q, many, many)

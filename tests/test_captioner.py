@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import captioner as module
 from captioner import VideoCaptioner, from_checkpoint, model_state, read_checkpoint
-from cli import UserError
 from dataset import STYLES, encode_caption
+from runtime.cli import UserError
 
 CAPTIONS = [
     [("label", "moving red ball"), ("sentence", "A ball.")],

@@ -10,10 +10,10 @@ import types
 import pytest
 from conftest import train_flags
 
-import curves
-import runfolder
 import train
-from cli import UserError
+from runtime import run_folder
+from runtime.cli import UserError
+from viz import curves
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_without_matplotlib_the_rest_goes_on(run, monkeypatch, capsys):
 def test_a_picture_ends_no_training(run, monkeypatch, capsys):
     """A matplotlib that cannot be imported for another reason, or that the user's settings break, ended
     training before its best.pt was written, at every --resume again."""
-    monkeypatch.setattr("curves._draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("viz.curves._draw", lambda *_: 1 / 0)
     curves.say_missing.cache_clear()
     curves.update(run)
     assert "no curves.png: division by zero" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_no_run_folder(tmp_path):
 def interrupted_and_resumed(world, prepared, output, dashboard):
     """A run that is killed after its 8th step, two steps after its last save, and then resumed."""
     flags = train_flags(world, prepared, output, "--report-to", dashboard, "--save-every", "3")
-    log = runfolder.Log.step
+    log = run_folder.Log.step
 
     def killed(self, step, *args):
         log(self, step, *args)
@@ -127,7 +127,7 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runfolder.Log.step", killed)
+        patch.setattr("runtime.run_folder.Log.step", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     # drawn at the first of two evaluations
@@ -168,7 +168,9 @@ def stand_in(name, init, error=RuntimeError):
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
     begun, told, ended = [], [], []
-    monkeypatch.setattr("curves._draw", lambda *_: b"")  # matplotlib takes longer than the training
+    monkeypatch.setattr(
+        "viz.curves._draw", lambda *_: b""
+    )  # matplotlib takes longer than the training
 
     class Run:
         def log(self, values, step):

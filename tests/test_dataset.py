@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dataset
-import files
-from cli import UserError
 from encoder import quantise
+from runtime import files
+from runtime.cli import UserError
 
 SETTINGS = {"grid": [2, 3, 4], "width": 5, "store": "int8"}
 RECORD = {"id": "7", "label": "moving it", "paraphrases": ["One.", "Two.", "Three."]}

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-import demo
+from worlds import demo
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def in_process(monkeypatch, quick_meteor):
 
     def shell(command):
         commands.append(command)
-        name, *args = shlex.split(command)
+        name, *args = shlex.split(command.removeprefix("-m "))
         assert not importlib.import_module(name.removesuffix(".py")).main(args)
 
     monkeypatch.setattr(demo, "shell", shell)
@@ -42,15 +42,15 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
     demo.main([*world, "--epochs", "1"])  # twice in a row works
     assert len(in_process) == 2 * len(first)
     assert {c.split()[0] for c in first} == {
-        *("toy_ssv2.py", "prepare_annotations.py", "preprocess_ssv2.py", "train.py"),
+        *("-m", "prepare_annotations.py", "preprocess_ssv2.py", "train.py"),
         *("evaluate.py", "infer.py"),
     }
 
 
 def test_a_failing_script_ends_the_demo(tmp_path):
-    from cli import UserError
+    from runtime.cli import UserError
 
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "something").write_text("of the user's")
-    with pytest.raises(UserError, match=r"toy_ssv2\.py ended with exit code 2"):
+    with pytest.raises(UserError, match=r"toy_ssv2 .* ended with exit code 2"):
         demo.main(["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")])

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import doctor
+from runtime import cli
+from tools import doctor
 
 HERE = Path(__file__).parent.parent
 RANGE = ">=2.10,<2.14"
 
 
 def run(python, folder, *flags, **environment):
-    command = [str(python), str(HERE / "doctor.py"), *flags]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
+    command = [str(python), "-m", "tools.doctor", *flags]
+    env = {k: v for k, v in cli.environment().items() if not k.startswith("HF_")} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=600)
 
 
@@ -56,7 +57,9 @@ def test_without_any_package_each_is_a_line_with_its_command(bare, tmp_path):
         assert re.search(line, done.stdout, re.MULTILINE)
     assert re.search(r"^note     decord +not installed; PyAV does its work$", done.stdout, re.M)
     assert re.search(r"^missing  gradio .*\n +\$ .* -e '?\S+\[app\]'?$", done.stdout, re.MULTILINE)
-    assert re.search(r"^demo.py +would not run, for want of: torch, ", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^worlds.demo +would not run, for want of: torch, ", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^prepare_annotations.py +would run$", done.stdout, re.MULTILINE)
 
 
@@ -88,7 +91,7 @@ def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
     assert findings["lm"]["state"] == "missing"
     assert "incomplete, without model.safetensors" in findings["lm"]["found"]
     assert findings["lm"]["fix"] == "hf download some/lm"
-    assert said["lacks"]["demo.py"] == []
+    assert said["lacks"]["worlds.demo"] == []
     assert said["lacks"]["train.py"] == ["lm", "annotations", "features"]
 
 
@@ -141,17 +144,17 @@ def test_only_signs_that_are_understood_are_in_pyproject():
 
 def test_too_old_a_python_is_told_in_one_sentence():
     """On 3.9 a name of itertools that is newer gave a traceback in place of the sentence: what comes
-    before the check in cli.py must be read by, and be there for, the Pythons it is for."""
+    before the check in runtime/cli.py must be read by, and be there for, the Pythons it is for."""
     modules = []
-    for name in ("doctor", "cli", "ranks"):
+    for name in ("tools/doctor", "runtime/cli", "runtime/distributed"):
         tree = ast.parse((HERE / f"{name}.py").read_text(), feature_version=(3, 8))
         for node in (n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)):
             modules.append(getattr(node, "module", None) or node.names[0].name)
-            if modules[-1] == "cli":
+            if modules[-1] == "runtime":
                 break
     newer = {"tomllib", "itertools", "graphlib", "zoneinfo"}
-    assert modules.count("cli") == 1 and not newer & set(modules)
-    code = "import sys; sys.version_info = (3, 9); import doctor"
+    assert modules.count("runtime") == 2 and not newer & set(modules)
+    code = "import sys; sys.version_info = (3, 9); from tools import doctor"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 1
     assert done.stderr.startswith("Python 3.11 or newer is needed") and "\n" not in done.stderr[:-1]

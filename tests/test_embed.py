@@ -9,18 +9,12 @@ import pytest
 import torch
 from conftest import WIDTH
 
-import embed
-import embed_report
-import embed_table
-import embeddings
-import films
-import retrieval
 import windows
-import words
 from captioner import VideoCaptioner, read_checkpoint
-from cli import UserError
 from dataset import load_features, load_records, stack_stored
-from files import torch_bytes
+from research import embed, embed_report, embed_table, embeddings, retrieval, scenes, words
+from runtime.cli import UserError
+from runtime.files import torch_bytes
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +378,7 @@ def test_runs_are_the_best_of_all_that_are_left():
                 continue
             expected.append((i, j, k))
             left[i : i + k] = left[:, j : j + k] = -np.inf
-        assert films.align(excess, 0.0, shortest) == expected
+        assert scenes.align(excess, 0.0, shortest) == expected
 
 
 def test_scenes_are_found_in_another_order_and_others_left_out():
@@ -393,7 +387,7 @@ def test_scenes_are_found_in_another_order_and_others_left_out():
     a, b = rng.normal(size=(10, 32)), rng.normal(size=(9, 32))
     b[5:9], b[1:4] = a[0:4], a[6:9]
     spans = [(float(n), n + 2.0) for n in range(10)]
-    found = films.scenes(films.compare(a, b), spans, spans[:9])
+    found = scenes.scenes(scenes.compare(a, b), spans, spans[:9])
     assert [(s.start_a, s.end_a, s.start_b, s.end_b) for s in found] == [
         (0, 5, 5, 10),  # at the end of a film its whole window, else the middle of one
         (6.5, 9.5, 1.5, 4.5),
@@ -410,7 +404,7 @@ def test_a_shot_that_stands_still_hides_no_other_scene():
     a, b = (np.stack([x[n : n + 4].mean(0) for n in range(len(x) - 3)]) for x in shown)
     a, b = (x + 0.05 * rng.normal(size=x.shape) for x in (a, b))
     spans = [[(n / 2, n / 2 + 2) for n in range(len(x))] for x in (a, b)]
-    found = films.scenes(films.compare(a, b), *spans)
+    found = scenes.scenes(scenes.compare(a, b), *spans)
     times = [(round(s.start_a), round(s.start_b)) for s in found]
     assert times == [(0, 32), (6, 20), (12, 0)]
 
@@ -420,7 +414,7 @@ def test_films_in_which_nothing_differs_have_no_scenes():
     rng = np.random.default_rng(0)
     row = retrieval.unit(rng.normal(size=32))
     same = np.repeat(row[None], 19, 0) + 1e-7 * rng.normal(size=(19, 32))
-    assert np.abs(films.compare(same, same)).max() < 0.01
+    assert np.abs(scenes.compare(same, same)).max() < 0.01
 
 
 def test_windows_that_fail_are_left_out_of_every_kind(flags, world, tmp_path, capsys):
@@ -438,9 +432,9 @@ def test_no_scene_ends_behind_its_film():
     """The last window of a film may be shorter: a scene was said to end 0.2 s after the film."""
     a = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.2)]
     b = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.5), (2.0, 4.0)]
-    assert films.times_of((0, 1, 4), a, b) == pytest.approx((0, 3.2, 0.5, 3.85))
-    assert films.times_of((1, 1, 2), a, b) == pytest.approx((1.25, 2.25, 1.25, 2.25))
-    assert films.times_of((0, 0, 1), [(0.0, 1.4)], b) == pytest.approx((0, 1.4, 0.3, 1.7))
+    assert scenes.times_of((0, 1, 4), a, b) == pytest.approx((0, 3.2, 0.5, 3.85))
+    assert scenes.times_of((1, 1, 2), a, b) == pytest.approx((1.25, 2.25, 1.25, 2.25))
+    assert scenes.times_of((0, 0, 1), [(0.0, 1.4)], b) == pytest.approx((0, 1.4, 0.3, 1.7))
 
 
 def test_films_that_share_nothing_share_nothing():
@@ -452,18 +446,18 @@ def test_films_that_share_nothing_share_nothing():
         looks = rng.normal(size=(3, 16))
         films_ = [looks[rng.integers(0, 3, 60)] + 0.3 * rng.normal(size=(60, 16)) for _ in "ab"]
         a, b = (np.stack([x[n : n + 4].mean(0) for n in range(57)]) for x in films_)
-        spans, similarity = [(n / 2, n / 2 + 2) for n in range(57)], films.compare(a, b)
-        reported += len(films.scenes(similarity, spans, spans))
-        before += len(films.align(similarity, films.threshold(similarity), 4))
+        spans, similarity = [(n / 2, n / 2 + 2) for n in range(57)], scenes.compare(a, b)
+        reported += len(scenes.scenes(similarity, spans, spans))
+        before += len(scenes.align(similarity, scenes.threshold(similarity), 4))
     assert before > 20 and reported < before / 3
 
 
 def test_what_all_windows_share_is_taken_away():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 8)), rng.normal(size=(4, 8))
-    assert np.allclose(films.compare(a + 100, b + 100), films.compare(a, b))
+    assert np.allclose(scenes.compare(a + 100, b + 100), scenes.compare(a, b))
     similarity = np.array([[0.2, 0.2, 1.0], [0.2, 0.1, 0.3]])
-    assert films.threshold(similarity) == pytest.approx(0.2 + films.SAME * 0.8)
+    assert scenes.threshold(similarity) == pytest.approx(0.2 + scenes.SAME * 0.8)
 
 
 def test_a_window_that_could_not_be_decoded_is_like_nothing():
@@ -472,10 +466,10 @@ def test_a_window_that_could_not_be_decoded_is_like_nothing():
     a = rng.normal(size=(9, 8))
     b = a.copy()
     b[4] = np.nan
-    similarity = films.compare(a, b)
+    similarity = scenes.compare(a, b)
     assert np.isnan(similarity[:, 4]).all() and np.isnan(similarity).sum() == 9
     spans = [(float(n), n + 1.0) for n in range(9)]
-    assert [(s.start_a, s.end_a) for s in films.scenes(similarity, spans, spans)] == [
+    assert [(s.start_a, s.end_a) for s in scenes.scenes(similarity, spans, spans)] == [
         (0, 4),
         (5, 9),
     ]
@@ -488,9 +482,9 @@ def test_what_looks_alike_for_less_than_a_window_is_no_scene():
     similarity[range(2, 5), range(7, 10)] = 0.9
     similarity[range(6, 11), range(1, 6)] = 0.9
     spans = [(n / 2, n / 2 + 2) for n in range(12)]
-    [scene] = films.scenes(similarity, spans, spans, least=0.5)
+    [scene] = scenes.scenes(similarity, spans, spans, least=0.5)
     assert (scene.start_a, scene.start_b) == (3.75, 1.25)
-    assert [length for *_, length in films.align(similarity, 0.5)] == [5, 3]
+    assert [length for *_, length in scenes.align(similarity, 0.5)] == [5, 3]
 
 
 def test_a_film_matched_with_itself_is_the_diagonal(flags, world, tmp_path, capsys):
@@ -503,8 +497,8 @@ def test_a_film_matched_with_itself_is_the_diagonal(flags, world, tmp_path, caps
     _, encoder, captioner = windows.load_models(args)
     spans, vectors = embed.film(path, captioner, encoder, args)
     assert set(vectors) == set(embeddings.KINDS)
-    scenes = [films.scenes(films.compare(v, v), spans, spans) for v in vectors.values()]
-    for scene in (films.Scene(**found), *(scene for [scene] in scenes)):
+    each = [scenes.scenes(scenes.compare(v, v), spans, spans) for v in vectors.values()]
+    for scene in (scenes.Scene(**found), *(scene for [scene] in each)):
         assert scene.start_a == scene.start_b == 0 and scene.score > 0.99
         assert scene.end_a == scene.end_b > 6
 
@@ -536,7 +530,7 @@ def joined(world, path, count):
 
 
 def test_films_that_cannot_be_matched_get_one_sentence(flags, world, tmp_path):
-    import odd_clips
+    from torture import odd_clips
 
     odd_clips.write_sound(tmp_path / "sound.mp4")
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -559,19 +553,19 @@ def test_films_that_cannot_be_matched_get_one_sentence(flags, world, tmp_path):
 
 def test_quality_of_scenes_found():
     true_a, true_b = [(0, 4), (4, 8)], [(10, 14), (0, 4)]
-    right = films.Scene(0, 4, 10, 14, 1.0)
-    elsewhere = films.Scene(4, 8, 20, 24, 1.0)
-    assert films.quality([right], true_a, true_b, 1)["recall"] == 0.5
-    short, shorter = films.Scene(0, 2.2, 10, 14, 1.0), films.Scene(0, 1.8, 10, 14, 1.0)
-    assert films.quality([short], true_a, true_b, 1)["precision"] == 1
-    assert films.quality([shorter], true_a, true_b, 1)["precision"] == 0
-    late = films.quality([films.Scene(1.5, 4, 10, 14, 1.0)], true_a[:1], true_b[:1], 1)
+    right = scenes.Scene(0, 4, 10, 14, 1.0)
+    elsewhere = scenes.Scene(4, 8, 20, 24, 1.0)
+    assert scenes.quality([right], true_a, true_b, 1)["recall"] == 0.5
+    short, shorter = scenes.Scene(0, 2.2, 10, 14, 1.0), scenes.Scene(0, 1.8, 10, 14, 1.0)
+    assert scenes.quality([short], true_a, true_b, 1)["precision"] == 1
+    assert scenes.quality([shorter], true_a, true_b, 1)["precision"] == 0
+    late = scenes.quality([scenes.Scene(1.5, 4, 10, 14, 1.0)], true_a[:1], true_b[:1], 1)
     assert late["boundary F1"] == 0.5
-    missed = films.quality([films.Scene(0, 4, 10, 14, 1.0)], [(0, 4), (20, 24)], true_b, 1)
+    missed = scenes.quality([scenes.Scene(0, 4, 10, 14, 1.0)], [(0, 4), (20, 24)], true_b, 1)
     assert missed["boundary F1"] == pytest.approx(2 / 3)  # of 1 and 1/2
-    both = films.quality([right, elsewhere], true_a, true_b, 1)
+    both = scenes.quality([right, elsewhere], true_a, true_b, 1)
     assert both["recall"] == both["precision"] == 0.5 and both["boundary F1"] == 1
-    assert set(films.quality([], true_a, true_b, 1).values()) == {0.0}
+    assert set(scenes.quality([], true_a, true_b, 1).values()) == {0.0}
 
 
 # ---- queries as words ----------------------------------------------------------------------
@@ -730,7 +724,7 @@ def test_the_report_is_made_of_its_figures(prepared, world, trained, tmp_path, m
 def test_the_report_says_what_it_lacks_before_it_begins(tmp_path):
     """A run that is not there was found after 20 s of something else; another file was a traceback."""
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match=r"other\.json was not written by embed_report\.py"):
+    with pytest.raises(UserError, match=r"other\.json was not written by research/embed_report\.py"):
         embed_report.main(["--table", str(tmp_path / "other.json")])
     output = tmp_path / "results"
     with pytest.raises(
@@ -785,14 +779,14 @@ def test_what_a_query_names():
 
 
 def test_the_page_in_results_is_that_of_its_figures():
-    folder = Path(embed.__file__).parent / "results"
+    folder = Path(embed.__file__).parent.parent / "results"
     results = json.loads((folder / "embeddings.json").read_text())
     assert (folder / "embeddings.md").read_text() == embed_table.markdown(results)
     assert len(results["runs"]) == 3
 
 
 def test_the_readme_says_what_was_measured():
-    root = Path(embed.__file__).parent
+    root = Path(embed.__file__).parent.parent
     results = json.loads((root / "results" / "embeddings.json").read_text())
     runs = results["runs"]
 

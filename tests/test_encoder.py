@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hub
-from cli import UserError
 from encoder import MEAN, STD, VideoEncoder, quantise, transform
+from runtime import hub
+from runtime.cli import UserError
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from conftest import preprocess
 
 import evaluate
 import infer
-from cli import DONE, FAILED, PARTIAL, UserError
 from dataset import load_records
+from runtime.cli import DONE, FAILED, PARTIAL, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 

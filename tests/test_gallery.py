@@ -8,8 +8,8 @@ import pytest
 from conftest import until
 
 import evaluate
-from cli import UserError
 from dataset import load_records
+from runtime.cli import UserError
 
 HOSTILE = (
     "</script><script>document.title = 'stolen'</script><img src=x onerror=document.title='stolen'>"
@@ -199,7 +199,7 @@ def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path)
 
 def test_a_large_split_is_not_made_at_once(browser, tmp_path):
     """24,777 cards would take seconds and gigabytes; the page makes those near the screen."""
-    import gallery
+    from viz import gallery
 
     records = [
         {"id": str(n), "label": f"moving thing {n}", "template": "Moving [something]"}

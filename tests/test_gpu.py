@@ -7,18 +7,17 @@ import pytest
 import torch
 from conftest import preprocess, train_flags
 
-import app
-import devices
-import embeddings
 import evaluate
 import infer
 import train
 import windows
-import words
 from captioner import VideoCaptioner, check_lm
-from cli import TERMINATED
 from dataset import load_features, load_manifest
 from encoder import VideoEncoder
+from research import embeddings, words
+from runtime import devices
+from runtime.cli import TERMINATED
+from viz import app
 
 
 def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
@@ -40,7 +39,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert not train.main([*flags, "--dry-run"])
     assert "GPU memory     0.0 GB at most" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("runfolder.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("runtime.run_folder.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert train.main(flags) == TERMINATED
     assert not train.main([*flags, "--resume"])
     args = json.loads((run / "args.json").read_text())

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,16 +13,26 @@ from pathlib import Path
 import pytest
 from conftest import train_flags
 
-import doctor
+from runtime import cli
+from tools import doctor
 
 HERE = Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in HERE.glob("*.py") if "def parse_args(" in p.read_text())
+FOLDERS = ("", "bench", "research", "tools", "viz", "worlds")
+SCRIPTS = sorted(
+    ".".join(path.relative_to(HERE).with_suffix("").parts)
+    for folder in FOLDERS
+    for path in (HERE / folder).glob("*.py")
+    if "def parse_args(" in path.read_text()
+)
 HEAVY = {"torch", "transformers", "av", "decord", "pycocoevalcap", "PIL", "matplotlib", "gradio"}
 
 
 def script(name, *args, **kwargs):
-    command = [sys.executable, str(HERE / f"{name}.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    """Run train.py, given as "train", or python -m viz.app, given as "viz.app"."""
+    code = ["-m", name] if "." in name else [str(HERE / f"{name}.py")]
+    command = [sys.executable, *code, *map(str, args)]
+    kwargs |= {"capture_output": True, "text": True, "timeout": 120, "env": cli.environment()}
+    return subprocess.run(command, **kwargs)
 
 
 def test_all_scripts_are_known():
@@ -78,12 +89,24 @@ def test_help_is_quick_and_shows_every_default(name, helps):
         ("train --lr nan", 2, "argument --lr"),
         ("train --batch 3", 2, "unrecognized arguments: --batch 3"),
         ("preprocess_ssv2 --shard 3/3", 2, "is not i/n with 0 <= i < n"),
-        ("app --checkpoint /nowhere.pt", 2, "app.py: --checkpoint /nowhere.pt does not exist"),
-        ("curves /nowhere", 2, "curves.py: /nowhere is no run folder of train.py"),
+        (
+            "viz.app --checkpoint /nowhere.pt",
+            2,
+            "python -m viz.app: --checkpoint /nowhere.pt does not exist",
+        ),
+        ("viz.curves /nowhere", 2, "python -m viz.curves: /nowhere is no run folder of train.py"),
         ("infer --gif /nowhere.mp4", 2, "infer.py: clip not found: /nowhere.mp4"),
         ("train --export shared", 2, "train.py: --output results/ssv2/best.pt does not exist"),
-        ("bench --preset full --device cpu", 2, "bench.py: --preset full needs a CUDA GPU"),
-        ("bench --table /nowhere.json", 2, "bench.py: bench result not found: /nowhere.json"),
+        (
+            "bench.speed --preset full --device cpu",
+            2,
+            "python -m bench.speed: --preset full needs a CUDA GPU",
+        ),
+        (
+            "bench.speed --table /nowhere.json",
+            2,
+            "python -m bench.speed: bench result not found: /nowhere.json",
+        ),
         ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
     ],
 )
@@ -116,9 +139,11 @@ def readme_commands():
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_parse(command):
     """8 of 21 admired repositories have a README command that cannot run."""
-    _, name, *args = shlex.split(command)
-    assert (HERE / name).is_file()
-    importlib.import_module(Path(name).stem).parse_args(args)
+    _, *args = shlex.split(command)
+    name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
+    args = args[2:] if args[0] == "-m" else args[1:]
+    assert name in SCRIPTS
+    importlib.import_module(name).parse_args(args)
 
 
 def test_readme_paths_exist():
@@ -127,7 +152,7 @@ def test_readme_paths_exist():
     assert len(readme_commands()) > 8
     links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     names = [n for n in links if not n.startswith("http")]
-    names += re.findall(r"`((?:[a-z0-9_]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
+    names += re.findall(r"`((?:[a-z0-9_/]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
     names = [n for n in names if n not in ("preprocess_something_something_v2.py",)]
     assert not [n for n in names if not (HERE / n).exists()]
 
@@ -139,12 +164,27 @@ def test_readme_pictures_are_light():
 
 def test_readme_lists_every_file():
     text = (HERE / "README.md").read_text()
-    assert not [p.name for p in HERE.glob("*.py") if f"`{p.name}`" not in text]
+    paths = [
+        p for folder in (*FOLDERS, "runtime", "tests/torture") for p in (HERE / folder).glob("*.py")
+    ]
+    names = {p.relative_to(HERE).as_posix() for p in paths if p.name != "__init__.py"}
+    assert not {name for name in names if f"`{name}`" not in text}
+
+
+def test_a_folder_of_ours_wins_over_one_of_the_same_name(tmp_path):
+    """Without its empty __init__.py a folder loses against any installed package of its name."""
+    for folder in filter(None, (*FOLDERS, "runtime")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text(f"raise SystemExit('another {folder}')")
+        assert (HERE / folder / "__init__.py").read_bytes() == b""
+    code = f"import {', '.join(filter(None, (*FOLDERS, 'runtime')))}"
+    path = os.pathsep.join([str(HERE), str(tmp_path)])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_readme_table_is_the_measured_one():
     """A number in the README has a file in results/ behind it."""
-    import demo
+    from worlds import demo
 
     files = sorted((HERE / "results").glob("demo_seed*.json"))
     assert len(files) >= 3

@@ -10,15 +10,13 @@ from conftest import CharTokenizer, train_flags
 from test_captioner import CAPTIONS, EXACT, loss_and_gradient
 
 import captioner as module
-import devices
-import embeddings
-import hub
 import train
-import words
 from captioner import VideoCaptioner, check_lm, check_room, model_state
-from cli import UserError
 from dataset import STYLES
 from encoder import VideoEncoder
+from research import embeddings, words
+from runtime import devices, hub
+from runtime.cli import UserError
 
 TINY = {"vocab_size": 130, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA = TINY | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from conftest import preprocess
 
-from cli import DONE, FAILED, PARTIAL, UserError
 from dataset import load_records
+from runtime.cli import DONE, FAILED, PARTIAL, UserError
 
 
 def files(folder):

@@ -11,17 +11,15 @@ import torch
 from conftest import train_flags
 
 import captioner
-import cli
 import dataset
-import doctor
 import evaluate
-import files
 import infer
 import preprocess_ssv2
-import runfolder
-import toy_ssv2
 import train
-from cli import UserError
+from runtime import cli, files, run_folder
+from runtime.cli import UserError
+from tools import doctor
+from worlds import toy_ssv2
 
 CPU = torch.device("cpu")
 
@@ -86,7 +84,7 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
 )
 def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
     """The default was 8 x 8 clips: four times the kernel launches of 32 x 2, which also fits the card."""
-    monkeypatch.setattr("ranks.count", lambda: processes)
+    monkeypatch.setattr("runtime.distributed.count", lambda: processes)
     names = ("--batch-size", "--grad-accum")
     flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
     args = train.parse_args(flags)
@@ -102,7 +100,7 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
     ],
 )
 def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, complaint):
-    monkeypatch.setattr("ranks.count", lambda: processes)
+    monkeypatch.setattr("runtime.distributed.count", lambda: processes)
     with pytest.raises(UserError, match=complaint):
         train.parse_args(flags)
 
@@ -115,10 +113,10 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
     where = [x for x in where if x not in ("--batch-size", "8", "--grad-accum", "3")]
     runs = {}
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr("ranks.count", lambda count=count: count)
+        monkeypatch.setattr("runtime.distributed.count", lambda count=count: count)
         dealt = []
         for rank in range(count):
-            monkeypatch.setattr("ranks.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("runtime.distributed.rank", lambda rank=rank: rank)
             args = train.parse_args(where)
             data = train.read_data(args)
             steps = train.windows(args, data, tokenizer, CPU, 0)
@@ -198,12 +196,12 @@ def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
     settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
-    monkeypatch.setattr("ranks.local_count", lambda: 4)
+    monkeypatch.setattr("runtime.distributed.local_count", lambda: 4)
     assert dataset.shared_bytes(settings, 64, 4) == 4 * one
 
 
 def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monkeypatch):
-    monkeypatch.setattr("cli.cpus", lambda: 4)
+    monkeypatch.setattr("runtime.cli.cpus", lambda: 4)
     monkeypatch.setattr("os.path.isdir", lambda path: True)
     for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
@@ -275,7 +273,7 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
 
     figures = {}
     reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
-    with runfolder.Log(tmp_path, 0, 2, reporter) as log:
+    with run_folder.Log(tmp_path, 0, 2, reporter) as log:
         log.began -= 100
         log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
         assert log.bar.postfix.endswith("data 25 %")

@@ -7,10 +7,10 @@ import torch
 from conftest import train_flags
 
 import captioner
-import devices
 import train
 from captioner import VideoCaptioner
 from dataset import by_hash, load_features, load_manifest
+from runtime import devices
 
 STEPS, STATISTICS = 5, 20
 FLAGS = ["--batch-size", 4, "--grad-accum", 2, "--limit", 40, "--epochs", 1, "--eval-clips", 10]

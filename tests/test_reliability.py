@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_flags
+from torture import checks, sandbox
 
 import dataset
-import files
-import ranks
-import sandbox
-import torture
 import train
-from cli import DONE, FAILED, UserError
 from dataset import load_manifest, load_records
-
-HERE = Path(torture.__file__).parent
+from runtime import distributed, files
+from runtime.cli import DONE, FAILED, ROOT, UserError
 
 
 class Short(sandbox.World):
@@ -46,13 +42,13 @@ def place(world, tmp_path_factory):
 
 
 TRIALS = {
-    "preprocessing is killed": lambda place, rng: torture.kill_preprocessing(place, 2, rng),
-    "training is killed": lambda place, rng: torture.kill_training(place, 2, rng),
-    "training is asked to stop": lambda place, rng: torture.stop_training(place, 1, rng),
-    "bits flip in features": lambda place, rng: torture.flip_features(place, 300, rng),
-    "bits flip in a checkpoint": lambda place, rng: torture.flip_checkpoint(place, 200, rng),
-    "the disk is full": lambda place, rng: torture.fill_the_disk(place),
-    "the second process leaves": lambda place, rng: torture.two_at_once(place),
+    "preprocessing is killed": lambda place, rng: checks.kill_preprocessing(place, 2, rng),
+    "training is killed": lambda place, rng: checks.kill_training(place, 2, rng),
+    "training is asked to stop": lambda place, rng: checks.stop_training(place, 1, rng),
+    "bits flip in features": lambda place, rng: checks.flip_features(place, 300, rng),
+    "bits flip in a checkpoint": lambda place, rng: checks.flip_checkpoint(place, 200, rng),
+    "the disk is full": lambda place, rng: checks.fill_the_disk(place),
+    "the second process leaves": lambda place, rng: checks.two_at_once(place),
 }
 
 
@@ -65,11 +61,11 @@ def test_trial(place, name):
 BOTH = """
 import contextlib, importlib, json, sys
 
-import ranks
+from runtime import distributed
 
 if __name__ == "__main__":
-    with ranks.joined():
-        ranks.joined = lambda *_: contextlib.nullcontext()  # torchrun's store allows one process group
+    with distributed.joined():
+        distributed.joined = lambda *_: contextlib.nullcontext()  # torchrun's store allows one process group
         for name, *flags in json.loads(sys.argv[1]):
             code = importlib.import_module(name).main(flags)
     sys.exit(code)
@@ -80,7 +76,7 @@ def test_two_processes_are_one(place, tmp_path, monkeypatch):
     """Two processes give bit-identical features, and parameters equal up to rounding in AdamW. One torchrun
     runs both scripts, since importing torch and transformers takes its processes 12 s."""
     (tmp_path / "both.py").write_text(BOTH)
-    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     (features, _), (run, _) = place.cache(), place.trained()
     mine = tmp_path / "features", tmp_path / "run"
     with monkeypatch.context() as patch:  # only the command lines
@@ -92,13 +88,13 @@ def test_two_processes_are_one(place, tmp_path, monkeypatch):
     ended = sandbox.run(tmp_path / "both", [json.dumps(orders)], ranks=2)
     sandbox.expect(ended, DONE)
     assert not sandbox.differences(sandbox.contents(features), sandbox.contents(mine[0]))
-    row = torture.process_row("2 processes instead of 1", run, mine[1], 3e-4)
+    row = checks.process_row("2 processes instead of 1", run, mine[1], 3e-4)
     assert row.fine, row.found
 
 
 @pytest.mark.slow
 def test_two_processes_resume_what_one_began(place):
-    assert all(row.fine for row in torture.processes(place))
+    assert all(row.fine for row in checks.processes(place))
 
 
 # ---- who is refused at the door ----------------------------------------------------------------
@@ -106,7 +102,7 @@ def test_two_processes_resume_what_one_began(place):
 
 def script(name, *flags):
     command = [sys.executable, f"{name}.py", *map(str, flags)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_an_archive_is_not_read_as_json(tmp_path):
@@ -151,7 +147,7 @@ def copied(prepared, tmp_path):
 
 def spoil(kind, record):
     if kind == "bomb":
-        return torture.Bomb("bomb_went_off")
+        return checks.Bomb("bomb_went_off")
     if kind == "scale of another kind":
         return record | {"scale": "large"}
     if kind == "endless offset":  # 4 bytes that claim to be terabytes
@@ -205,11 +201,11 @@ def test_what_a_kill_left_is_cleared_away_by_who_holds_the_lock(tmp_path):
 def test_shards_of_different_cuts_exclude_each_other_where_they_overlap(tmp_path):
     """0/3 and 1/2 have no clip in common; 0/3 and 0/2 have."""
     (tmp_path / "keep").touch()
-    code = "import sys, files\nwith files.lock(sys.argv[1], 'told', 0, 2): print('in')"
+    code = "import sys\nfrom runtime import files\nwith files.lock(sys.argv[1], 'told', 0, 2): print('in')"
     for part, parts, inside in ((0, 3, False), (1, 2, True), (2, 3, True), (0, 1, False)):
         with files.lock(tmp_path, "alone", part, parts):
             done = subprocess.run(
-                [sys.executable, "-c", code, tmp_path], cwd=HERE, capture_output=True, text=True
+                [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
             )
         assert (done.stdout == "in\n") == inside
     ids = [str(i) for i in range(500)]
@@ -229,8 +225,8 @@ def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch)
     whole = read()
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "count", lambda: 3)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "count", lambda: 3)
         parts.append(read())
     assert len(whole) > 3
     for step, (ids, micro_batches) in enumerate(whole):
@@ -241,5 +237,5 @@ def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch)
 
 def test_odd_clips(place):
     """Each damaged clip is one line, each odd one is read, and none ends the run."""
-    rows = list(torture.odd_clips(place))
+    rows = list(checks.odd_clips(place))
     assert len(rows) > 15 and not [row for row in rows if not row.fine]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import infer
-import render
 import video
-from cli import UserError
+from runtime.cli import UserError
+from viz import films
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -72,15 +72,15 @@ def palettes(data):
 
 
 def test_a_gif_is_small_has_one_palette_and_plays_at_its_own_speed(noisy):
-    gif = render.gif(noisy, {"caption": "holding a potato", "reference": LONG})
+    gif = films.gif(noisy, {"caption": "holding a potato", "reference": LONG})
     assert len(gif) < 1_000_000 and palettes(gif) == 1
     assert abs(sum(seconds for seconds, _ in pictures(gif)) - 4) < 0.15
 
 
 def test_a_long_film_has_fewer_pictures_a_second(tmp_path):
     path = film(tmp_path / "long.webm", 600, grey)  # 50 s
-    shown = pictures(render.gif(path, {"caption": "nothing happens"}))
-    assert len(shown) <= render.GIF_FRAMES
+    shown = pictures(films.gif(path, {"caption": "nothing happens"}))
+    assert len(shown) <= films.GIF_FRAMES
     assert abs(sum(seconds for seconds, _ in shown) - 50) < 1
 
 
@@ -88,11 +88,11 @@ def test_the_caption_stands_under_the_picture_with_its_reference(tmp_path):
     path = film(tmp_path / "grey.webm", 12, grey)
     sizes = []
     for result in ({"caption": "one"}, {"caption": "one", "reference": "two"}, {"caption": LONG}):
-        picture = pictures(render.gif(path, result))[0][1]
+        picture = pictures(films.gif(path, result))[0][1]
         below = picture[240:]  # 160 x 120 is shown as 320 x 240
         assert picture[:240].max() < 120 and (below > 240).mean() > 0.7
         assert below.min() < 60  # letters
-        assert (below[:, : render.MARGIN] > 240).all() and (below[:, -render.MARGIN :] > 240).all()
+        assert (below[:, : films.MARGIN] > 240).all() and (below[:, -films.MARGIN :] > 240).all()
         sizes.append(len(below))
     assert sizes[0] < sizes[1] < sizes[2]
 
@@ -103,7 +103,7 @@ def test_each_window_has_its_caption(tmp_path):
         {"start": 0.0, "end": 2.0, "caption": "a"},
         {"start": 2.0, "end": 4.0, "caption": LONG},
     ]
-    shown = pictures(render.gif(path, {"windows": spans}))
+    shown = pictures(films.gif(path, {"windows": spans}))
     ends = np.cumsum([seconds for seconds, _ in shown])
     dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
     first, second = dark[ends < 2.05], dark[ends > 2.15]
@@ -111,7 +111,7 @@ def test_each_window_has_its_caption(tmp_path):
 
 
 def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
-    (tmp_path / "film.mp4").write_bytes(render.mp4(noisy, {"caption": LONG}))
+    (tmp_path / "film.mp4").write_bytes(films.mp4(noisy, {"caption": LONG}))
     with av.open(str(tmp_path / "film.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
@@ -126,7 +126,7 @@ def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
     """The caption before it stood under what it does not describe."""
     path = film(tmp_path / "gap.webm", 48, grey)
     spans = [{"start": 0.0, "end": 1.0, "caption": "a"}, {"start": 3.0, "end": 4.0, "caption": "b"}]
-    shown = pictures(render.gif(path, {"windows": spans}))
+    shown = pictures(films.gif(path, {"windows": spans}))
     ends = np.cumsum([seconds for seconds, _ in shown])
     dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
     assert (dark[(ends > 1.3) & (ends < 2.9)] == 0).all()
@@ -136,12 +136,10 @@ def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
 def test_odd_times(tmp_path):
     """4,000 frames a second, and a picture on screen for 15 minutes: each ended infer.py."""
     path = film(tmp_path / "fast.mp4", 40, grey, rate=4000, codec="libx264")
-    (tmp_path / "out.mp4").write_bytes(render.mp4(path, {"caption": "fast"}))
+    (tmp_path / "out.mp4").write_bytes(films.mp4(path, {"caption": "fast"}))
     assert 5 <= len(list(video.stream(tmp_path / "out.mp4"))) <= 11
     shown = pictures(
-        render.encode_gif(
-            [Image.new("RGB", (8, 8), c) for c in ("black", "white")], (0.0, 900.0), 1
-        )
+        films.encode_gif([Image.new("RGB", (8, 8), c) for c in ("black", "white")], (0.0, 900.0), 1)
     )
     assert [seconds for seconds, _ in shown] == [655.35, 1.0]
 
@@ -149,7 +147,7 @@ def test_odd_times(tmp_path):
 def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
     """Frames put in another order by the encoder made the track end before its last picture."""
     path = film(tmp_path / "a.webm", 24, grey)
-    (tmp_path / "a.mp4").write_bytes(render.mp4(path, {"caption": "a"}))
+    (tmp_path / "a.mp4").write_bytes(films.mp4(path, {"caption": "a"}))
     times = [[t for t, _ in video.stream(tmp_path / name)] for name in ("a.webm", "a.mp4")]
     assert times[0] == pytest.approx(times[1], abs=2e-3)
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -158,8 +156,8 @@ def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
 
 
 def test_words_wrap_and_even_a_word_too_long_stays_inside():
-    letters = render.font(14)
-    lines = render.wrap(f"{LONG} {'x' * 200} end", 200, letters)
+    letters = films.font(14)
+    lines = films.wrap(f"{LONG} {'x' * 200} end", 200, letters)
     assert all(letters.getlength(line) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == f"{LONG}{'x' * 200}end".replace(" ", "")
     assert lines[0] == "pretending to take"
@@ -167,7 +165,7 @@ def test_words_wrap_and_even_a_word_too_long_stays_inside():
 
 def test_letters_of_other_scripts_are_drawn():
     """Pillow's own font shows a box for each."""
-    font = render.font(20)
+    font = films.font(20)
     drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
     assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
 
@@ -221,7 +219,7 @@ def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
 @pytest.mark.parametrize("output", ["strip.xyz", "."])
 def test_strips_are_a_png(output, tmp_path):
     with pytest.raises(UserError, match=r"must name a picture, \.png"):
-        render.main(["--predictions", "x", "--output", str(tmp_path / output)])
+        films.main(["--predictions", "x", "--output", str(tmp_path / output)])
 
 
 def test_a_missing_library_is_told_before_the_models_are_loaded(monkeypatch, tmp_path):

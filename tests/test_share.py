@@ -10,13 +10,13 @@ from test_captioner import SETTINGS, checkpoint_of
 
 import captioner as module
 import evaluate
-import hub
 import infer
-import share
 import train
 from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint, weights_digest
-from cli import UserError
-from files import torch_bytes
+from runtime import hub
+from runtime.cli import UserError
+from runtime.files import torch_bytes
+from tools import export
 
 SCORES = {
     "n": 7,
@@ -54,7 +54,7 @@ def run(state, tmp_path):
 
 @pytest.fixture
 def shared(run, tmp_path):
-    share.export(run, tmp_path / "shared")
+    export.export(run, tmp_path / "shared")
     return tmp_path / "shared"
 
 
@@ -92,7 +92,7 @@ def test_what_is_shared_is_what_was_trained(
     assert {p.name for p in shared.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert load_file(shared / "model.safetensors").keys() == state["qformer"].keys()
     before = {p.name: p.read_bytes() for p in shared.iterdir()}
-    share.export(run, shared)
+    export.export(run, shared)
     assert {p.name: p.read_bytes() for p in shared.iterdir()} == before
 
 
@@ -220,9 +220,9 @@ def test_a_killed_export_is_nothing_until_it_is_done_again(
 ):
     """Killed after each file, the first time or over an earlier export: new weights never load with
     an old config, and the same command completes it."""
-    folder, write, written = tmp_path / "shared", share.write_atomic, []
+    folder, write, written = tmp_path / "shared", export.write_atomic, []
     if before:
-        share.export(run, folder)
+        export.export(run, folder)
         old = read_checkpoint(folder)
         state["qformer"]["gain"] += 1
         (run / "best.pt").write_bytes(torch_bytes(state | {"step": 9}))
@@ -234,14 +234,14 @@ def test_a_killed_export_is_nothing_until_it_is_done_again(
         written.append(write(path, data))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(share, "write_atomic", killed)
-        share.export(run, folder)
+        patch.setattr(export, "write_atomic", killed)
+        export.export(run, folder)
     if before and not done:
         assert same(read_checkpoint(folder), old)
     else:
         with pytest.raises(UserError, match=r"does not exist|not finished|not the one"):
             read_checkpoint(folder)
-    share.export(run, folder)
+    export.export(run, folder)
     assert same(read_checkpoint(folder), read_checkpoint(run))
     assert {p.name for p in folder.iterdir()} == set(share_order())
 
@@ -253,7 +253,7 @@ def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
     folder.mkdir()
     (folder / name).write_text("mine")
     with pytest.raises(UserError, match=rf"--export .*mine holds .*{name}"):
-        share.export(run, folder)
+        export.export(run, folder)
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
 
 
@@ -277,11 +277,11 @@ def test_the_card_holds_the_scores_of_this_checkpoint_only(run, shared, tmp_path
     nonsense = ours | {"metrics": {"CIDEr": "1.2345"}}
     for text in (json.dumps(other), "{", "[]", json.dumps(SCORES), json.dumps(nonsense)):
         scores.write_text(text)
-        share.export(run, shared)
+        export.export(run, shared)
         card = (shared / "README.md").read_text()
         assert "Not evaluated." in card and "CIDEr" not in card
     scores.unlink()
-    share.export(run, shared)
+    export.export(run, shared)
     assert "Not evaluated." in (shared / "README.md").read_text()
 
 
@@ -291,7 +291,7 @@ def test_a_name_cannot_break_the_card(run, state, tmp_path):
     state["manifest"] = {"settings": SETTINGS, "info": {"encoder": nasty}}
     state["lm"]["name"] = nasty
     (run / "best.pt").write_bytes(torch_bytes(state))
-    share.export(run, tmp_path / "pipe|`name")
+    export.export(run, tmp_path / "pipe|`name")
     card = (tmp_path / "pipe|`name" / "README.md").read_text()
     lines = card.splitlines()
     assert lines.count("---") == 2 and "<b>" not in card and "/private" not in card
@@ -307,7 +307,7 @@ def test_only_models_of_the_hub_are_called_base_models(run, state, tmp_path, mon
     state["lm"]["name"] = "somebody/lm"
     state["manifest"] = {"settings": SETTINGS, "info": {"encoder": "world/encoder"}}
     (run / "best.pt").write_bytes(torch_bytes(state))
-    share.export(run, tmp_path / "shared")
+    export.export(run, tmp_path / "shared")
     card = (tmp_path / "shared" / "README.md").read_text()
     assert 'base_model: ["somebody/lm"]\n' in card
     assert "--checkpoint shared --encoder ENCODER\n" in card

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import TOY as FLAGS
 
-import toy_models
-import toy_ssv2
-import toy_world
-from cli import UserError
+from runtime.cli import UserError
+from worlds import shapes, toy_models, toy_ssv2
 
 SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
 
@@ -53,13 +51,13 @@ def test_same_seed_same_bytes(world, tmp_path):
 
 
 def test_another_seed_another_world():
-    assert toy_world.plan(100, 0) == toy_world.plan(100, 0) != toy_world.plan(100, 1)
-    assert toy_world.divide_objects(0)[1] != toy_world.divide_objects(1)[1]
+    assert shapes.plan(100, 0) == shapes.plan(100, 0) != shapes.plan(100, 1)
+    assert shapes.divide_objects(0)[1] != shapes.divide_objects(1)[1]
 
 
 @pytest.mark.parametrize("clips", [100, 6000])
 def test_splits_are_as_disjoint_as_they_promise(clips):
-    plan = toy_world.plan(clips, 0)
+    plan = shapes.plan(clips, 0)
     train = split_of(plan, "train")
     assert len(train) == clips and len({c["id"] for c in plan}) == len(plan)
     assert all(c["id"].isdecimal() for c in plan)
@@ -76,14 +74,14 @@ def test_splits_are_as_disjoint_as_they_promise(clips):
 
 
 def test_the_language_model_learns_nothing_held_out():
-    objects, unseen, pairs, unseen_pairs = toy_world.divide_objects(0)
+    objects, unseen, pairs, unseen_pairs = shapes.divide_objects(0)
     lessons = toy_models.draw_lessons(3000, 0, objects, pairs)
     assert not objects_of(lessons) & set(unseen) and not pairs_of(lessons) & unseen_pairs
     assert pairs | unseen_pairs == {frozenset(p) for p in combinations(objects, 2)}
 
 
 def test_records_look_like_ssv2(world):
-    clips = {c["id"]: c for c in toy_world.plan(100, 0)}
+    clips = {c["id"]: c for c in shapes.plan(100, 0)}
     names = read(world / "labels" / "labels.json")
     assert all(isinstance(number, str) for number in names.values()) and len(names) >= 12
     seen = set()
@@ -98,7 +96,7 @@ def test_records_look_like_ssv2(world):
             assert r["label"] == filled and "[" not in filled and len(filled.split()) >= 4
             assert r["template"].replace("[", "").replace("]", "") in names
             seen.add(r["template"])
-    assert seen == {a.template for a in toy_world.ACTIONS}
+    assert seen == {a.template for a in shapes.ACTIONS}
     test = read(world / "labels" / "test.json")
     rows = (world / "labels" / "test-answers.csv").read_text().splitlines()
     assert [r.split(";")[0] for r in rows] == [r["id"] for r in test]
@@ -106,7 +104,7 @@ def test_records_look_like_ssv2(world):
 
 
 def test_old_names(tmp_path):
-    toy_ssv2.write_labels(tmp_path, toy_world.plan(100, 0), old_names=True)
+    toy_ssv2.write_labels(tmp_path, shapes.plan(100, 0), old_names=True)
     names = {p.stem for p in tmp_path.glob("*.json")}
     assert names == {f"something-something-v2-{s}" for s in (*SPLITS, "test", "labels")}
 
@@ -117,7 +115,7 @@ def test_paraphrases_cover_training_once_and_are_sentences(world):
     assert sorted(ids) == sorted(r["id"] for r in read(world / "labels" / "train.json"))
     validation = read(world / "paraphrases" / "ssv2_paraphrase_validation.json")
     assert list(validation) == [r["id"] for r in read(world / "labels" / "validation.json")]
-    clips = {c["id"]: c for c in toy_world.plan(100, 0)}
+    clips = {c["id"]: c for c in shapes.plan(100, 0)}
     for shard in [*shards, validation]:
         for i, texts in shard.items():
             assert 1 <= len(texts) <= 8 and len(set(texts)) == len(texts)
@@ -128,7 +126,7 @@ def test_paraphrases_cover_training_once_and_are_sentences(world):
 
 def test_videos_decode_with_the_promised_frames(world):
     av = pytest.importorskip("av")
-    plan = toy_world.plan(100, 0)
+    plan = shapes.plan(100, 0)
     assert {p.stem for p in (world / "videos").iterdir()} == {c["id"] for c in plan}
     for clip in plan[:8]:
         drawn = toy_ssv2.render(clip, 0)
@@ -147,8 +145,8 @@ def test_models_load_from_their_folders(world):
     assert AutoModel.from_pretrained(world / "encoder").config.model_type == "vjepa2"
     tokenizer = AutoTokenizer.from_pretrained(world / "lm")
     saved = Fast(tokenizer_file=str(world / "lm" / "tokenizer.json"))
-    for clip in toy_world.plan(100, 0)[:50]:
-        for text in (toy_world.label_of(clip), *toy_world.sentences_of(clip)):
+    for clip in shapes.plan(100, 0)[:50]:
+        for text in (shapes.label_of(clip), *shapes.sentences_of(clip)):
             ids = tokenizer(" " + text)["input_ids"]
             assert ids == saved(" " + text)["input_ids"] and tokenizer.decode(ids) == " " + text
             assert len(ids) <= len(text.split()) + 1  # a word is a token, and so is the full stop
@@ -182,9 +180,12 @@ def test_other_settings_and_foreign_folders_are_refused(world, tmp_path):
 
 def test_help_imports_nothing_heavy():
     code = """
-import sys, toy_ssv2
+import sys
+from worlds import toy_ssv2
 try: toy_ssv2.main(["--help"])
 except SystemExit: pass
 sys.exit(any(m in sys.modules for m in ("torch", "transformers", "av", "numpy")))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(toy_ssv2.__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(toy_ssv2.__file__).parent.parent
+    )

@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import train_flags
+from torture.sandbox import TIMING
 
-import runfolder
 import train
-from cli import TERMINATED, Stopped, UserError
 from dataset import load_records
-from sandbox import TIMING
+from runtime import run_folder
+from runtime.cli import TERMINATED, Stopped, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 
@@ -38,10 +38,10 @@ def log(folder):
 
 
 def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatch):
-    """SIGTERM at the end of an epoch (torture.py stops anywhere): weights, optimizer, logs and
+    """SIGTERM at the end of an epoch (torture/checks.py stops anywhere): weights, optimizer, logs and
     predictions continue bit for bit, with dropout on, whatever the number of workers."""
     stop_after, workers = 5, 2
-    output, step = tmp_path / "run", runfolder.Log.step
+    output, step = tmp_path / "run", run_folder.Log.step
 
     def step_then_stop(self, number, *rest):
         step(self, number, *rest)
@@ -49,7 +49,7 @@ def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runfolder.Log, "step", step_then_stop)
+        patch.setattr(run_folder.Log, "step", step_then_stop)
         assert train.main(train_flags(world, prepared, output)) == TERMINATED
     assert state(output)["step"] == stop_after
     with open(output / "metrics.jsonl", "a") as file:  # a step that the checkpoint does not have
@@ -183,7 +183,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
 
 
 def test_the_first_signal_is_patient_and_the_second_is_not():
-    stop = runfolder.Stop()
+    stop = run_folder.Stop()
     try:
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
@@ -194,7 +194,7 @@ def test_the_first_signal_is_patient_and_the_second_is_not():
 
 def test_a_signal_while_all_is_saved_leaves_at_once():
     """The evaluation after an epoch may take longer than a batch system waits."""
-    stop = runfolder.Stop()
+    stop = run_folder.Stop()
     stop.saved = True
     try:
         with pytest.raises(Stopped):
@@ -276,13 +276,13 @@ def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path, monkeypatch):
     """It is written while training goes on changing the very tensors; a failing disk is heard of."""
     import threading
 
-    go, write = threading.Event(), runfolder.write_atomic
-    monkeypatch.setattr(runfolder, "write_atomic", lambda *a, **k: go.wait(60) and write(*a, **k))
+    go, write = threading.Event(), run_folder.write_atomic
+    monkeypatch.setattr(run_folder, "write_atomic", lambda *a, **k: go.wait(60) and write(*a, **k))
     weights = torch.zeros(3)
-    with runfolder.Writer() as disk:
+    with run_folder.Writer() as disk:
         disk.write(tmp_path / "last.pt", {"weights": weights})
         weights += 1
         go.set()
     assert torch.load(tmp_path / "last.pt")["weights"].tolist() == [0, 0, 0]
-    with pytest.raises(FileNotFoundError), runfolder.Writer() as disk:
+    with pytest.raises(FileNotFoundError), run_folder.Writer() as disk:
         disk.write(tmp_path / "gone" / "last.pt", {})

@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
+from torture import odd_clips
+from torture.odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
 
-import odd_clips
 import video
-from odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
-from pool import Crew, decode_many
+from runtime.decode_workers import Crew, decode_many
 from video import VideoError, decode, frame_indices, probe, windows
 
 av = pytest.importorskip("av")
@@ -307,9 +307,10 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
     code = """if True:
         import os, sys, threading
         sys.path[:0] = ["tests", "."]
-        import pool, test_video
+        import test_video
+        from runtime.decode_workers import Crew
         if __name__ == "__main__":
-            crew = pool.Crew(60)
+            crew = Crew(60)
             threading.Timer(2, os.kill, (os.getpid(), 9)).start()
             process, pipe = crew._start()
             print(process.pid, flush=True)

@@ -1,0 +1,139 @@
+"""What bench/ablation.py changes in the code: each function returns [(object, name in it, what to put there)].
+
+The rest of the product runs as it is. torch is imported inside functions, for a quick --help.
+"""
+
+import random
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from dataset import STYLES
+from runtime.cli import UserError
+
+
+@contextmanager
+def changed(change):
+    """The product's code with one change of this file; all is put back at the end."""
+    with ExitStack() as stack:
+        for owner, attribute, value in CHANGES[change]() if change else []:
+            if isinstance(owner, dict):
+                stack.enter_context(mock.patch.dict(owner, {attribute: value}))
+            else:
+                stack.enter_context(mock.patch.object(owner, attribute, value))
+        yield
+
+
+def no_positions():
+    """Tables that are zero and no parameters."""
+    from qformer import QFormer
+
+    original = QFormer.__init__
+
+    def init(self, **sizes):
+        original(self, **sizes)
+        tables = [table.detach().zero_() for table in self.pos]
+        del self.pos
+        self.pos = tables
+
+    return [(QFormer, "__init__", init)]
+
+
+def keys_only():
+    """The tables tell queries where to look, and not what they pool where it came from."""
+    import torch.nn.functional as F
+
+    from qformer import CrossAttention
+
+    def read(self, x, video, project, pos):
+        t, h, w = pos
+        tokens = project(video.standardised())  # (B, N, D)
+        where = (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)  # (N, D)
+        q, k, v = (
+            self.heads(self.q(x)),
+            self.heads(self.k(tokens + where)),
+            self.heads(self.v(tokens)),
+        )
+        weights = F.dropout(
+            (q @ k.mT / k.shape[-1] ** 0.5).softmax(-1), self.dropout, self.training
+        )
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    return [(CrossAttention, "absorbed", read)]
+
+
+def no_standardisation():
+    """Features as the encoder gives them."""
+    import torch
+
+    import train
+
+    def neutral(args, data):
+        width = data.manifest["settings"]["width"]
+        return torch.zeros(width), torch.ones(width)
+
+    return [(train, "statistics", neutral)]
+
+
+def no_gain():
+    """Soft prompts that start with a bare LayerNorm's norm, sqrt(D), not with the embeddings'."""
+    from qformer import QFormer
+
+    original = QFormer.initialise
+
+    def initialise(self, output_norm):
+        original(self, self.gain.numel() ** 0.5)
+
+    return [(QFormer, "initialise", initialise)]
+
+
+def no_style_prompts():
+    """Labels and sentences behind one prompt."""
+    return [(STYLES, "sentence", STYLES["label"])]
+
+
+def original():
+    """The published recipe: see the list below the table."""
+    import dataset
+    import train
+
+    def loader(*args):
+        made = dataset.loader(*args)
+        made.collate_fn = collate_with_pads
+        return made
+
+    changes = no_positions() + no_standardisation() + no_gain() + no_style_prompts()
+    return [
+        *changes,
+        (train, "choose_captions", any_caption),
+        (train, "loader", loader),  # of training only
+        (train, "lr_at", lambda step, total, peak, warmup: peak),
+    ]
+
+
+def any_caption(record, count, seed, epoch):
+    """Drawn uniformly from the label and all paraphrases."""
+    rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
+    texts = [("label", record["label"]), *(("sentence", text) for text in record["paraphrases"])]
+    return [rng.choice(texts) for _ in range(count)]
+
+
+def collate_with_pads(items):
+    """Captions end in as many end-of-text tokens as fill the batch, and all of them carry loss."""
+    import dataset
+
+    if any(isinstance(item, UserError) for item in items):
+        return dataset.collate(items)
+    longest = max(
+        len(prompt) + len(target) for item in items for prompt, target in item["captions"]
+    )
+
+    def pad(prompt, target):
+        return prompt, target + target[-1:] * (longest - len(prompt) - len(target))
+
+    return dataset.collate([i | {"captions": [pad(*c) for c in i["captions"]]} for i in items])
+
+
+CHANGES = {
+    change.__name__: change
+    for change in (no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original)
+}

@@ -1,0 +1,129 @@
+"""Choose the device, a CPU or an NVIDIA GPU, and the dtype.
+
+Every branch that depends on the device calls `on_gpu`, which the tests patch to run the GPU branches on
+a CPU.
+"""
+
+import os
+import subprocess
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+from runtime import distributed
+from runtime.cli import UserError, note
+
+GPU = "cuda"  # torch's type of a GPU
+# CUDA_VISIBLE_DEVICES starts with one of these if no GPU may be used; Slurm sets the second
+HIDDEN = ("-1", "NoDevFiles")
+
+
+def on_gpu(device):
+    """True if tensors on this torch.device are in a GPU's memory."""
+    return device.type == GPU
+
+
+def autocast(device):
+    """A context for the trained parts: bfloat16 matrix products on a GPU, nothing on a CPU."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
+
+
+def backend(device):
+    """The torch.distributed backend that sums gradients on this device."""
+    return "cpu:gloo,cuda:nccl" if on_gpu(device) else "gloo"
+
+
+def resolve(name, dtype):
+    """Resolve --device and --dtype to a torch.device, with its index, and a torch.dtype.
+
+    Prints both and makes a GPU the current CUDA device. Raises UserError if there is no such device, or
+    if the machine has an NVIDIA GPU that torch cannot use.
+    """
+    import torch
+
+    if name == "auto":
+        name = GPU if usable_gpu() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if (
+        device.type not in ("cpu", GPU) or str(device) != name.lower()
+    ):  # torch wraps cuda:256 to cuda:0
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if on_gpu(device):
+        if device.index is not None and distributed.count() > 1:
+            raise UserError(f"--device {name}: the processes of torchrun need a GPU each; use cuda")
+        # streams and events belong to the current device, and set_device wants an index
+        index = distributed.local_rank() if device.index is None else device.index
+        count = torch.cuda.device_count() if usable_gpu() else 0
+        if index >= count:
+            raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")
+        device = torch.device(GPU, index)
+        torch.cuda.set_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu(device) else "float32"
+    note(f"device       {device}{f' ({describe(device)})' if on_gpu(device) else ''}, {dtype}")
+    return device, getattr(torch, dtype)
+
+
+def describe(device):
+    """The GPU's name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if on_gpu(device) else "cpu"
+
+
+def peak_memory(device):
+    """The most that tensors took of a GPU's memory, and that torch reserved for them, in bytes."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def usable_gpu():
+    """True if torch can use a GPU.
+
+    Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Falling back to the
+    CPU would take days and fill the cache with float32 features.
+    """
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden() or not has_nvidia_gpu():
+        return False
+    if visible and not caught:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} leaves no GPU; correct it, or pass --device cpu"
+        )
+    if torch.version.cuda is None:
+        why, remedy = "torch is built for CPUs", "install a CUDA build of torch"
+    else:
+        reason = str(caught[0].message).split(" (Triggered")[0] if caught else "no reason given"
+        why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: {reason}"
+        remedy = "install torch built for an older CUDA (https://pytorch.org) or update the driver"
+    raise UserError(f"this machine has an NVIDIA GPU, but {why}; {remedy}, or pass --device cpu")
+
+
+def hidden():
+    """True if CUDA_VISIBLE_DEVICES hides every GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    return not visible or visible.startswith(HIDDEN)
+
+
+def has_nvidia_gpu():
+    """True if the machine has an NVIDIA GPU with a driver, whether or not torch can use it."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    try:  # Windows and WSL have no /dev/nvidia*
+        command = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and listed.stdout.startswith(b"GPU ")

@@ -1,0 +1,146 @@
+"""Damaged and odd video files, made on the spot, and what must become of each.
+
+Used by the tests and by torture/checks.py; needs PyAV's encoders.
+"""
+
+import struct
+from fractions import Fraction
+
+import numpy as np
+
+LOSSLESS = {"lossless": "1", "cpu-used": "8", "deadline": "realtime"}
+NOISY = {"b": "1M"}  # of noise: no part of the file is padding
+QUIET = {"x265-params": "log-level=none"}
+FLOW = [
+    0,
+    33,
+    66,
+    100,
+    800,
+    833,
+    866,
+    1500,
+    1533,
+    1566,
+    1900,
+]  # milliseconds: a recording that stalls
+
+
+def grey(i, width=64, height=48):
+    """A frame whose brightness is its number."""
+    return np.full((height, width, 3), 20 + 4 * i, np.uint8)
+
+
+def noise(i, width=64, height=48):
+    return np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+
+
+def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=None, pts=None, **box):
+    """Write n frames at 12 a second, or at the milliseconds `pts`. ValueError: no such encoder."""
+    import av
+
+    options = LOSSLESS if options is None and codec == "libvpx-vp9" else options or {}
+    av.codec.Codec(codec, "w")
+    with av.open(str(path), "w", options=box) as container:
+        stream = container.add_stream(codec, rate=12, options=options)
+        if pts:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        stream.height, stream.width = frame(0).shape[:2]
+        stream.pix_fmt, stream.codec_context.thread_count = pix, 1
+        for i in range(n):
+            image = av.VideoFrame.from_ndarray(frame(i), format="rgb24")
+            image.pts = i if pts is None else pts[i]
+            image.time_base = Fraction(1, 12 if pts is None else 1000)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    return path
+
+
+def damage(path, begin, end, cut=False):
+    """Zero the bytes between two fractions of a file, or cut the file at the first."""
+    data = bytearray(path.read_bytes())
+    begin, end = int(begin * len(data)), int(end * len(data))
+    if cut:
+        del data[begin:]
+    else:
+        data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    return path
+
+
+def rotate(path, degrees):
+    """Give an MP4 the matrix of a phone that was held sideways: shown `degrees` clockwise."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
+    c, s = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    one = 1 << 16
+    matrix = (c * one, s * one, 0, -s * one, c * one, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(">9i", *matrix)
+    path.write_bytes(data)
+    return path
+
+
+def write_sound(path):
+    """A file with an audio stream only."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), "s16", "mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    return path
+
+
+def of_size(width, height):
+    return lambda i: grey(i, width, height)
+
+
+def noisy(path):
+    return write(path, 24, noise, options=NOISY)
+
+
+def h264(path, **kwargs):
+    return write(path, **({"n": 24, "codec": "libx264"} | kwargs))
+
+
+# what it is: (suffix, how it is made, status in preprocess_ssv2.py, the decoder that read it)
+CLIPS = {
+    "VP9, as in SSv2": (".webm", lambda p: write(p, 24), "ok", "decord"),
+    "empty file": (".webm", lambda p: p.touch(), "empty", None),
+    "text": (".mp4", lambda p: p.write_text("not a video at all\n" * 100), "unreadable", None),
+    "cut at 10 %": (".webm", lambda p: damage(noisy(p), 0.1, 1, cut=True), "truncated", None),
+    "cut at 50 %": (".webm", lambda p: damage(noisy(p), 0.5, 1, cut=True), "truncated", None),
+    "H.264 cut at 50 %, index lost": (
+        ".mp4",
+        lambda p: damage(h264(p, frame=noise), 0.5, 1, cut=True),
+        "unreadable",
+        None,
+    ),
+    "zeroed tail": (".webm", lambda p: damage(noisy(p), 0.6, 1), "truncated", None),
+    "hole in the middle": (".webm", lambda p: damage(noisy(p), 0.4, 0.6), "truncated", None),
+    "H.264 with a hole": (
+        ".mp4",
+        lambda p: damage(h264(p, frame=noise, movflags="faststart"), 0.4, 0.6),
+        "truncated",
+        None,
+    ),
+    "audio only": (".mkv", write_sound, "no_video", None),
+    "one frame": (".webm", lambda p: write(p, 1), "ok", "pyav"),
+    "two frames": (".webm", lambda p: write(p, 2), "ok", "decord"),
+    "odd width and height": (".webm", lambda p: write(p, 24, of_size(65, 47)), "ok", "pyav"),
+    "rotated by 90 degrees": (".mp4", lambda p: rotate(h264(p), 90), "ok", "pyav"),
+    "10-bit": (".mp4", lambda p: h264(p, pix="yuv420p10le"), "ok", "pyav"),
+    "variable frame rate": (".webm", lambda p: write(p, len(FLOW), pts=FLOW), "ok", "decord"),
+    "4K": (
+        ".mp4",
+        lambda p: h264(p, n=8, frame=of_size(3840, 2160), options={"preset": "ultrafast"}),
+        "ok",
+        "pyav",
+    ),
+    "AV1": (".mp4", lambda p: write(p, 24, codec="libsvtav1"), "ok", "pyav"),
+    "H.264": (".mp4", h264, "ok", "pyav"),
+    "HEVC": (".mp4", lambda p: write(p, 24, codec="libx265", options=QUIET), "ok", "pyav"),
+    "animated GIF": (".gif", lambda p: write(p, 24, codec="gif", pix="rgb8"), "ok", "pyav"),
+}

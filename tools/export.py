@@ -1,0 +1,230 @@
+"""A trained Q-Former as a folder to share: config.json, model.safetensors and README.md, a model card.
+
+    python train.py --export shared/ssv2     (of results/ssv2/best.pt; --output names another run)
+
+No frozen weight is in it: encoder and language model go by name and fingerprint.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+from runtime import hub
+from runtime.cli import UserError, output_folder, printable
+from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
+MARK = {"exported_by": "train.py"}  # one key: of more, safetensors does not keep the order
+WEIGHTS_BYTES = 4 << 30  # the default Q-Former has 0.16 GB; what is read is held in memory
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def export(run, folder):
+    """Write `best.pt` of a run folder as a folder to share. Returns the paths of its files.
+
+    Weights first and config.json, which holds their sha256, last: what a kill leaves is refused by
+    `read`, and the next export completes it. Raises UserError for a run without a usable best.pt, and
+    for a folder that holds other things than an earlier export.
+    """
+    from safetensors.torch import save
+
+    from captioner import read_checkpoint
+
+    if not folder:
+        raise UserError("--export names no folder")
+    run, folder = Path(run), output_folder(folder, "--export")
+    checkpoint = read_checkpoint(run / "best.pt", "--output")
+    if problem := _not_ours(folder):
+        raise UserError(f"--export {folder} {problem}; name another folder")
+    weights = save({k: w.contiguous() for k, w in checkpoint["qformer"].items()}, MARK)
+    config = {k: checkpoint[k] for k in KEYS if k in checkpoint}
+    config["sha256"] = hashlib.sha256(weights).hexdigest()
+    if config.get("best") in (float("inf"), -float("inf")):  # of a run without any score
+        config["best"] = None
+    try:
+        config = json_bytes(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--output {run}/best.pt holds what JSON cannot: {error}") from None
+    parts = {WEIGHTS: weights, CARD: card(checkpoint, run, folder.absolute().name), CONFIG: config}
+    with lock(folder, f"another export is at work in {folder}: wait for it, or stop it first"):
+        remove_unfinished(folder, parts.__contains__)
+        for name, data in parts.items():
+            write_atomic(folder / name, data)
+        (folder / ".lock").unlink()  # or it would be shared with the rest
+    return [folder / name for name in parts]
+
+
+def _not_ours(folder):
+    """What a folder holds that no export of ours wrote, or None. Hidden files, as git's, may stay."""
+    from safetensors import SafetensorError, safe_open
+
+    names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+    if others := [name for name in names if name not in (CONFIG, WEIGHTS, CARD)]:
+        return f"holds {others[0]}, which is no part of an export"
+    try:
+        # the first that an export writes: where it is not ours, neither is the rest
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            ours = file.metadata() == MARK
+    except (OSError, SafetensorError):
+        ours = False
+    return f"holds a {names[0]} that no export wrote" if names and not ours else None
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+
+def is_export(folder):
+    """True for a folder that is meant to be an export, whole or not, and for no run folder."""
+    files = [os.path.isfile(folder / name) for name in ("best.pt", CONFIG, WEIGHTS)]
+    return not files[0] and any(files)
+
+
+def read(folder):
+    """The checkpoint in an exported folder, of whatever content. Raises ValueError saying what is wrong.
+
+    Nothing in it is ever executed; OSError and MemoryError pass.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}: its export was not finished, do it again")
+    if (size := (folder / WEIGHTS).stat().st_size) > WEIGHTS_BYTES:
+        raise ValueError(f"its {WEIGHTS} has {size / 1e9:.1f} GB, which no Q-Former has")
+    try:
+        config = read_json(folder / CONFIG, "file")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(config, dict) or "checkpoint_version" not in config:
+        raise ValueError(f"its {CONFIG} was not written by train.py --export")
+    data = (folder / WEIGHTS).read_bytes()  # what is hashed is what is loaded
+    if hashlib.sha256(data).hexdigest() != config.get("sha256"):
+        raise ValueError(f"its {WEIGHTS} is damaged, or not the one that its {CONFIG} belongs to")
+    try:
+        weights = load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"its {WEIGHTS} holds no weights: {error}") from None
+    return {k: config[k] for k in KEYS if k in config} | {"qformer": weights}
+
+
+# ---- the card ------------------------------------------------------------------------------
+
+
+def card(checkpoint, run, name):
+    """The model card, Markdown behind YAML, of a checkpoint of the folder `run` shared as `name`."""
+    settings, sizes, lm = checkpoint["manifest"]["settings"], checkpoint["sizes"], checkpoint["lm"]
+    encoder = checkpoint["manifest"]["info"]["encoder"]
+    known = [model for model in (encoder, lm["name"]) if hub.is_cached(model)]
+    base = f"base_model: {json.dumps(known)}\n" if known else ""
+    flags = "" if encoder in known else " --encoder ENCODER"
+    flags += "" if lm["name"] in known else " --lm LM"
+    where = shlex.quote(printable(name, keep=""))
+    count = sum(w.numel() for k, w in checkpoint["qformer"].items() if k not in ("mean", "std"))
+    grid = " x ".join(map(str, settings["grid"]))
+    facts = {
+        "encoder, frozen": f"{_model(encoder)}, fingerprint {settings['encoder_fingerprint']}",
+        "language model, frozen": f"{_model(lm['name'])}, fingerprint {lm['fingerprint']}",
+        "trained": f"{count:,} parameters: {sizes['num_queries']} queries,"
+        f" {sizes['num_blocks']} blocks, {sizes['num_heads']} heads",
+        "frames": f"{settings['num_frames']} a clip ({settings['sampling']}),"
+        f" {settings['resize']} to {settings['size']} x {settings['size']} pixels",
+        "features": f"{grid} tokens of {settings['width']} channels, {settings['store']},"
+        f" pooled {settings['pool']} x {settings['pool']}, encoded in {settings['compute_dtype']}",
+        **{f"style prompt, {style}": text for style, text in checkpoint["styles"].items()},
+        "step": f"{checkpoint['step']:,}",
+        **_recipe(run),
+    }
+    return f"""---
+library_name: pytorch
+pipeline_tag: video-text-to-text
+tags: [video-captioning, q-former, v-jepa-2]
+{base}---
+
+# {_plain(name)}
+
+A Q-Former that turns the features of a frozen V-JEPA 2 into soft prompts, with which a frozen language
+model captions videos. It alone is in here: no weight of the encoder or the language model is.
+
+## Use
+
+With the code of video-captioner (`infer.py`), in its folder; `--checkpoint` takes this folder, or its
+`owner/name` on the Hub:
+
+```bash
+python infer.py clip.mp4 --checkpoint {where}{flags}
+```
+
+Encoder and language model must be those below, by fingerprint; `--encoder` and `--lm` take their folders.
+
+## Trained on
+
+{_table([["what", "value"], *([*row] for row in facts.items())])}
+
+## Measured
+
+{_measured(checkpoint, run)}
+
+## Intended use and limits
+
+For research on captioning short clips like those it was trained on. Captions are short and in the
+training captions' words; what those never name it cannot say. It hears no audio, sees
+{settings["num_frames"]} frames of a clip, and captions the windows of a long video independently. Do not
+rely on a caption where a wrong one does harm. The terms of the training clips, of the encoder and of the
+language model apply to what is made with them; this card grants no licence.
+"""
+
+
+def _measured(checkpoint, run):
+    """The run's scores of this very checkpoint as Markdown, or that there are none."""
+    import metrics
+    from captioner import weights_digest
+
+    try:
+        result = read_json(run / "evaluation_validation.json", "scores")
+        settings = result["settings"]
+        if settings["weights"] != weights_digest(checkpoint["qformer"]):
+            return "Not evaluated."
+        rows, lines = metrics.table(result)
+        if missing := settings.get("missing"):
+            lines.append(f"{missing} clips without features are in no score")
+        head = f"Captions of style {settings['style']} for split {settings['split']}, of these weights:"
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):  # none, or not ours
+        return "Not evaluated."
+    notes = "".join(f"- {_plain(line)}\n" for line in lines)
+    return f"{_plain(head)}\n\n{_table(rows)}\n\n{notes}".rstrip()
+
+
+def _recipe(run):
+    """What args.json of the run says about its training, as far as it is there."""
+    names = ("epochs", "batch_size", "grad_accum", "captions_per_clip", "lr", "dropout", "seed")
+    try:
+        facts = read_json(run / "args.json", "arguments")
+        flags = ", ".join(f"--{n.replace('_', '-')} {facts['args'][n]}" for n in names)
+        return {"training clips": f"{facts['clips']:,}", "flags": flags}
+    except (UserError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _model(name):
+    """A Hub id as it is, of a folder its own name: where it lay is nobody's business."""
+    return name if hub.is_id(name) else f"folder {Path(name).name}"
+
+
+def _table(rows):
+    """A Markdown table of rows of text, the first its head."""
+    rows = [[_plain(cell) for cell in row] for row in rows]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _plain(text):
+    """Text from a file or of a name as text of one line: no Markdown, no HTML, no link, no end."""
+    text = printable(str(text)[:300], keep="")
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", text)

@@ -1,0 +1,191 @@
+"""The toy world's two models: a random V-JEPA 2, and a Qwen2 that learned to turn keywords to captions."""
+
+import functools
+import itertools
+import json
+import math
+import random
+
+from dataset import STYLES, encode_caption
+from worlds.shapes import ACTIONS, DOUBLE, divide_objects, label_of, sentences_of
+
+SIZE = 64  # pixels, the clips' height and width and what the encoder takes
+
+
+def write_encoder(folder, seed):
+    """A V-JEPA 2 with random weights: 16 frames of 64x64 become 8 x 4 x 4 tokens of width 192."""
+    import torch
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    torch.manual_seed(seed)
+    config = VJEPA2Config(
+        patch_size=16,
+        tubelet_size=2,
+        crop_size=SIZE,
+        frames_per_clip=16,
+        hidden_size=192,
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        initializer_range=0.1,  # at 0.02 the block adds next to nothing to the patches
+        pred_hidden_size=48,
+        pred_num_attention_heads=1,
+        pred_num_hidden_layers=1,
+        pred_num_mask_tokens=1,
+    )
+    VJEPA2Model(config).save_pretrained(folder)
+
+
+def train_tokenizer(folder, clips):
+    """A byte-level BPE learned through Qwen2's own pre-tokenizer, which AutoTokenizer puts back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,  # enough for each word to become one token; the text has no more
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [label_of(c) for c in clips] + [s for c in clips for s in sentences_of(c)]
+    texts += [keywords_of(c, random.Random(i)) for i, c in enumerate(clips)] + list(STYLES.values())
+    bpe.train_from_iterator([f" {text}" for text in texts], trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) for m in learned["merges"]]
+    Qwen2Tokenizer(vocab=learned["vocab"], merges=merges).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def keywords_of(clip, rng):
+    """What the soft prompts must learn to imitate: one word each for the action and for colour and
+    shape of the objects, the second object in capitals; any order, each word one to three times.
+    """
+    names = [clip["action"], clip["objects"][0], *(n.upper() for n in clip["objects"][1:])]
+    words = [word for word in " ".join(names).split() for _ in range(rng.randint(1, 3))]
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def draw_lessons(count, seed, objects, pairs):
+    """Random (action, objects) for the language model, all different."""
+    rng, pairs = random.Random(f"lessons:{seed}"), sorted(sorted(p) for p in pairs)
+    lessons = {}
+    for _ in range(count):
+        action = rng.choice(ACTIONS)
+        chosen = rng.sample(rng.choice(pairs), 2) if action in DOUBLE else [rng.choice(objects)]
+        lessons[action.keyword, *chosen] = {"action": action.keyword, "objects": chosen}
+    return list(lessons.values())
+
+
+def build_lm(tokenizer, seed):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
+    """Teach `<keywords><style prompt> <caption><eos>`, loss on the caption. Returns the final loss.
+
+    Noise on the keywords' embeddings makes the model take vectors that are near a word for it.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    rng, noise = random.Random(f"lm:{seed}"), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
+    tokens = functools.cache(functools.partial(encode_caption, tokenizer))
+    word_ids = functools.cache(lambda w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"])
+    table, losses = model.get_input_embeddings(), []
+    for step in range(steps):
+        rows = []
+        for clip in rng.choices(lessons, k=32):
+            style = rng.choice(tuple(STYLES))
+            caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
+            context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
+            rows.append((context, *tokens(style, caption)))
+        length = max(sum(map(len, row)) for row in rows)
+        ids = torch.zeros(32, length, dtype=torch.long)
+        labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
+        for i, (context, prompt, target) in enumerate(rows):
+            start, end = len(context) + len(prompt), len(context) + len(prompt) + len(target)
+            ids[i, :end] = torch.tensor(context + prompt + target)
+            labels[i, start:end] = torch.tensor(target)
+            is_context[i, : len(context)] = 1
+        embeds = table(ids)  # (B, L, D)
+        sigma = 0.5 * table.weight.detach().square().mean().sqrt()
+        embeds = embeds + is_context * sigma * torch.randn(embeds.shape, generator=noise)
+        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        keep = labels[:, 1:] >= 0
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep])
+        warm = min(1, (step + 1) / (0.1 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 0:
+            progress(f"LM step {step}/{steps}, loss {losses[-1]:.2f}")
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def check_lm(model, tokenizer, lessons, seed):
+    """Share of contexts from which greedy decoding gives the label, and an admissible sentence."""
+    rng, right = random.Random(f"check:{seed}"), {}
+    for style in STYLES:
+        rows = []
+        for clip in lessons:
+            words = tokenizer(" " + keywords_of(clip, rng), add_special_tokens=False)["input_ids"]
+            rows.append(words + encode_caption(tokenizer, style, "")[0])
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        out = model.generate(**batch, max_new_tokens=40, do_sample=False)
+        texts = tokenizer.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        allowed = (lambda clip: [label_of(clip)]) if style == "label" else sentences_of
+        hits = sum(t.strip() in allowed(c) for t, c in zip(texts, lessons, strict=True))
+        right[style] = hits / len(lessons)
+    return right
+
+
+def write_lm(folder, seed, steps, progress):
+    """Train tokenizer and language model. The held-out objects and pairs are not in its lessons."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the weights depend on it
+    objects, unseen, pairs, unseen_pairs = divide_objects(seed)
+    lessons = draw_lessons(6000, seed, objects, pairs)
+    tokenizer = train_tokenizer(folder, lessons)
+    model = build_lm(tokenizer, seed)
+    loss = pretrain_lm(model, tokenizer, lessons, steps, seed, progress)
+    model.eval().save_pretrained(folder)
+    tests = {
+        "unseen pairs": draw_lessons(150, seed, objects, unseen_pairs),
+        "unseen objects": draw_lessons(
+            150, seed, unseen, map(frozenset, itertools.combinations(unseen, 2))
+        ),
+    }
+    text = []
+    for name, some in tests.items():
+        share = check_lm(model, tokenizer, some, seed)
+        text.append(f"{name}: {share['label']:.1%} of labels, {share['sentence']:.1%} of sentences")
+    return f"LM: final loss {loss:.3f}; from keywords it writes right, {'; '.join(text)}"
