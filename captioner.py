@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from dataset import STYLES, are_settings, collate_text, encode_caption, is_count
 from qformer import QFormer
 from runtime import devices, hub
-from runtime.cli import UserError, out_of_memory
+from runtime.errors import UserError, out_of_memory
 from runtime.files import read_torch
 from tools import export
 

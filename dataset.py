@@ -18,8 +18,8 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from runtime import devices, distributed
-from runtime.cli import UserError, out_of_files, out_of_memory
+from runtime import devices, ranks
+from runtime.errors import UserError, out_of_files, out_of_memory
 from runtime.files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
@@ -413,7 +413,7 @@ def shared_bytes(settings, batch_size, workers):
     batch, a few kB, are not counted.
     """
     batches = 2 * workers + 1 if workers else 0
-    return distributed.local_count() * batches * batch_size * clip_bytes(settings)
+    return ranks.local_world_size() * batches * batch_size * clip_bytes(settings)
 
 
 @contextmanager

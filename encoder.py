@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dataset import FORMAT_VERSION
 from runtime import devices, hub
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 # ImageNet statistics, V-JEPA 2's (Assran et al. 2025, arXiv:2506.09985) and most others'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,6 +9,8 @@ stdout. Needs features of the split: preprocess_ssv2.py --splits <split>. With -
 gallery.html: every clip with its caption and score, to be opened in a browser.
 """
 
+import runtime.start
+
 import math
 from collections import Counter
 from functools import cache, partial
@@ -28,8 +30,9 @@ from dataset import (
     shared_memory,
 )
 from dataset import batches as read_batches
-from runtime import cli, devices, distributed, hub
-from runtime.cli import UserError, note
+from runtime import cli, devices, distributed, hub, ranks
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import in_shard, read_json, write_json
 from tools import export
 from viz import gallery
@@ -40,11 +43,9 @@ BATCH = 64  # clips captioned at once, here and in train.py's validation
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("what to score")
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
-    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
-    group.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
-    )
+    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
+    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
     group.add_argument(
         "--predictions", nargs="+", help="score these files (the parts of a sharded run) instead"
     )
@@ -70,9 +71,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("gallery")
     group.add_argument("--gallery", action="store_true", help="write a page that shows every clip")
-    group.add_argument(
-        "--videos", default="data/20bn-something-something-v2", help="clips' folder, for --gallery"
-    )
+    group.add_argument("--videos", default=cli.VIDEOS, help="clips' folder, for --gallery")
     group.add_argument(
         "--embed",
         type=cli.whole(1),
@@ -111,7 +110,7 @@ def main(argv=None):
     else:
         with distributed.joined():
             predictions, settings = predict(args, records)
-    if distributed.rank():
+    if ranks.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
     lacking = len(missing) if len(missing) <= args.allow_missing else 0  # more is an error, below
@@ -229,7 +228,7 @@ def clip_batches(captioner, args, split, records, style, batch_size):
     """
     settings = load_manifest(args.features)["settings"]
     groups = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
-    records = [r for group in distributed.share(groups) for r in group]
+    records = [r for group in ranks.share(groups) for r in group]
     choose = partial(reference, style=style)
     data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
     return loader(data, batch_size, args.workers, captioner.device)
@@ -262,8 +261,10 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
                 bar.update(len(texts))
     finally:
         captioner.train(mode)
-    *sums, without = distributed.total(total or 0.0, tokens, total is None)
-    predictions = [item for part in distributed.gather(list(predictions.items())) for item in part]
+    *sums, without = distributed.sums(total or 0.0, tokens, total is None)
+    predictions = [
+        item for part in distributed.all_gather(list(predictions.items())) for item in part
+    ]
     if twice := len(predictions) - len(dict(predictions)):
         raise UserError(f"{twice} clips were captioned by two processes", code=1)
     mean = sums[0] / sums[1] if sums[1] and not without else math.nan

@@ -9,6 +9,8 @@ One line a clip on stdout, `path<TAB>caption`; clips longer than --window second
 --output are named after their clip; those of an earlier call are replaced.
 """
 
+import runtime.start
+
 import json
 import shutil
 from functools import partial
@@ -18,7 +20,8 @@ from pathlib import Path
 import windows
 from dataset import STYLES, TEST, by_hash, file_names, load_records
 from runtime import cli
-from runtime.cli import DONE, FAILED, PARTIAL, UserError, note
+from runtime.cli import note
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
 from viz import attention_map, films
 
@@ -47,10 +50,10 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("clips of a dataset")
     group.add_argument("--num-samples", type=cli.whole(1), help="draw N clips of the test split")
-    group.add_argument("--videos", default="data/20bn-something-something-v2", help="clips' folder")
+    group.add_argument("--videos", default=cli.VIDEOS, help="clips' folder")
     group.add_argument(
         "--annotations",
-        default="data/annotations",
+        default=cli.ANNOTATIONS,
         help="of prepare_annotations.py; the label of a clip in --videos stands beneath its caption",
     )
     cli.add_common(parser, workers=2)
@@ -209,7 +212,7 @@ def write_films(path, result, stem, args):
 
     stem: their path, up to what tells them apart.
     """
-    from video import VideoError
+    from runtime.errors import VideoError
 
     if "error" in result:
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import ptb
-from runtime.cli import UserError
+from runtime.errors import UserError
 from templates import Templates
 
 RESAMPLES = 1000

@@ -6,6 +6,8 @@ Your own clips, a CSV or JSON-lines file with video,caption[,split]; more rows, 
     python prepare_annotations.py --captions mine.csv
 """
 
+import runtime.start
+
 import csv
 import glob
 import io
@@ -16,7 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from dataset import TRAIN, VALIDATION, by_hash, is_control, why_refused
 from runtime import cli
-from runtime.cli import UserError, note
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import is_clip_id, read_json, read_text, write_json
 
 PARAPHRASES = "data/paraphrases"
@@ -26,7 +29,7 @@ PREFIX = "something-something-v2-"  # file names of the first release
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("Something-Something-V2")
-    group.add_argument("--labels", default="data/labels", help="folder with train.json, …")
+    group.add_argument("--labels", default=cli.LABELS, help="folder with train.json, …")
     group.add_argument(
         "--paraphrases",
         help=f'file, folder or glob of {{"id": ["sentence", …]}} (default: {PARAPHRASES}, if there)',
@@ -39,7 +42,7 @@ def parse_args(argv=None):
         default=0.1,
         help="share of clips held out for validation when there is no split column",
     )
-    parser.add_argument("--output", default="data/annotations", help="folder for <split>.json")
+    parser.add_argument("--output", default=cli.ANNOTATIONS, help="folder for <split>.json")
     parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the held-out clips")
     return parser.parse_args(argv)
 

@@ -9,6 +9,8 @@ kept. Clips that fail are lines in <features>/failures.jsonl (failures_part<i>of
 and the exit code is then 3 (under torchrun 0).
 """
 
+import runtime.start
+
 import os
 import shutil
 import time
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import video
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -27,8 +30,10 @@ from dataset import (
     load_records,
     save_features,
 )
-from runtime import cli, devices, distributed, hub
-from runtime.cli import DONE, FAILED, PARTIAL, UserError, note
+from runtime import cli, devices, distributed, hub, ranks
+from runtime.cli import note
+from runtime.decode_workers import WorkerPool
+from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.failure_log import failure_log
 from runtime.files import (
     in_shard,
@@ -40,21 +45,18 @@ from runtime.files import (
 )
 
 MANIFEST = "manifest.json"
-ENCODER = "facebook/vjepa2-vitl-fpc64-256"
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--videos", default="data/20bn-something-something-v2", help="clips' folder")
-    group.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
-    )
-    group.add_argument("--features", default="data/features", help="where the cache goes")
+    group.add_argument("--videos", default=cli.VIDEOS, help="clips' folder")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
+    group.add_argument("--features", default=cli.FEATURES, help="where the cache goes")
     group.add_argument("--splits", nargs="+", default=[TRAIN, VALIDATION], help="splits to encode")
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
     group = parser.add_argument_group("encoder")
-    group.add_argument("--encoder", default=ENCODER, help="Hub id or folder of a V-JEPA 2")
+    group.add_argument("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2")
     group.add_argument("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
     group.add_argument(
         "--resize",
@@ -88,9 +90,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
-    if args.dry_run and distributed.rank():
+    if args.dry_run and ranks.rank():
         return DONE  # rank 0 tells what all need
-    part = args.shard if args.dry_run else distributed.share_of_shard(*args.shard)
+    part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
     with nullcontext() if args.dry_run else distributed.joined():
         if args.verify:
             keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
@@ -148,7 +150,7 @@ def fill(args, part, paths, missing, device, dtype):
         done = complete(features, paths)
         todo = {key: path for key, path in paths.items() if key not in done}
         counts = [len(paths), len(missing), len(done)]
-        counts = counts if args.dry_run else map(int, distributed.total(*counts))
+        counts = counts if args.dry_run else map(int, distributed.sums(*counts))
         note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
         encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
         if args.dry_run:
@@ -219,8 +221,6 @@ def encode_all(args, encoder, todo, features, log):
 
 def encode(encoder, todo, features, args):
     """Decode, encode and save; yields (key, None or (reason, detail)) for every clip of `todo`."""
-    from runtime import decode_workers
-    from video import VideoError
 
     def save(key, stored, decoder):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
@@ -243,13 +243,9 @@ def encode(encoder, todo, features, args):
             yield key, None
 
     batch, running, writes = [], [], []
-    clips = decode_workers.decode_many(
-        todo.items(),
-        args.num_frames,
-        workers=args.workers,
-        timeout=args.timeout,
-        ahead=2 * (args.batch_size + args.workers),  # the next batch decodes while one is encoded
-    )
+    jobs = ((key, path, args.num_frames) for key, path in todo.items())
+    ahead = 2 * (args.batch_size + args.workers)  # the next batch decodes while one is encoded
+    clips = WorkerPool(args.workers, args.timeout).map(video.decode, jobs, ahead)
     with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, not for us
         for key, clip in clips:
             if isinstance(clip, VideoError):
@@ -319,7 +315,7 @@ def nearest_folder(path):
 
 def report(ok, failed, missing):
     """The last line, of all processes together, and the exit code."""
-    parts = distributed.gather((ok, failed, missing))
+    parts = distributed.all_gather((ok, failed, missing))
     ok = sum(part[0] for part in parts)
     failed = {key: error for part in parts for key, error in part[1].items()}
     missing = [key for part in parts for key in part[2]]
@@ -332,7 +328,7 @@ def report(ok, failed, missing):
         note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
     if not ok and (failed or missing):
         return FAILED
-    if distributed.launched():
+    if ranks.launched():
         return DONE  # torchrun would take another code for a crash, and end the other processes
     return PARTIAL if failed or missing else DONE
 
@@ -355,12 +351,12 @@ def verify(features, keys, workers):
             bar.update()
             if problem:
                 bad.append(problem)
-    bad = [problem for part in distributed.gather(bad) for problem in part]
+    bad = [problem for part in distributed.all_gather(bad) for problem in part]
     for problem in bad[:20]:
         note(problem)
     if len(bad) > 20:
         note(f"… and {len(bad) - 20} more")
-    have, wanted = map(int, distributed.total(len(have), len(keys)))
+    have, wanted = map(int, distributed.sums(len(have), len(keys)))
     print(f"{have - len(bad):,} whole, {len(bad):,} damaged, {wanted - have:,} absent")
     return FAILED if bad or have < wanted else DONE
 

@@ -10,6 +10,8 @@ validation CIDEr), curves.png, metrics.csv, metrics.jsonl, losses.txt, validatio
 predictions_validation.json, evaluation_validation.json, args.json.
 """
 
+import runtime.start
+
 import hashlib
 import math
 import random
@@ -37,8 +39,9 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
-from runtime import cli, dashboard, devices, distributed, run_folder
-from runtime.cli import UserError, note
+from runtime import cli, dashboard, devices, distributed, errors, ranks, run_folder
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import write_json
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
@@ -54,16 +57,14 @@ Data = namedtuple("Data", "manifest train validation subset split")
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
-    group.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
-    )
+    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
     group.add_argument("--output", default="results/ssv2", help="run folder")
     group.add_argument(
         "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--lm", default="Qwen/Qwen2-1.5B", help="Hub id or folder of a causal LM")
+    group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
     group.add_argument("--num-queries", type=cli.whole(1), default=64, help="soft prompts")
     group.add_argument("--num-blocks", type=cli.whole(1), default=1, help="Q-Former blocks")
     group.add_argument("--num-heads", type=cli.whole(1), default=4, help="attention heads")
@@ -104,7 +105,7 @@ def parse_args(argv=None):
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.batch_size, args.grad_accum = split_step(
-        args.batch_size, args.grad_accum, distributed.count()
+        args.batch_size, args.grad_accum, ranks.world_size()
     )
     return args
 
@@ -142,9 +143,9 @@ def main(argv=None):
         from tools import export
 
         return print(*export.export(args.output, args.export), sep="\n")
-    if distributed.count() > args.grad_accum:
+    if ranks.world_size() > args.grad_accum:
         raise UserError(
-            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {distributed.count()} processes:"
+            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.world_size()} processes:"
             " raise it and lower --batch-size (the same step), or start fewer"
         )
     dashboard.check(args.report_to)
@@ -173,16 +174,14 @@ def learn(args, data, folder, model, frozen, optimizer):
             saved, frozen, ours, args, total, model, optimizer
         )
         note(f"resuming after step {step:,} of {total:,}")
-    elif distributed.rank() == 0:
+    elif ranks.rank() == 0:
         model.qformer.standardise(*statistics(args, data))
-    distributed.copy_from_first(model.qformer.state_dict().values())
+    distributed.broadcast(model.qformer.state_dict().values())
     print_plan(args, data, model, total)
     if args.dry_run:
         return time_steps(args, data, model, total)
 
-    told = dashboard.Reporter(
-        "none" if distributed.rank() else args.report_to, folder, step, vars(args)
-    )
+    told = dashboard.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
     trainable = sum(p.numel() for p in model.qformer.parameters())
     run_folder.start(
         folder, args, model.device, clips=len(data.train), trainable_parameters=trainable
@@ -204,7 +203,7 @@ def learn(args, data, folder, model, frozen, optimizer):
         disk.wait()
         stop.saved = True
         if stop.signal:
-            raise cli.Stopped(stop.signal)
+            raise errors.Stopped(stop.signal)
         epoch = step // per_epoch
         result, predictions, val_loss = evaluate(args, data, model, data.subset)
         stop.saved = False
@@ -239,7 +238,7 @@ def learn(args, data, folder, model, frozen, optimizer):
             if bad == BAD_STEPS:
                 raise not_finite(folder)
             disk.check()
-            stopping = distributed.largest(stop.signal)
+            stopping = distributed.maximum(stop.signal)
             if step % per_epoch == 0 or step % args.save_every == 0 or stopping:
                 save()
             if stopping:
@@ -247,9 +246,9 @@ def learn(args, data, folder, model, frozen, optimizer):
             if step % per_epoch == 0:
                 end_epoch()
     stop.restore()  # all is saved: from here a signal ends the script as usual
-    if stopping := distributed.largest(stop.signal):
+    if stopping := distributed.maximum(stop.signal):
         note(f"stopped after step {step:,}; continue with --resume")
-        return cli.SIGNALLED + stopping
+        return errors.SIGNALLED + stopping
     return finish(args, data, model, folder)
 
 
@@ -366,14 +365,14 @@ def windows(args, data, tokenizer, device, step):
     for epoch in range(start, args.epochs):
         order = epoch_order(data.train, args.seed, epoch)
         steps = in_groups(in_groups(order, args.batch_size), args.grad_accum)[done:]
-        ours = [r for micro_batches in steps for m in distributed.share(micro_batches) for r in m]
+        ours = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
         choose = partial(choose_captions, count=args.captions_per_clip, seed=args.seed, epoch=epoch)
         settings = data.manifest["settings"]
         dataset = FeatureDataset(args.features, TRAIN, ours, settings, tokenizer, choose)
         reader = batches(loader(dataset, args.batch_size, args.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, Timed(islice(reader, len(distributed.share(micro_batches))))
+            yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
         done = 0
 
 
@@ -418,7 +417,7 @@ def micro_steps(model, window, seed=0):
 
     loss, tokens = torch.zeros((), device=model.device), 0
     for n, batch in enumerate(window):
-        torch.manual_seed(seed + distributed.rank() + n * distributed.count())
+        torch.manual_seed(seed + ranks.rank() + n * ranks.world_size())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
         total = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
@@ -428,9 +427,9 @@ def micro_steps(model, window, seed=0):
         if p.grad is None:
             assert not tokens, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
-    distributed.add_up(p.grad for p in model.qformer.parameters())
+    distributed.all_reduce(p.grad for p in model.qformer.parameters())
     # the only wait for the GPU in a step, with the gradient's norm
-    loss, tokens = distributed.total(loss.item(), tokens)
+    loss, tokens = distributed.sums(loss.item(), tokens)
     return loss, int(tokens)
 
 
@@ -453,7 +452,7 @@ def evaluate(args, data, model, records, with_meteor=False):
     """
     predictions, loss = caption(model, validation_batches(args, model, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
-    if distributed.rank():
+    if ranks.rank():
         return {"metrics": {}}, predictions, loss
     result, _ = score(
         predictions,
@@ -476,13 +475,13 @@ def finish(args, data, model, folder):
     import captioner
     import metrics
 
-    distributed.gather(None)  # rank 0 may still have been writing it
+    distributed.all_gather(None)  # rank 0 may still have been writing it
     best = captioner.read_checkpoint(folder / "best.pt")
     model.qformer.load_state_dict(best["qformer"])
     result, predictions, loss = evaluate(
         args, data, model, data.validation, with_meteor=not args.no_meteor
     )
-    if distributed.rank():
+    if ranks.rank():
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
@@ -537,11 +536,11 @@ def time_steps(args, data, model, total):
         f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
         f" {100 * wait / step:.0f} % of it waiting for data"
     )
-    clips = data.subset[: VALIDATION_BATCH * distributed.count()]
+    clips = data.subset[: VALIDATION_BATCH * ranks.world_size()]
     began = time.perf_counter()
     caption(model, validation_batches(args, model, clips), "label")
     seconds = time.perf_counter() - began
-    print(f"validation     {seconds:.1f} s for a batch of {len(distributed.share(clips))} clips")
+    print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
     if devices.on_gpu(model.device):
         used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
         print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB with torch's own reserve")

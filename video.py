@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.errors import VideoError
+
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 
 # Shorter edge, in pixels, above twice of which a picture is reduced by a whole factor: 32 frames of 4K
@@ -25,21 +27,6 @@ STRIP = 32
 
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20
-
-
-class VideoError(Exception):
-    """One clip cannot be used; the message is a sentence.
-
-    `reason`: unreadable, empty (no byte or no frame), no_video, truncated (the window asked for lies
-    in the missing part), timeout, crashed, or non_finite: what the encoder made of it.
-    """
-
-    def __init__(self, reason, message):
-        super().__init__(reason, message)  # both are args, so that the error survives pickling
-        self.reason = reason
-
-    def __str__(self):
-        return self.args[1]
 
 
 @dataclass(frozen=True)

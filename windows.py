@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
+import video
 from dataset import stack_stored
 from runtime import cli, devices
-from runtime.cli import UserError
+from runtime.decode_workers import WorkerPool
+from runtime.errors import UserError, VideoError
 
 MOST_WINDOWS = 100_000  # of one file: 28 hours, a window a second
 
@@ -36,7 +40,7 @@ class Window:
 
 def add_model_flags(group):
     """The flags that name a checkpoint and the models it was trained with."""
-    group.add_argument("--checkpoint", default="results/ssv2/best.pt", help=cli.CHECKPOINT)
+    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
     group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
 
@@ -105,22 +109,15 @@ def read(paths, encoder, args, limit=None):
     In the order of files and of time, the first `limit` windows of a file. args: the flags of
     `add_flags`, and workers. A file that fails, hangs or kills its decoder costs itself only.
     """
-    from tqdm import tqdm
-
-    import video
-    from runtime import decode_workers
-
-    crew = decode_workers.Crew(args.timeout) if args.workers else None
-    ask = (
-        crew.ask if crew else decode_workers.attempt
-    )  # a header too may make a decoder hang or die
+    pool = WorkerPool(args.workers, args.timeout)
+    num_frames = encoder.settings["num_frames"]
     spans = {}
 
     def jobs():
         for n, path in enumerate(paths):
-            info = ask(video.probe, path)
+            info = pool.call(video.probe, path)  # a header too may make a decoder hang
             # where there is no length to be had, decoding will say why
-            length = args.window if isinstance(info, video.VideoError) else info.duration
+            length = args.window if isinstance(info, VideoError) else info.duration
             if length / args.stride > MOST_WINDOWS:
                 raise UserError(
                     f"{path} has {length:.0f} s: at --stride {args.stride:g} these are more than"
@@ -131,25 +128,18 @@ def read(paths, encoder, args, limit=None):
             spans[n] = spans[n][:limit]
             for span in spans[n]:
                 # a short clip is decoded as a whole, as preprocess_ssv2.py did
-                yield Window(n, *span, alone), path, *(() if alone else span)
+                yield Window(n, *span, alone), path, num_frames, *(() if alone else span)
 
     def total():
         """How many there are, a file that was not yet opened counted as one."""
         return sum(map(len, spans.values())) + len(paths) - len(spans)
 
-    clips = decode_workers.decode_many(
-        jobs(),
-        encoder.settings["num_frames"],
-        workers=args.workers,
-        timeout=args.timeout,
-        ahead=args.batch_size + 2 * args.workers,
-        crew=crew,
-    )
+    clips = pool.map(video.decode, jobs(), ahead=args.batch_size + 2 * args.workers)
     with tqdm(total=total(), unit="window", delay=1) as bar:
         while pairs := list(islice(clips, args.batch_size)):
             bar.total = total()
             for window, clip in pairs:
-                if isinstance(clip, video.VideoError):
+                if isinstance(clip, VideoError):
                     window.error = clip
                 else:
                     window.frames, window.truncated = clip.frames, clip.truncated
@@ -158,7 +148,7 @@ def read(paths, encoder, args, limit=None):
             for window, features in zip(decoded, stored, strict=True):
                 window.stored = features
                 if features is None:
-                    window.error = video.VideoError("non_finite", "the encoder returned NaN")
+                    window.error = VideoError("non_finite", "the encoder returned NaN")
             yield [window for window, _ in pairs]
             bar.update(len(pairs))
 

@@ -11,6 +11,9 @@ readme/captions_per_clip.png under --output; the table goes to stdout.
 The toy world is tiny: no claim about Something-Something-V2.
 """
 
+import runtime.start
+from runtime.start import environment
+
 import math
 import shlex
 import statistics
@@ -26,7 +29,7 @@ from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
 from dataset import load_manifest
 from runtime import cli
-from runtime.cli import FAILED, PARTIAL, UserError
+from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
 
@@ -260,7 +263,7 @@ def start(args, name, seed):
     command += ["--data", args.data, "--runs", args.runs, "--clips", str(args.clips)]
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(folder_of(args, name, seed).with_suffix(".log"), "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=cli.environment() | one)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment() | one)
 
 
 def collect(args):

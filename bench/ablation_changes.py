@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 from dataset import STYLES
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from dataset import (
     loader,
     save_features,
 )
-from runtime import decode_workers, devices
+from runtime import devices
+from runtime.decode_workers import WorkerPool
 
 PROMPT = [5, 6, 7, 8]  # as many tokens as "a video showing:" has
 
@@ -204,7 +205,8 @@ def decode_rows(place, paths, clips):
     times = {f"decode_{b}": partial(decoded, b) for b in backends}
     times = compare(times, place.device, place.shapes["seconds"] / 2)
     for workers in (1, 4, 8, 16) if devices.on_gpu(place.device) else (1, 2, 4):
-        results = decode_workers.decode_many(enumerate(paths * 4), frames, workers)
+        jobs = ((n, path, frames) for n, path in enumerate(paths * 4))
+        results = WorkerPool(workers, 60).map(video.decode, jobs)
         arrived = [time.perf_counter() for _ in results]
         times[f"decode_workers_{workers}"] = quarters(arrived)
     yield from rates(times, "clips/s", len(paths))

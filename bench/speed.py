@@ -16,6 +16,8 @@ Shapes: B clips, N = T*H*W video tokens, E video width, Q queries, D and V width
 language model, A heads, K captions per clip, L text tokens, M text tokens that carry loss.
 """
 
+import runtime.start
+
 import copy
 import math
 import os
@@ -51,7 +53,8 @@ from bench.timing import (
 )
 from dataset import collate
 from runtime import cli, devices
-from runtime.cli import UserError, note
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import read_json, write_atomic, write_json
 
 # The shapes above, and: layers, mlp, lm_heads of the language model; tokens of a caption, at most; clips

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from runtime import devices
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 # shapes: of the preset; folder: for files; peak: FLOP/s of a large matrix product
 Place = namedtuple("Place", "shapes device folder peak")

@@ -12,6 +12,8 @@ file of their own) or of --query, windows of each film, captions that --words co
 clips are searched in memory, by brute force; beyond 10 million an index such as faiss takes over.
 """
 
+import runtime.start
+
 import importlib.util
 import json
 import math
@@ -31,7 +33,8 @@ from dataset import (
 )
 from research import embeddings
 from runtime import cli
-from runtime.cli import DONE, FAILED, PARTIAL, UserError, note
+from runtime.cli import note
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 CORPUS = 2000  # captions
 LONGEST_TEXT = 200  # tokens of a caption
@@ -50,10 +53,8 @@ def parse_args(argv=None):
     todo.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
     group = parser.add_argument_group("model and data")
     windows.add_model_flags(group)
-    group.add_argument("--features", default="data/features", help="cache of preprocess_ssv2.py")
-    group.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
-    )
+    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
     group.add_argument("--split", default=VALIDATION, help="which clips")
     group.add_argument(
         "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"

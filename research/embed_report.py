@@ -6,6 +6,8 @@
 About four minutes a run on two cores.
 """
 
+import runtime.start
+
 import random
 import statistics
 import subprocess
@@ -27,8 +29,9 @@ from dataset import (
 )
 from research import embed, embeddings, scenes
 from research.embed_table import markdown
-from runtime import cli
-from runtime.cli import UserError, note
+from runtime import cli, start
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import read_json, write_atomic, write_json
 
 FILMS = {  # of each of so many pairs: scenes in both films, in one only, and clips a scene
@@ -262,7 +265,7 @@ def peak(flags, clips):
         what = ["--split", "train", "--limit", str(clips), "--output", f"{folder}/embeddings.npz"]
         command = [sys.executable, "-P", "-c", code, *flags, *what]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=cli.environment()
+            command, capture_output=True, text=True, check=True, env=start.environment()
         )
     return 1024 * int(done.stdout.split()[-1])
 

@@ -11,7 +11,7 @@ import zipfile
 from contextlib import ExitStack
 
 from dataset import STYLES, FeatureDataset, batches, loader
-from runtime.cli import UserError
+from runtime.errors import UserError
 from runtime.files import temporary_name
 
 # From what knows least of the caption to what knows most

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 WIDENED = 1 << 14  # vectors widened at a time: 100 MB of Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB

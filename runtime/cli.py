@@ -1,40 +1,27 @@
-"""What every script shares: exit codes, one-sentence errors, the common flags. Standard library only."""
+"""What every script shares: the last line of each, errors in one sentence, the common flags."""
 
 import argparse
-import errno
+import multiprocessing
 import os
+import select
 import signal
 import sys
 from pathlib import Path
 
-from runtime import distributed
+from runtime import ranks, start
+from runtime.errors import DONE, FAILED, SIGNALLED, Stopped, UserError, explain
 
-if sys.version_info < (3, 11):  # noqa: UP036 (elsewhere it would be a strange error)
-    sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}")
-
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
-
-DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
-CHECKPOINT = "file, run folder, exported folder or Hub id"
-SIGNALLED = 128  # plus the signal's number: the shell's codes, 130 for Ctrl-C and 143 for SIGTERM
-INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: printed as one sentence, without a traceback."""
-
-    def __init__(self, message, code=USAGE):
-        super().__init__(message)
-        self.code = code
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM, raised where it arrives so that `finally` blocks run."""
+# Defaults that scripts share: the real run on Something-Something-V2
+LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
+ANNOTATIONS, FEATURES = "data/annotations", "data/features"
+ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
+CHECKPOINT = "results/ssv2/best.pt"
+CHECKPOINT_KINDS = "file, run folder, exported folder or Hub id"
 
 
 def note(*text):
     """Print to stderr: everything that is not a result. Of several processes only rank 0 does."""
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(*map(printable, text), file=sys.stderr, flush=True)
 
 
@@ -47,37 +34,43 @@ def printable(text, keep="\n"):
 
 
 def run(main):
-    """Run `main()` and exit with its code; a `UserError` becomes `script.py: sentence` on stderr."""
+    """Run `main()` and exit with its code; a `UserError` becomes `train.py: sentence` on stderr."""
 
-    def on_signal(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+    def on_signals(handler):
+        for number in start.SIGNALS:
+            # `nohup` starts a script with SIGHUP ignored, and so it stays
+            if (
+                number != getattr(signal, "SIGHUP", None)
+                or signal.getsignal(number) != signal.SIG_IGN
+            ):
+                signal.signal(number, handler)
 
     def stop(number, frame):
-        on_signal(signal.SIG_DFL)  # a second one leaves at once
+        on_signals(signal.SIG_DFL)  # a second one leaves at once
         raise Stopped(number)
 
-    on_signal(stop)
-    script = program()
+    name = start.program()
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
-    if distributed.rank():  # results and progress are rank 0's to show; errors are everybody's
-        script = f"[rank {distributed.rank()}] {script}"
+    if ranks.rank():  # results and progress are rank 0's to show; errors are everybody's
+        name = f"[rank {ranks.rank()}] {name}"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         os.environ["TQDM_DISABLE"] = "1"
 
     def fail(why):
-        print(printable(f"{script}: {why}"), file=sys.stderr, flush=True)
+        print(printable(f"{name}: {why}"), file=sys.stderr, flush=True)
 
     try:
+        on_signals(stop)
+        start.release_signals()
         code = main() or DONE
         sys.stdout.flush()
     except UserError as error:
         fail(error)
         code = error.code
     except Stopped as error:
-        name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[error.args[0]]
-        fail(f"stopped by {name}")
-        code = SIGNALLED + error.args[0]
+        number = signal.Signals(error.args[0])
+        fail(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
+        code = SIGNALLED + number
     except BrokenPipeError:
         # `infer.py … | head`: nobody wants more, which is no failure; but a run whose stderr is gone
         # (`train.py 2>&1 | head`) was ended in the middle
@@ -86,20 +79,18 @@ def run(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except Exception as error:
         why = explain(error)
-        if why is None:  # a bug of ours: its traceback is what helps
+        if why is None:  # a bug of this project: its traceback is what helps
             raise
         fail(why)
         code = FAILED
     finally:
-        on_signal(signal.SIG_DFL)  # all is done: Python's own exit is no place to raise
+        on_signals(signal.SIG_DFL)  # all is done: Python's own exit is no place to raise
         kill_children()
     sys.exit(code)
 
 
 def is_closed(stream):
     """True for a pipe that nobody reads any more."""
-    import select
-
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()
@@ -107,60 +98,12 @@ def is_closed(stream):
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def explain(error):
-    """The sentence for what a machine runs out of, or None."""
-    text = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"the disk is full ({error.filename or 'while writing'}); earlier files are whole: make"
-            " room and start again where it stopped"
-        )
-    if out_of_files(error):
-        return "too many open files; raise the limit with `ulimit -n 4096` in this shell, or lower --workers"
-    if out_of_memory(error):
-        return (
-            "out of memory; halve --batch-size (in train.py also double --grad-accum: the clips per step"
-            " stay the same, and --resume accepts it), or lower --workers"
-        )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return (
-            f"a process that reads features failed: {text.strip().splitlines()[-1]}. If memory or"
-            " /dev/shm is too small, use --workers 0 or a larger --shm-size of the container."
-        )
-    return None
-
-
-def out_of_memory(error):
-    """True for Python's MemoryError and for torch's, of a GPU and of a CPU, also from a worker."""
-    words = (
-        "can't allocate memory",
-        "not enough memory",
-        "unable to mmap",
-        "Cannot allocate memory",
-    )
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
-        or (isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words))
-    )
-
-
-def out_of_files(error):
-    """True if this process or one of its workers has reached the limit of open files."""
-    # a worker's error arrives as text; the second one is torch's when it cannot receive a descriptor
-    words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
-    return getattr(error, "errno", None) == errno.EMFILE or (
-        isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words)
-    )
-
-
 def kill_children():
     """End worker processes that a failure left behind: Python's own exit would wait for them."""
-    if "multiprocessing" in sys.modules:
-        if hasattr(signal, "SIGCHLD"):  # torch would raise at the sight of a killed worker
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in sys.modules["multiprocessing"].active_children():
-            child.kill()
+    if hasattr(signal, "SIGCHLD"):  # torch would raise at the sight of a killed worker
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def parser(doc):
@@ -173,19 +116,8 @@ def parser(doc):
             return super()._get_help_string(action)
 
     return argparse.ArgumentParser(
-        prog=program(), description=doc, formatter_class=Formatter, allow_abbrev=False
+        prog=start.program(), description=doc, formatter_class=Formatter, allow_abbrev=False
     )
-
-
-def environment():
-    """The environment of a child process that finds the code from whatever folder the user is in."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def program():
-    """What the user typed to start this process: train.py, or python -m worlds.demo."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def add_common(parser, workers=4):
@@ -215,7 +147,7 @@ def cpus():
         count = len(os.sched_getaffinity(0))
     else:  # macOS, Windows
         count = os.cpu_count() or 1
-    return max(1, count // distributed.local_count())
+    return max(1, count // ranks.local_world_size())
 
 
 def whole(least, most=None):

@@ -9,7 +9,7 @@ import secrets
 import sys
 from contextlib import redirect_stdout
 
-from runtime.cli import UserError
+from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
 NAMES = ("none", "tensorboard", "trackio", "wandb")

@@ -10,8 +10,9 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from runtime import distributed
-from runtime.cli import UserError, note
+from runtime import ranks
+from runtime.cli import note
+from runtime.errors import UserError
 
 GPU = "cuda"  # torch's type of a GPU
 # CUDA_VISIBLE_DEVICES starts with one of these if no GPU may be used; Slurm sets the second
@@ -54,10 +55,10 @@ def resolve(name, dtype):
     ):  # torch wraps cuda:256 to cuda:0
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if on_gpu(device):
-        if device.index is not None and distributed.count() > 1:
+        if device.index is not None and ranks.world_size() > 1:
             raise UserError(f"--device {name}: the processes of torchrun need a GPU each; use cuda")
         # streams and events belong to the current device, and set_device wants an index
-        index = distributed.local_rank() if device.index is None else device.index
+        index = ranks.local_rank() if device.index is None else device.index
         count = torch.cuda.device_count() if usable_gpu() else 0
         if index >= count:
             raise UserError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")

@@ -9,7 +9,7 @@ that did.
 import json
 from contextlib import contextmanager
 
-from runtime import distributed
+from runtime import distributed, ranks
 from runtime.files import is_clip_id, write_atomic
 
 
@@ -21,16 +21,16 @@ def failure_log(features, shard, part, asked):
     """
     ours, whole = (log_of(features, *p) for p in (part, shard))
     others = [p for p in features.glob("failures_part*.jsonl") if shard == (0, 1)]
-    asked = {key for keys in distributed.gather(asked) for key in keys}
+    asked = {key for keys in distributed.all_gather(asked) for key in keys}
     lines = {}
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         lines = {key: line for p in (whole, *others) for key, line in read(p).items()}
         lines = {
             (split, i): line
             for (split, i), line in lines.items()
             if (split, i) not in asked and not (features / split / f"{i}.pt").exists()
         }
-    distributed.gather(None)  # all are read, so they may go
+    distributed.all_gather(None)  # all are read, so they may go
     write_atomic(ours, "".join(lines.values()))
     with open(ours, "a", encoding="utf-8") as file:
 
@@ -40,10 +40,10 @@ def failure_log(features, shard, part, asked):
             file.flush()
 
         yield write
-    lines = [line for part in distributed.gather([*read(ours).values()]) for line in part]
-    if distributed.rank() == 0:
+    lines = [line for part in distributed.all_gather([*read(ours).values()]) for line in part]
+    if ranks.rank() == 0:
         write_atomic(whole, "".join(sorted(lines)))
-    distributed.gather(None)  # what is gathered is on the disk
+    distributed.all_gather(None)  # what is gathered is on the disk
     for other in {ours, *others} - {whole}:
         other.unlink(missing_ok=True)
 

@@ -14,7 +14,8 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.cli import UserError, note, out_of_files, out_of_memory
+from runtime.cli import note
+from runtime.errors import UserError, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.3 GB
 HASHES = 1 << 32  # values of a clip's hash

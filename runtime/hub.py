@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from runtime.cli import UserError, out_of_memory
+from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository

@@ -4,6 +4,8 @@ args.json, metrics.jsonl, losses.txt, validation_epoch_N.json, metrics.csv, curv
 is whole at any moment.
 """
 
+from runtime.start import ROOT
+
 import hashlib
 import json
 import math
@@ -17,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dataset import STYLES, check_same_settings
-from runtime import devices, distributed
-from runtime.cli import ROOT, Stopped, UserError, note, output_folder
+from runtime import devices, distributed, ranks
+from runtime.cli import note, output_folder
+from runtime.errors import Stopped, UserError
 from runtime.files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
 from viz import curves
 
@@ -62,7 +65,7 @@ def claim(args):
 @contextmanager
 def held(folder, args):
     """Keep every other train.py out of the folder. Raises UserError if one is in it."""
-    if args.dry_run or distributed.rank():
+    if args.dry_run or ranks.rank():
         yield
         return
     with lock(folder, f"another train.py is at work in {folder}: wait for it, or stop it first"):
@@ -88,7 +91,7 @@ def newest(folder, dry_run):
         except Damaged as error:
             damaged.append(path)
             note(f"WARNING: {error}")
-    if len(set(distributed.gather(state and state["step"]))) > 1:
+    if len(set(distributed.all_gather(state and state["step"]))) > 1:
         raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=1)
     if state is None and (paths or (folder / "best.pt").exists()):
         raise UserError(
@@ -100,7 +103,7 @@ def newest(folder, dry_run):
         note(f"--resume: there is no {folder / LAST}, starting from the first step")
     elif path.name != LAST:
         note(f"WARNING: continuing from {path}, at step {state['step']:,}: {LAST} is lost")
-        if damaged and not dry_run and distributed.rank() == 0:
+        if damaged and not dry_run and ranks.rank() == 0:
             # or the next save would put it in the place of the good one
             os.replace(damaged[0], folder / DAMAGED)
     return state
@@ -112,7 +115,7 @@ def start(folder, args, device, **counts):
 
     import torch
 
-    if distributed.rank():
+    if ranks.rank():
         return
     if args.overwrite:
         for path in (p for pattern in OURS for p in folder.glob(pattern)):
@@ -127,7 +130,7 @@ def start(folder, args, device, **counts):
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "threads": torch.get_num_threads(),
         "git_commit": commit,
-        "processes": distributed.count(),
+        "processes": ranks.world_size(),
         "device": devices.describe(device),
         **counts,
     }
@@ -144,7 +147,7 @@ class Log:
     def __init__(self, folder, step, total, reporter):
         from tqdm import tqdm
 
-        self.folder, self.began, self.quiet = folder, time.perf_counter(), distributed.rank() > 0
+        self.folder, self.began, self.quiet = folder, time.perf_counter(), ranks.rank() > 0
         self.reporter = reporter
         if self.quiet:
             return
@@ -266,10 +269,10 @@ class Stop:
     def request(self, number, frame):
         self.signal = int(number)
         for other in self.before:
-            signal.signal(other, signal.SIG_IGN if distributed.launched() else signal.SIG_DFL)
+            signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
         if self.saved:
             raise Stopped(self.signal)
-        if distributed.rank() == 0:  # not by `print`, which may be in the middle of a line
+        if ranks.rank() == 0:  # not by `print`, which may be in the middle of a line
             os.write(2, b"\nfinishing this step, then saving; a second signal leaves at once\n")
 
 
@@ -305,7 +308,7 @@ class Writer:
 
     def write(self, path, state):
         """`state` is serialised now, so what training does to its tensors later is not in the file."""
-        if distributed.rank():
+        if ranks.rank():
             return
         self.wait()
         self.writing = self.thread.submit(replace, path, torch_bytes(state))

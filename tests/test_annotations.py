@@ -9,7 +9,7 @@ import pytest
 import prepare_annotations
 from dataset import load_records
 from prepare_annotations import main
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 TRAIN = [
     {

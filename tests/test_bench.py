@@ -10,7 +10,7 @@ import torch
 import captioner
 import qformer
 from bench import speed, timing
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

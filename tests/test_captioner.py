@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import captioner as module
 from captioner import VideoCaptioner, from_checkpoint, model_state, read_checkpoint
 from dataset import STYLES, encode_caption
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 CAPTIONS = [
     [("label", "moving red ball"), ("sentence", "A ball.")],

@@ -12,7 +12,7 @@ from conftest import train_flags
 
 import train
 from runtime import run_folder
-from runtime.cli import UserError
+from runtime.errors import UserError
 from viz import curves
 
 

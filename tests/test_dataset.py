@@ -11,7 +11,7 @@ import torch
 import dataset
 from encoder import quantise
 from runtime import files
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 SETTINGS = {"grid": [2, 3, 4], "width": 5, "store": "int8"}
 RECORD = {"id": "7", "label": "moving it", "paraphrases": ["One.", "Two.", "Three."]}

@@ -48,7 +48,7 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
 
 
 def test_a_failing_script_ends_the_demo(tmp_path):
-    from runtime.cli import UserError
+    from runtime.errors import UserError
 
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "something").write_text("of the user's")

@@ -13,7 +13,7 @@ import windows
 from captioner import VideoCaptioner, read_checkpoint
 from dataset import load_features, load_records, stack_stored
 from research import embed, embed_report, embed_table, embeddings, retrieval, scenes, words
-from runtime.cli import UserError
+from runtime.errors import UserError
 from runtime.files import torch_bytes
 
 
@@ -724,7 +724,9 @@ def test_the_report_is_made_of_its_figures(prepared, world, trained, tmp_path, m
 def test_the_report_says_what_it_lacks_before_it_begins(tmp_path):
     """A run that is not there was found after 20 s of something else; another file was a traceback."""
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match=r"other\.json was not written by research/embed_report\.py"):
+    with pytest.raises(
+        UserError, match=r"other\.json was not written by research/embed_report\.py"
+    ):
         embed_report.main(["--table", str(tmp_path / "other.json")])
     output = tmp_path / "results"
     with pytest.raises(

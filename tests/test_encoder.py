@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from encoder import MEAN, STD, VideoEncoder, quantise, transform
 from runtime import hub
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from conftest import preprocess
 import evaluate
 import infer
 from dataset import load_records
-from runtime.cli import DONE, FAILED, PARTIAL, UserError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 

@@ -9,7 +9,7 @@ from conftest import until
 
 import evaluate
 from dataset import load_records
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 HOSTILE = (
     "</script><script>document.title = 'stolen'</script><img src=x onerror=document.title='stolen'>"

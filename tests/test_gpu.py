@@ -16,7 +16,7 @@ from dataset import load_features, load_manifest
 from encoder import VideoEncoder
 from research import embeddings, words
 from runtime import devices
-from runtime.cli import TERMINATED
+from runtime.errors import TERMINATED
 from viz import app
 
 

@@ -16,7 +16,7 @@ from dataset import STYLES
 from encoder import VideoEncoder
 from research import embeddings, words
 from runtime import devices, hub
-from runtime.cli import UserError
+from runtime.errors import UserError
 
 TINY = {"vocab_size": 130, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA = TINY | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

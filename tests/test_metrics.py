@@ -16,7 +16,7 @@ from conftest import until
 
 import metrics
 import ptb
-from runtime.cli import UserError
+from runtime.errors import UserError
 from templates import Templates, fill
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")

@@ -7,7 +7,7 @@ import pytest
 from conftest import preprocess
 
 from dataset import load_records
-from runtime.cli import DONE, FAILED, PARTIAL, UserError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 
 def files(folder):

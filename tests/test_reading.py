@@ -16,9 +16,9 @@ import evaluate
 import infer
 import preprocess_ssv2
 import train
-from runtime import cli, files, run_folder
-from runtime.cli import UserError
-from tools import doctor
+from runtime import errors, files, run_folder
+from runtime.errors import UserError
+from tools import doctor_checks
 from worlds import toy_ssv2
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer)
     ],
 )
 def test_too_many_open_files_are_one_sentence(error):
-    assert "`ulimit -n 4096`" in cli.explain(error)
+    assert "`ulimit -n 4096`" in errors.explain(error)
 
 
 @pytest.mark.parametrize("where", ["builtins.open", "torch.load"])
@@ -84,7 +84,7 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
 )
 def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
     """The default was 8 x 8 clips: four times the kernel launches of 32 x 2, which also fits the card."""
-    monkeypatch.setattr("runtime.distributed.count", lambda: processes)
+    monkeypatch.setattr("runtime.ranks.world_size", lambda: processes)
     names = ("--batch-size", "--grad-accum")
     flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
     args = train.parse_args(flags)
@@ -100,7 +100,7 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
     ],
 )
 def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, complaint):
-    monkeypatch.setattr("runtime.distributed.count", lambda: processes)
+    monkeypatch.setattr("runtime.ranks.world_size", lambda: processes)
     with pytest.raises(UserError, match=complaint):
         train.parse_args(flags)
 
@@ -113,10 +113,10 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
     where = [x for x in where if x not in ("--batch-size", "8", "--grad-accum", "3")]
     runs = {}
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr("runtime.distributed.count", lambda count=count: count)
+        monkeypatch.setattr("runtime.ranks.world_size", lambda count=count: count)
         dealt = []
         for rank in range(count):
-            monkeypatch.setattr("runtime.distributed.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("runtime.ranks.rank", lambda rank=rank: rank)
             args = train.parse_args(where)
             data = train.read_data(args)
             steps = train.windows(args, data, tokenizer, CPU, 0)
@@ -149,9 +149,11 @@ def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
     """doctor.py warned about every card below 24 GB, although the defaults need 14."""
     card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
     monkeypatch.setattr(
-        doctor, "in_child", lambda ask, *_: (card if ask is doctor.ask_cuda else [1, 1e6], None)
+        doctor_checks,
+        "in_child",
+        lambda ask, *_: (card if ask is doctor_checks.ask_cuda else [1, 1e6], None),
     )
-    finding = doctor.look_at_gpu("torch")
+    finding = doctor_checks.look_at_gpu("torch")
     assert finding.state == state
     assert finding.fix in (None, "python train.py --batch-size 8 --grad-accum 8")
 
@@ -196,7 +198,7 @@ def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
     settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
-    monkeypatch.setattr("runtime.distributed.local_count", lambda: 4)
+    monkeypatch.setattr("runtime.ranks.local_world_size", lambda: 4)
     assert dataset.shared_bytes(settings, 64, 4) == 4 * one
 
 
@@ -205,7 +207,7 @@ def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monk
     monkeypatch.setattr("os.path.isdir", lambda path: True)
     for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        found = {f.what: f for f in doctor.machine(tmp_path)}["/dev/shm"]
+        found = {f.what: f for f in doctor_checks.machine(tmp_path)}["/dev/shm"]
         assert found.state == state and "up to 2.4 on SSv2 with --workers 4" in found.found
     assert found.fix is None
 

@@ -1,5 +1,7 @@
 """torture.py with few repetitions: real processes, real signals; and who is refused at the door."""
 
+from runtime.start import ROOT
+
 import json
 import os
 import random
@@ -16,8 +18,8 @@ from torture import checks, sandbox
 import dataset
 import train
 from dataset import load_manifest, load_records
-from runtime import distributed, files
-from runtime.cli import DONE, FAILED, ROOT, UserError
+from runtime import files, ranks
+from runtime.errors import DONE, FAILED, UserError
 
 
 class Short(sandbox.World):
@@ -225,8 +227,8 @@ def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch)
     whole = read()
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "count", lambda: 3)
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: 3)
         parts.append(read())
     assert len(whole) > 3
     for step, (ids, micro_batches) in enumerate(whole):

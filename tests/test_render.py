@@ -11,7 +11,7 @@ import pytest
 
 import infer
 import video
-from runtime.cli import UserError
+from runtime.errors import UserError
 from viz import films
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

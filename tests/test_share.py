@@ -14,7 +14,7 @@ import infer
 import train
 from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint, weights_digest
 from runtime import hub
-from runtime.cli import UserError
+from runtime.errors import UserError
 from runtime.files import torch_bytes
 from tools import export
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TOY as FLAGS
 
-from runtime.cli import UserError
+from runtime.errors import UserError
 from worlds import shapes, toy_models, toy_ssv2
 
 SPLITS = ("train", "validation", "validation_pairs", "validation_objects")

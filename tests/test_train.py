@@ -14,7 +14,7 @@ from torture.sandbox import TIMING
 import train
 from dataset import load_records
 from runtime import run_folder
-from runtime.cli import TERMINATED, Stopped, UserError
+from runtime.errors import TERMINATED, Stopped, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 

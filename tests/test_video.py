@@ -1,12 +1,15 @@
 """video.py on clips written here by PyAV: what is taken, what damage is seen, what survives."""
 
+from runtime.start import environment
+
+import importlib
 import itertools
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from torture import odd_clips
 from torture.odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
 
 import video
-from runtime.decode_workers import Crew, decode_many
-from video import VideoError, decode, frame_indices, probe, windows
+from runtime.decode_workers import WorkerPool
+from runtime.errors import VideoError
+from video import decode, frame_indices, probe, windows
 
 av = pytest.importorskip("av")
 
@@ -263,7 +267,12 @@ def test_windows_cover_the_video_without_slivers(duration, window, stride):
 # ---- many clips ----------------------------------------------------------------------------
 
 
-def behave(path, num_frames, start=None, end=None):
+@pytest.fixture(autouse=True)
+def workers_find_this_file(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def behave(path):
     """A decoder for the workers that does what the path says."""
     name = os.path.basename(path)
     if name.startswith("hang"):
@@ -283,22 +292,18 @@ def test_hang_and_crash_cost_one_clip_only(tmp_path):
     """decord hangs on some files and dies on others: neither may end a run of 220,847 clips."""
     names = ["a", "hang", "b", "die", "c", "bug", "d", "e"]
     jobs = [(i, str(tmp_path / name)) for i, name in enumerate(names)]
-    got = list(decode_many(jobs, 4, workers=2, timeout=1.5, decode=behave))
+    got = list(WorkerPool(2, 1.5).map(behave, jobs))
     assert [key for key, _ in got] == list(range(len(names)))
     answers = [getattr(answer, "reason", answer) for _, answer in got]
     assert answers == ["a", "timeout", "b", "crashed", "c", "crashed", "d", "e"]
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
 def test_a_header_that_hangs_costs_one_clip(tmp_path):
     """infer.py once read headers in its own process, where nothing limits the time."""
-    crew = Crew(timeout=1.5)
-    try:
-        assert crew.ask(behave, str(tmp_path / "hang"), 1).reason == "timeout"
-        assert crew.ask(behave, "b", 1) == "b"
-    finally:
-        crew.close()
+    with WorkerPool(1, 1.5) as pool:
+        assert pool.call(behave, str(tmp_path / "hang")).reason == "timeout"
+        assert pool.call(behave, "b") == "b"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
@@ -306,19 +311,16 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
     """One that hung went on for ever: it never came to see that its parent was gone."""
     code = """if True:
         import os, sys, threading
-        sys.path[:0] = ["tests", "."]
         import test_video
-        from runtime.decode_workers import Crew
-        if __name__ == "__main__":
-            crew = Crew(60)
-            threading.Timer(2, os.kill, (os.getpid(), 9)).start()
-            process, pipe = crew._start()
-            print(process.pid, flush=True)
-            pipe.send((test_video.behave, sys.argv[1], 1))
-            pipe.recv()"""
+        from runtime.decode_workers import WorkerPool
+        pool = WorkerPool(1, 60)
+        threading.Timer(2, os.kill, (os.getpid(), 9)).start()
+        pool.idle.append(pool._start(test_video.behave))
+        print(pool.idle[0].pid, flush=True)
+        pool.call(test_video.behave, sys.argv[1])"""
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "hang"],
-        cwd=os.path.dirname(video.__file__),
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -330,7 +332,7 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
         os.kill(int(done.stdout), 0)
 
 
-def half_sent(path, num_frames):
+def half_sent(path):
     """Die with part of the answer in the pipe, as when the machine runs out of memory."""
     if path == "die":
         import threading
@@ -348,22 +350,22 @@ class Endless:
 def test_worker_killed_while_answering_does_not_stop_the_others():
     """pebble's pool shares one pipe: a worker killed while sending kept all others waiting."""
     jobs = [(name, name) for name in ("a", "die", "b", "c")]
-    got = dict(decode_many(jobs, 4, workers=2, timeout=20, decode=half_sent))
+    got = dict(WorkerPool(2, 20).map(half_sent, jobs))
     assert got.pop("die").reason == "crashed"
     assert got == {"a": "a", "b": "b", "c": "c"}
 
 
 def test_waiting_for_a_worker_does_not_count_as_decoding(tmp_path):
     jobs = [(i, f"slow{i}") for i in range(4)]  # 2 s of work for one worker
-    got = list(decode_many(jobs, 4, workers=1, timeout=1.2, ahead=4, decode=behave))
+    got = list(WorkerPool(1, 1.2).map(behave, jobs, ahead=4))
     assert [answer for _, answer in got] == [f"slow{i}" for i in range(4)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_decode_many_gives_what_decode_gives(tmp_path, workers):
+def test_a_pool_gives_what_decode_gives(tmp_path, workers):
     good, bad = write(tmp_path / "a.webm"), tmp_path / "absent.webm"
-    jobs = [("whole", good), ("bad", bad), ("part", good, 1.0, 2.0)]
-    got = list(decode_many(jobs, 6, workers=workers))
+    jobs = [("whole", good, 6), ("bad", bad, 6), ("part", good, 6, 1.0, 2.0)]
+    got = list(WorkerPool(workers, 60).map(decode, jobs))
     assert [key for key, _ in got] == ["whole", "bad", "part"]
     np.testing.assert_array_equal(got[0][1].frames, decode(good, 6).frames)
     np.testing.assert_array_equal(got[2][1].frames, decode(good, 6, 1.0, 2.0).frames)
@@ -378,12 +380,26 @@ def test_look_ahead_is_bounded_and_closing_kills_the_workers():
             taken.append(i)
             yield i, f"clip{i}" if i < 2 else f"slow{i}"
 
-    clips = decode_many(jobs(), 4, workers=2, ahead=4, decode=behave)
+    pool = WorkerPool(2, 60)
+    clips = pool.map(behave, jobs(), ahead=4)
     assert next(clips) == (0, "clip0")
     assert len(taken) == 4
     begin = time.monotonic()
+    workers = list(pool.all)
     clips.close()
-    assert time.monotonic() - begin < 2 and not multiprocessing.active_children()
+    assert time.monotonic() - begin < 2
+    assert len(workers) == 2 and all(process.poll() is not None for process in workers)
+
+
+def test_a_worker_imports_neither_torch_nor_the_script(tmp_path, monkeypatch):
+    """With both it would take 245 MB, and seconds to start."""
+    (tmp_path / "asks.py").write_text("import sys, video\ndef modules(_): return set(sys.modules)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with WorkerPool(1, 30) as pool:
+        imported = pool.call(importlib.import_module("asks").modules, "")
+    assert {"video", "numpy"} <= imported
+    assert not {"torch", "transformers", "pytest", "preprocess_ssv2"} & imported
 
 
 def test_import_is_light():

@@ -1,69 +1,33 @@
-"""Say what this machine can run, and how to mend the rest. Asks no network and changes nothing.
+"""List what this machine can run, and the command that fixes the rest. No network; changes nothing.
 
-    python -m tools.doctor            (a line a finding, then which scripts would run; about 20 s)
+    python -m tools.doctor            (one line per finding, then which scripts can run; about 20 s)
     python -m tools.doctor --json     (the same as one JSON object)
 
-A finding is ok, missing (what mends it stands below) or a note: the scripts run, but slower or with less.
-Exit code 1 if a required package of pyproject.toml is missing or broken, else 0: a GPU,
-models, data and extras that are not there are listed, and are no failure.
+A finding is ok, missing (the line below it fixes it) or a note: the scripts run, but slower or with less.
+Exit code 1 if a required package of pyproject.toml is missing or broken, else 0: a missing GPU, model,
+data set or extra is listed, but is not a failure.
 """
+
+import runtime.start
+from runtime.start import ROOT
 
 import importlib
 import json
-import math
 import operator
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import textwrap
-import time
-from collections import namedtuple
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-import evaluate
-import prepare_annotations
-import preprocess_ssv2
-import ptb
-import train
-from dataset import (
-    TRAIN,
-    VALIDATION,
-    check_same_settings,
-    clip_bytes,
-    load_manifest,
-    load_records,
-    require_features,
-    shared_bytes,
-)
-from runtime import cli, devices, hub
-from runtime.cli import DONE, FAILED, ROOT, UserError
-
-OK, NOTE, MISSING = "ok", "note", "missing"
-SHARED = "/dev/shm"
-LIMIT = 300  # seconds for one import: the first one from a network disk may take minutes
-INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
-PROJECT = "." if Path.cwd() == ROOT else str(ROOT)
-
-# SSv2 in the default cache, to compute its size: ViT-L's tokens in int8
-CLIPS = 168_913 + 24_777  # training and validation
-STORED = {
-    pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
-    for pool in (1, 2, 4)
-}
-# Bytes that the defaults need. GPU: 13.3 GB, measured at 32 clips of 2 captions a micro-batch, see
-# results/gpu.md, and CUDA's own memory. RAM: 16 GB (estimate), less what the operating system reserves.
-CARD, MEMORY = 14e9, 0.95 * 16e9
-
-Finding = namedtuple("Finding", "state what found fix", defaults=[None])
+from runtime import cli
+from runtime.errors import DONE, FAILED
+from tools.findings import INSTALL, MISSING, NOTE, OK, PROJECT, Finding, in_child
 
 NEEDS = {  # of each script: findings, or lists of packages
-    "prepare_annotations.py": ["labels"],
+    "prepare_annotations.py": ["packages", "labels"],
     "preprocess_ssv2.py": ["packages", "encoder", "annotations", "videos"],
     "train.py": ["packages", "lm", "annotations", "features"],
     "evaluate.py": [
@@ -77,20 +41,16 @@ NEEDS = {  # of each script: findings, or lists of packages
 
 
 def parse_args(argv=None):
-    encoding, training = preprocess_ssv2.parse_args([]), train.parse_args([])
-    labels, scoring = prepare_annotations.parse_args([]), evaluate.parse_args([])
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("models")
-    group.add_argument("--encoder", default=encoding.encoder, help="Hub id or folder of a V-JEPA 2")
-    group.add_argument("--lm", default=training.lm, help="Hub id or folder of a causal LM")
-    group.add_argument("--checkpoint", default=scoring.checkpoint, help=cli.CHECKPOINT)
+    group.add_argument("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2")
+    group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
+    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     group = parser.add_argument_group("data")
-    group.add_argument("--labels", default=labels.labels, help="folder with train.json, …")
-    group.add_argument("--videos", default=encoding.videos, help="clips' folder")
-    group.add_argument(
-        "--annotations", default=encoding.annotations, help="of prepare_annotations.py"
-    )
-    group.add_argument("--features", default=encoding.features, help="cache of preprocess_ssv2.py")
+    group.add_argument("--labels", default=cli.LABELS, help="folder with train.json, …")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
+    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
     parser.add_argument("--json", action="store_true", help="a JSON object instead of text")
     return parser.parse_args(argv)
 
@@ -98,13 +58,19 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     findings, packages = software()
-    broken = {f.what for f in findings if f.state == MISSING}
-    findings += machine(args.features) + models(args, broken) + data(args)
+    missing = {f.what for f in findings if f.state == MISSING}
+    if missing & packages["packages"].keys():
+        why = "not checked: install the packages first"
+        findings += [Finding(NOTE, what, why) for what in ("machine", "models", "data")]
+    else:
+        from tools import doctor_checks  # it imports the packages that were just found
+
+        findings += doctor_checks.everything(args, "torch" + packages["packages"]["torch"])
     missing = [f.what for f in findings if f.state == MISSING]
     lacks = {}
     for script, needs in NEEDS.items():
-        whole = {*needs, *(name for need in needs for name in packages.get(need, ()))}
-        lacks[script] = [what for what in missing if what in whole]
+        all_needs = {*needs, *(name for need in needs for name in packages.get(need, ()))}
+        lacks[script] = [what for what in missing if what in all_needs]
     if args.json:
         print(json.dumps({"findings": [f._asdict() for f in findings], "lacks": lacks}, indent=1))
     else:
@@ -121,19 +87,14 @@ def table(findings, lacks):
         lines += wrap.wrap(f"{state:<9}{what:<22}" + cli.printable(found))
         lines += [f"{margin}$ {cli.printable(fix)}"] if fix else []
     lines.append("")
-    for script, whats in lacks.items():
-        verdict = f"would not run, for want of: {', '.join(whats)}" if whats else "would run"
+    for script, names in lacks.items():
+        verdict = f"cannot run yet: missing {', '.join(names)}" if names else "can run"
         lines.append(f"{script:<31}{verdict}")
     return "\n".join(lines)
 
 
-# ---- software ------------------------------------------------------------------------------
-
-
 def software():
     """(findings, {list: {package: range}})"""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lists = {"packages": project["dependencies"], "viz": extras["viz"], "app": extras["app"]}
@@ -143,14 +104,10 @@ def software():
         wanted = {name: (limits, extra) for name, limits in ranges.items()} | wanted
     with ThreadPoolExecutor(4) as threads:
         looks = [threads.submit(look_at, name, *wanted[name]) for name in wanted]
-        findings = {name: look.result() for name, look in zip(wanted, looks, strict=True)}
+        findings = {name: one.result() for name, one in zip(wanted, looks, strict=True)}
     found = [Finding(OK, "Python", f"{sys.version.split()[0]}, {sys.executable}")]
     found += [findings[name] for name in dict.fromkeys(n for r in packages.values() for n in r)]
-    if findings["torch"].state == OK:
-        found.append(look_at_gpu("torch" + packages["packages"]["torch"]))
-    if findings["av"].state == OK:
-        found.append(look_at_decoders())
-    return [*found, look_at_java()], packages
+    return found, packages
 
 
 def name_and_range(requirement):
@@ -181,318 +138,16 @@ def look_at(package, limits, extra):
         if bad:
             found += f"; needed: {limits}"
         elif why := in_child(import_module, package)[1]:
-            # to pip, what is installed and in range is well
+            # pip sees nothing to do: it is installed and in range
             fix = f"{INSTALL} --force-reinstall {shlex.quote(package + limits)}"
             found, bad = f"{found} cannot be imported: {why}", True
     if bad and package == "decord":
-        return Finding(NOTE, package, f"{found}; PyAV does its work")
+        return Finding(NOTE, package, f"{found}; PyAV is used instead")
     return Finding(MISSING if bad else OK, package, found, fix if bad else None)
-
-
-def in_child(function, *args):
-    """Call a function of this file in a process of its own: a broken package may end or hang it.
-
-    Returns (what the function returns, None), or (None, the last line that the process said).
-    """
-    code = f"import json; from tools import doctor; print(json.dumps(doctor.{function.__name__}(*{args!r})))"
-    quiet = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}  # no network
-    quiet |= {"MPLCONFIGDIR": tempfile.gettempdir()}  # matplotlib would make a folder in the home
-    where = {"cwd": ROOT, "env": os.environ | quiet, "timeout": LIMIT}
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **where)
-    except subprocess.TimeoutExpired:
-        return None, f"it took longer than {LIMIT} s"
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        return None, said[-1][:200]
-    return json.loads(done.stdout.splitlines()[-1]), None  # a package may print when imported
 
 
 def import_module(package):
     importlib.import_module({"pillow": "PIL"}.get(package, package))
-
-
-def look_at_gpu(torch):
-    """The finding on CUDA. torch: the requirement, such as torch>=2.10."""
-    found, why = in_child(ask_cuda)
-    if why:
-        return Finding(MISSING, "CUDA", f"torch cannot use the GPU: {why}", "nvidia-smi")
-    if not found["name"]:
-        if devices.hidden():
-            return Finding(NOTE, "CUDA", "CUDA_VISIBLE_DEVICES hides every GPU")
-        if not devices.has_nvidia_gpu():
-            return Finding(NOTE, "CUDA", "no NVIDIA GPU: training on a CPU is for toys only")
-        if found["built_for"]:
-            text = f"an NVIDIA GPU, but no driver that runs torch's CUDA {found['built_for']}"
-            return Finding(MISSING, "CUDA", text, "nvidia-smi")
-        fix = f"{INSTALL} --force-reinstall '{torch}'"
-        return Finding(MISSING, "CUDA", "an NVIDIA GPU, but torch is built for CPUs", fix)
-    text = f"{found['count']} x {found['name']}, {found['bytes'] / 1e9:.0f} GB"
-    step, why = in_child(try_step, "cuda")
-    if why:
-        return Finding(MISSING, "CUDA", f"{text}; a step with tiny models failed: {why}")
-    text += f"; a step with tiny models took {step[0]:.1f} s and {step[1] / 1e6:.0f} MB"
-    if not found["bf16"]:
-        return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
-    if found["bytes"] < CARD:
-        fix = "python train.py --batch-size 8 --grad-accum 8"
-        less = "train.py's defaults need 14 GB; with the flags below it needs 7"
-        return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
-    return Finding(OK, "CUDA", f"{text}, bfloat16")
-
-
-def ask_cuda():
-    """What torch knows of the GPUs, once it has computed on the first."""
-    import torch
-
-    facts = {"built_for": torch.version.cuda, "name": None}
-    if torch.cuda.is_available():
-        torch.ones(1, device="cuda").sum().item()  # fails where torch has no code for this GPU
-        card = torch.cuda.get_device_properties(0)
-        facts |= {"name": card.name, "bytes": card.total_memory, "count": torch.cuda.device_count()}
-        facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
-    return facts
-
-
-def try_step(device):
-    """Encode, train one step and caption with tiny random models, using the scripts' own functions.
-
-    Returns (seconds, peak bytes on the GPU).
-    """
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen2Tokenizer,
-        VJEPA2Config,
-        VJEPA2Model,
-    )
-
-    import captioner
-    from dataset import encode_caption, loader, with_scale
-    from encoder import VideoEncoder
-    from qformer import QFormer
-
-    device, dtype = devices.resolve(device, "auto")
-    began = time.perf_counter()
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small = {f"pred_{k}": v for k, v in sizes.items()} | {"pred_num_mask_tokens": 1}
-    config = VJEPA2Config(crop_size=64, frames_per_clip=8, **sizes, **small)
-    settings = {"size": 64, "resize": "squash", "sampling": "bin_centres", "pool": 1}
-    settings |= {"grid": (4, 4, 4), "store": "int8"}
-    encoder = VideoEncoder(VJEPA2Model(config).to(dtype), settings, device)
-    clips = torch.randint(0, 256, (4, 8, 48, 80, 3), dtype=torch.uint8)
-    stored = encoder.stored(list(clips))
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": len(tokenizer)}
-    lm = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(device, dtype)
-    shape = {"num_queries": 8, "width": 64, "video_width": 64, "grid": (4, 4, 4)}
-    qformer = QFormer(**shape, num_blocks=1, num_heads=4, dropout=0.1).to(device)
-    model = captioner.VideoCaptioner(qformer, lm, tokenizer)
-    captioner.check_lm(model, "(tiny, random)")
-
-    pairs = [encode_caption(tokenizer, style, "moving a cup") for style in ("label", "sentence")]
-    items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]
-    batches = list(loader(items, 2, 0, device))
-    optimizer = train.make_optimizer(qformer, 1e-3, 0.03)
-    loss, tokens = train.micro_steps(model.train(), batches)
-    norm = train.scale_and_clip(qformer, tokens, 1.0)
-    optimizer.step()
-    model.eval()
-    for beams in (1, 2):
-        model.captions(evaluate.to_device(batches[0], device), "label", 4, beams)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(f"the loss is {loss}, its gradient's norm {norm}")
-    peak = devices.peak_memory(device)[0] if devices.on_gpu(device) else 0
-    return time.perf_counter() - began, peak
-
-
-def look_at_decoders():
-    """The finding on what PyAV reads."""
-    lacking, why = in_child(ask_av)
-    if not lacking and not why:
-        return Finding(OK, "decoders", "VP9, H.264, AV1")
-    fix = f"{INSTALL} --force-reinstall --only-binary av av"
-    return Finding(NOTE, "decoders", why or f"PyAV has none for {', '.join(lacking)}", fix)
-
-
-def ask_av():
-    """The formats that this build of PyAV does not read."""
-    import av
-
-    def reads(decoder):
-        try:
-            return bool(av.codec.Codec(decoder, "r"))
-        except av.codec.codec.UnknownCodecError:
-            return False
-
-    # FFmpeg's own av1 wants a GPU
-    decoders = {"VP9": ["vp9"], "H.264": ["h264"], "AV1": ["libdav1d", "libaom-av1"]}
-    return [name for name, any_of in decoders.items() if not any(map(reads, any_of))]
-
-
-def look_at_java():
-    """The finding on Java, where METEOR and the PTB tokenizer run: a caption goes through the latter."""
-    _, tokenizer, why = ptb.tokenize({"": ["A cup."]}, time_limit=LIMIT)
-    if tokenizer == "ptb":
-        return Finding(OK, "Java", f"{shutil.which('java')}, runs the PTB tokenizer")
-    fix = None if shutil.which("java") else "sudo apt-get install openjdk-17-jre-headless"
-    return Finding(NOTE, "Java", f"{why}: no METEOR, and Python's tokenizer for the rest", fix)
-
-
-# ---- the machine ---------------------------------------------------------------------------
-
-
-def machine(features):
-    """The findings on disk, memory and shared memory, beside what SSv2 takes."""
-    folder = Path(features).absolute()
-    folder = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    takes = {pool: CLIPS * clip_bytes(settings) for pool, settings in STORED.items()}
-    text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {takes[1] / 1e12:.2f}, "
-    text += " and ".join(f"{takes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
-    fits = next((f"--pool {pool}" for pool in takes if takes[pool] < free), "--features ELSEWHERE")
-    fix = None if takes[1] < free else f"python preprocess_ssv2.py {fits}"
-    findings = [Finding(NOTE if fix else OK, "disk", f"{text} (computed)", fix)]
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        text = f"{memory / 1e9:.0f} GB" + ("" if memory > MEMORY else "; 16 are better (estimate)")
-        findings.append(Finding(OK if memory > MEMORY else NOTE, "memory", text))
-    if os.path.isdir(SHARED):
-        scoring, free = evaluate.parse_args([]), shutil.disk_usage(SHARED).free
-        ahead = shared_bytes(STORED[1], scoring.batch_size, scoring.workers)
-        text = f"{free / 1e9:.1f} GB free; train.py and evaluate.py take up to {ahead / 1e9:.1f}"
-        text += f" on SSv2 with --workers {scoring.workers} (computed)"
-        fix = None if ahead < free else "python train.py --workers 0"
-        findings.append(Finding(NOTE if fix else OK, SHARED, text, fix))
-    return findings
-
-
-# ---- models and data -----------------------------------------------------------------------
-
-
-def models(args, broken):
-    """The findings on the two models, on the checkpoint, and on its models if they are others."""
-    encoder, lm = look_for("encoder", args.encoder, broken), look_for("lm", args.lm, broken)
-    findings = [encoder[0], lm[0]]
-    path = Path(args.checkpoint)
-    if "transformers" not in broken and hub.is_id(args.checkpoint):
-        finding, _ = look_for("checkpoint", args.checkpoint, broken)
-        if finding.state == MISSING:
-            return [*findings, finding]
-        path, _ = hub.look_here(args.checkpoint, "--checkpoint")
-    if not path.exists():
-        run = path.parent if path.suffix == ".pt" else path
-        fix = command(args, "train.py", "annotations", "features", "lm", output=run)
-        return [*findings, Finding(MISSING, "checkpoint", f"{path} does not exist", fix)]
-    if "torch" in broken:
-        return [*findings, Finding(NOTE, "checkpoint", f"{path}: not read, for want of torch")]
-    from captioner import read_checkpoint
-
-    try:
-        checkpoint = read_checkpoint(path)
-    except UserError as error:
-        return [*findings, Finding(MISSING, "checkpoint", str(error))]
-    findings.append(Finding(OK, "checkpoint", f"{path}, after step {checkpoint['step']:,}"))
-    info, settings = checkpoint["manifest"]["info"], checkpoint["manifest"]["settings"]
-    findings += other_settings(settings, args.features)
-    ask = checkpoint["lm"]
-    for what, name, theirs, ours in [
-        ("checkpoint's encoder", info["encoder"], settings["encoder_fingerprint"], encoder[1]),
-        ("checkpoint's lm", ask["name"], ask["fingerprint"], lm[1]),
-    ]:
-        if ours != theirs:
-            finding, fingerprint = look_for(what, name, broken)
-            if fingerprint and fingerprint != theirs:
-                other = f"{name} is not the model it was trained with ({theirs})"
-                finding = Finding(MISSING, what, other)
-            elif finding.state == MISSING:  # a folder's name may look like a Hub id
-                flag = f"--{what.split()[-1]} FOLDER"
-                finding = Finding(MISSING, what, f"{finding.found}; if it is elsewhere: {flag}")
-            findings.append(finding)
-    return findings
-
-
-def other_settings(settings, features):
-    """A finding, where evaluate.py would refuse the cache for the checkpoint's settings."""
-    try:
-        theirs = load_manifest(features)["settings"]
-    except UserError:
-        return []  # said with the features
-    try:
-        check_same_settings(settings, theirs, f"the cache {features}")
-    except UserError as error:
-        return [Finding(MISSING, "checkpoint's features", str(error))]
-    return []
-
-
-def look_for(what, name, broken):
-    """(the finding on a model, its fingerprint or None)."""
-    local = os.path.isdir(name)
-    fix = None if local else f"hf download {shlex.quote(name)}"
-    if not local and "transformers" in broken:  # which brings what reads the Hub's cache
-        return Finding(MISSING, what, f"{name}: not looked for, for want of transformers"), None
-    try:
-        folder, lacks = hub.look_here(name, f"--{what.split()[-1]}")
-        if folder and not lacks:
-            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
-    except UserError as error:
-        return Finding(MISSING, what, str(error)), None
-    except (OSError, ValueError) as error:  # a config.json that is no JSON
-        return Finding(MISSING, what, f"{name} cannot be read: {error}", fix), None
-    text = f"incomplete, without {lacks}" if folder else "not on this machine"
-    return Finding(MISSING, what, f"{name}: {text}", fix), None
-
-
-def data(args):
-    """The findings on labels, clips, annotations and features."""
-    records = {}
-
-    def folder(path):
-        if not os.path.isdir(path) or not any(os.scandir(path)):
-            raise UserError(f"{path}: nothing there; SSv2's come from its owner, see README.md")
-        return path
-
-    def annotations():
-        records.update({s: load_records(args.annotations, s) for s in (TRAIN, VALIDATION)})
-        counts = ", ".join(f"{split} {len(those):,}" for split, those in records.items())
-        return f"{args.annotations}: {counts} clips"
-
-    def features():
-        settings = load_manifest(args.features)["settings"]
-        for split, those in records.items():
-            require_features(args.features, split, those)
-        of = "of every clip" if records else "not compared with annotations"
-        return f"{args.features}: {settings['store']}, pool {settings['pool']}, {of}"
-
-    prepare = command(args, "prepare_annotations.py", "labels", output=args.annotations)
-    encode = command(args, "preprocess_ssv2.py", "videos", "annotations", "features", "encoder")
-    findings = []
-    for what, look, fix in [
-        ("labels", lambda: folder(args.labels), None),
-        ("videos", lambda: folder(args.videos), None),
-        ("annotations", annotations, prepare),
-        ("features", features, encode),
-    ]:
-        try:
-            findings.append(Finding(OK, what, look()))
-        except UserError as error:
-            findings.append(Finding(MISSING, what, str(error), fix))
-    return findings
-
-
-def command(args, script, *flags, output=None):
-    """A script's command line, with --output and those of the flags that are not at their defaults."""
-    usual = parse_args([])
-    values = {flag: getattr(args, flag) for flag in flags}
-    values = {flag: value for flag, value in values.items() if value != getattr(usual, flag)}
-    if output and str(output) not in (usual.annotations, str(Path(usual.checkpoint).parent)):
-        values["output"] = str(output)
-    return " ".join(["python", script, *(f"--{k} {shlex.quote(v)}" for k, v in values.items())])
 
 
 if __name__ == "__main__":

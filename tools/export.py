@@ -13,7 +13,8 @@ import shlex
 from pathlib import Path
 
 from runtime import hub
-from runtime.cli import UserError, output_folder, printable
+from runtime.cli import output_folder, printable
+from runtime.errors import UserError
 from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

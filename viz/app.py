@@ -6,6 +6,8 @@ Needs gradio: pip install -e '.[app]'. No network is used, and none can reach it
 Uploads are deleted after an hour, and when it ends.
 """
 
+import runtime.start
+
 import copy
 import importlib.util
 import io
@@ -15,10 +17,13 @@ import threading
 from pathlib import Path
 
 import infer
+import video
 import windows
 from dataset import STYLES, by_hash
 from runtime import cli
-from runtime.cli import UserError, note
+from runtime.cli import note
+from runtime.decode_workers import WorkerPool
+from runtime.errors import UserError
 from templates import Templates, fill
 from viz import attention_map, films
 
@@ -122,15 +127,8 @@ class Look:
 
     def windows(self, path):
         """[(`Window`, what is shown of it or None)], in order. Raises UserError for too long a clip."""
-        import video
-        from runtime import decode_workers
-
-        crew = decode_workers.Crew(self.args.timeout) if self.args.workers else None
-        try:
-            info = (crew.ask if crew else decode_workers.attempt)(video.probe, path)
-        finally:
-            if crew:
-                crew.close()
+        with WorkerPool(self.args.workers, self.args.timeout) as pool:
+            info = pool.call(video.probe, path)
         if isinstance(info, video.Info) and info.duration > self.args.max_seconds:
             raise UserError(
                 f"{path.name} takes {info.duration:,.0f} s, this page up to {self.args.max_seconds:g}:"

@@ -6,6 +6,8 @@ Writes curves.png and metrics.csv, one row an epoch, into the folder. The pictur
 pip install -e '.[viz]'.
 """
 
+import runtime.start
+
 import csv
 import io
 import json
@@ -14,7 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from runtime import cli
-from runtime.cli import UserError, note
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "validation_loss", "seconds", "clips_per_second")

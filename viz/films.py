@@ -6,6 +6,8 @@
 Needs Pillow and matplotlib: pip install -e '.[viz]'. Films with captions are made by infer.py --gif and --video.
 """
 
+import runtime.start
+
 import importlib.util
 import io
 import tempfile
@@ -16,7 +18,8 @@ from pathlib import Path
 
 from dataset import VALIDATION, by_hash, load_records
 from runtime import cli
-from runtime.cli import UserError, note
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import write_atomic
 
 FRAMES, HEIGHT, MARGIN = 8, 72, 8  # frames a strip; pixels
@@ -39,12 +42,8 @@ LONGEST = 655.35  # seconds that a GIF can show a picture
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--predictions", nargs="+", required=True, help="files of evaluate.py")
-    parser.add_argument(
-        "--annotations", default="data/annotations", help="of prepare_annotations.py"
-    )
-    parser.add_argument(
-        "--videos", default="data/20bn-something-something-v2", help="clips' folder"
-    )
+    parser.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
+    parser.add_argument("--videos", default=cli.VIDEOS, help="clips' folder")
     parser.add_argument("--split", default=VALIDATION, help="split of the predictions")
     parser.add_argument("--num-samples", type=cli.whole(1), default=4, help="clips to draw")
     parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the choice")
@@ -57,7 +56,7 @@ def main(argv=None):
     require()
     from evaluate import read_predictions
     from preprocess_ssv2 import find_clips
-    from video import VideoError
+    from runtime.errors import VideoError
 
     output = Path(args.output)
     if output.suffix.lower() != ".png" or output.is_dir():

@@ -12,9 +12,12 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
+from tqdm import tqdm
+
 from dataset import by_hash
 from runtime import cli
-from runtime.cli import UserError
+from runtime.decode_workers import WorkerPool
+from runtime.errors import UserError
 from runtime.files import write_atomic
 from viz import films
 
@@ -98,22 +101,15 @@ def links(clips, folder):
 
 def gifs(clips, workers):
     """{id: the clip as a small GIF, a data: address}, without those that cannot be decoded."""
-    from tqdm import tqdm
-
-    from runtime import decode_workers
-
     films = {}
-    jobs = clips.items()
-    made = decode_workers.decode_many(
-        jobs, None, workers=workers, timeout=SECONDS_A_CLIP, decode=animate
-    )
+    made = WorkerPool(workers, SECONDS_A_CLIP).map(animate, clips.items())
     for clip_id, gif in tqdm(made, total=len(clips), unit="clip", desc="gallery"):
         if isinstance(gif, bytes):
             films[clip_id] = f"data:image/gif;base64,{base64.b64encode(gif).decode()}"
     return films
 
 
-def animate(path, _):
+def animate(path):
     return films.gif(path, **EMBEDDED)
 
 

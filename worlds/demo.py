@@ -8,6 +8,8 @@ Every command is echoed and can be typed by hand. The toy world shows that the p
 and that the captions come from the video; it says nothing about scores on Something-Something-V2.
 """
 
+import runtime.start
+
 import resource
 import shlex
 import subprocess
@@ -15,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import cli
-from runtime.cli import UserError, note
+from runtime import cli, start
+from runtime.cli import note
+from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
 # What a tiny model needs that Qwen2-1.5B does not: fewer queries, a higher rate, no dropout
@@ -117,8 +120,8 @@ def shell(command):
     """Echo one script's command line and run it. Raises UserError with its exit code."""
     note(f"\n$ python {command}")
     name, *args = shlex.split(command)
-    name = str(cli.ROOT / name) if name.endswith(".py") else name
-    done = subprocess.run([sys.executable, name, *args], env=cli.environment())
+    name = str(start.ROOT / name) if name.endswith(".py") else name
+    done = subprocess.run([sys.executable, name, *args], env=start.environment())
     if done.returncode:
         raise UserError(f"{command} ended with exit code {done.returncode}", code=1)
 

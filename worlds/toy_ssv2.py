@@ -28,7 +28,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from dataset import TEST, TRAIN, VALIDATION
-from runtime.cli import UserError, add_workers, note, parser, run, whole
+from runtime.cli import add_workers, note, parser, run, whole
+from runtime.errors import UserError
 from runtime.files import read_json, write_json
 from worlds.shapes import (
     ACTIONS,

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from dataset import load_features, load_manifest
 from runtime import cli, files
-from runtime.cli import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError, note
+from runtime.cli import note
+from runtime.errors import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError
 from torture.sandbox import DAMAGED, World, contents, differences, equal, expect, make_world
 
 Row = namedtuple("Row", "what done found fine")

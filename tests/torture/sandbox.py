@@ -3,6 +3,8 @@
 For torture/checks.py and the tests: real processes, real signals, tiny models, on the CPU.
 """
 
+from runtime.start import ROOT
+
 import atexit
 import csv
 import importlib
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from dataset import load_records
 from runtime import cli, files
-from runtime.cli import DONE, PARTIAL, ROOT, UserError
+from runtime.errors import DONE, PARTIAL, UserError
 
 WORK_BEGINS = {
     "train": ("runtime.run_folder", "Log"),

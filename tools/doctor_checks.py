@@ -1,0 +1,314 @@
+"""What doctor.py checks once the packages are there: GPU, decoders, Java, disk, memory, models, data."""
+
+import math
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+import av
+import torch
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, VJEPA2Config, VJEPA2Model
+
+import captioner
+import evaluate
+import ptb
+import train
+from captioner import read_checkpoint
+from dataset import (
+    TRAIN,
+    VALIDATION,
+    check_same_settings,
+    clip_bytes,
+    encode_caption,
+    load_manifest,
+    load_records,
+    loader,
+    require_features,
+    shared_bytes,
+    with_scale,
+)
+from encoder import VideoEncoder
+from qformer import QFormer
+from runtime import cli, devices, hub
+from runtime.errors import UserError
+from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
+
+SHARED = "/dev/shm"
+
+# SSv2 in the default cache, to compute its size: ViT-L's tokens in int8
+CLIPS = 168_913 + 24_777  # training and validation
+STORED = {
+    pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
+    for pool in (1, 2, 4)
+}
+# Bytes that the defaults need. GPU: 13.3 GB, measured at 32 clips of 2 captions a micro-batch, see
+# results/gpu.md, and CUDA's own memory. RAM: 16 GB (estimate), less what the operating system reserves.
+CARD, MEMORY = 14e9, 0.95 * 16e9
+
+
+def everything(args, torch_range):
+    """All findings. args: of doctor.py; torch_range: the requirement, such as torch>=2.10."""
+    findings = [look_at_gpu(torch_range), look_at_decoders(), look_at_java()]
+    return findings + machine(args.features) + models(args) + data(args)
+
+
+def look_at_gpu(torch):
+    """The finding on CUDA. torch: the requirement, such as torch>=2.10."""
+    found, why = in_child(ask_cuda)
+    if why:
+        return Finding(MISSING, "CUDA", f"torch cannot use the GPU: {why}", "nvidia-smi")
+    if not found["name"]:
+        if devices.hidden():
+            return Finding(NOTE, "CUDA", "CUDA_VISIBLE_DEVICES hides every GPU")
+        if not devices.has_nvidia_gpu():
+            return Finding(NOTE, "CUDA", "no NVIDIA GPU: training on a CPU is for toys only")
+        if found["built_for"]:
+            text = f"an NVIDIA GPU, but no driver that runs torch's CUDA {found['built_for']}"
+            return Finding(MISSING, "CUDA", text, "nvidia-smi")
+        fix = f"{INSTALL} --force-reinstall '{torch}'"
+        return Finding(MISSING, "CUDA", "an NVIDIA GPU, but torch is built for CPUs", fix)
+    text = f"{found['count']} x {found['name']}, {found['bytes'] / 1e9:.0f} GB"
+    step, why = in_child(try_step, "cuda")
+    if why:
+        return Finding(MISSING, "CUDA", f"{text}; a step with tiny models failed: {why}")
+    text += f"; a step with tiny models took {step[0]:.1f} s and {step[1] / 1e6:.0f} MB"
+    if not found["bf16"]:
+        return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
+    if found["bytes"] < CARD:
+        fix = "python train.py --batch-size 8 --grad-accum 8"
+        less = "train.py's defaults need 14 GB; with the flags below it needs 7"
+        return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
+    return Finding(OK, "CUDA", f"{text}, bfloat16")
+
+
+def ask_cuda():
+    """What torch knows of the GPUs, once it has computed on the first."""
+
+    facts = {"built_for": torch.version.cuda, "name": None}
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda").sum().item()  # fails where torch has no code for this GPU
+        card = torch.cuda.get_device_properties(0)
+        facts |= {"name": card.name, "bytes": card.total_memory, "count": torch.cuda.device_count()}
+        facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    return facts
+
+
+def try_step(device):
+    """Encode, train one step and caption with tiny random models, using the scripts' own functions.
+
+    Returns (seconds, peak bytes on the GPU).
+    """
+    device, dtype = devices.resolve(device, "auto")
+    began = time.perf_counter()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {f"pred_{k}": v for k, v in sizes.items()} | {"pred_num_mask_tokens": 1}
+    config = VJEPA2Config(crop_size=64, frames_per_clip=8, **sizes, **small)
+    settings = {"size": 64, "resize": "squash", "sampling": "bin_centres", "pool": 1}
+    settings |= {"grid": (4, 4, 4), "store": "int8"}
+    encoder = VideoEncoder(VJEPA2Model(config).to(dtype), settings, device)
+    clips = torch.randint(0, 256, (4, 8, 48, 80, 3), dtype=torch.uint8)
+    stored = encoder.stored(list(clips))
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": len(tokenizer)}
+    lm = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(device, dtype)
+    shape = {"num_queries": 8, "width": 64, "video_width": 64, "grid": (4, 4, 4)}
+    qformer = QFormer(**shape, num_blocks=1, num_heads=4, dropout=0.1).to(device)
+    model = captioner.VideoCaptioner(qformer, lm, tokenizer)
+    captioner.check_lm(model, "(tiny, random)")
+
+    pairs = [encode_caption(tokenizer, style, "moving a cup") for style in ("label", "sentence")]
+    items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]
+    batches = list(loader(items, 2, 0, device))
+    optimizer = train.make_optimizer(qformer, 1e-3, 0.03)
+    loss, tokens = train.micro_steps(model.train(), batches)
+    norm = train.scale_and_clip(qformer, tokens, 1.0)
+    optimizer.step()
+    model.eval()
+    for beams in (1, 2):
+        model.captions(evaluate.to_device(batches[0], device), "label", 4, beams)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RuntimeError(f"the loss is {loss}, its gradient's norm {norm}")
+    peak = devices.peak_memory(device)[0] if devices.on_gpu(device) else 0
+    return time.perf_counter() - began, peak
+
+
+def look_at_decoders():
+    """The finding on what PyAV reads."""
+    lacking, why = in_child(ask_av)
+    if not lacking and not why:
+        return Finding(OK, "decoders", "VP9, H.264, AV1")
+    fix = f"{INSTALL} --force-reinstall --only-binary av av"
+    return Finding(NOTE, "decoders", why or f"PyAV has none for {', '.join(lacking)}", fix)
+
+
+def ask_av():
+    """The formats that this build of PyAV does not read."""
+
+    def reads(decoder):
+        try:
+            return bool(av.codec.Codec(decoder, "r"))
+        except av.codec.codec.UnknownCodecError:
+            return False
+
+    # FFmpeg's own av1 wants a GPU
+    decoders = {"VP9": ["vp9"], "H.264": ["h264"], "AV1": ["libdav1d", "libaom-av1"]}
+    return [name for name, any_of in decoders.items() if not any(map(reads, any_of))]
+
+
+def look_at_java():
+    """The finding on Java, where METEOR and the PTB tokenizer run: a caption goes through the latter."""
+    _, tokenizer, why = ptb.tokenize({"": ["A cup."]}, time_limit=LIMIT)
+    if tokenizer == "ptb":
+        return Finding(OK, "Java", f"{shutil.which('java')}, runs the PTB tokenizer")
+    fix = None if shutil.which("java") else "sudo apt-get install openjdk-17-jre-headless"
+    return Finding(NOTE, "Java", f"{why}: no METEOR, and Python's tokenizer for the rest", fix)
+
+
+# ---- the machine ---------------------------------------------------------------------------
+
+
+def machine(features):
+    """The findings on disk, memory and shared memory, beside what SSv2 takes."""
+    folder = Path(features).absolute()
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    takes = {pool: CLIPS * clip_bytes(settings) for pool, settings in STORED.items()}
+    text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {takes[1] / 1e12:.2f}, "
+    text += " and ".join(f"{takes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
+    fits = next((f"--pool {pool}" for pool in takes if takes[pool] < free), "--features ELSEWHERE")
+    fix = None if takes[1] < free else f"python preprocess_ssv2.py {fits}"
+    findings = [Finding(NOTE if fix else OK, "disk", f"{text} (computed)", fix)]
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        text = f"{memory / 1e9:.0f} GB" + ("" if memory > MEMORY else "; 16 are better (estimate)")
+        findings.append(Finding(OK if memory > MEMORY else NOTE, "memory", text))
+    if os.path.isdir(SHARED):
+        scoring, free = evaluate.parse_args([]), shutil.disk_usage(SHARED).free
+        ahead = shared_bytes(STORED[1], scoring.batch_size, scoring.workers)
+        text = f"{free / 1e9:.1f} GB free; train.py and evaluate.py take up to {ahead / 1e9:.1f}"
+        text += f" on SSv2 with --workers {scoring.workers} (computed)"
+        fix = None if ahead < free else "python train.py --workers 0"
+        findings.append(Finding(NOTE if fix else OK, SHARED, text, fix))
+    return findings
+
+
+# ---- models and data -----------------------------------------------------------------------
+
+
+def models(args):
+    """The findings on the two models, on the checkpoint, and on its models if they are others."""
+    encoder, lm = look_for("encoder", args.encoder), look_for("lm", args.lm)
+    findings = [encoder[0], lm[0]]
+    path = Path(args.checkpoint)
+    if hub.is_id(args.checkpoint):
+        finding, _ = look_for("checkpoint", args.checkpoint)
+        if finding.state == MISSING:
+            return [*findings, finding]
+        path, _ = hub.look_here(args.checkpoint, "--checkpoint")
+    if not path.exists():
+        run = path.parent if path.suffix == ".pt" else path
+        fix = command(args, "train.py", "annotations", "features", "lm", output=run)
+        return [*findings, Finding(MISSING, "checkpoint", f"{path} does not exist", fix)]
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        return [*findings, Finding(MISSING, "checkpoint", str(error))]
+    findings.append(Finding(OK, "checkpoint", f"{path}, after step {checkpoint['step']:,}"))
+    info, settings = checkpoint["manifest"]["info"], checkpoint["manifest"]["settings"]
+    findings += other_settings(settings, args.features)
+    ask = checkpoint["lm"]
+    for what, name, theirs, ours in [
+        ("checkpoint's encoder", info["encoder"], settings["encoder_fingerprint"], encoder[1]),
+        ("checkpoint's lm", ask["name"], ask["fingerprint"], lm[1]),
+    ]:
+        if ours != theirs:
+            finding, fingerprint = look_for(what, name)
+            if fingerprint and fingerprint != theirs:
+                other = f"{name} is not the model it was trained with ({theirs})"
+                finding = Finding(MISSING, what, other)
+            elif finding.state == MISSING:  # a folder's name may look like a Hub id
+                flag = f"--{what.split()[-1]} FOLDER"
+                finding = Finding(MISSING, what, f"{finding.found}; if it is elsewhere: {flag}")
+            findings.append(finding)
+    return findings
+
+
+def other_settings(settings, features):
+    """A finding, where evaluate.py would refuse the cache for the checkpoint's settings."""
+    try:
+        theirs = load_manifest(features)["settings"]
+    except UserError:
+        return []  # said with the features
+    try:
+        check_same_settings(settings, theirs, f"the cache {features}")
+    except UserError as error:
+        return [Finding(MISSING, "checkpoint's features", str(error))]
+    return []
+
+
+def look_for(what, name):
+    """(the finding on a model, its fingerprint or None)."""
+    local = os.path.isdir(name)
+    fix = None if local else f"hf download {shlex.quote(name)}"
+    try:
+        folder, lacks = hub.look_here(name, f"--{what.split()[-1]}")
+        if folder and not lacks:
+            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
+    except UserError as error:
+        return Finding(MISSING, what, str(error)), None
+    except (OSError, ValueError) as error:  # a config.json that is no JSON
+        return Finding(MISSING, what, f"{name} cannot be read: {error}", fix), None
+    text = f"incomplete, without {lacks}" if folder else "not on this machine"
+    return Finding(MISSING, what, f"{name}: {text}", fix), None
+
+
+def data(args):
+    """The findings on labels, clips, annotations and features."""
+    records = {}
+
+    def folder(path):
+        if not os.path.isdir(path) or not any(os.scandir(path)):
+            raise UserError(f"{path}: nothing there; SSv2's come from its owner, see README.md")
+        return path
+
+    def annotations():
+        records.update({s: load_records(args.annotations, s) for s in (TRAIN, VALIDATION)})
+        counts = ", ".join(f"{split} {len(those):,}" for split, those in records.items())
+        return f"{args.annotations}: {counts} clips"
+
+    def features():
+        settings = load_manifest(args.features)["settings"]
+        for split, those in records.items():
+            require_features(args.features, split, those)
+        of = "of every clip" if records else "not compared with annotations"
+        return f"{args.features}: {settings['store']}, pool {settings['pool']}, {of}"
+
+    prepare = command(args, "prepare_annotations.py", "labels", output=args.annotations)
+    encode = command(args, "preprocess_ssv2.py", "videos", "annotations", "features", "encoder")
+    findings = []
+    for what, look, fix in [
+        ("labels", lambda: folder(args.labels), None),
+        ("videos", lambda: folder(args.videos), None),
+        ("annotations", annotations, prepare),
+        ("features", features, encode),
+    ]:
+        try:
+            findings.append(Finding(OK, what, look()))
+        except UserError as error:
+            findings.append(Finding(MISSING, what, str(error), fix))
+    return findings
+
+
+def command(args, script, *flags, output=None):
+    """A script's command line, with --output and those of the flags that are not at their defaults."""
+    values = {flag: getattr(args, flag) for flag in flags}
+    values = {flag: v for flag, v in values.items() if v != getattr(cli, flag.upper())}
+    if output and str(output) not in (cli.ANNOTATIONS, str(Path(cli.CHECKPOINT).parent)):
+        values["output"] = str(output)
+    return " ".join(["python", script, *(f"--{k} {shlex.quote(v)}" for k, v in values.items())])
