@@ -7,26 +7,20 @@ L text tokens.
 """
 
 import copy
-import hashlib
 import inspect
-import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from dataset import STYLES, are_settings, collate_text, encode_caption, is_count
+from dataset import STYLES, collate_text, encode_caption
 from qformer import QFormer
 from runtime import devices, hub
 from runtime.errors import UserError, out_of_memory
-from runtime.files import read_torch
-from tools import export
 
-CHECKPOINT_VERSION = 1
 READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
 TEXTS_CHUNK = 32  # texts compared at a time: a key/value cache each
 MAX_NEW_TOKENS = 50  # of a generated caption
@@ -163,8 +157,6 @@ class VideoCaptioner(nn.Module):
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Beam search of transformers, behind the same prefix."""
-        from transformers import GenerationConfig
-
         past = cache.get_seq_length()
         cache.batch_repeat_interleave(num_beams)  # generate() repeats the ids only
         # it wants ids for the cached positions too, and strips them with the prompt
@@ -415,126 +407,3 @@ def check_room(model, name, captions):
             f" leave {room} for a caption, but {what} {longest}; use another model, fewer --num-queries"
             " or shorter captions"
         )
-
-
-class Damaged(UserError):
-    """A checkpoint that is there and cannot be used."""
-
-
-def read_checkpoint(path, flag="--checkpoint"):
-    """Load a checkpoint without executing anything in it; its tensors are those of its sizes.
-
-    path: a file, a run folder (its `best.pt`), a folder of `share.export`, or the Hub id of one; flag:
-    what the user named it by. Raises UserError where nothing is there, `Damaged` for what is damaged
-    or foreign; one flipped byte is damage.
-    """
-    where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
-    exported = export.is_export(where)
-    if not exported and os.path.isdir(where):
-        path = where = where / "best.pt"
-    if not exported and not os.path.isfile(where):  # Path.is_file raises for too long a name
-        raise UserError(f"{flag} {path} does not exist. Run train.py first.")
-    try:
-        checkpoint = export.read(where) if exported else read_torch(where)
-    except PermissionError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
-    except (ValueError, OSError) as error:
-        if out_of_memory(error):
-            raise
-        raise Damaged(f"{flag} {path} is no readable checkpoint ({error})") from None
-    version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
-    if type(version) is int and version != CHECKPOINT_VERSION:
-        raise UserError(
-            f"{flag} {path} has version {version}, this code reads {CHECKPOINT_VERSION}"
-        )
-    if type(version) is not int or not _is_ours(checkpoint):
-        raise Damaged(f"{flag} {path} was not written by train.py")
-    if not all(weight.isfinite().all() for weight in checkpoint["qformer"].values()):
-        raise Damaged(f"{flag} {path} holds weights that are no numbers")
-    try:
-        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
-            # a copy: torch notes `assign` in the state dict itself, and a later load of it would put
-            # other parameters into a model than its optimizer has
-            load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
-    except (TypeError, ValueError, OverflowError, UserError) as error:
-        raise Damaged(f"{flag} {path} holds no Q-Former: {error}") from None
-    return checkpoint
-
-
-def _is_ours(checkpoint):
-    """True if a checkpoint has all that the scripts take from it, each of its type."""
-    parts = ("qformer", "sizes", "manifest", "lm", "styles")
-    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
-        return False
-    manifest, lm, sizes = (checkpoint[part] for part in ("manifest", "lm", "sizes"))
-    info, settings = manifest.get("info"), manifest.get("settings")
-    names = [lm.get("name"), lm.get("fingerprint"), isinstance(info, dict) and info.get("encoder")]
-    counts = [sizes.get(f"num_{what}") for what in ("queries", "blocks", "heads")]
-    weights = checkpoint["qformer"].values()
-    return (
-        type(checkpoint.get("step")) is int
-        and checkpoint["step"] >= 0
-        and isinstance(checkpoint.get("templates", []), list)
-        and all(isinstance(template, str) for template in checkpoint.get("templates", []))
-        and all(isinstance(name, str) for name in names)
-        and ("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0))
-        and are_settings(settings)
-        and all(map(is_count, [*counts, sizes.get("width")]))
-        and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
-        and sizes["num_blocks"] <= len(weights)  # building more would take for ever
-        and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
-        and all((w.device.type, w.layout) == ("cpu", torch.strided) for w in weights)
-    )
-
-
-def weights_digest(weights):
-    """Names the weights {name: tensor} of a Q-Former, whatever file they lie in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_weights(qformer, weights, **kwargs):
-    """`load_state_dict` of a checkpoint's weights. Raises UserError where they do not fit."""
-    try:
-        qformer.load_state_dict(weights, **kwargs)
-    except (RuntimeError, AttributeError) as error:
-        why = str(error).strip().splitlines()[-1].strip()  # the first says that there is an error
-        raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
-
-
-def model_state(captioner, manifest, lm_name, fingerprint):
-    """What a checkpoint needs to rebuild the captioner: no frozen weight, plain types and tensors."""
-    return {
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "qformer": captioner.qformer.state_dict(),
-        "sizes": captioner.qformer.sizes,
-        "manifest": manifest,
-        "lm": {"name": str(lm_name), "fingerprint": fingerprint}
-        | ({} if captioner.bos is None else {"bos": captioner.bos}),
-        "styles": dict(STYLES),
-    }
-
-
-def from_checkpoint(checkpoint, device, dtype, lm_name=None):
-    """Rebuild a captioner of what `read_checkpoint` returned.
-
-    lm_name: where the same language model lies, if elsewhere.
-    """
-    name = lm_name or checkpoint["lm"]["name"]
-    lm, tokenizer, fingerprint = load_lm(name, device, dtype)
-    if fingerprint != checkpoint["lm"]["fingerprint"]:
-        raise UserError(
-            f"--lm {name} has fingerprint {fingerprint}, but the checkpoint was trained with"
-            f" {checkpoint['lm']['name']} ({checkpoint['lm']['fingerprint']})"
-        )
-    if checkpoint["styles"] != STYLES:
-        raise UserError(
-            f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
-        )
-    if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
-        raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
-    qformer = QFormer(**checkpoint["sizes"])
-    load_weights(qformer, checkpoint["qformer"])
-    return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()

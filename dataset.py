@@ -15,8 +15,13 @@ import signal
 import unicodedata
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from runtime import devices, ranks
 from runtime.errors import UserError, out_of_files, out_of_memory
@@ -75,11 +80,6 @@ def load_records(annotations, split):
     if len({r["id"] for r in records}) < len(records):
         raise UserError(f"annotations {path} name an id twice. Run prepare_annotations.py again.")
     return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
-
-
-def file_names(record):
-    """The names that a clip's file may have, inside the videos' folder."""
-    return [*filter(None, (record["video"], f"{record['id']}.webm", f"{record['id']}.mp4"))]
 
 
 def why_refused(record):
@@ -209,7 +209,6 @@ def load_features(path, clip_id, settings):
     Raises UserError (exit 1), naming the clip, for a missing, truncated, foreign or damaged file and
     for NaN.
     """
-    import torch
 
     def is_tensor(value, dtype, shape):
         return (
@@ -261,8 +260,6 @@ def clip_bytes(settings):
 
 def with_scale(stored):
     """The tensors of a clip in stored form; float16 has scale 1 and offset 0."""
-    import torch
-
     width = stored["features"].shape[1]
     return {
         "features": stored["features"],
@@ -273,8 +270,6 @@ def with_scale(stored):
 
 def stack_stored(clips):
     """B clips in stored form -> {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}."""
-    import torch
-
     clips = [with_scale(c) for c in clips]
     return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
 
@@ -286,9 +281,6 @@ def _num_tokens(settings):
 
 def channel_statistics(features, split, ids, settings, workers):
     """Mean and standard deviation (E,) of the channels over some clips, in float64, std >= 1e-6."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
 
     def sums(clip_id):
         item = load_features(Path(features) / split / f"{clip_id}.pt", clip_id, settings)
@@ -355,8 +347,6 @@ def collate(items):
     caption and eos tokens carry loss, and `positions` are the places in the flattened (B*K*L) text
     that predict them. Found here, in the worker: to ask a GPU which tokens count would stall it.
     """
-    import torch
-
     if error := next((item for item in items if isinstance(item, UserError)), None):
         return error
     batch = stack_stored(items) | collate_text(pair for item in items for pair in item["captions"])
@@ -368,8 +358,6 @@ def collate(items):
 
 def collate_text(pairs):
     """Pairs (prompt ids, target ids) -> `input_ids`, `positions` and `targets`, see `collate`."""
-    import torch
-
     pairs = list(pairs)
     length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
     input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
@@ -390,9 +378,6 @@ def loader(dataset, batch_size, workers, device):
 
     For a GPU the batches lie in pinned memory, from which copies do not block.
     """
-    import torch
-    from torch.utils.data import DataLoader
-
     # the user may ask for more workers than CPUs
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(

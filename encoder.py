@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModel
 
 from dataset import FORMAT_VERSION
 from runtime import devices, hub
@@ -181,8 +182,6 @@ class VideoEncoder:
 
 
 def _load(name, dtype):
-    from transformers import AutoModel
-
     folder = hub.find_model(name, "--encoder")
     model = hub.load_model(AutoModel, folder, "--encoder", dtype=dtype)
     if not hasattr(model, "get_vision_features") or model.config.model_type != "vjepa2":

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 evaluate.py   (a share of the clips on each of four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json; the table goes to
-stdout. Needs features of the split: preprocess_ssv2.py --splits <split>. With --gallery also
-gallery.html: every clip with its caption and score, to be opened in a browser.
+stdout. Needs features of the split: preprocess_ssv2.py --splits <split>. For a page that shows every
+clip with its caption and score: python -m viz.gallery RUN.
 """
 
 import runtime.start
@@ -17,6 +17,10 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
+from tqdm import tqdm
+
+import metrics
+from checkpoint import is_export, load_captioner, read_checkpoint, weights_digest
 from dataset import (
     STYLES,
     TRAIN,
@@ -34,8 +38,6 @@ from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import in_shard, read_json, write_json
-from tools import export
-from viz import gallery
 
 BATCH = 64  # clips captioned at once, here and in train.py's validation
 
@@ -69,17 +71,6 @@ def parse_args(argv=None):
     group.add_argument(
         "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
     )
-    group = parser.add_argument_group("gallery")
-    group.add_argument("--gallery", action="store_true", help="write a page that shows every clip")
-    group.add_argument("--videos", default=cli.VIDEOS, help="clips' folder, for --gallery")
-    group.add_argument(
-        "--embed",
-        type=cli.whole(1),
-        nargs="?",
-        const=100,
-        metavar="N",
-        help="N clips only (100 if no number is given), as GIFs within the page",
-    )
     group = parser.add_argument_group("generation")
     group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips at once")
     group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
@@ -92,7 +83,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.predictions and args.shard != (0, 1):
         raise UserError("--predictions scores all parts of a run together: leave --shard out")
-    gallery.check(args)
     records = load_records(args.annotations, args.split)
     everything = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
@@ -104,7 +94,6 @@ def main(argv=None):
         )
     scored = args.predictions[0] if args.predictions else args.checkpoint
     output = cli.output_folder(args.output or default_output(scored), "--output")
-    clips = gallery.find(args, records) if args.gallery else {}
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
@@ -126,9 +115,7 @@ def main(argv=None):
         note("a part only: score all parts together with --predictions PART PART …")
         return
 
-    import metrics
-
-    result, per_clip = score(
+    result, _ = score(
         predictions,
         records,
         everything,
@@ -144,29 +131,12 @@ def main(argv=None):
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
     note(f"written to {output / f'evaluation_{name}.json'}")
-    if args.gallery:
-        path = output / gallery_name(args, lacking)
-        scored = (result, per_clip, predictions, records, clips, args.style)
-        without = gallery.write(path, *scored, args.embed, args.seed, args.workers)
-        note(f"written to {path}" + (f"; {without} clips have no film in it" if without else ""))
-
-
-def gallery_name(args, lacking):
-    """gallery.html of the split as it is, and otherwise what tells its page from others."""
-    name = result_name(args, lacking)
-    own = (
-        f"predictions_{name.removesuffix('_rescored')}.json"  # what evaluate.py wrote, scored again
-    )
-    if args.predictions and [Path(p).name for p in args.predictions] == [own]:
-        name = name.removesuffix("_rescored")
-    name += "_embedded" if args.embed else ""
-    return "gallery.html" if name == VALIDATION else f"gallery_{name}.html"
 
 
 def default_output(path):
     """The folder of a file or folder; for what is shared, a Hub id or an exported folder, results/<name>,
     unless that is a run of one's own."""
-    if not (hub.is_id(path) or export.is_export(Path(path))):
+    if not (hub.is_id(path) or is_export(Path(path))):
         path = Path(path)
         return path if path.is_dir() else path.parent
     folder = Path("results", Path(path).name)
@@ -198,15 +168,16 @@ def predict(args, records):
     manifest = load_manifest(args.features)
     clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = devices.resolve(args.device, args.dtype)
-    from captioner import from_checkpoint, read_checkpoint, weights_digest
-
     checkpoint = read_checkpoint(args.checkpoint)
     wanted = dict(checkpoint["manifest"]["settings"])
     if args.control == "still":
         wanted["sampling"] = "still"
     check_same_settings(wanted, manifest["settings"], f"the cache {args.features}")
-    captioner = from_checkpoint(checkpoint, device, dtype, args.lm)
-    batches = clip_batches(captioner, args, args.split, clips, args.style, args.batch_size)
+    captioner = load_captioner(checkpoint, device, dtype, args.lm)
+    source = args.features, manifest["settings"]
+    batches = clip_batches(
+        captioner, *source, args.split, clips, args.style, args.batch_size, args.workers
+    )
     with shared_memory(manifest["settings"], args.workers, captioning=args.batch_size):
         predictions, loss = caption(
             captioner, batches, args.style, args.max_new_tokens, args.num_beams
@@ -221,17 +192,17 @@ def predict(args, records):
     }
 
 
-def clip_batches(captioner, args, split, records, style, batch_size):
-    """A loader over clips, each with its one reference of the style, if it has one.
+def clip_batches(captioner, features, settings, split, records, style, batch_size, workers):
+    """A loader over cached clips, each with its one reference of the style, if it has one.
 
-    Of several processes each gets its share, in the very batches that a single one would make.
+    features, settings: the cache and its manifest's settings. Of several processes each gets its share,
+    in the very batches that a single one would make.
     """
-    settings = load_manifest(args.features)["settings"]
     groups = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     records = [r for group in ranks.share(groups) for r in group]
     choose = partial(reference, style=style)
-    data = FeatureDataset(args.features, split, records, settings, captioner.tokenizer, choose)
-    return loader(data, batch_size, args.workers, captioner.device)
+    data = FeatureDataset(features, split, records, settings, captioner.tokenizer, choose)
+    return loader(data, batch_size, workers, captioner.device)
 
 
 def reference(record, style):
@@ -246,8 +217,6 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     The loss is None where a clip has no reference, or where it is not finite. Leaves the captioner in the mode it was in. Of
     several processes each brings its own loader, and has the captions of all afterwards.
     """
-    from tqdm import tqdm
-
     mode = captioner.training
     captioner.eval()
     predictions, total, tokens = {}, 0.0, 0
@@ -282,8 +251,6 @@ def score(predictions, records, everything, annotations, style="label", seed=0, 
     everything: all records of the split; CIDEr's document frequencies come from them, so that a part
     of a split is scored as in the whole. Templates and the commonest caption come from training.
     """
-    import metrics
-
     templates, commonest = training_facts(str(annotations), style)
     templates = templates | {r["template"] for r in everything} - {None}
     return metrics.score(
@@ -320,8 +287,6 @@ def write_predictions(path, predictions):
 
 def read_predictions(paths):
     """{id: caption} of files in COCO result format. Raises UserError; an id may occur once only."""
-    import metrics
-
     files = [read_json(path, "predictions") for path in paths]
     if not all(isinstance(entries, list) for entries in files):
         raise UserError(f"predictions {', '.join(paths)} must hold JSON lists")

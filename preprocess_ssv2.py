@@ -13,23 +13,28 @@ import runtime.start
 
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 import video
 from dataset import (
     TRAIN,
     VALIDATION,
     check_same_settings,
-    file_names,
     load_features,
     load_manifest,
     load_records,
     save_features,
 )
+from encoder import VideoEncoder
 from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
@@ -97,7 +102,8 @@ def main(argv=None):
         if args.verify:
             keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
             return verify(Path(args.features), in_part(keys, part), args.workers)
-        paths, missing = find_clips(Path(args.videos), wanted)
+        records = {(s, r["id"]): r for s, split in wanted.items() for r in split}
+        paths, missing = video.find_files(Path(args.videos), records)
         paths = {key: paths[key] for key in in_part(paths, part)}
         device, dtype = devices.resolve(args.device, args.dtype)
         return fill(args, part, paths, in_part(missing, part), device, dtype)
@@ -106,29 +112,6 @@ def main(argv=None):
 def in_part(keys, part):
     """Those of the (split, id) that are in part i of n."""
     return [key for key in keys if in_shard(key[1], *part)]
-
-
-def find_clips(videos, wanted):
-    """({(split, id): path}, [(split, id) without a file]). Raises UserError if there are none."""
-    cli.existing(videos, "--videos", "It is the folder of the clips, <id>.webm or <id>.mp4.")
-    names = {entry.name for entry in os.scandir(videos)}
-    paths, missing = {}, []
-    for split, records in wanted.items():
-        for r in records:
-            for name in file_names(r):
-                # a set look-up instead of 220,847 stat calls; sub-folders are asked for one by one
-                if name in names or ("/" in name and (videos / name).is_file()):
-                    paths[split, r["id"]] = videos / name
-                    break
-            else:
-                missing.append((split, r["id"]))
-    if not paths and missing:
-        raise UserError(
-            f"none of the {len(missing)} clips is in --videos {videos}: looked for"
-            f" {missing[0][1]}.webm, {missing[0][1]}.mp4, …; the folder holds {len(names)} files,"
-            f" for example {', '.join(sorted(names)[:3]) or 'none'}"
-        )
-    return paths, missing
 
 
 def complete(features, paths):
@@ -193,8 +176,6 @@ def matching_encoder(args, features, device, dtype, needed):
         check_same_settings(theirs | asked_all, theirs, f"the cache {features}")
     if not needed:
         return None
-
-    from encoder import VideoEncoder
 
     encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **asked)
     if not theirs and not args.dry_run:
@@ -269,8 +250,6 @@ def encode(encoder, todo, features, args):
 
 def dry_run(args, encoder, todo):
     """Print what the run would need, from a few timed clips."""
-    import torch
-
     sample = dict(list(todo.items())[: 2 * args.batch_size])
     shape = (
         encoder.settings["grid"][0] * encoder.settings["grid"][1] ** 2,
@@ -286,8 +265,6 @@ def dry_run(args, encoder, todo):
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
     if sample:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             for split, _ in sample:
                 Path(folder, split).mkdir(exist_ok=True)
@@ -362,15 +339,11 @@ def verify(features, keys, workers):
 
 
 def progress(total, unit):
-    from tqdm import tqdm
-
     return tqdm(total=total, unit=unit, smoothing=0.05, mininterval=1)
 
 
 def info(args):
     """What a manifest says without being held to it. No date: equal caches have equal bytes."""
-    from importlib.metadata import version
-
     names = ("torch", "transformers", "av")
     return {
         "encoder": args.encoder,

@@ -1,27 +1,32 @@
-"""Teach a frozen language model to caption videos: train a Q-Former on cached features.
+"""Train a Q-Former on cached features, so that a frozen language model captions videos.
 
     python train.py               (SSv2 with its defaults; --dry-run prints the plan and stops)
     python train.py --resume      (continues exactly where a run was stopped)
 
-    torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips a step)
+    torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips per step)
 
-Needs a GPU with 14 GB. Writes <output>/: last.pt and the previous one, best.pt (best
-validation CIDEr), curves.png, metrics.csv, metrics.jsonl, losses.txt, validation_epoch_N.json,
-predictions_validation.json, evaluation_validation.json, args.json.
+Needs a GPU with 14 GB. Writes to --output: last.pt and previous.pt to resume from, best.pt (best
+validation CIDEr), curves.png, metrics.jsonl, validation_epoch_N.json, predictions_validation.json,
+evaluation_validation.json, args.json.
 """
 
 import runtime.start
 
-import hashlib
 import math
-import random
 import time
-from collections import namedtuple
 from contextlib import closing
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from statistics import fmean, median
 
+import torch
+from tqdm import tqdm
+
+import captioner
+import checkpoint
+import metrics
+from checkpoint import TrainingState
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -39,19 +44,51 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
-from runtime import cli, dashboard, devices, distributed, errors, ranks, run_folder
+from optim import average_and_clip, dropout_seed, epoch_order, lr_at, make_optimizer, set_lr
+from runtime import cli, dashboard, devices, distributed, ranks, run_folder
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import SIGNALLED, UserError
 from runtime.files import write_json
+from runtime.run_folder import BEST
+from viz import curves
 
 STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first steps also start workers
 STEP = 64  # clips per step, unless both --batch-size and --grad-accum are given
-BAD_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
+MAX_BAD_STEPS = 5  # in a row, without a finite loss and gradient
+SAMPLES = 20  # captions in validation_epoch_N.json, to look at
 
-# manifest of the features; records to train on, to validate on at the end, and after each epoch;
-# `split`: all validation records, whose references give CIDEr its document frequencies
-Data = namedtuple("Data", "manifest train validation subset split")
+
+@dataclass(frozen=True)
+class Data:
+    """Records of the clips that have a label and features, and where these are."""
+
+    features: str
+    annotations: str
+    manifest: dict
+    train: list
+    validation: list
+    subset: list  # of validation, scored after each epoch
+    split: list  # all validation records: their references set CIDEr's document frequencies
+    workers: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the steps of a run, besides data and model."""
+
+    epochs: int
+    batch_size: int  # clips per micro-batch
+    grad_accum: int  # micro-batches per step, over all processes
+    captions_per_clip: int
+    lr: float  # peak
+    weight_decay: float
+    warmup_steps: int
+    clip_grad: float
+    seed: int
+
+    def steps_per_epoch(self, clips):
+        return math.ceil(clips / (self.batch_size * self.grad_accum))
 
 
 def parse_args(argv=None):
@@ -98,7 +135,6 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true", help="continue the run in --output")
     group.add_argument("--overwrite", action="store_true", help="start over in --output")
     group.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps")
-    group.add_argument("--export", help="only write best.pt of --output to this folder, to share")
     group.add_argument(
         "--report-to", choices=dashboard.NAMES, default="none", help="a dashboard to log to as well"
     )
@@ -139,134 +175,114 @@ def split_step(batch_size, grad_accum, processes):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.export is not None:
-        from tools import export
-
-        return print(*export.export(args.output, args.export), sep="\n")
     if ranks.world_size() > args.grad_accum:
         raise UserError(
-            f"--grad-accum {args.grad_accum} deals no micro-batch to some of {ranks.world_size()} processes:"
-            " raise it and lower --batch-size (the same step), or start fewer"
+            f"--grad-accum {args.grad_accum} leaves some of {ranks.world_size()} processes without a"
+            " micro-batch: raise it and lower --batch-size (the same step), or start fewer"
         )
     dashboard.check(args.report_to)
-    folder = run_folder.claim(args)
+    folder = run_folder.check(args.output, args.resume, args.overwrite, args.dry_run)
     data = read_data(args)
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # resolved, for --resume to compare
-    model, frozen, optimizer = build(args, data, device, dtype)  # before the folder is claimed
-    sizes = {"training": args.batch_size, "validation": VALIDATION_BATCH}
-    memory = shared_memory(data.manifest["settings"], args.workers, **sizes)
-    with distributed.joined(devices.backend(device)), run_folder.held(folder, args), memory:
-        return learn(args, data, folder, model, frozen, optimizer)
+    state = build(args, data, recipe, device, dtype)
+    memory = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
+    with (
+        distributed.joined(devices.backend(device)),
+        run_folder.locked(folder, args.resume, args.overwrite, args.dry_run),
+        shared_memory(data.manifest["settings"], data.workers, **memory),
+    ):
+        resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run)
+        print_plan(state.model, data, recipe)
+        if args.dry_run:
+            return time_steps(state.model, data, recipe)
+        trainable = sum(p.numel() for p in state.model.qformer.parameters())
+        facts = {"clips": len(data.train), "trainable_parameters": trainable}
+        run_folder.write_args(folder, vars(args), args.overwrite, device, **facts)
+        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
+        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
+        with run_folder.Run(folder, state.progress.step, total, board) as run:
+            if not resumed:
+                run.save(state.last())  # from here on, a folder without last.pt has lost it
+            train(state, data, recipe, run, args.save_every)
+        if stopped := run.stopping():
+            note(f"stopped after step {state.progress.step:,}; continue with --resume")
+            return SIGNALLED + stopped
+        return finish(state.model, data, recipe, folder, with_meteor=not args.no_meteor)
 
 
-def learn(args, data, folder, model, frozen, optimizer):
-    """From the first step, or the last saved one, to the scores. Returns the exit code."""
-    per_epoch = math.ceil(len(data.train) / (args.batch_size * args.grad_accum))
-    total = args.epochs * per_epoch
+def train(state, data, recipe, run, save_every):
+    """The training loop, up to the last step or a signal."""
+    model, optimizer, progress = state.model.train(), state.optimizer, state.progress
+    per_epoch = recipe.steps_per_epoch(len(data.train))
+    if progress.step and progress.step % per_epoch == 0 and progress.step > progress.evaluated:
+        end_epoch(state, data, recipe, run)  # it was interrupted, or its best.pt is lost
+    for epoch, ids, micro_batches in training_steps(data, recipe, model, progress.step):
+        lr = lr_at(progress.step, recipe.epochs * per_epoch, recipe.lr, recipe.warmup_steps)
+        set_lr(optimizer, lr)
 
-    # scored: the step of the last evaluation whose best is kept; bad: steps skipped in a row
-    step, scored, bad, best = 0, 0, 0, -math.inf
-    ours = run_folder.identity(args, data.train)
-    saved = run_folder.newest(folder, args.dry_run) if args.resume else None
-    if saved:
-        step, scored, bad, best = run_folder.restore(
-            saved, frozen, ours, args, total, model, optimizer
-        )
-        note(f"resuming after step {step:,} of {total:,}")
-    elif ranks.rank() == 0:
-        model.qformer.standardise(*statistics(args, data))
-    distributed.broadcast(model.qformer.state_dict().values())
-    print_plan(args, data, model, total)
-    if args.dry_run:
-        return time_steps(args, data, model, total)
+        # forward and backward; afterwards every process holds the gradient of the summed loss
+        seed = dropout_seed(recipe.seed, progress.step)
+        loss, tokens = accumulate(model, micro_batches, seed)
 
-    told = dashboard.Reporter("none" if ranks.rank() else args.report_to, folder, step, vars(args))
-    trainable = sum(p.numel() for p in model.qformer.parameters())
-    run_folder.start(
-        folder, args, model.device, clips=len(data.train), trainable_parameters=trainable
-    )
-    stop = run_folder.Stop()
-    model.train()
+        # average over the step's tokens, clip, and update the weights if all is finite
+        norm = average_and_clip(model.qformer, tokens, recipe.clip_grad)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
-    def state():
-        return frozen | {"qformer": model.qformer.state_dict(), "step": step, "best": best}
+        run.log.step(progress.step, epoch, lr, loss, norm, tokens, ids, micro_batches.seconds)
+        if progress.bad_steps == MAX_BAD_STEPS:
+            raise not_finite(run.folder)
 
-    def save():
-        log.sync()
-        counts = {"scored": scored, "bad": bad, "optimizer": optimizer.state_dict()}
-        disk.write(folder / "last.pt", state() | ours | counts)
+        # save; at the end of an epoch also evaluate, and keep the best
+        run.writer.check()
+        stopping, epoch_ends = run.stopping(), progress.step % per_epoch == 0
+        if epoch_ends or stopping or progress.step % save_every == 0:
+            run.save(state.last())
+        if stopping:
+            break
+        if epoch_ends:
+            end_epoch(state, data, recipe, run)
 
-    def end_epoch():
-        """Evaluate, and keep the best. All is saved: a signal ends this at once."""
-        nonlocal best, scored
-        disk.wait()
-        stop.saved = True
-        if stop.signal:
-            raise errors.Stopped(stop.signal)
-        epoch = step // per_epoch
-        result, predictions, val_loss = evaluate(args, data, model, data.subset)
-        stop.saved = False
-        log.epoch(step, epoch, val_loss, result, predictions, data.subset)
-        # without CIDEr, the loss decides
-        quality = result["metrics"].get("CIDEr", -math.inf if val_loss is None else -val_loss)
-        if quality > best or not scored:
-            best = quality
-            disk.write(folder / "best.pt", state())
-        scored = step
-        save()
 
-    with run_folder.Log(folder, step, total, told) as log, run_folder.Writer() as disk:
-        if not saved:
-            save()  # from here on a folder without last.pt has lost it
-        elif step % per_epoch == 0 and step > scored:
-            end_epoch()  # it was left for a signal, or its best.pt is lost
-        for epoch, ids, window in windows(args, data, model.tokenizer, model.device, step):
-            lr = lr_at(step, total, args.lr, args.warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, tokens = micro_steps(model, window, dropout_seed(args.seed, step))
-            norm = scale_and_clip(model.qformer, tokens, args.clip_grad)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-
-            log.step(step, epoch, lr, loss, norm, tokens, ids, window.seconds)
-            bad = 0 if finite else bad + 1
-            if bad == BAD_STEPS:
-                raise not_finite(folder)
-            disk.check()
-            stopping = distributed.maximum(stop.signal)
-            if step % per_epoch == 0 or step % args.save_every == 0 or stopping:
-                save()
-            if stopping:
-                break
-            if step % per_epoch == 0:
-                end_epoch()
-    stop.restore()  # all is saved: from here a signal ends the script as usual
-    if stopping := distributed.maximum(stop.signal):
-        note(f"stopped after step {step:,}; continue with --resume")
-        return errors.SIGNALLED + stopping
-    return finish(args, data, model, folder)
+def end_epoch(state, data, recipe, run):
+    """Evaluate on the validation subset; write best.pt if it is the best so far."""
+    progress = state.progress
+    with run.evaluating():
+        result, predictions, loss = evaluate(state.model, data, recipe, data.subset)
+    samples = [
+        {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}
+        for r in data.subset[:SAMPLES]
+    ]
+    epoch = progress.step // recipe.steps_per_epoch(len(data.train))
+    run.log.evaluation(progress.step, epoch, loss, result, samples)
+    if not ranks.rank():
+        curves.update(run.folder)
+    # without CIDEr, the loss decides
+    score = result["metrics"].get("CIDEr", -math.inf if loss is None else -loss)
+    if score > progress.best_score or not progress.evaluated:
+        progress.best_score = score
+        run.save_best(state.best())
+    progress.evaluated = progress.step
+    run.save(state.last())
 
 
 def not_finite(folder):
     return UserError(
-        f"{BAD_STEPS} steps in a row had no finite loss and gradient (their clips are in"
+        f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient (their clips are in"
         f" {folder / 'metrics.jsonl'}); they changed nothing in last.pt. Try a lower --lr, and"
         " preprocess_ssv2.py --verify.",
         code=1,
     )
 
 
-def build(args, data, device, dtype):
-    """A new model, what its checkpoints hold whatever it learns, and its optimizer."""
-    import torch
-
-    import captioner
-
+def build(args, data, recipe, device, dtype):
+    """A `TrainingState` with a new model."""
     torch.manual_seed(args.seed)
     model, lm_fingerprint = captioner.build(
         data.manifest,
@@ -279,13 +295,30 @@ def build(args, data, device, dtype):
         num_heads=args.num_heads,
         dropout=args.dropout,
     )
-    frozen = captioner.model_state(model, data.manifest, args.lm, lm_fingerprint)
-    frozen["templates"] = sorted({r["template"] for r in data.train} - {None})
-    return model, frozen, make_optimizer(model.qformer, args.lr, args.weight_decay)
+    templates = sorted({r["template"] for r in data.train} - {None})
+    return TrainingState(
+        model,
+        make_optimizer(model.qformer, recipe.lr, recipe.weight_decay),
+        fixed=checkpoint.fixed_state(model, data.manifest, args.lm, lm_fingerprint, templates),
+        identity=checkpoint.run_identity(vars(args), data.train),
+    )
+
+
+def start_or_resume(state, data, recipe, folder, resume, dry_run):
+    """Load the newest checkpoint, or standardise a new model's features; True if it was resumed."""
+    total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
+    saved = checkpoint.read_newest(folder, dry_run) if resume else None
+    if saved:
+        checkpoint.resume(state, saved, folder, total)
+        note(f"resuming after step {state.progress.step:,} of {total:,}")
+    elif ranks.rank() == 0:
+        state.model.qformer.standardise(*statistics(data, recipe.seed))
+    distributed.broadcast(state.model.qformer.state_dict().values())
+    return saved is not None
 
 
 def read_data(args):
-    """The manifest and the records that have a label and features. Raises UserError."""
+    """The `Data` of a run. Raises UserError if clips are missing."""
 
     def labelled(split):
         records = [r for r in load_records(args.annotations, split)[: args.limit] if r["label"]]
@@ -293,83 +326,51 @@ def read_data(args):
             raise UserError(f"split {split!r} in {args.annotations} has no captions")
         if split == VALIDATION and len(records) < 2:
             raise UserError(f"split {split!r} needs two captioned clips: CIDEr compares clips")
-        there = require_features(args.features, split, records, args.allow_missing)
-        if len(there) < (2 if split == VALIDATION else 1):
-            raise UserError(f"split {split!r}: {len(there)} of {len(records)} clips have features")
-        return records, there
+        have = require_features(args.features, split, records, args.allow_missing)
+        if len(have) < (2 if split == VALIDATION else 1):
+            raise UserError(f"split {split!r}: {len(have)} of {len(records)} clips have features")
+        return records, have
 
     manifest = load_manifest(args.features)
     _, train = labelled(TRAIN)
     split, validation = labelled(VALIDATION)
     chosen = set(by_hash((r["id"] for r in validation), args.seed)[: args.eval_clips])
-    return Data(manifest, train, validation, [r for r in validation if r["id"] in chosen], split)
+    subset = [r for r in validation if r["id"] in chosen]
+    where = args.features, args.annotations, manifest
+    return Data(*where, train, validation, subset, split, args.workers)
 
 
-def statistics(args, data):
-    """Per-channel mean and standard deviation of a seeded sample of the training clips."""
-    ids = by_hash((r["id"] for r in data.train), args.seed)[:STATISTICS_CLIPS]
-    return channel_statistics(args.features, TRAIN, ids, data.manifest["settings"], args.workers)
+def statistics(data, seed):
+    """Per-channel mean and standard deviation (E,) over a seeded sample of the training clips."""
+    ids = by_hash((r["id"] for r in data.train), seed)[:STATISTICS_CLIPS]
+    return channel_statistics(data.features, TRAIN, ids, data.manifest["settings"], data.workers)
 
 
-def lr_at(step, total, peak, warmup):
-    """Linear warm-up, then a cosine to zero: a pure function of the step, from 0."""
-    warmup = min(warmup, total // 2)  # a short run still reaches its peak
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def epoch_order(records, seed, epoch):
-    """The clips in the order of one epoch: a pure function of (seed, epoch, ids)."""
-    records = list(records)
-    random.Random(f"order:{seed}:{epoch}").shuffle(records)
-    return records
-
-
-def make_optimizer(qformer, lr, weight_decay):
-    """AdamW, fused into one kernel on a GPU."""
-    import torch
-
-    groups = parameter_groups(qformer, weight_decay)
-    return torch.optim.AdamW(groups, lr, fused=devices.on_gpu(qformer.queries.device))
-
-
-def parameter_groups(qformer, weight_decay):
-    """Weight decay on the weights of Linear layers only: not on biases, norms, tables and gain."""
-    import torch
-
-    linear = [m.weight for m in qformer.modules() if isinstance(m, torch.nn.Linear)]
-    known = {id(p) for p in linear}
-    others = [p for p in qformer.parameters() if id(p) not in known]
-    return [
-        {"params": linear, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-def in_groups(items, size):
+def split_into(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def windows(args, data, tokenizer, device, step):
+def training_steps(data, recipe, model, step):
     """Yield (epoch from 0, clip ids, micro-batches) of each step, from `step` to the last.
 
     Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
-    last window of an epoch is as short as the clips that are left.
+    last step of an epoch has as many clips as are left.
 
-    The micro-batches of a step are an iterator, which must be exhausted before the next step. They are
-    read one at a time: a batch from a worker holds one file descriptor per tensor, and 256 batches
-    exceed the limit of a process.
+    The micro-batches of a step are a `Timed` iterator, which must be exhausted before the next step.
+    They are read one at a time: a batch from a worker holds one file descriptor per tensor, and 256
+    batches exceed the limit of a process.
     """
-    start, done = divmod(step, math.ceil(len(data.train) / (args.batch_size * args.grad_accum)))
-    for epoch in range(start, args.epochs):
-        order = epoch_order(data.train, args.seed, epoch)
-        steps = in_groups(in_groups(order, args.batch_size), args.grad_accum)[done:]
-        ours = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
-        choose = partial(choose_captions, count=args.captions_per_clip, seed=args.seed, epoch=epoch)
-        settings = data.manifest["settings"]
-        dataset = FeatureDataset(args.features, TRAIN, ours, settings, tokenizer, choose)
-        reader = batches(loader(dataset, args.batch_size, args.workers, device))
+    first, done = divmod(step, recipe.steps_per_epoch(len(data.train)))
+    for epoch in range(first, recipe.epochs):
+        order = epoch_order(data.train, recipe.seed, epoch)
+        steps = split_into(split_into(order, recipe.batch_size), recipe.grad_accum)[done:]
+        share = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
+        choose = partial(
+            choose_captions, count=recipe.captions_per_clip, seed=recipe.seed, epoch=epoch
+        )
+        settings, tokenizer = data.manifest["settings"], model.tokenizer
+        dataset = FeatureDataset(data.features, TRAIN, share, settings, tokenizer, choose)
+        reader = batches(loader(dataset, recipe.batch_size, data.workers, model.device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
             yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
@@ -396,27 +397,16 @@ class Timed:
             self.seconds += time.perf_counter() - began
 
 
-def dropout_seed(seed, step):
-    """Of the first micro-batch of a step; the others count on from it.
+def accumulate(model, micro_batches, seed=0):
+    """Forward and backward of each micro-batch on summed losses, then their sums over all processes.
 
-    A function of the micro-batch alone, so that neither a restart nor the number of processes
-    changes a mask.
+    One exchange per step: what DistributedDataParallel does behind `no_sync`, but without dividing by
+    the number of processes, and a process whose share of a short step is empty adds zero. The
+    Q-Former's gradient is the last that a backward pass computes, so no computation is left that an
+    earlier exchange could overlap with. Returns (summed loss, number of tokens).
     """
-    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{step}".encode()).digest()[:7])
-
-
-def micro_steps(model, window, seed=0):
-    """Forward and backward of each micro-batch, on sums, and their sums over all processes.
-
-    One exchange a step: what DistributedDataParallel does behind `no_sync`, but without dividing by
-    the number of processes, and a process whose share of a short window is empty adds zero. The
-    Q-Former's gradient is the last that a backward pass computes, so there is nothing with which an
-    earlier exchange could overlap. Returns (summed loss, number of tokens).
-    """
-    import torch
-
     loss, tokens = torch.zeros((), device=model.device), 0
-    for n, batch in enumerate(window):
+    for n, batch in enumerate(micro_batches):
         torch.manual_seed(seed + ranks.rank() + n * ranks.world_size())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
@@ -433,24 +423,12 @@ def micro_steps(model, window, seed=0):
     return loss, int(tokens)
 
 
-def scale_and_clip(qformer, tokens, clip_grad):
-    """Make the summed gradient that of the mean over a window's tokens, then clip its norm.
-
-    Dividing once by the real count is exact however the tokens fall on micro-batches and however
-    short the last window is. Returns the norm before clipping.
-    """
-    import torch
-
-    torch._foreach_div_([p.grad for p in qformer.parameters()], tokens)
-    return torch.nn.utils.clip_grad_norm_(qformer.parameters(), clip_grad).item()
-
-
-def evaluate(args, data, model, records, with_meteor=False):
+def evaluate(model, data, recipe, records, with_meteor=False):
     """Caption validation clips in label style. Returns (result, {id: caption}, loss per token).
 
-    Every process captions its share; rank 0 alone has scores.
+    Every process captions its share; only rank 0 has scores.
     """
-    predictions, loss = caption(model, validation_batches(args, model, records), "label")
+    predictions, loss = caption(model, validation_batches(model, data, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
     if ranks.rank():
         return {"metrics": {}}, predictions, loss
@@ -458,75 +436,75 @@ def evaluate(args, data, model, records, with_meteor=False):
         predictions,
         records,
         data.split,
-        args.annotations,
-        seed=args.seed,
+        data.annotations,
+        seed=recipe.seed,
         with_meteor=with_meteor,
     )
     return result, predictions, loss
 
 
-def validation_batches(args, model, records):
+def validation_batches(model, data, records):
     """This process's share of the validation clips, in batches of the same size as in evaluate.py."""
-    return clip_batches(model, args, VALIDATION, records, "label", VALIDATION_BATCH)
-
-
-def finish(args, data, model, folder):
-    """Score the best checkpoint on all validation clips."""
-    import captioner
-    import metrics
-
-    distributed.all_gather(None)  # rank 0 may still have been writing it
-    best = captioner.read_checkpoint(folder / "best.pt")
-    model.qformer.load_state_dict(best["qformer"])
-    result, predictions, loss = evaluate(
-        args, data, model, data.validation, with_meteor=not args.no_meteor
+    source = data.features, data.manifest["settings"]
+    return clip_batches(
+        model, *source, VALIDATION, records, "label", VALIDATION_BATCH, data.workers
     )
+
+
+def finish(model, data, recipe, folder, with_meteor):
+    """Score the best checkpoint on all validation clips."""
+    distributed.all_gather(None)  # rank 0 may still have been writing it
+    best = checkpoint.read_checkpoint(folder / BEST)
+    model.qformer.load_state_dict(best["qformer"])
+    result, predictions, loss = evaluate(model, data, recipe, data.validation, with_meteor)
     if ranks.rank():
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
-    settings["weights"] = captioner.weights_digest(best["qformer"])
+    settings["weights"] = checkpoint.weights_digest(best["qformer"])
     settings["missing"] = len(data.split) - len(data.validation)
-    result |= {"checkpoint": str(folder / "best.pt"), "settings": settings}
+    result |= {"checkpoint": str(folder / BEST), "settings": settings}
     write_json(folder / "evaluation_validation.json", result)
     print(metrics.format_table(result))
-    note(f"best checkpoint: {folder / 'best.pt'} (step {best['step']:,})")
+    note(f"best checkpoint: {folder / BEST} (step {best['step']:,})")
 
 
-def print_plan(args, data, model, total):
-    """The derived facts, once."""
-    settings, k = data.manifest["settings"], args.captions_per_clip
+def print_plan(model, data, recipe):
+    """Print the derived facts, once."""
+    settings, k = data.manifest["settings"], recipe.captions_per_clip
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
-    tokens = math.prod(settings["grid"])
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
+    clips, step = len(data.train), recipe.batch_size * recipe.grad_accum
     note(
         f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
-        f"clips        {len(data.train):,} training, {len(data.validation):,} validation"
+        f"clips        {clips:,} training, {len(data.validation):,} validation"
         f" ({len(data.subset):,} scored each epoch)\n"
-        f"captions     {len(data.train):,} labels, {paraphrases:,} paraphrases,"
-        f" {k} per clip and pass, {k * args.epochs} caption passes\n"
-        f"step         {args.batch_size} x {args.grad_accum} x {k}"
-        f" = {args.batch_size * args.grad_accum * k} captions, {total:,} steps in {args.epochs} epochs\n"
-        f"features     {tokens} x {settings['width']} {settings['store']},"
-        f" {clip_bytes(settings) * (len(data.train) + len(data.validation)) / 1e9:.1f} GB"
+        f"captions     {clips:,} labels, {paraphrases:,} paraphrases,"
+        f" {k} per clip and pass, {k * recipe.epochs} caption passes\n"
+        f"step         {recipe.batch_size} x {recipe.grad_accum} x {k} = {step * k} captions,"
+        f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
+        f"features     {math.prod(settings['grid'])} x {settings['width']} {settings['store']},"
+        f" {clip_bytes(settings) * (clips + len(data.validation)) / 1e9:.1f} GB"
     )
 
 
-def time_steps(args, data, model, total):
+def time_steps(model, data, recipe):
     """--dry-run: time a few steps and a validation batch without changing anything."""
-    from tqdm import tqdm
-
+    model.train()
+    total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     computing, waiting = [], []
     began = time.perf_counter()
-    with closing(windows(args, data, model.tokenizer, model.device, 0)) as steps:
+    with closing(training_steps(data, recipe, model, 0)) as steps:
         count = min(total, TIMED_STEPS)
-        for *_, window in tqdm(islice(steps, count), "timing", count, leave=False, unit="step"):
-            micro_steps(model, window)
+        for *_, micro_batches in tqdm(
+            islice(steps, count), "timing", count, leave=False, unit="step"
+        ):
+            accumulate(model, micro_batches)
             model.qformer.zero_grad()
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            computing.append(seconds - window.seconds)
-            waiting.append(window.seconds)
+            computing.append(seconds - micro_batches.seconds)
+            waiting.append(micro_batches.seconds)
     if count > WARM_UP_STEPS:
         computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
     # several workers deliver batches in bursts: a median would miss the few steps that wait
@@ -538,12 +516,12 @@ def time_steps(args, data, model, total):
     )
     clips = data.subset[: VALIDATION_BATCH * ranks.world_size()]
     began = time.perf_counter()
-    caption(model, validation_batches(args, model, clips), "label")
+    caption(model, validation_batches(model, data, clips), "label")
     seconds = time.perf_counter() - began
     print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
     if devices.on_gpu(model.device):
         used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
-        print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB with torch's own reserve")
+        print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB reserved by torch")
 
 
 if __name__ == "__main__":

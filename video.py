@@ -6,6 +6,7 @@ return concealed or repeated frames, and every decoder returns half a file witho
 Shapes: F frames, H and W the upright height and width. Times are seconds from the first frame.
 """
 
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import VideoError
+from runtime.errors import UserError, VideoError
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 
@@ -27,6 +28,66 @@ STRIP = 32
 
 # decord decodes in the background without bound, so it only gets clips that fit here as a whole.
 DECORD_BYTES = 256 * 2**20
+
+
+# ---- which files are clips -----------------------------------------------------------------
+
+
+def file_names(record):
+    """The names that the file of an annotated clip may have, inside the videos' folder."""
+    return [*filter(None, (record["video"], f"{record['id']}.webm", f"{record['id']}.mp4"))]
+
+
+def find_clips(names):
+    """The clips meant by names of files and folders, recursively. Raises UserError if one is missing."""
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_video(p))
+            if not inside:
+                raise UserError(f"folder {path} has no videos ({' '.join(VIDEO_EXTENSIONS)})")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"clip not found: {path}")
+    return paths
+
+
+def is_video(path):
+    return path.suffix.lower() in VIDEO_EXTENSIONS
+
+
+def find_files(videos, records):
+    """The files of annotated clips. Returns ({key: path}, [keys without a file]).
+
+    videos: their folder; records: {key: record}. Raises UserError if none is there.
+    """
+    if not videos.is_dir():
+        raise UserError(
+            f"--videos not found: {videos}. It is the folder of the clips, <id>.webm or <id>.mp4."
+        )
+    names = {entry.name for entry in os.scandir(videos)}
+    paths, missing = {}, []
+    for key, record in records.items():
+        for name in file_names(record):
+            # one listing instead of 220,847 stat calls; sub-folders are asked for one by one
+            if name in names or ("/" in name and (videos / name).is_file()):
+                paths[key] = videos / name
+                break
+        else:
+            missing.append(key)
+    if not paths and missing:
+        first = records[missing[0]]["id"]
+        raise UserError(
+            f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
+            f" {first}.mp4, …; the folder has {len(names)} files, for example"
+            f" {', '.join(sorted(names)[:3]) or 'none'}"
+        )
+    return paths, missing
+
+
+# ---- frames --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

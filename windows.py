@@ -1,22 +1,21 @@
-"""Any video files -> windows of a few seconds -> stored features, as training saw them.
+"""Any video files -> windows of a few seconds -> features as training saw them -> captions.
 
 Shapes: B windows, F frames, H and W of the picture, N video tokens, E video width.
 """
 
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import count, groupby, islice
+from typing import Any
 
 from tqdm import tqdm
 
 import video
 from dataset import stack_stored
-from runtime import cli, devices
+from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
 
-MOST_WINDOWS = 100_000  # of one file: 28 hours, a window a second
-
+MAX_WINDOWS = 100_000  # per file: 28 hours, a window per second
 STEM_BYTES = 100  # of the 255 that a file's name may have
 
 
@@ -34,38 +33,27 @@ class Window:
     alone: bool
     error: Exception | None = None
     truncated: bool = False
-    frames: object = None
+    frames: Any = None
     stored: dict | None = None
 
 
-def add_model_flags(group):
-    """The flags that name a checkpoint and the models it was trained with."""
-    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
-    group.add_argument("--encoder", help="where the checkpoint's V-JEPA 2 lies, if elsewhere")
-    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
+@dataclass(frozen=True)
+class Windowing:
+    """How files are cut into windows and decoded: the values of the flags of `add_flags`."""
 
+    window: float = 6.0  # seconds captioned at once
+    stride: float = 6.0  # seconds between the starts of windows
+    batch_size: int = 8  # windows encoded at once
+    timeout: float = 60.0  # seconds to decode a window
+    workers: int = 0
 
-def load_captioner(args, checkpoint=None):
-    """(checkpoint, `VideoCaptioner`) of --checkpoint, which may have been read. Raises UserError."""
-    from captioner import from_checkpoint, read_checkpoint
-
-    device, dtype = devices.resolve(args.device, args.dtype)
-    checkpoint = checkpoint or read_checkpoint(args.checkpoint)
-    return checkpoint, from_checkpoint(checkpoint, device, dtype, args.lm)
-
-
-def load_models(args, checkpoint=None):
-    """(checkpoint, `VideoEncoder`, `VideoCaptioner`) of --checkpoint, which may have been read. Raises
-    UserError."""
-    from encoder import VideoEncoder
-
-    checkpoint, captioner = load_captioner(args, checkpoint)
-    encoder = VideoEncoder.from_manifest(checkpoint["manifest"], captioner.device, args.encoder)
-    return checkpoint, encoder, captioner
+    @classmethod
+    def of(cls, args):
+        return cls(args.window, args.stride, args.batch_size, args.timeout, args.workers)
 
 
 def add_flags(group):
-    """The flags that say how files become windows."""
+    """Add the flags of a `Windowing`, but --workers, which `cli.add_common` adds."""
     group.add_argument(
         "--window", type=cli.number(above=0), default=6.0, help="seconds captioned at once"
     )
@@ -78,52 +66,27 @@ def add_flags(group):
     )
 
 
-def find_clips(names):
-    """The files meant by names of files and folders. Raises UserError for one that is not there."""
-    from video import VIDEO_EXTENSIONS
+def read(paths, encoder, how, limit=None):
+    """Decode and encode every window of every file; yields lists of at most `how.batch_size` `Window`s.
 
-    paths = []
-    for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_EXTENSIONS
-            )
-            if not inside:
-                raise UserError(f"folder {path} holds no video ({' '.join(VIDEO_EXTENSIONS)})")
-            paths += inside
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"clip not found: {path}")
-    return paths
-
-
-def stem(path):
-    """The start of a file's name, fit to be that of another: printable and short."""
-    return cli.printable(path.stem).encode()[:STEM_BYTES].decode(errors="ignore")
-
-
-def read(paths, encoder, args, limit=None):
-    """Decode and encode every window of every file; yields lists of at most --batch-size `Window`s.
-
-    In the order of files and of time, the first `limit` windows of a file. args: the flags of
-    `add_flags`, and workers. A file that fails, hangs or kills its decoder costs itself only.
+    In the order of files and of time, at most `limit` windows of a file. how: a `Windowing`. A file that
+    fails, hangs or crashes its decoder costs only itself.
     """
-    pool = WorkerPool(args.workers, args.timeout)
+    pool = WorkerPool(how.workers, how.timeout)
     num_frames = encoder.settings["num_frames"]
     spans = {}
 
     def jobs():
         for n, path in enumerate(paths):
-            info = pool.call(video.probe, path)  # a header too may make a decoder hang
-            # where there is no length to be had, decoding will say why
-            length = args.window if isinstance(info, VideoError) else info.duration
-            if length / args.stride > MOST_WINDOWS:
+            info = pool.call(video.probe, path)  # a header, too, may make a decoder hang
+            # if the length is unknown, decoding will report why
+            length = how.window if isinstance(info, VideoError) else info.duration
+            if length / how.stride > MAX_WINDOWS:
                 raise UserError(
-                    f"{path} has {length:.0f} s: at --stride {args.stride:g} these are more than"
-                    f" {MOST_WINDOWS:,} windows; use a larger one"
+                    f"{path} has {length:.0f} s: at --stride {how.stride:g} that is more than"
+                    f" {MAX_WINDOWS:,} windows; use a larger one"
                 )
-            spans[n] = video.windows(length, args.window, args.stride)
+            spans[n] = video.windows(length, how.window, how.stride)
             alone = len(spans[n]) == 1
             spans[n] = spans[n][:limit]
             for span in spans[n]:
@@ -131,12 +94,12 @@ def read(paths, encoder, args, limit=None):
                 yield Window(n, *span, alone), path, num_frames, *(() if alone else span)
 
     def total():
-        """How many there are, a file that was not yet opened counted as one."""
+        """The number of windows, with one for each file that was not yet opened."""
         return sum(map(len, spans.values())) + len(paths) - len(spans)
 
-    clips = pool.map(video.decode, jobs(), ahead=args.batch_size + 2 * args.workers)
+    clips = pool.map(video.decode, jobs(), ahead=how.batch_size + 2 * how.workers)
     with tqdm(total=total(), unit="window", delay=1) as bar:
-        while pairs := list(islice(clips, args.batch_size)):
+        while pairs := list(islice(clips, how.batch_size)):
             bar.total = total()
             for window, clip in pairs:
                 if isinstance(clip, VideoError):
@@ -157,3 +120,55 @@ def features(batch, device):
     """Stack the stored features of windows without error: {"features" (B, N, E), "scale" (B, E),
     "offset" (B, E)} on the device."""
     return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
+
+
+def caption_files(paths, encoder, captioner, how, style, max_new_tokens=50, num_beams=1):
+    """Caption every window of every file; yields the `description` of each file, in order."""
+
+    def captioned():
+        for batch in read(paths, encoder, how):
+            decoded = [w for w in batch if not w.error]
+            texts = iter(())
+            if decoded:
+                clips = features(decoded, captioner.device)
+                texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
+            for w in batch:
+                w.frames = w.stored = None  # a long film has many windows
+                yield w, None if w.error else next(texts)
+
+    for n, group in groupby(captioned(), key=lambda pair: pair[0].file):
+        yield description(paths[n], list(group))
+
+
+def description(path, pairs):
+    """One file's result from its [(`Window`, caption or None where it failed)].
+
+    {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, with "warning" if part of
+    the file could not be read, or {"path", "error"}.
+    """
+    captioned = [(w, text) for w, text in pairs if text is not None]
+    if not captioned:
+        return {"path": str(path), "error": str(pairs[0][0].error)}
+    if len(pairs) == 1:
+        result = {"path": str(path), "caption": captioned[0][1]}
+    else:
+        spans = [{"start": w.start, "end": w.end, "caption": text} for w, text in captioned]
+        result = {"path": str(path), "windows": spans}
+    if failed := len(pairs) - len(captioned):
+        result["warning"] = f"{failed} of {len(pairs)} windows could not be decoded"
+    elif any(w.truncated for w, _ in pairs):
+        result["warning"] = "the file is cut short; what is there was captioned"
+    return result
+
+
+def output_names(paths):
+    """A distinct name for what is written about each file: its own without the ending, numbered if
+    another file has it, printable, and short enough for a suffix."""
+    names, taken = [], {path.stem for path in paths}
+    for path in paths:
+        stem = cli.printable(path.stem).encode()[:STEM_BYTES].decode(errors="ignore")
+        numbered = (f"{stem}-{n}" for n in count(2))
+        name = stem if stem not in names else next(n for n in numbered if n not in taken)
+        taken.add(name)
+        names.append(name)
+    return names

@@ -25,10 +25,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import torch
+from tqdm import tqdm
+
+import evaluate
+import train
 from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
 from dataset import load_manifest
-from runtime import cli
+from runtime import cli, run_folder
 from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
@@ -124,8 +129,6 @@ def flags_of(args, name, seed):
     A ninth of the steps is warm-up, as in the demo. Batches of 16 clips, not the demo's 32: training
     is short, and with half the steps what counts is mostly who gets off the ground first.
     """
-    import train
-
     row = ROWS[name]
     flags = shlex.split(
         f"--features {shlex.quote(args.data)}/{row.cache} {demo.TRAINING} --epochs 7 {row.flags}"
@@ -148,11 +151,6 @@ def run_row(args):
     flags = flags_of(args, args.row, args.seed)
     (folder / "result.json").unlink(missing_ok=True)
 
-    import torch
-
-    import evaluate
-    import train
-
     torch.set_num_threads(1)
     with changed(row.change), cpu_seconds() as steps:
         if code := train.main(flags):
@@ -167,8 +165,6 @@ def run_row(args):
 @contextmanager
 def cpu_seconds():
     """A list that gets the processor time of each training step, which other load cannot stretch."""
-    from runtime import run_folder
-
     seconds, log = [], run_folder.Log.step
 
     def step(self, number, *rest):
@@ -229,8 +225,6 @@ def finished(args, name, seed):
 
 def run_all(args):
     """Start the runs that lack a result, --jobs at a time. Returns the names of those that failed."""
-    from tqdm import tqdm
-
     every = [(name, seed) for seed in range(args.seeds) for name in ROWS]
     waiting = [run for run in every if not finished(args, *run)]
     Path(args.runs).mkdir(parents=True, exist_ok=True)

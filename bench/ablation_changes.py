@@ -7,7 +7,13 @@ import random
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import torch
+import torch.nn.functional as F
+
+import dataset
+import train
 from dataset import STYLES
+from qformer import CrossAttention, QFormer
 from runtime.errors import UserError
 
 
@@ -25,8 +31,6 @@ def changed(change):
 
 def no_positions():
     """Tables that are zero and no parameters."""
-    from qformer import QFormer
-
     original = QFormer.__init__
 
     def init(self, **sizes):
@@ -40,9 +44,6 @@ def no_positions():
 
 def keys_only():
     """The tables tell queries where to look, and not what they pool where it came from."""
-    import torch.nn.functional as F
-
-    from qformer import CrossAttention
 
     def read(self, x, video, project, pos):
         t, h, w = pos
@@ -63,9 +64,6 @@ def keys_only():
 
 def no_standardisation():
     """Features as the encoder gives them."""
-    import torch
-
-    import train
 
     def neutral(args, data):
         width = data.manifest["settings"]["width"]
@@ -76,8 +74,6 @@ def no_standardisation():
 
 def no_gain():
     """Soft prompts that start with a bare LayerNorm's norm, sqrt(D), not with the embeddings'."""
-    from qformer import QFormer
-
     original = QFormer.initialise
 
     def initialise(self, output_norm):
@@ -93,8 +89,6 @@ def no_style_prompts():
 
 def original():
     """The published recipe: see the list below the table."""
-    import dataset
-    import train
 
     def loader(*args):
         made = dataset.loader(*args)
@@ -119,8 +113,6 @@ def any_caption(record, count, seed, epoch):
 
 def collate_with_pads(items):
     """Captions end in as many end-of-text tokens as fill the batch, and all of them carry loss."""
-    import dataset
-
     if any(isinstance(item, UserError) for item in items):
         return dataset.collate(items)
     longest = max(

@@ -7,6 +7,8 @@ from itertools import cycle, islice, pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+from transformers import VJEPA2Config, VJEPA2Model
 
 import preprocess_ssv2
 import video
@@ -19,8 +21,10 @@ from dataset import (
     loader,
     save_features,
 )
+from encoder import VideoEncoder, pool_space, quantise
 from runtime import devices
 from runtime.decode_workers import WorkerPool
+from worlds.toy_ssv2 import write_video
 
 PROMPT = [5, 6, 7, 8]  # as many tokens as "a video showing:" has
 
@@ -32,8 +36,6 @@ def make_clips(s, count):
     kinds of file give the same answer. Each clip lies around a mean of its own, or all captions
     would be alike; some channels lie far from zero, as those of vision transformers do.
     """
-    import torch
-
     tokens = s["grid"][0] * s["grid"][1] * s["grid"][2]
     x = torch.randn(count, tokens, s["E"]) + torch.randn(count, 1, s["E"])
     scale = 2.0 ** -torch.randint(5, 7, (count, s["E"]))
@@ -55,8 +57,6 @@ class Words:
     eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=False, return_tensors=None):
-        import torch
-
         return {"input_ids": torch.tensor([PROMPT]) if return_tensors else PROMPT}
 
     def batch_decode(self, rows, skip_special_tokens=True):
@@ -65,10 +65,6 @@ class Words:
 
 def bench_features(place):
     """Disk: bytes, writing and reading of clips; the loader with worker processes."""
-    import torch
-
-    from encoder import pool_space, quantise
-
     s, count = place.shapes, 8
     x = dequantised(make_clips(s, count), torch.float32)  # (B, N, E)
     pooled = pool_space(x, s["grid"], 2)  # (B, N/4, E)
@@ -213,8 +209,6 @@ def decode_rows(place, paths, clips):
 
 
 def encode_rows(place, encoder, clips):
-    import torch
-
     def one_by_one():
         return torch.cat([encoder.encode([clip]) for clip in clips])
 
@@ -233,11 +227,6 @@ def encode_rows(place, encoder, clips):
 
 def make_encoder(place):
     """V-JEPA 2 with random weights; 16 x 16 pixels and two frames become a token."""
-    import torch
-    from transformers import VJEPA2Config, VJEPA2Model
-
-    from encoder import VideoEncoder
-
     layers, heads, side, frames = place.shapes["encoder"]
     config = VJEPA2Config(
         crop_size=side,
@@ -258,8 +247,6 @@ def make_encoder(place):
 
 def write_clip(path, seed):
     """A webm like SSv2's: VP9, 428x240, 12 frames/s, 2-6 s; a bright square over moving texture."""
-    from worlds.toy_ssv2 import write_video
-
     rng = np.random.default_rng(seed)
     frames = int(rng.integers(24, 73))
     texture = rng.integers(60, 180, (15, 40, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)

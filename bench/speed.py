@@ -22,6 +22,7 @@ import copy
 import math
 import os
 import platform
+import random
 import re
 import tempfile
 import time
@@ -31,6 +32,11 @@ from importlib.metadata import version
 from itertools import accumulate, chain, cycle
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import train
 from bench.data import (
     PROMPT,
     Words,
@@ -51,7 +57,10 @@ from bench.timing import (
     measure,
     summary,
 )
+from captioner import VideoCaptioner, chunked_cross_entropy
 from dataset import collate
+from evaluate import to_device
+from qformer import QFormer
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import UserError
@@ -102,8 +111,6 @@ def main(argv=None):
     folder = Path(args.output, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
     cli.output_folder(folder, "--output").mkdir(parents=True, exist_ok=True)
 
-    import torch
-
     torch.manual_seed(0)
     result = {
         "device": name,
@@ -144,8 +151,6 @@ def read_result(path):
 
 def written_down(qformer):
     """A (self-attention, cross-attention) pair of nn.MultiheadAttention per block, same weights."""
-    import torch
-
     pairs = []
     for block in qformer.blocks:
         pair = []
@@ -175,8 +180,6 @@ def written_down(qformer):
 
 def reference_qformer(qformer, attention, features):
     """features: float (B, N, E) -> soft prompts (B, Q, D)"""
-    import torch.nn.functional as F
-
     t, h, w = qformer.pos
     pos = (t[:, None, None] + h[None, :, None] + w).flatten(0, 2)  # (N, D)
     kv = qformer.project((features - qformer.mean) / qformer.std) + pos  # (B, N, D)
@@ -194,9 +197,6 @@ def reference_loss(lm, soft, captions, cross_entropy=None):
 
     cross_entropy: (head, hidden (M, D), targets (M,)) -> loss, in place of that.
     """
-    import torch
-    import torch.nn.functional as F
-
     rows = [PROMPT + c for c in captions]
     length = max(map(len, rows))
     ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
@@ -217,8 +217,6 @@ def reference_loss(lm, soft, captions, cross_entropy=None):
 
 def reference_captions(lm, qformer, attention, features, tokens):
     """Token lists of clips, eight at a time. features: float16 (B, N, E), in the host's memory."""
-    import torch
-
     out, device = [], qformer.queries.device
     words = lm.get_input_embeddings()(torch.tensor([PROMPT], device=device))
     for some in features.split(8):
@@ -240,10 +238,6 @@ def reference_captions(lm, qformer, attention, features, tokens):
 
 
 def make_qformer(s, device, dtype=None):
-    import torch
-
-    from qformer import QFormer
-
     qformer = QFormer(
         num_queries=s["Q"],
         width=s["D"],
@@ -258,9 +252,6 @@ def make_qformer(s, device, dtype=None):
 
 
 def make_lm(s, device, dtype):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     config = Qwen2Config(
         vocab_size=s["V"],
         hidden_size=s["D"],
@@ -280,8 +271,6 @@ def make_lm(s, device, dtype):
 
 def make_captions(s, count, per_clip):
     """Token lists without 0, which ends each: count x per_clip."""
-    import random
-
     rng = random.Random(0)
 
     def one():
@@ -325,8 +314,6 @@ def in_host_memory(device, batch):
 
 def gradient(qformer, attention=None):
     """The Q-Former's gradient as one vector; of the reference's, where its attention is given."""
-    import torch
-
     grads = {name: p.grad for name, p in qformer.named_parameters()}
     for i, (inner, cross) in enumerate(attention or ()):
         at = f"blocks.{i}."
@@ -359,10 +346,6 @@ def equalities(device):
     Returns [{"what", "found", "allowed"}]; raises UserError where they differ. bfloat16 is compared
     by errors against float64: ours may be 1.5 times the reference's.
     """
-    import torch
-
-    from captioner import VideoCaptioner
-
     s, lines = TINY, []
     stored = make_clips(s, s["B"])
     x = dequantised(stored, torch.float32)
@@ -441,8 +424,6 @@ def equalities(device):
 
 def bench_qformer(place):
     """Forward and backward of the Q-Former from features on the device, a micro-batch of clips."""
-    import torch
-
     s, device = place.shapes, place.device
     qformer = make_qformer(s, device)
     stored = {k: v.to(device) for k, v in make_clips(s, s["B"]).items()}
@@ -480,11 +461,6 @@ def bench_qformer(place):
 def bench_loss(place):
     """Output projection and cross-entropy of 24 captions, forward and backward, at as many places as
     in a run: 64 soft prompts before each."""
-    import torch
-    import torch.nn.functional as F
-
-    from captioner import chunked_cross_entropy
-
     s, device = place.shapes, place.device
     dtype = torch.bfloat16 if devices.on_gpu(device) else torch.float32
     prefix, captions = 64, [c[0] for c in make_captions(s, 24, 1)]
@@ -525,12 +501,6 @@ def bench_loss(place):
 
 def bench_train(place):
     """A micro-batch from the host's memory to gradients; each row adds one technique to the last."""
-    import torch
-
-    import train
-    from captioner import VideoCaptioner, chunked_cross_entropy
-    from evaluate import to_device
-
     s, device = place.shapes, place.device
     captions, stored = make_captions(s, s["B"], 8), make_clips(s, s["B"])
     floats, ints = (in_host_memory(device, b) for b in (as_floats(stored), stored))
@@ -563,7 +533,7 @@ def bench_train(place):
         reference_loss(lm, soft.to(lm.dtype), first, chunked_cross_entropy).backward()
 
     def micro_step(k, model=model):
-        train.micro_steps(model, [ours[k]])
+        train.accumulate(model, [ours[k]])
 
     # name: (callable, captions a clip, whose gradient counts)
     variants = {
@@ -631,10 +601,6 @@ NOT_ON_A_CPU = {
 
 def step_of(name, model, attention, stored, captions, count):
     """A training step of `count` clips, the given ones again and again."""
-    import torch
-
-    import train
-
     rows = torch.arange(count) % len(captions)
     clips, texts = {k: v[rows] for k, v in stored.items()}, [captions[i][:4] for i in rows]
     if name == "reference":
@@ -645,12 +611,11 @@ def step_of(name, model, attention, stored, captions, count):
         loss.backward()
     else:
         batch = in_host_memory(model.device, collate(as_items(clips, texts)))
-        train.micro_steps(model, [batch])
+        train.accumulate(model, [batch])
 
 
 def largest_batch(step, qformer, lm, device, card=CARD):
     """The largest micro-batch for a 24 GB card, weights and optimizer included, by trying."""
-    import torch
 
     def weights(module):
         return sum(p.numel() * p.element_size() for p in module.parameters())
@@ -675,11 +640,6 @@ def largest_batch(step, qformer, lm, device, card=CARD):
 
 def bench_evaluate(place):
     """Greedy captions from features in the host's memory."""
-    import torch
-
-    from captioner import VideoCaptioner
-    from evaluate import to_device
-
     s, device = place.shapes, place.device
     stored = make_clips(s, 32)
     floats = in_host_memory(device, as_floats(stored))["features"]

@@ -1,5 +1,6 @@
 """Compare ways to compute the same: equality first, then time turn by turn, memory and FLOP/s."""
 
+import os
 import platform
 import re
 import statistics
@@ -9,6 +10,9 @@ from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
 from runtime import devices
 from runtime.errors import UserError
 
@@ -17,16 +21,12 @@ Place = namedtuple("Place", "shapes device folder peak")
 
 
 def wait(device):
-    import torch
-
     if devices.on_gpu(device):
         torch.cuda.synchronize(device)
 
 
 def matmul_peak(device):
     """FLOP/s of a large matrix product: what can be had here, not what the data sheet says."""
-    import torch
-
     on_gpu = devices.on_gpu(device)
     n, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -53,7 +53,6 @@ def attention_formulas():
 
     They compute as if each key and value head were repeated; torch's own formulas refuse them.
     """
-    from torch.utils.flop_counter import flop_registry
 
     def repeated(formula):
         def count(*args, **kwargs):
@@ -81,9 +80,6 @@ def inspect(run, device, compiled=False):
     compiled: by torch.compile, which would run uncompiled ever after a call under the FLOP counter;
     the FLOPs are then None.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     counting = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with nullcontext() if compiled else counting as counter:
         if devices.on_gpu(device):
@@ -168,10 +164,6 @@ def difference(ours, reference):
 
 
 def device_name(device):
-    import os
-
-    import torch
-
     if devices.on_gpu(device):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()

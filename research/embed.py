@@ -21,20 +21,32 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
 import windows
+from checkpoint import load_captioner, load_models, read_checkpoint
 from dataset import (
     TRAIN,
     VALIDATION,
+    FeatureDataset,
+    batches,
     by_hash,
     check_same_settings,
     load_manifest,
     load_records,
+    loader,
     require_features,
 )
-from research import embeddings
-from runtime import cli
+from evaluate import default_output
+from research import embeddings, retrieval, scenes
+from research import words as reading
+from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from video import find_clips
+from viz import films
 
 CORPUS = 2000  # captions
 LONGEST_TEXT = 200  # tokens of a caption
@@ -52,7 +64,7 @@ def parse_args(argv=None):
     )
     todo.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
     group = parser.add_argument_group("model and data")
-    windows.add_model_flags(group)
+    cli.add_models(group)
     group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
     group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
     group.add_argument("--split", default=VALIDATION, help="which clips")
@@ -93,8 +105,6 @@ def main(argv=None):
 def output_file(args, name):
     """--output, or a file of this name in the checkpoint's folder (results/<name> for a Hub id). Raises
     UserError if it cannot be written, or has another ending: it may be somebody's film or checkpoint."""
-    from evaluate import default_output
-
     path = Path(args.output or default_output(args.checkpoint) / name)
     if path.suffix != Path(name).suffix or path.is_dir():
         raise UserError(f"--output {path}: name a file that ends in {Path(name).suffix}")
@@ -109,8 +119,6 @@ def embeddings_file(args, limit=None):
 def cached_clips(args):
     """The checkpoint, and the records of the split that have features of its encoder. Raises UserError
     before a model is loaded."""
-    from captioner import read_checkpoint
-
     manifest = load_manifest(args.features)
     records = load_records(args.annotations, args.split)[: args.limit]
     records = require_features(args.features, args.split, records, args.allow_missing)
@@ -134,7 +142,7 @@ def say_cut_short(batch, paths):
 def embed_split(args):
     path = embeddings_file(args, args.limit)
     checkpoint, records = cached_clips(args)
-    _, captioner = windows.load_captioner(args, checkpoint)
+    captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     how = (args.features, args.split, records, args.batch_size, args.workers)
     embeddings.write(path, captioner, checkpoint, *how)
     print(json.dumps({"output": str(path), "clips": len(records)}) if args.json else path)
@@ -143,15 +151,14 @@ def embed_split(args):
 
 def query(args):
     """The clips most like each window of each --query."""
-    from captioner import read_checkpoint
-    from research import retrieval
-
-    paths = windows.find_clips(args.query)[: args.limit]
+    paths = find_clips(args.query)[: args.limit]
     checkpoint = read_checkpoint(args.checkpoint)
     ids, vectors, split = embeddings.read(embeddings_file(args), args.kind, checkpoint)
     labels, answered, failed = known_labels(args, split), 0, 0
-    _, encoder, captioner = windows.load_models(args, checkpoint)
-    for batch in windows.read(paths, encoder, args):
+    encoder, captioner = load_models(
+        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
+    )
+    for batch in windows.read(paths, encoder, windows.Windowing.of(args)):
         for w in (w for w in batch if w.error):
             note(str(w.error))
             failed += 1
@@ -191,15 +198,10 @@ def show(args, asked, found):
 
 def text(args):
     """The clips of the split whose caption --text is likeliest to be."""
-    import torch
-    from tqdm import tqdm
-
-    from dataset import FeatureDataset, batches, loader
-
     if not args.text.strip():
         raise UserError("--text is empty")
     checkpoint, records = cached_clips(args)
-    _, captioner = windows.load_captioner(args, checkpoint)
+    captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     if (tokens := len(captioner.tokenizer(args.text)["input_ids"])) > LONGEST_TEXT:
         raise UserError(f"--text has {tokens:,} tokens; a caption has at most {LONGEST_TEXT}")
     settings = checkpoint["manifest"]["settings"]
@@ -217,8 +219,6 @@ def text(args):
 
 def score(args):
     """Does a vector find clips of the same action? The file's kinds beside chance, on stdout."""
-    from captioner import read_checkpoint
-
     require_sklearn()
     path, checkpoint, by_kind = embeddings_file(args), read_checkpoint(args.checkpoint), {}
     for kind in embeddings.KINDS:
@@ -241,8 +241,6 @@ def require_sklearn():
 
 def chance(shape, seed):
     """Vectors without any meaning."""
-    import numpy as np
-
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -250,8 +248,6 @@ def score_rows(by_kind, records, seed):
     """{kind: scores} of `retrieval`, of vectors {kind: (n, D)} of n records, with and without
     neighbours that share a word of their objects ("red cup", "red box"). Raises UserError where there
     are no templates to find."""
-    from research import retrieval
-
     known = [n for n, r in enumerate(records) if r["template"]]
     templates = [records[n]["template"] for n in known]
     if len(set(templates)) < 2:
@@ -293,15 +289,15 @@ def score_table(rows):
 
 def match(args):
     """The scenes of the first film that are in the second, with a picture of all similarities."""
-    from research import scenes
-    from viz import films
-
     films.require()
-    paths = windows.find_clips(args.match)
+    paths = find_clips(args.match)
     if len(paths) != 2:
         raise UserError(f"--match takes two films, not the {len(paths)} that these folders hold")
-    output = output_file(args, "match_{}_{}.png".format(*map(windows.stem, paths)))
-    _, encoder, captioner = windows.load_models(args)
+    output = output_file(args, "match_{}_{}.png".format(*windows.output_names(paths)))
+    checkpoint = read_checkpoint(args.checkpoint)
+    encoder, captioner = load_models(
+        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
+    )
     (spans_a, a), (spans_b, b) = (film(path, captioner, encoder, args) for path in paths)
     if len(spans_a) == len(spans_b) == 1:
         raise UserError(
@@ -324,10 +320,8 @@ def match(args):
 def film(path, captioner, encoder, args):
     """(spans of the windows of one film, {kind: vectors (n, D)}): the first --limit windows; NaN where
     one could not be decoded. Raises UserError if none can be."""
-    import numpy as np
-
     spans, vectors, errors = [], {}, []
-    for batch in windows.read([path], encoder, args, args.limit):
+    for batch in windows.read([path], encoder, windows.Windowing.of(args), args.limit):
         spans += [(w.start, w.end) for w in batch]
         errors += [w.error for w in batch if w.error]
         say_cut_short(batch, [path])
@@ -350,19 +344,19 @@ def film(path, captioner, encoder, args):
 
 def words(args):
     """Of each query of one clip the nearest tokens, by input embedding and in context."""
-    import torch
-
-    from research import words as reading
-    from viz import films
-
     films.require()
-    [path, *more] = windows.find_clips([args.words])
+    [path, *more] = find_clips([args.words])
     if more:
         raise UserError(f"--words reads one clip, not the {len(more) + 1} in {args.words}")
-    output = output_file(args, f"words_{windows.stem(path)}.png")
+    output = output_file(args, f"words_{windows.output_names([path])[0]}.png")
     texts = corpus(args)
-    _, encoder, captioner = windows.load_models(args)
-    first = next(batch[0] for batch in windows.read([path], encoder, args, limit=1))
+    checkpoint = read_checkpoint(args.checkpoint)
+    encoder, captioner = load_models(
+        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
+    )
+    first = next(
+        batch[0] for batch in windows.read([path], encoder, windows.Windowing.of(args), limit=1)
+    )
     if first.error:
         raise UserError(str(first.error), code=1)
     say_cut_short([first], [path])

@@ -14,10 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import windows
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import video
+from captioner import VideoCaptioner
+from checkpoint import load_models, read_checkpoint
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -27,12 +34,17 @@ from dataset import (
     load_records,
     loader,
 )
-from research import embed, embeddings, scenes
+from evaluate import clip_batches, score, to_device
+from metrics import derangement
+from qformer import QFormer
+from research import embed, embeddings, retrieval, scenes, words
 from research.embed_table import markdown
-from runtime import cli, start
+from research.words import words_found
+from runtime import cli, devices, start
 from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic, write_json
+from worlds.shapes import COLOURS, SHAPES
 
 FILMS = {  # of each of so many pairs: scenes in both films, in one only, and clips a scene
     **{"pairs": 4, "scenes": 6, "apart": 3, "clips_a_scene": 3},
@@ -90,12 +102,15 @@ def measure(run, data):
     flags += ["--annotations", str(data / "annotations"), "--batch-size", str(BATCH)]
     times = ["--window", str(FILMS["window"]), "--stride", str(FILMS["stride"])]
     args = embed.parse_args([*flags, *times])
-    checkpoint, encoder, captioner = windows.load_models(args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    encoder, captioner = load_models(
+        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
+    )
     records = [r for r in load_records(args.annotations, VALIDATION) if r["label"]]
     seed = read_json(run / "args.json", "arguments")["args"]["seed"]
     models = {"": captioner, "untrained ": untrained(captioner, seed)}
     result = {"run": str(run), "clips": len(records), "queries": captioner.qformer.queries.shape[0]}
-    for name, score in {
+    for name, measure in {
         "retrieval": lambda: same_template(models, records, data, seed),
         "text": lambda: text_to_clip(captioner, records, args),
         "cost": lambda: cost(captioner, checkpoint, args, flags),
@@ -103,18 +118,13 @@ def measure(run, data):
         "words": lambda: words_hit(captioner, records, args),
     }.items():
         began = time.perf_counter()
-        result[name] = score()
+        result[name] = measure()
         note(f"{run}: {name} {time.perf_counter() - began:.0f} s")
     return result
 
 
 def untrained(captioner, seed):
     """The captioner with a Q-Former as it is before the first step."""
-    import torch
-
-    from captioner import VideoCaptioner
-    from qformer import QFormer
-
     torch.manual_seed(seed)
     qformer = QFormer(**captioner.qformer.sizes)
     qformer.standardise(captioner.qformer.mean, captioner.qformer.std)
@@ -135,8 +145,6 @@ def stored(features, records, device):
 def same_template(models, records, data, seed):
     """`embed.score_rows` of the vectors, and of controls: a Q-Former that has not been trained, clips of
     which only the first frame is seen, random vectors; and of the features in another mean."""
-    import torch
-
     captioner = models[""]
 
     def vectors(model, features="features"):
@@ -173,9 +181,6 @@ def where_attended(qformer, features, scale, offset):
 def text_to_clip(captioner, records, args):
     """How often the clip of a label is among the first of all clips: by the label's likelihood, by the
     state behind the label itself as a prefix, and by chance. Clips with the same label are as right."""
-    import torch
-    import torch.nn.functional as F
-
     labels = [r["label"] for r in records]
     likely, shown = [], []
     with torch.inference_mode():
@@ -203,10 +208,6 @@ def text_to_clip(captioner, records, args):
 def cost(captioner, checkpoint, args, flags):
     """Seconds of embedding training clips from the cache into a file, and of their loss without
     generation, in turn; and the memory of a process that embeds few and many clips."""
-    import torch
-
-    from evaluate import clip_batches, to_device
-
     records = load_records(args.annotations, TRAIN)[:TIMED]
 
     def embedded():
@@ -235,10 +236,6 @@ def cost(captioner, checkpoint, args, flags):
 
 def search_seconds():
     """Seconds to find the 10 nearest of as many random float16 vectors as SSv2 has clips; five times."""
-    import numpy as np
-
-    from research import retrieval
-
     rng, vectors = np.random.default_rng(0), np.empty(SSV2, np.float16)
     for row in range(0, len(vectors), 1 << 14):
         part = vectors[row : row + (1 << 14)]
@@ -345,9 +342,6 @@ def as_shown(in_a, in_b):
 def write_film(path, groups, videos):
     """Clips one after the other, encoded anew; returns [(start, end)] of the scenes in seconds."""
     import av
-    import numpy as np
-
-    import video
 
     rate, shown, bounds = 12, 0, []
     with av.open(str(path), "w") as container:
@@ -374,12 +368,6 @@ def words_hit(captioner, records, args):
     """How often the nearest tokens of any query hold a word of the clip's label, or of another clip's;
     and of each query the CIDEr that is lost when it is replaced by its mean over the clips, beside what
     its nearest token in context is."""
-    import torch
-
-    from evaluate import score
-    from metrics import derangement
-    from research import words
-
     corpus = words.Corpus(captioner, embed.corpus(args))
     tokens, prompts = {"embedding": [], "context": []}, []
     with torch.inference_mode():
@@ -432,10 +420,6 @@ def words_hit(captioner, records, args):
 def named(tokens, labels, others):
     """What a query's nearest token is, over n clips: its commonest, the share of colours and of things,
     and how often it is a word of the clip's label or of another's."""
-    from collections import Counter
-
-    from research.words import words_found
-    from worlds.shapes import COLOURS, SHAPES
 
     def share(of):
         return statistics.fmean(map(bool, of))

@@ -10,6 +10,12 @@ import tempfile
 import zipfile
 from contextlib import ExitStack
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
 from runtime.errors import UserError
 from runtime.files import temporary_name
@@ -31,9 +37,6 @@ def embed(captioner, features, scale, offset):
 
     A clip's vectors do not depend on those beside it, up to the last bits of the matrix products.
     """
-    import torch
-    import torch.nn.functional as F
-
     qformer, attended = captioner.qformer, []
     last = qformer.blocks[-1].cross.out
     hook = last.register_forward_hook(lambda module, x, out: attended.append(out.float().mean(1)))
@@ -65,11 +68,6 @@ def write(path, captioner, checkpoint, features, split, records, batch_size, wor
     name, so memory does not grow with the number of clips, and nothing is left of a process that dies
     while it embeds.
     """
-    import numpy as np
-    from tqdm import tqdm
-
-    from captioner import weights_digest
-
     settings = checkpoint["manifest"]["settings"]
     dataset = FeatureDataset(features, split, records, settings, None, lambda record: [])
     about = {
@@ -113,10 +111,6 @@ def read(path, kind, checkpoint=None):
 
     Raises UserError for a missing, damaged or foreign file, and for one of another checkpoint.
     """
-    import numpy as np
-
-    from captioner import weights_digest
-
     if not path.is_file():
         raise UserError(
             f"no embeddings: {path} does not exist. Write them first: python -m research.embed without"

@@ -4,6 +4,7 @@ numpy only, but for the picture. Shapes: n windows of film a, m of film b.
 """
 
 import heapq
+import io
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -189,8 +190,6 @@ def quality(found, true_a, true_b, within):
 
 def draw(similarity, spans_a, spans_b, found, names):
     """The bytes of a PNG: the similarities of all windows and the scenes on them. names: of a and b."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

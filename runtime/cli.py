@@ -135,6 +135,15 @@ def add_common(parser, workers=4):
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
 
 
+def add_models(group):
+    """Add the flags that name a checkpoint and the models it was trained with."""
+    group.add_argument("--checkpoint", default=CHECKPOINT, help=CHECKPOINT_KINDS)
+    group.add_argument(
+        "--encoder", help="folder of the checkpoint's video encoder, if it has moved"
+    )
+    group.add_argument("--lm", help="folder of the checkpoint's language model, if it has moved")
+
+
 def add_workers(group, most, least=0):
     """Add --workers to a group of flags: by default `most`, but no more than there are CPUs."""
     text = f"worker processes: {most}, or one per available CPU if there are fewer"

@@ -10,6 +10,8 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from runtime import ranks
 from runtime.cli import note
 from runtime.errors import UserError
@@ -26,8 +28,6 @@ def on_gpu(device):
 
 def autocast(device):
     """A context for the trained parts: bfloat16 matrix products on a GPU, nothing on a CPU."""
-    import torch
-
     return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
 
 
@@ -42,8 +42,6 @@ def resolve(name, dtype):
     Prints both and makes a GPU the current CUDA device. Raises UserError if there is no such device, or
     if the machine has an NVIDIA GPU that torch cannot use.
     """
-    import torch
-
     if name == "auto":
         name = GPU if usable_gpu() else "cpu"
     try:
@@ -72,15 +70,11 @@ def resolve(name, dtype):
 
 def describe(device):
     """The GPU's name, or "cpu"."""
-    import torch
-
     return torch.cuda.get_device_name(device) if on_gpu(device) else "cpu"
 
 
 def peak_memory(device):
     """The most that tensors took of a GPU's memory, and that torch reserved for them, in bytes."""
-    import torch
-
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
@@ -90,8 +84,6 @@ def usable_gpu():
     Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Falling back to the
     CPU would take days and fill the cache with float32 features.
     """
-    import torch
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if torch.cuda.is_available():

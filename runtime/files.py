@@ -14,6 +14,8 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from runtime.cli import note
 from runtime.errors import UserError, out_of_files, out_of_memory
 
@@ -106,8 +108,6 @@ def json_bytes(value):
 
 def torch_bytes(value):
     """Serialise like torch.save, to bytes that do not depend on the file's name."""
-    import torch
-
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -147,8 +147,6 @@ def read_torch(path, verify=True, mmap=False):
     byte in a tensor goes unnoticed. Raises ValueError saying what is wrong with the file, OSError
     and MemoryError where that is not known.
     """
-    import torch
-
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no regular file")

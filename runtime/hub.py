@@ -5,6 +5,17 @@ import json
 import os
 from pathlib import Path
 
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers.utils import logging
+
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
 
@@ -25,8 +36,6 @@ def is_id(name):
         or os.path.isdir(name.split("/")[0])
     ):
         return False
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -36,8 +45,6 @@ def is_id(name):
 
 def is_cached(name):
     """True for a Hub id whose config.json lies in the Hub's cache: a model that was found on the Hub."""
-    from huggingface_hub import try_to_load_from_cache
-
     return is_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
@@ -52,9 +59,6 @@ def find_model(name, flag):
         return folder
     if folder == Path(name):
         raise UserError(f"{flag} {name}: the folder has no {missing}")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         HfApi().model_info(name, timeout=10)  # one request, no retries: is there a Hub at all?
         return Path(snapshot_download(name, allow_patterns=WANTED))
@@ -77,9 +81,6 @@ def look_here(name, flag):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -154,10 +155,6 @@ def load_model(auto_class, folder, flag, **kwargs):
 
 def load(auto_class, folder, flag, **kwargs):
     """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it logs a table of keys, which `load_model` checks

@@ -11,6 +11,7 @@ import torch
 
 import dataset
 import evaluate
+import optim
 import train
 from bench import ablation, ablation_table
 from bench.ablation_changes import CHANGES, any_caption, changed
@@ -125,7 +126,7 @@ def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokeni
             ]
         ]
         prompt = len(dataset.STYLES["label"])
-        assert train.lr_at(0, 100, 1e-3, 50) == train.lr_at(99, 100, 1e-3, 50) == 1e-3
+        assert optim.lr_at(0, 100, 1e-3, 50) == optim.lr_at(99, 100, 1e-3, 50) == 1e-3
         assert train.choose_captions is any_caption
     padded, usual = batches
     assert len(usual["targets"]) == len(" ab") + len(" abcdef") + 2

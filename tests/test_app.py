@@ -118,14 +118,14 @@ def look(trained):
     """What the page calls, without the page."""
     import torch
 
-    from captioner import from_checkpoint, read_checkpoint
+    from checkpoint import load_captioner, read_checkpoint
     from encoder import VideoEncoder
 
     flags = ["--max-seconds", "10", "--workers", "0", "--window", "2", "--stride", "2"]
     args, checkpoint, device = app.parse_args(flags), read_checkpoint(trained), torch.device("cpu")
     return app.Look(
         VideoEncoder.from_manifest(checkpoint["manifest"], device),
-        from_checkpoint(checkpoint, device, torch.float32),
+        load_captioner(checkpoint, device, torch.float32),
         checkpoint["templates"],
         args,
     )

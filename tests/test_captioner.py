@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import captioner as module
-from captioner import VideoCaptioner, from_checkpoint, model_state, read_checkpoint
+import optim
+import train
+from captioner import VideoCaptioner
+from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
 from runtime.errors import UserError
 
@@ -190,7 +193,7 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
 
 def checkpoint_of(captioner, manifest=None):
     manifest = manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}}
-    return model_state(captioner, manifest, "toy", "f" * 16) | {"step": 0}
+    return fixed_state(captioner, manifest, "toy", "f" * 16) | {"step": 0}
 
 
 def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, make_clips):
@@ -198,7 +201,7 @@ def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, 
     state = checkpoint_of(captioner) | {"step": 3}
     torch.save(state, tmp_path / "best.pt")
     monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "f" * 16))
-    again = from_checkpoint(read_checkpoint(tmp_path), torch.device("cpu"), torch.float32)
+    again = load_captioner(read_checkpoint(tmp_path), torch.device("cpu"), torch.float32)
     x, scale, offset = make_clips(2)
     batch = {"features": x, "scale": scale, "offset": offset}
     assert again.captions(batch, "label", 9) == captioner.eval().captions(batch, "label", 9)
@@ -209,7 +212,7 @@ def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, 
     assert not any(key.startswith("lm.") for key in state["qformer"])
     monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "0" * 16))
     with pytest.raises(UserError, match="fingerprint"):
-        from_checkpoint(state, torch.device("cpu"), torch.float32)
+        load_captioner(state, torch.device("cpu"), torch.float32)
 
 
 class Bomb:
@@ -241,8 +244,6 @@ def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make
     captions differ in length. The original divided by 16 whatever the group's size."""
     import copy
 
-    import train
-
     for clips in (16, 11):
         features = make_clips(clips)
         texts = [
@@ -252,13 +253,13 @@ def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make
         after = []
         for size in (2, 16):
             ours = copy.deepcopy(captioner).train()
-            optimizer = torch.optim.AdamW(train.parameter_groups(ours.qformer, 0.03), lr=1e-2)
+            optimizer = torch.optim.AdamW(optim.parameter_groups(ours.qformer, 0.03), lr=1e-2)
             window = [
                 double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
                 for i in range(0, clips, size)
             ]
-            loss, tokens = train.micro_steps(ours, window)
-            train.scale_and_clip(ours.qformer, tokens, 1.0)
+            loss, tokens = train.accumulate(ours, window)
+            optim.average_and_clip(ours.qformer, tokens, 1.0)
             optimizer.step()
             after.append((loss, tokens, [p.detach() for p in ours.qformer.parameters()]))
         assert after[0][1] == after[1][1]
@@ -270,10 +271,9 @@ def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make
 
 def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     """The logged loss equals torch's own mean cross-entropy over the same tokens."""
-    import train
 
     batch = double(make_batch(CAPTIONS))
-    total, tokens = train.micro_steps(captioner.eval(), [batch])
+    total, tokens = train.accumulate(captioner.eval(), [batch])
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
     cache.batch_repeat_interleave(2)
     cached = {captioner.cache_name: cache}
@@ -285,15 +285,14 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
 def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
     """A process without a micro-batch has zero gradients. Zeros also replaced missing gradients in other
     processes, which hid a broken graph."""
-    import train
 
     batch = double(make_batch(CAPTIONS))
-    train.micro_steps(captioner, iter([]))
+    train.accumulate(captioner, iter([]))
     assert all((p.grad == 0).all() for p in captioner.qformer.parameters())
     captioner.zero_grad()
     captioner.qformer.gain.requires_grad_(False)
     with pytest.raises(AssertionError, match="no gradient for gain"):
-        train.micro_steps(captioner, [batch])
+        train.accumulate(captioner, [batch])
 
 
 def test_a_clip_without_reference_is_captioned_all_the_same(captioner, make_batch):

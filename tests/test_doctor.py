@@ -12,6 +12,7 @@ import venv
 
 import pytest
 
+import checkpoint
 from runtime import start
 from tools import doctor, doctor_checks
 
@@ -206,11 +207,10 @@ def test_a_checkpoint_wants_the_models_it_was_trained_with(trained, world):
 
 def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp_path, monkeypatch):
     """A relative folder such as toy/lm looks like a Hub id."""
-    import captioner
 
-    checkpoint = captioner.read_checkpoint(trained)
-    checkpoint["lm"]["name"] = "toy/lm"
-    monkeypatch.setattr(doctor_checks, "read_checkpoint", lambda path: checkpoint)
+    state = checkpoint.read_checkpoint(trained)
+    state["lm"]["name"] = "toy/lm"
+    monkeypatch.setattr(doctor_checks, "read_checkpoint", lambda path: state)
     args = doctor.parse_args(["--checkpoint", str(trained)])
     found = {f.what: f for f in doctor_checks.models(args)}
     assert found["checkpoint's lm"].state == "missing" and not found["checkpoint's lm"].fix

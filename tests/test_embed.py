@@ -10,7 +10,8 @@ import torch
 from conftest import WIDTH
 
 import windows
-from captioner import VideoCaptioner, read_checkpoint
+from captioner import VideoCaptioner
+from checkpoint import read_checkpoint
 from dataset import load_features, load_records, stack_stored
 from research import embed, embed_report, embed_table, embeddings, retrieval, scenes, words
 from runtime.errors import UserError

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import optim
+import train
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lm_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -14,7 +17,6 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     """bfloat16 needs a processor that has it: without, one step takes more than ten minutes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
-    import train
     from captioner import VideoCaptioner
     from dataset import collate, encode_caption
     from encoder import VideoEncoder
@@ -67,8 +69,8 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     captions = [("label", "holding a potato"), ("sentence", "A hand holds a potato.")]
     item = {"id": "1", **stored, "captions": [encode_caption(tokenizer, *c) for c in captions]}
     began = time.perf_counter()
-    loss, tokens = train.micro_steps(model, [collate([item])])
-    norm = train.scale_and_clip(model.qformer, tokens, args.clip_grad)
+    loss, tokens = train.accumulate(model, [collate([item])])
+    norm = optim.average_and_clip(model.qformer, tokens, args.clip_grad)
     step = time.perf_counter() - began
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qformer.parameters())
     assert all(p.grad is None for p in lm.parameters())

@@ -11,7 +11,8 @@ from test_captioner import CAPTIONS, EXACT, loss_and_gradient
 
 import captioner as module
 import train
-from captioner import VideoCaptioner, check_lm, check_room, model_state
+from captioner import VideoCaptioner, check_lm, check_room
+from checkpoint import fixed_state
 from dataset import STYLES
 from encoder import VideoEncoder
 from research import embeddings, words
@@ -186,8 +187,8 @@ def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokeniz
     check_lm(model, "tiny")
     check_against_plain_passes(model, make_batch, make_clips)
     assert model.prefix(*(t.double() for t in make_clips(2))).get_seq_length() == 7
-    assert model_state(model, {}, "tiny", "abc")["lm"]["bos"] == 2
-    assert "bos" not in model_state(make(*GOOD["Llama"], tokenizer), {}, "tiny", "abc")["lm"]
+    assert fixed_state(model, {}, "tiny", "abc")["lm"]["bos"] == 2
+    assert "bos" not in fixed_state(make(*GOOD["Llama"], tokenizer), {}, "tiny", "abc")["lm"]
     stored = dict(zip(("features", "scale", "offset"), make_clips(2), strict=True))
     assert embeddings.embed(model.float(), **stored)["hidden"].shape == (2, 32)
     table = words.Corpus(model, ["abc"]).table(model.soft_prompts(*make_clips(1)), 3)

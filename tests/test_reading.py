@@ -37,7 +37,7 @@ def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer)
     flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
     args, data = training(world, prepared, *flags)
     before = len(os.listdir("/dev/fd"))
-    [(_, ids, window)] = train.windows(args, data, tokenizer, CPU, 0)
+    [(_, ids, window)] = train.training_steps(args, data, tokenizer, CPU, 0)
     seen = [(batch["ids"], len(os.listdir("/dev/fd")) - before) for batch in window]
     assert [read for read, _ in seen] == [[i] for i in ids] and len(ids) == 30
     assert max(files for _, files in seen) < 90, "each micro-batch has six"
@@ -119,7 +119,7 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
             monkeypatch.setattr("runtime.ranks.rank", lambda rank=rank: rank)
             args = train.parse_args(where)
             data = train.read_data(args)
-            steps = train.windows(args, data, tokenizer, CPU, 0)
+            steps = train.training_steps(args, data, tokenizer, CPU, 0)
             dealt.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
         for step in zip(*dealt, strict=True):
             read = sorted(i for _, micro_batches in step for batch in micro_batches for i in batch)

@@ -25,7 +25,7 @@ class Spied(Exception):
 def spied(world, prepared, tmp_path_factory):
     """(run folder, values seen in each step, the optimizer's groups in each step) of a run with FLAGS."""
     output = tmp_path_factory.mktemp("runs") / "spied"
-    steps, groups, micro_steps = [], [], train.micro_steps
+    steps, groups, micro_steps = [], [], train.accumulate
 
     class Spy(torch.optim.AdamW):
         def step(self):

@@ -221,7 +221,7 @@ def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch)
     data, device = train.read_data(args), torch.device("cpu")
 
     def read():
-        steps = list(train.windows(args, data, tokenizer, device, 1))
+        steps = list(train.training_steps(args, data, tokenizer, device, 1))
         return [(ids, [m["ids"] for m in window]) for _, ids, window in steps]
 
     whole = read()

@@ -11,6 +11,7 @@ import pytest
 
 import infer
 import video
+import windows
 from runtime.errors import UserError
 from viz import films
 
@@ -202,9 +203,9 @@ def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, 
 
 def test_no_two_clips_share_a_file(tmp_path):
     """a.mkv and a.webm beside a real a-2.webm: one film was lost, with exit code 0."""
-    names = infer.output_names([Path(p) for p in ("a-2.webm", "a.mkv", "a.webm", "b/a.webm")])
+    names = windows.output_names([Path(p) for p in ("a-2.webm", "a.mkv", "a.webm", "b/a.webm")])
     assert len(set(names)) == 4 and names[:2] == ["a-2", "a"]
-    [long] = infer.output_names([Path("ä" * 120 + ".webm")])
+    [long] = windows.output_names([Path("ä" * 120 + ".webm")])
     assert len(f".{long}_attention_0000.00-0000.00.png.{'0' * 16}.tmp".encode()) < 255
 
 

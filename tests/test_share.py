@@ -12,7 +12,8 @@ import captioner as module
 import evaluate
 import infer
 import train
-from captioner import Damaged, VideoCaptioner, from_checkpoint, read_checkpoint, weights_digest
+from captioner import VideoCaptioner
+from checkpoint import CorruptCheckpoint, load_captioner, read_checkpoint, weights_digest
 from runtime import hub
 from runtime.errors import UserError
 from runtime.files import torch_bytes
@@ -86,7 +87,7 @@ def test_what_is_shared_is_what_was_trained(
     assert same(read_checkpoint(shared), read_checkpoint(run))
     assert read_checkpoint(shared).keys() == state.keys()
     monkeypatch.setattr(module, "load_lm", lambda *_: (lm, tokenizer, "f" * 16))
-    again = from_checkpoint(read_checkpoint(shared), torch.device("cpu"), torch.float32)
+    again = load_captioner(read_checkpoint(shared), torch.device("cpu"), torch.float32)
     batch = dict(zip(("features", "scale", "offset"), make_clips(3), strict=True))
     assert again.captions(batch, "label", 9) == captioner.captions(batch, "label", 9)
     assert {p.name for p in shared.iterdir()} == {"config.json", "model.safetensors", "README.md"}
@@ -174,7 +175,7 @@ def test_other_tensors_are_refused(shared, run, state, change, why):
     rewrite(shared, change)
     (run / "best.pt").write_bytes(torch_bytes(state | {"qformer": change(state["qformer"])}))
     for checkpoint in (shared, run):
-        with pytest.raises(Damaged, match=why):
+        with pytest.raises(CorruptCheckpoint, match=why):
             read_checkpoint(checkpoint)
 
 
@@ -183,7 +184,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(shared):
     whole = path.read_bytes()
     for place in (0, 9, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(Damaged, match=r"model\.safetensors is damaged"):
+        with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is damaged"):
             read_checkpoint(shared)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import train_flags
 from torture.sandbox import TIMING
 
+import optim
 import train
 from dataset import load_records
 from runtime import run_folder
@@ -174,7 +175,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         return float("nan") if len(weights) == 3 else clip(qformer, *rest)
 
     weights = []
-    clip = train.scale_and_clip
+    clip = optim.average_and_clip
     monkeypatch.setattr(train, "scale_and_clip", third_is_bad)
     assert not train.main(train_flags(world, prepared, tmp_path / "other", "--epochs", 1))
     equal = [torch.equal(a, b) for a, b in pairwise(weights)]
@@ -246,25 +247,25 @@ def test_a_state_of_the_wrong_shape_is_refused(world, prepared, trained, tmp_pat
 
 
 def test_learning_rate():
-    rates = [train.lr_at(step, 100, 1.0, 10) for step in range(100)]
+    rates = [optim.lr_at(step, 100, 1.0, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.01
-    short = [train.lr_at(step, 10, 1.0, 500) for step in range(10)]
+    short = [optim.lr_at(step, 10, 1.0, 500) for step in range(10)]
     assert max(short) == 1.0, "a run shorter than its warm-up never learned"
 
 
 def test_order_is_a_function_of_seed_and_epoch():
     records = [{"id": str(i)} for i in range(50)]
-    order = train.epoch_order(records, 0, 1)
-    assert order == train.epoch_order(records, 0, 1) != train.epoch_order(records, 0, 2)
-    assert order != train.epoch_order(records, 1, 1)
+    order = optim.epoch_order(records, 0, 1)
+    assert order == optim.epoch_order(records, 0, 1) != optim.epoch_order(records, 0, 2)
+    assert order != optim.epoch_order(records, 1, 1)
     assert sorted(order, key=lambda r: int(r["id"])) == records
 
 
 def test_decay_is_on_matrices_only(make_qformer):
     qformer = make_qformer(num_blocks=2)
-    decayed, rest = train.parameter_groups(qformer, 0.03)
+    decayed, rest = optim.parameter_groups(qformer, 0.03)
     names = {id(p): n for n, p in qformer.named_parameters()}
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
     assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])

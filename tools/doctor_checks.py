@@ -14,9 +14,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, VJEPA2Co
 
 import captioner
 import evaluate
+import optim
 import ptb
 import train
-from captioner import read_checkpoint
+from checkpoint import read_checkpoint
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -124,9 +125,9 @@ def try_step(device):
     pairs = [encode_caption(tokenizer, style, "moving a cup") for style in ("label", "sentence")]
     items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]
     batches = list(loader(items, 2, 0, device))
-    optimizer = train.make_optimizer(qformer, 1e-3, 0.03)
-    loss, tokens = train.micro_steps(model.train(), batches)
-    norm = train.scale_and_clip(qformer, tokens, 1.0)
+    optimizer = optim.make_optimizer(qformer, 1e-3, 0.03)
+    loss, tokens = train.accumulate(model.train(), batches)
+    norm = optim.average_and_clip(qformer, tokens, 1.0)
     optimizer.step()
     model.eval()
     for beams in (1, 2):

@@ -1,26 +1,42 @@
-"""A trained Q-Former as a folder to share: config.json, model.safetensors and README.md, a model card.
+"""Write a trained Q-Former as a folder to share: config.json, model.safetensors and README.md, a model card.
 
-    python train.py --export shared/ssv2     (of results/ssv2/best.pt; --output names another run)
+    python -m tools.export results/ssv2 shared/ssv2     (of results/ssv2/best.pt)
 
-No frozen weight is in it: encoder and language model go by name and fingerprint.
+No frozen weight is in it: encoder and language model are referred to by name and fingerprint.
 """
+
+import runtime.start
 
 import hashlib
 import json
-import os
 import re
 import shlex
 from pathlib import Path
 
-from runtime import hub
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+import metrics
+from checkpoint import CONFIG, KEYS, WEIGHTS, read_checkpoint, weights_digest
+from runtime import cli, hub
 from runtime.cli import output_folder, printable
 from runtime.errors import UserError
 from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
+CARD = "README.md"
 MARK = {"exported_by": "train.py"}  # one key: of more, safetensors does not keep the order
-WEIGHTS_BYTES = 4 << 30  # the default Q-Former has 0.16 GB; what is read is held in memory
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("run", help="run folder of train.py")
+    parser.add_argument("folder", help="folder to write, new or an earlier export")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    print(*export(args.run, args.folder), sep="\n")
 
 
 # ---- writing -------------------------------------------------------------------------------
@@ -33,16 +49,10 @@ def export(run, folder):
     `read`, and the next export completes it. Raises UserError for a run without a usable best.pt, and
     for a folder that holds other things than an earlier export.
     """
-    from safetensors.torch import save
-
-    from captioner import read_checkpoint
-
-    if not folder:
-        raise UserError("--export names no folder")
-    run, folder = Path(run), output_folder(folder, "--export")
-    checkpoint = read_checkpoint(run / "best.pt", "--output")
+    run, folder = Path(run), output_folder(folder, "folder")
+    checkpoint = read_checkpoint(run / "best.pt", "run")
     if problem := _not_ours(folder):
-        raise UserError(f"--export {folder} {problem}; name another folder")
+        raise UserError(f"folder {folder} {problem}; name another folder")
     weights = save({k: w.contiguous() for k, w in checkpoint["qformer"].items()}, MARK)
     config = {k: checkpoint[k] for k in KEYS if k in checkpoint}
     config["sha256"] = hashlib.sha256(weights).hexdigest()
@@ -51,7 +61,7 @@ def export(run, folder):
     try:
         config = json_bytes(config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--output {run}/best.pt holds what JSON cannot: {error}") from None
+        raise UserError(f"run {run}: best.pt has what JSON cannot: {error}") from None
     parts = {WEIGHTS: weights, CARD: card(checkpoint, run, folder.absolute().name), CONFIG: config}
     with lock(folder, f"another export is at work in {folder}: wait for it, or stop it first"):
         remove_unfinished(folder, parts.__contains__)
@@ -63,8 +73,6 @@ def export(run, folder):
 
 def _not_ours(folder):
     """What a folder holds that no export of ours wrote, or None. Hidden files, as git's, may stay."""
-    from safetensors import SafetensorError, safe_open
-
     names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
     if others := [name for name in names if name not in (CONFIG, WEIGHTS, CARD)]:
         return f"holds {others[0]}, which is no part of an export"
@@ -75,44 +83,6 @@ def _not_ours(folder):
     except (OSError, SafetensorError):
         ours = False
     return f"holds a {names[0]} that no export wrote" if names and not ours else None
-
-
-# ---- reading -------------------------------------------------------------------------------
-
-
-def is_export(folder):
-    """True for a folder that is meant to be an export, whole or not, and for no run folder."""
-    files = [os.path.isfile(folder / name) for name in ("best.pt", CONFIG, WEIGHTS)]
-    return not files[0] and any(files)
-
-
-def read(folder):
-    """The checkpoint in an exported folder, of whatever content. Raises ValueError saying what is wrong.
-
-    Nothing in it is ever executed; OSError and MemoryError pass.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"it has no {name}: its export was not finished, do it again")
-    if (size := (folder / WEIGHTS).stat().st_size) > WEIGHTS_BYTES:
-        raise ValueError(f"its {WEIGHTS} has {size / 1e9:.1f} GB, which no Q-Former has")
-    try:
-        config = read_json(folder / CONFIG, "file")
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(config, dict) or "checkpoint_version" not in config:
-        raise ValueError(f"its {CONFIG} was not written by train.py --export")
-    data = (folder / WEIGHTS).read_bytes()  # what is hashed is what is loaded
-    if hashlib.sha256(data).hexdigest() != config.get("sha256"):
-        raise ValueError(f"its {WEIGHTS} is damaged, or not the one that its {CONFIG} belongs to")
-    try:
-        weights = load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"its {WEIGHTS} holds no weights: {error}") from None
-    return {k: config[k] for k in KEYS if k in config} | {"qformer": weights}
 
 
 # ---- the card ------------------------------------------------------------------------------
@@ -184,9 +154,6 @@ language model apply to what is made with them; this card grants no licence.
 
 def _measured(checkpoint, run):
     """The run's scores of this very checkpoint as Markdown, or that there are none."""
-    import metrics
-    from captioner import weights_digest
-
     try:
         result = read_json(run / "evaluation_validation.json", "scores")
         settings = result["settings"]
@@ -229,3 +196,7 @@ def _plain(text):
     """Text from a file or of a name as text of one line: no Markdown, no HTML, no link, no end."""
     text = printable(str(text)[:300], keep="")
     return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", text)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -16,15 +16,18 @@ import tempfile
 import threading
 from pathlib import Path
 
-import infer
+import torch
+
 import video
 import windows
+from checkpoint import load_models, read_checkpoint
 from dataset import STYLES, by_hash
-from runtime import cli
+from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
 from templates import Templates, fill
+from video import VIDEO_EXTENSIONS
 from viz import attention_map, films
 
 NEAREST = 5  # templates shown
@@ -35,7 +38,7 @@ KEPT = (600, 3600)  # seconds: how often uploads are looked through, and how old
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("model")
-    windows.add_model_flags(group)
+    cli.add_models(group)
     group = parser.add_argument_group("clips")
     windows.add_flags(group)
     group.add_argument("--max-seconds", type=cli.number(above=0), default=120.0, help="of a clip")
@@ -50,7 +53,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint, encoder, captioner = windows.load_models(args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    encoder, captioner = load_models(
+        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
+    )
     for name in ("gradio", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is missing: pip install -e '.[app]'", code=1)
@@ -85,8 +91,6 @@ def serve(blocks, args):
 
 def example_clips(folder, seed):
     """Some clips of a folder, drawn by a seed; none where it is not there."""
-    from video import VIDEO_EXTENSIONS
-
     clips = folder.iterdir() if folder.is_dir() else []
     names = {path.name: path for path in clips if path.suffix.lower() in VIDEO_EXTENSIONS}
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
@@ -111,7 +115,7 @@ class Look:
             pairs = self.windows(path)
         except UserError as error:
             return str(error), "", "", [], None
-        result = infer.describe(path, [(w, look and look["label"]) for w, look in pairs])
+        result = windows.description(path, [(w, look and look["label"]) for w, look in pairs])
         message = result.get("error") or result.get("warning") or ""
         # where it lies on the server is nobody's business
         message = message.replace(str(path), path.name)
@@ -135,7 +139,7 @@ class Look:
                 " cut it, or use infer.py"
             )
         pairs = []
-        for batch in windows.read([path], self.encoder, self.args):
+        for batch in windows.read([path], self.encoder, windows.Windowing.of(self.args)):
             sound = [w for w in batch if not w.error]
             looks = iter(self.batch(sound) if sound else [])
             pairs += [(w, None if w.error else next(looks)) for w in batch]
@@ -143,7 +147,6 @@ class Look:
 
     def batch(self, sound):
         """Captions, templates and pictures of windows without error."""
-        import torch
         from PIL import Image
 
         captioner = self.captioner
@@ -170,8 +173,6 @@ def nearest(captioner, batch, caption, templates):
     caption names, where it is of a template itself: a language model that has learned to name objects
     finds the word "something" unlikely in any template, the more so the more often it occurs.
     """
-    import torch
-
     if not templates:
         return []
     found = Templates(templates).parse(caption)

@@ -6,6 +6,11 @@ A token of V-JEPA 2 knows its surroundings, so weight on a place is weight on wh
 
 import io
 
+import numpy as np
+import torch
+
+from encoder import MEAN, STD, transform
+
 COLUMNS = 8  # moments drawn
 
 
@@ -25,7 +30,6 @@ def draw(frames, weights, settings, title=""):
     frames: uint8 (F, H, W, 3) of a clip; weights: (T, H, W) of `mass`; settings: the manifest's, which
     say what part of a frame the encoder sees. Colour is in units of even attention, 1 / (T*H*W).
     """
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,10 +81,6 @@ def draw(frames, weights, settings, title=""):
 
 def as_encoded(frames, settings):
     """uint8 (F, H, W, 3) -> what the encoder sees of it, uint8 (F, S, S, 3)."""
-    import torch
-
-    from encoder import MEAN, STD, transform
-
     x = transform(torch.as_tensor(frames), settings["size"], settings["resize"])  # (F, 3, S, S)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -16,10 +16,12 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
+import video
 from dataset import VALIDATION, by_hash, load_records
+from evaluate import read_predictions
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import UserError, VideoError
 from runtime.files import write_atomic
 
 FRAMES, HEIGHT, MARGIN = 8, 72, 8  # frames a strip; pixels
@@ -54,10 +56,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     require()
-    from evaluate import read_predictions
-    from preprocess_ssv2 import find_clips
-    from runtime.errors import VideoError
-
     output = Path(args.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output} must name a picture, .png")
@@ -67,11 +65,11 @@ def main(argv=None):
     chosen = by_hash(predictions.keys() & records.keys(), args.seed)[: args.num_samples]
     if not chosen:
         raise UserError(f"no prediction is of a clip of split {args.split!r}")
-    paths, _ = find_clips(Path(args.videos), {args.split: [records[i] for i in chosen]})
+    paths, _ = video.find_files(Path(args.videos), {i: records[i] for i in chosen})
     strips = []
-    for key in (key for key in ((args.split, i) for i in chosen) if key in paths):
+    for i in (i for i in chosen if i in paths):
         try:
-            strips.append(strip(paths[key], records[key[1]]["label"], predictions[key[1]]))
+            strips.append(strip(paths[i], records[i]["label"], predictions[i]))
         except VideoError as error:
             note(str(error))
     if not strips:
@@ -104,8 +102,6 @@ def stacked(pictures):
 def strip(path, reference, caption):
     """One clip: frames from left to right in time, then two lines of text."""
     from PIL import Image
-
-    import video
 
     frames = [Image.fromarray(f) for f in video.decode(path, FRAMES).frames]
     frames = [f.resize((round(f.width * HEIGHT / f.height), HEIGHT)) for f in frames]
@@ -222,8 +218,6 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_a_second=GIF_BYTE
     One palette for all pictures: a palette each would cost 768 bytes and flicker. A film that does
     not compress is made smaller, then loses every second picture. Raises VideoError.
     """
-    import video
-
     rate = min(rate, GIF_FRAMES / max(video.probe(path).duration, 1e-3))
     narrowest = NARROWEST if result else 1
     film = [(time, resized(p, area, narrowest)) for time, p in video.stream(path, rate)]
@@ -278,8 +272,6 @@ def encode_gif(images, times, last):
 def mp4(path, result):
     """A film of infer.py with its captions, as the bytes of an MP4 (H.264). Raises VideoError."""
     import av
-
-    import video
 
     frames = video.stream(path)
     first = next(frames)

@@ -14,6 +14,8 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+import metrics
+import video
 from dataset import by_hash
 from runtime import cli
 from runtime.decode_workers import WorkerPool
@@ -33,8 +35,6 @@ def write(path, result, per_clip, predictions, records, clips, style, embed, see
     how many clips (a seeded sample) the page holds a GIF, and shows no others. Returns how many clips
     on it have no film.
     """
-    import metrics
-
     shown = set(by_hash((r["id"] for r in records), seed)[:embed]) if embed else None
     records = [r for r in records if shown is None or r["id"] in shown]
     clips = {r["id"]: clips[r["id"]] for r in records if r["id"] in clips}
@@ -115,10 +115,8 @@ def animate(path):
 
 def find(args, records):
     """{id: path} of the clips' files in --videos. Raises UserError if there are none."""
-    from preprocess_ssv2 import find_clips
-
-    found, _ = find_clips(Path(args.videos), {args.split: records})
-    return {clip_id: path for (_, clip_id), path in found.items()}
+    found, _ = video.find_files(Path(args.videos), {r["id"]: r for r in records})
+    return found
 
 
 def check(args):

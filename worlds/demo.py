@@ -101,12 +101,6 @@ def main(argv=None):
     clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
     step("captions", f"infer.py {clips} --checkpoint {output} {device}")
     step("captions", f"infer.py {clips} --checkpoint {output} {device} --style sentence")
-    step(
-        "gallery",
-        f"evaluate.py --predictions {output}/predictions_validation.json {annotations}"
-        f" --videos {data}/videos --no-meteor --gallery",
-    )
-
     summary = summarise(run, seconds)
     write_json(run / "summary.json", summary)
     print(table(summary))

@@ -6,6 +6,19 @@ import json
 import math
 import random
 
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    VJEPA2Config,
+    VJEPA2Model,
+)
+from transformers.utils import logging
+
 from dataset import STYLES, encode_caption
 from worlds.shapes import ACTIONS, DOUBLE, divide_objects, label_of, sentences_of
 
@@ -14,9 +27,6 @@ SIZE = 64  # pixels, the clips' height and width and what the encoder takes
 
 def write_encoder(folder, seed):
     """A V-JEPA 2 with random weights: 16 frames of 64x64 become 8 x 4 x 4 tokens of width 192."""
-    import torch
-    from transformers import VJEPA2Config, VJEPA2Model
-
     torch.manual_seed(seed)
     config = VJEPA2Config(
         patch_size=16,
@@ -37,9 +47,6 @@ def write_encoder(folder, seed):
 
 def train_tokenizer(folder, clips):
     """A byte-level BPE learned through Qwen2's own pre-tokenizer, which AutoTokenizer puts back."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoTokenizer, Qwen2Tokenizer
-
     blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -79,9 +86,6 @@ def draw_lessons(count, seed, objects, pairs):
 
 
 def build_lm(tokenizer, seed):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -104,9 +108,6 @@ def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
 
     Noise on the keywords' embeddings makes the model take vectors that are near a word for it.
     """
-    import torch
-    import torch.nn.functional as F
-
     rng, noise = random.Random(f"lm:{seed}"), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
     tokens = functools.cache(functools.partial(encode_caption, tokenizer))
@@ -167,9 +168,6 @@ def check_lm(model, tokenizer, lessons, seed):
 
 def write_lm(folder, seed, steps, progress):
     """Train tokenizer and language model. The held-out objects and pairs are not in its lessons."""
-    import torch
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the weights depend on it
     objects, unseen, pairs, unseen_pairs = divide_objects(seed)

@@ -27,6 +27,9 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
 from runtime.errors import UserError
@@ -111,8 +114,6 @@ def motion(action, frames, rng):
     Where things start has one distribution for all one-object actions and one for all two-object
     actions: the first frame gives nothing away.
     """
-    import numpy as np
-
     lead, tail = rng.uniform(0.03, 0.12, 2)
     t = np.clip((np.linspace(0, 1, frames) - lead) / (1 - lead - tail), 0, 1)  # (frames,)
     ease, there_and_back = t * t * (3 - 2 * t), np.sin(np.pi * t)
@@ -159,8 +160,6 @@ def motion(action, frames, rng):
 
 def signed_distance(shape, x, y):
     """Distance in pixels from the outline of a shape of radius 1, negative inside, scaled by x, y."""
-    import numpy as np
-
     if shape in ("pole", "fence"):
         x, y, shape = y, x, {"pole": "bar", "fence": "ladder"}[shape]
     ax, ay = np.abs(x), np.abs(y)
@@ -176,8 +175,6 @@ def signed_distance(shape, x, y):
 
 def render(clip, seed):
     """Draw one clip: uint8 (frames, SIZE, SIZE, 3), antialiased, a function of (seed, id)."""
-    import numpy as np
-
     rng = np.random.default_rng([seed, int(clip["id"])])
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     centres, radii = motion(clip["action"], frames, rng)
@@ -291,8 +288,6 @@ def start_clips(pool, folder, clips, seed, bar):
 
 def main(argv=None):
     args = parse_args(argv)
-    from tqdm import tqdm
-
     root = Path(args.output)
     settings = {"world": WORLD, "clips": args.clips, "seed": args.seed}
     settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps}

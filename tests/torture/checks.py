@@ -218,7 +218,7 @@ def flip_features(world, flips, rng):
 
 
 def flip_checkpoint(world, flips, rng):
-    from captioner import read_checkpoint
+    from checkpoint import read_checkpoint
 
     best, target, counts = world.trained()[0] / "best.pt", world.folder / "flipped.pt", Counter()
     for _ in range(flips):

@@ -1,0 +1,374 @@
+"""Checkpoints: write, read, resume, and rebuild a captioner from one.
+
+A checkpoint holds what is trained and what rebuilds the rest: the Q-Former's weights and sizes, the
+manifest of its features, names and fingerprints of the frozen models, and the style prompts. last.pt
+also has the optimizer and the counters of training. An exported folder (tools/export.py) holds the
+same as config.json and model.safetensors.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from captioner import VideoCaptioner, load_lm
+from dataset import STYLES, are_settings, check_same_settings, is_count
+from encoder import VideoEncoder
+from qformer import QFormer
+from runtime import devices, distributed, hub, ranks
+from runtime.cli import note
+from runtime.errors import UserError, out_of_memory
+from runtime.files import read_json, read_torch
+from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
+
+VERSION = 1
+
+# An exported folder
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
+WEIGHTS_BYTES = 4 << 30  # the default Q-Former has 0.16 GB; what is read is held in memory
+
+# Flags that a resumed run may change, because they do not change what is learned
+MAY_CHANGE = {
+    *("annotations", "features", "lm", "output", "device", "workers", "report_to"),
+    *("resume", "overwrite", "dry_run", "save_every", "allow_missing", "no_meteor"),
+}
+STEP_SIZE = ("batch_size", "grad_accum")  # may change if their product stays the same
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint that exists and cannot be used."""
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+
+def read_checkpoint(path, flag="--checkpoint"):
+    """Load a checkpoint without executing anything in it; its tensors are those of its sizes.
+
+    path: a file, a run folder (its `best.pt`), an exported folder, or the Hub id of one; flag:
+    what the user named it by. Raises UserError where nothing is there, `CorruptCheckpoint` for what is damaged
+    or foreign; one flipped byte is damage.
+    """
+    where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
+    exported = is_export(where)
+    if not exported and os.path.isdir(where):
+        path = where = where / "best.pt"
+    if not exported and not os.path.isfile(where):  # Path.is_file raises for too long a name
+        raise UserError(f"{flag} {path} does not exist. Run train.py first.")
+    try:
+        checkpoint = read_export(where) if exported else read_torch(where)
+    except PermissionError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, OSError) as error:
+        if out_of_memory(error):
+            raise
+        raise CorruptCheckpoint(f"{flag} {path} is no readable checkpoint ({error})") from None
+    version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
+    if type(version) is int and version != VERSION:
+        raise UserError(f"{flag} {path} has version {version}, this code reads {VERSION}")
+    if type(version) is not int or not _is_ours(checkpoint):
+        raise CorruptCheckpoint(f"{flag} {path} was not written by train.py")
+    if not all(weight.isfinite().all() for weight in checkpoint["qformer"].values()):
+        raise CorruptCheckpoint(f"{flag} {path} holds weights that are no numbers")
+    try:
+        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
+            # a copy: torch notes `assign` in the state dict itself, and a later load of it would put
+            # other parameters into a model than its optimizer has
+            load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
+    except (TypeError, ValueError, OverflowError, UserError) as error:
+        raise CorruptCheckpoint(f"{flag} {path} holds no Q-Former: {error}") from None
+    return checkpoint
+
+
+def _is_ours(checkpoint):
+    """True if a checkpoint has all that the scripts take from it, each of its type."""
+    parts = ("qformer", "sizes", "manifest", "lm", "styles")
+    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
+        return False
+    manifest, lm, sizes = (checkpoint[part] for part in ("manifest", "lm", "sizes"))
+    info, settings = manifest.get("info"), manifest.get("settings")
+    names = [lm.get("name"), lm.get("fingerprint"), isinstance(info, dict) and info.get("encoder")]
+    counts = [sizes.get(f"num_{what}") for what in ("queries", "blocks", "heads")]
+    weights = checkpoint["qformer"].values()
+    return (
+        type(checkpoint.get("step")) is int
+        and checkpoint["step"] >= 0
+        and isinstance(checkpoint.get("templates", []), list)
+        and all(isinstance(template, str) for template in checkpoint.get("templates", []))
+        and all(isinstance(name, str) for name in names)
+        and ("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0))
+        and are_settings(settings)
+        and all(map(is_count, [*counts, sizes.get("width")]))
+        and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
+        and sizes["num_blocks"] <= len(weights)  # building more would take for ever
+        and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
+        and all((w.device.type, w.layout) == ("cpu", torch.strided) for w in weights)
+    )
+
+
+def is_export(folder):
+    """True for a folder that is meant to be an export, whole or not, and for no run folder."""
+    files = [os.path.isfile(folder / name) for name in ("best.pt", CONFIG, WEIGHTS)]
+    return not files[0] and any(files)
+
+
+def read_export(folder):
+    """The checkpoint in an exported folder, of whatever content. Raises ValueError saying what is wrong.
+
+    Nothing in it is ever executed; OSError and MemoryError pass.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}: its export was not finished, do it again")
+    if (size := (folder / WEIGHTS).stat().st_size) > WEIGHTS_BYTES:
+        raise ValueError(f"its {WEIGHTS} has {size / 1e9:.1f} GB, which no Q-Former has")
+    try:
+        config = read_json(folder / CONFIG, "file")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(config, dict) or "checkpoint_version" not in config:
+        raise ValueError(f"its {CONFIG} was not written by tools.export")
+    data = (folder / WEIGHTS).read_bytes()  # what is hashed is what is loaded
+    if hashlib.sha256(data).hexdigest() != config.get("sha256"):
+        raise ValueError(f"its {WEIGHTS} is damaged, or not the one that its {CONFIG} belongs to")
+    try:
+        weights = load_safetensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"its {WEIGHTS} holds no weights: {error}") from None
+    return {k: config[k] for k in KEYS if k in config} | {"qformer": weights}
+
+
+# ---- writing and rebuilding ----------------------------------------------------------------
+
+
+def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
+    """What a checkpoint needs besides weights to rebuild the captioner, in plain types.
+
+    templates: the action templates of the training clips.
+    """
+    lm = {"name": str(lm_name), "fingerprint": lm_fingerprint}
+    return {
+        "checkpoint_version": VERSION,
+        "sizes": captioner.qformer.sizes,
+        "manifest": manifest,
+        "lm": lm if captioner.bos is None else lm | {"bos": captioner.bos},
+        "styles": dict(STYLES),
+        "templates": templates,
+    }
+
+
+def weights_digest(weights):
+    """Names the weights {name: tensor} of a Q-Former, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(qformer, weights, **kwargs):
+    """`load_state_dict` of a checkpoint's weights. Raises UserError where they do not fit."""
+    try:
+        qformer.load_state_dict(weights, **kwargs)
+    except (RuntimeError, AttributeError) as error:
+        why = str(error).strip().splitlines()[-1].strip()  # the first says that there is an error
+        raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
+
+
+def load_captioner(checkpoint, device, dtype, lm_name=None):
+    """Rebuild a captioner of what `read_checkpoint` returned.
+
+    lm_name: where the same language model lies, if elsewhere.
+    """
+    name = lm_name or checkpoint["lm"]["name"]
+    lm, tokenizer, fingerprint = load_lm(name, device, dtype)
+    if fingerprint != checkpoint["lm"]["fingerprint"]:
+        raise UserError(
+            f"--lm {name} has fingerprint {fingerprint}, but the checkpoint was trained with"
+            f" {checkpoint['lm']['name']} ({checkpoint['lm']['fingerprint']})"
+        )
+    if checkpoint["styles"] != STYLES:
+        raise UserError(
+            f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
+        )
+    if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
+        raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
+    qformer = QFormer(**checkpoint["sizes"])
+    load_weights(qformer, checkpoint["qformer"])
+    return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()
+
+
+def load_models(checkpoint, device, dtype, encoder=None, lm=None):
+    """(`VideoEncoder`, `VideoCaptioner`) of what `read_checkpoint` returned.
+
+    encoder, lm: where the models of the checkpoint are now, if elsewhere. Raises UserError.
+    """
+    captioner = load_captioner(checkpoint, device, dtype, lm)
+    return VideoEncoder.from_manifest(checkpoint["manifest"], device, encoder), captioner
+
+
+# ---- resuming ------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """The counters of a run, which its checkpoints store."""
+
+    step: int = 0  # optimizer steps done
+    best_score: float = -math.inf  # of best.pt: validation CIDEr, or minus the loss without CIDEr
+    evaluated: int = 0  # the step of the last evaluation, whose best is kept
+    bad_steps: int = 0  # in a row, without a finite loss or gradient
+
+
+@dataclass
+class TrainingState:
+    """A training run in memory, and as its checkpoints hold it.
+
+    model: a `VideoCaptioner`; fixed: of `fixed_state`; identity: of `run_identity`.
+    """
+
+    model: VideoCaptioner
+    optimizer: torch.optim.Optimizer
+    fixed: dict
+    identity: dict
+    progress: Progress = field(default_factory=Progress)
+
+    def best(self):
+        """The content of best.pt."""
+        weights = {"qformer": self.model.qformer.state_dict()}
+        return self.fixed | weights | {"step": self.progress.step, "best": self.progress.best_score}
+
+    def last(self):
+        """The content of last.pt."""
+        counters = {"scored": self.progress.evaluated, "bad": self.progress.bad_steps}
+        optimizer = {"optimizer": self.optimizer.state_dict()}
+        return self.best() | self.identity | counters | optimizer
+
+
+def run_identity(flags, records):
+    """What must be the same to continue a run: its flags, the training clips and their captions."""
+    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
+    flags = {k: v for k, v in flags.items() if k not in MAY_CHANGE}
+    return {"args": flags, "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def read_newest(folder, dry_run=False):
+    """The checkpoint to continue a run from, or None if there is none yet.
+
+    last.pt, or previous.pt if last.pt is corrupt; the corrupt file is then renamed, with a warning.
+    Raises UserError if neither can be used.
+    """
+    paths = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
+    state, corrupt = None, []
+    for path in paths:
+        try:
+            state = read_checkpoint(path, "--resume")
+            break
+        except CorruptCheckpoint as error:
+            corrupt.append(path)
+            note(f"WARNING: {error}")
+    if len(set(distributed.all_gather(state and state["step"]))) > 1:
+        raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=1)
+    if state is None and (paths or (folder / BEST).exists()):
+        raise UserError(
+            f"--resume: {folder} holds a run, but no checkpoint to continue it from; start over with"
+            " --overwrite",
+            code=1,
+        )
+    if state is None:
+        note(f"--resume: there is no {folder / LAST}, starting from the first step")
+    elif path.name != LAST:
+        note(f"WARNING: {LAST} cannot be used; resuming from {path}, at step {state['step']:,}")
+        if corrupt and not dry_run and ranks.rank() == 0:
+            os.replace(corrupt[0], folder / CORRUPT)  # or the next save would replace the good one
+    return state
+
+
+def resume(state, saved, folder, total):
+    """Load `saved`, of `read_newest`, into the `TrainingState` of a run of `total` steps.
+
+    Raises UserError naming what differs. There is no random state to restore: order, captions and
+    dropout are functions of seed, epoch, step and clip.
+    """
+    fixed, identity = state.fixed, state.identity
+    kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
+    kinds |= {"scored": int, "bad": int}
+    if not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(
+            f"--resume: {folder / LAST} lacks the state of training (is it a copy of best.pt?)"
+        )
+    check_same_flags(identity["args"], saved["args"], folder)
+    settings = (m["manifest"]["settings"] for m in (saved, fixed))
+    check_same_settings(*settings, "the feature cache")
+    if saved["lm"]["fingerprint"] != fixed["lm"]["fingerprint"]:
+        name = fixed["lm"]["name"]
+        raise UserError(f"--resume: --lm {name} is not the model that the run was started with")
+    if saved["data"] != identity["data"] or saved["styles"] != STYLES:
+        raise UserError("--resume: the training clips or their captions have changed")
+    if saved["step"] > total:
+        raise UserError(f"--resume: {folder / LAST} is at step {state['step']} of {total}")
+    load_weights(state.model.qformer, saved["qformer"])
+    try:
+        state.optimizer.load_state_dict(saved["optimizer"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--resume: the optimizer's state does not fit this run: {error}") from None
+    before, device = device_of(folder), devices.describe(state.model.device)
+    if before and before != device:
+        note(
+            f"--resume: the run was started on {before}, this is {device}: results may differ slightly"
+        )
+    progress = Progress(saved["step"], saved["best"], saved["scored"], saved["bad"])
+    state.progress = progress
+    if progress.best_score > -math.inf:
+        try:
+            read_checkpoint(folder / BEST, "--resume")
+        except UserError as error:
+            note(f"WARNING: {error}")
+            note("WARNING: the best checkpoint so far is lost; the best from here on replaces it")
+            progress.best_score, progress.evaluated = -math.inf, 0
+
+
+def check_same_flags(now, before, folder):
+    """Raise UserError naming the first flag in which a resumed run differs.
+
+    --batch-size and --grad-accum may change if their product stays the same.
+    """
+    if before.get("dtype") == "auto":  # runs from before it was stored resolved
+        before = before | {"dtype": now["dtype"]}
+    may_differ = set()
+    if clips_per_step(now) == clips_per_step(before):
+        may_differ = set(STEP_SIZE)
+        old, new = (" x ".join(str(flags[key]) for key in STEP_SIZE) for flags in (before, now))
+        if old != new:
+            note(
+                f"--resume: a step is now {new} clips instead of {old}: the clips are the same, but the"
+                " dropout masks differ"
+            )
+    for key in sorted((now.keys() | before.keys()) - may_differ):
+        if now.get(key) != before.get(key):
+            keys = STEP_SIZE if key in STEP_SIZE else [key]
+            flags = " ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in keys)
+            raise UserError(
+                f"--resume: the run in {folder} was started with {flags},"
+                f" not {' x '.join(str(now.get(k)) for k in keys)}"
+            )
+
+
+def clips_per_step(flags):
+    """The clips per step of a run with these flags, or None if the flags are not valid."""
+    sizes = [flags.get(key) for key in STEP_SIZE]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None
+
+
+def device_of(folder):
+    """The device that a run folder's args.json names, or None."""
+    try:
+        return read_json(folder / "args.json", "args").get("device")
+    except (UserError, AttributeError):
+        return None
