@@ -312,7 +312,7 @@ def resume(state, saved, folder, total):
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
     if saved["step"] > total:
-        raise UserError(f"--resume: {folder / LAST} is at step {state['step']} of {total}")
+        raise UserError(f"--resume: {folder / LAST} is at step {saved['step']} of {total}")
     load_weights(state.model.qformer, saved["qformer"])
     try:
         state.optimizer.load_state_dict(saved["optimizer"])

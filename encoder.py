@@ -35,7 +35,7 @@ def transform(frames, size, resize):
     if new != (height, width):
         x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
     x = x.round().clamp(0, 255) / 255  # the published transform resizes 8-bit images
-    mean, std = _constants(x.device)
+    mean, std = constants(x.device)
     x = (x - mean) / std
     top, left = (round((edge - size) / 2) for edge in new)
     if resize == "crop":
@@ -46,8 +46,8 @@ def transform(frames, size, resize):
 
 
 @cache
-def _constants(device):
-    """On the device once: a new tensor per clip would wait for all that the GPU still has to do."""
+def constants(device):
+    """Mean and std (3, 1, 1) on a device, made once: a new tensor per clip would wait for all that the GPU still has to do."""
     return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
 
 

@@ -87,6 +87,10 @@ class Recipe:
     clip_grad: float
     seed: int
 
+    @classmethod
+    def of(cls, args):
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
     def steps_per_epoch(self, clips):
         return math.ceil(clips / (self.batch_size * self.grad_accum))
 
@@ -183,7 +187,7 @@ def main(argv=None):
     dashboard.check(args.report_to)
     folder = run_folder.check(args.output, args.resume, args.overwrite, args.dry_run)
     data = read_data(args)
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    recipe = Recipe.of(args)
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # resolved, for --resume to compare
     state = build(args, data, recipe, device, dtype)
@@ -218,7 +222,9 @@ def train(state, data, recipe, run, save_every):
     per_epoch = recipe.steps_per_epoch(len(data.train))
     if progress.step and progress.step % per_epoch == 0 and progress.step > progress.evaluated:
         end_epoch(state, data, recipe, run)  # it was interrupted, or its best.pt is lost
-    for epoch, ids, micro_batches in training_steps(data, recipe, model, progress.step):
+    for epoch, ids, micro_batches in training_steps(
+        data, recipe, model.tokenizer, model.device, progress.step
+    ):
         lr = lr_at(progress.step, recipe.epochs * per_epoch, recipe.lr, recipe.warmup_steps)
         set_lr(optimizer, lr)
 
@@ -350,7 +356,7 @@ def split_into(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def training_steps(data, recipe, model, step):
+def training_steps(data, recipe, tokenizer, device, step):
     """Yield (epoch from 0, clip ids, micro-batches) of each step, from `step` to the last.
 
     Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
@@ -368,9 +374,9 @@ def training_steps(data, recipe, model, step):
         choose = partial(
             choose_captions, count=recipe.captions_per_clip, seed=recipe.seed, epoch=epoch
         )
-        settings, tokenizer = data.manifest["settings"], model.tokenizer
+        settings = data.manifest["settings"]
         dataset = FeatureDataset(data.features, TRAIN, share, settings, tokenizer, choose)
-        reader = batches(loader(dataset, recipe.batch_size, data.workers, model.device))
+        reader = batches(loader(dataset, recipe.batch_size, data.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
             yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
@@ -495,7 +501,7 @@ def time_steps(model, data, recipe):
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     computing, waiting = [], []
     began = time.perf_counter()
-    with closing(training_steps(data, recipe, model, 0)) as steps:
+    with closing(training_steps(data, recipe, model.tokenizer, model.device, 0)) as steps:
         count = min(total, TIMED_STEPS)
         for *_, micro_batches in tqdm(
             islice(steps, count), "timing", count, leave=False, unit="step"

@@ -15,6 +15,8 @@ import pytest
 import torch
 from filelock import FileLock  # torch brings it
 
+import encoder
+
 # The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
 # left idle at the end. The first one does not need `world`, which another worker builds meanwhile.
 LONGEST = (
@@ -72,6 +74,7 @@ def gpu(monkeypatch):
     """A CPU that behaves like a GPU, see `PretendedGPU`."""
     from gpu import PretendedGPU
 
+    encoder.constants(torch.device("cpu"))  # cached, for clips on either side
     with monkeypatch.context() as patch, PretendedGPU(patch) as gpu:
         yield gpu
 

@@ -193,14 +193,15 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
 
 def checkpoint_of(captioner, manifest=None):
     manifest = manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}}
-    return fixed_state(captioner, manifest, "toy", "f" * 16) | {"step": 0}
+    state = fixed_state(captioner, manifest, "toy", "f" * 16, [])
+    return state | {"qformer": captioner.qformer.state_dict(), "step": 0}
 
 
 def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, make_clips):
     captioner = captioner.float()
     state = checkpoint_of(captioner) | {"step": 3}
     torch.save(state, tmp_path / "best.pt")
-    monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "f" * 16))
+    monkeypatch.setattr("checkpoint.load_lm", lambda name, *_: (lm, tokenizer, "f" * 16))
     again = load_captioner(read_checkpoint(tmp_path), torch.device("cpu"), torch.float32)
     x, scale, offset = make_clips(2)
     batch = {"features": x, "scale": scale, "offset": offset}
@@ -210,7 +211,7 @@ def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, 
         p.numel() for p in captioner.qformer.parameters()
     )
     assert not any(key.startswith("lm.") for key in state["qformer"])
-    monkeypatch.setattr(module, "load_lm", lambda name, *_: (lm, tokenizer, "0" * 16))
+    monkeypatch.setattr("checkpoint.load_lm", lambda name, *_: (lm, tokenizer, "0" * 16))
     with pytest.raises(UserError, match="fingerprint"):
         load_captioner(state, torch.device("cpu"), torch.float32)
 

@@ -78,8 +78,11 @@ def test_help_names_the_command_that_was_typed(name):
             "python -m viz.app: --checkpoint /nowhere.pt does not exist",
         ),
         ("viz.curves /nowhere", 2, "python -m viz.curves: /nowhere is no run folder of train.py"),
-        ("infer --gif /nowhere.mp4", 2, "infer.py: clip not found: /nowhere.mp4"),
-        ("train --export shared", 2, "train.py: --output results/ssv2/best.pt does not exist"),
+        (
+            "tools.export results/ssv2 shared",
+            2,
+            "python -m tools.export: run results/ssv2/best.pt does not exist",
+        ),
         (
             "bench.speed --preset full --device cpu",
             2,

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -25,9 +26,9 @@ CPU = torch.device("cpu")
 
 
 def training(world, prepared, *flags):
-    """(args, data) of a training run, as `train.main` has them."""
+    """(data, recipe) of a training run, as `train.main` has them."""
     args = train.parse_args(train_flags(world, prepared, "unused", *flags))
-    return args, train.read_data(args)
+    return train.read_data(args), train.Recipe.of(args)
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
@@ -35,9 +36,9 @@ def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer)
     """All micro-batches of a step were read before the first was used. The out-of-memory message says to
     halve --batch-size and double --grad-accum, and 256 micro-batches then ended in a traceback."""
     flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
-    args, data = training(world, prepared, *flags)
+    data, recipe = training(world, prepared, *flags)
     before = len(os.listdir("/dev/fd"))
-    [(_, ids, window)] = train.training_steps(args, data, tokenizer, CPU, 0)
+    [(_, ids, window)] = train.training_steps(data, recipe, tokenizer, CPU, 0)
     seen = [(batch["ids"], len(os.listdir("/dev/fd")) - before) for batch in window]
     assert [read for read, _ in seen] == [[i] for i in ids] and len(ids) == 30
     assert max(files for _, files in seen) < 90, "each micro-batch has six"
@@ -119,7 +120,7 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
             monkeypatch.setattr("runtime.ranks.rank", lambda rank=rank: rank)
             args = train.parse_args(where)
             data = train.read_data(args)
-            steps = train.training_steps(args, data, tokenizer, CPU, 0)
+            steps = train.training_steps(data, train.Recipe.of(args), tokenizer, CPU, 0)
             dealt.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
         for step in zip(*dealt, strict=True):
             read = sorted(i for _, micro_batches in step for batch in micro_batches for i in batch)
@@ -171,7 +172,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
     def full(*args):
         raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{FULL}")
 
-    monkeypatch.setattr(train, "learn", full)
+    monkeypatch.setattr(train, "train", full)
     flags = train_flags(world, prepared, tmp_path / "run", "--batch-size", 32, "--workers", 2)
     with pytest.raises(UserError) as error:
         train.main(flags)
@@ -256,7 +257,7 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
         return validate(model, batch, *rest)
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(train, "micro_steps", compute)
+    monkeypatch.setattr(train, "accumulate", compute)
     monkeypatch.setattr(dataset, "load_features", read)
     monkeypatch.setattr(captioner.VideoCaptioner, "validation", validation)
     flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1, "--eval-clips", 64)
@@ -275,8 +276,8 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
 
     figures = {}
     reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
-    with run_folder.Log(tmp_path, 0, 2, reporter) as log:
-        log.began -= 100
+    with closing(run_folder.Log(tmp_path, 0, 2, reporter)) as log:
+        log.start_time -= 100
         log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
         assert log.bar.postfix.endswith("data 25 %")
     assert figures["train/data_seconds"] == 25.0

@@ -25,7 +25,7 @@ class Spied(Exception):
 def spied(world, prepared, tmp_path_factory):
     """(run folder, values seen in each step, the optimizer's groups in each step) of a run with FLAGS."""
     output = tmp_path_factory.mktemp("runs") / "spied"
-    steps, groups, micro_steps = [], [], train.accumulate
+    steps, groups, accumulate = [], [], train.accumulate
 
     class Spy(torch.optim.AdamW):
         def step(self):
@@ -40,13 +40,13 @@ def spied(world, prepared, tmp_path_factory):
         window = list(window)
         if not steps:
             # the same micro-batches under two seeds, before the step itself
-            losses = [micro_steps(model, window, s)[0] for s in (1, 2, 1)]
+            losses = [accumulate(model, window, s)[0] for s in (1, 2, 1)]
             model.zero_grad(set_to_none=True)
             q = model.qformer
             at_start = {"losses": losses, "training": model.training, "mean": q.mean.clone()}
             at_start |= {"std": q.std.clone(), "norm": q.gain.norm().item()}
             at_start["embeddings"] = captioner.embedding_table(model.lm).norm(dim=1).mean().item()
-        found = micro_steps(model, window, seed)
+        found = accumulate(model, window, seed)
         tokens = sum(len(batch["targets"]) for batch in window)
         grads = {id(p): p.grad.clone() for p in model.qformer.parameters()}
         steps.append(
@@ -54,12 +54,12 @@ def spied(world, prepared, tmp_path_factory):
         )
         return found
 
-    def finish(*_):
+    def finish(*_, **__):
         raise Spied
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Spy)
-        patch.setattr(train, "micro_steps", spy)
+        patch.setattr(train, "accumulate", spy)
         patch.setattr(train, "finish", finish)
         patch.setattr(train, "STATISTICS_CLIPS", STATISTICS)
         with pytest.raises(Spied):

@@ -218,10 +218,10 @@ def test_shards_of_different_cuts_exclude_each_other_where_they_overlap(tmp_path
 def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch):
     """Dealt out by micro-batches: what each computes is what a single process would."""
     args = train.parse_args(train_flags(world, prepared, "x", "--batch-size", 8, "--grad-accum", 5))
-    data, device = train.read_data(args), torch.device("cpu")
+    data, recipe = train.read_data(args), train.Recipe.of(args)
 
     def read():
-        steps = list(train.training_steps(args, data, tokenizer, device, 1))
+        steps = list(train.training_steps(data, recipe, tokenizer, torch.device("cpu"), 1))
         return [(ids, [m["ids"] for m in window]) for _, ids, window in steps]
 
     whole = read()

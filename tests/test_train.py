@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -62,18 +63,17 @@ def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatc
     assert same(one["optimizer"], two["optimizer"])
     assert same(one["qformer"], two["qformer"]) and one["best"] == two["best"]
     assert log(output) == log(trained)
-    for name in ("losses.txt", "predictions_validation.json"):
-        assert (output / name).read_bytes() == (trained / name).read_bytes()
+    name = "predictions_validation.json"
+    assert (output / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_what_a_run_leaves_behind(prepared, trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        *(".lock", "args.json", "metrics.jsonl", "losses.txt"),
+        *(".lock", "args.json", "metrics.jsonl", "curves.png"),
         *("last.pt", "previous.pt", "best.pt"),
         *("validation_epoch_1.json", "validation_epoch_2.json"),
         *("predictions_validation.json", "evaluation_validation.json"),
-        *("metrics.csv", "curves.png"),
     }
     assert [s["step"] for s in log(trained)] == list(range(1, 11))
     clips = len(load_records(prepared / "annotations", "validation"))
@@ -159,7 +159,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
 ):
     flags = train_flags(world, prepared, tmp_path / "run", "--grad-accum", 1, "--save-every", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "scale_and_clip", lambda *_: float("nan"))
+        patch.setattr(train, "average_and_clip", lambda *_: float("nan"))
         with pytest.raises(UserError, match="5 steps in a row") as error:
             train.main(flags)
         assert error.value.code == 1
@@ -175,8 +175,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         return float("nan") if len(weights) == 3 else clip(qformer, *rest)
 
     weights = []
-    clip = optim.average_and_clip
-    monkeypatch.setattr(train, "scale_and_clip", third_is_bad)
+    clip = train.average_and_clip
+    monkeypatch.setattr(train, "average_and_clip", third_is_bad)
     assert not train.main(train_flags(world, prepared, tmp_path / "other", "--epochs", 1))
     equal = [torch.equal(a, b) for a, b in pairwise(weights)]
     assert equal == [False, False, True, False], "a bad step must change no weight"
@@ -221,7 +221,7 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
     (folder / "best.pt").write_bytes(b"")
     assert not train.main(flags)
     said = capsys.readouterr().err
-    assert "last.pt is lost" in said and "the best from here on replaces it" in said
+    assert "last.pt cannot be used" in said and "the best from here on replaces it" in said
     assert (folder / "damaged.pt").read_bytes() == b"PK" and state(folder)["step"] == 10
     assert torch.load(str(folder / "best.pt"), weights_only=True)["step"] == 10
 
@@ -280,10 +280,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path, monkeypatch):
     go, write = threading.Event(), run_folder.write_atomic
     monkeypatch.setattr(run_folder, "write_atomic", lambda *a, **k: go.wait(60) and write(*a, **k))
     weights = torch.zeros(3)
-    with run_folder.Writer() as disk:
+    with closing(run_folder.Writer()) as disk:
         disk.write(tmp_path / "last.pt", {"weights": weights})
         weights += 1
         go.set()
     assert torch.load(tmp_path / "last.pt")["weights"].tolist() == [0, 0, 0]
-    with pytest.raises(FileNotFoundError), run_folder.Writer() as disk:
+    with pytest.raises(FileNotFoundError), closing(run_folder.Writer()) as disk:
         disk.write(tmp_path / "gone" / "last.pt", {})

@@ -143,7 +143,7 @@ def kill_training(world, kills, rng):
     ended = expect(world.train(broken, kill_after=0), DONE, -signal.SIGKILL)
     expect(world.train(broken), DONE)  # also after a second kill
     wrong = differences(contents(whole), contents(broken))
-    loud = "WARNING: continuing from" in ended.stderr
+    loud = "resuming from" in ended.stderr
     found = "said so, went on from previous.pt, ended equal" if loud and not wrong else str(wrong)
     yield Row("last.pt damaged", "500 bytes", found, loud and not wrong)
 

@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_captioner import SETTINGS, checkpoint_of
 
-import captioner as module
 import evaluate
 import infer
-import train
 from captioner import VideoCaptioner
 from checkpoint import CorruptCheckpoint, load_captioner, read_checkpoint, weights_digest
 from runtime import hub
@@ -86,7 +84,7 @@ def test_what_is_shared_is_what_was_trained(
     """All that the scripts take from a checkpoint, and the captions; twice gives the same bytes."""
     assert same(read_checkpoint(shared), read_checkpoint(run))
     assert read_checkpoint(shared).keys() == state.keys()
-    monkeypatch.setattr(module, "load_lm", lambda *_: (lm, tokenizer, "f" * 16))
+    monkeypatch.setattr("checkpoint.load_lm", lambda *_: (lm, tokenizer, "f" * 16))
     again = load_captioner(read_checkpoint(shared), torch.device("cpu"), torch.float32)
     batch = dict(zip(("features", "scale", "offset"), make_clips(3), strict=True))
     assert again.captions(batch, "label", 9) == captioner.captions(batch, "label", 9)
@@ -122,7 +120,7 @@ def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, m
     among those of a run of that name."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
     monkeypatch.chdir(tmp_path)
-    assert not train.main(["--export", "out/toy", "--output", str(trained)])
+    assert not export.main([str(trained), "out/toy"])
     assert capsys.readouterr().out.split() == [f"out/toy/{name}" for name in share_order()]
     on_the_hub(tmp_path / "out" / "toy", "me/toy", tmp_path / "hub", monkeypatch)
     clips = sorted(map(str, (world / "videos").iterdir()))[:2]
@@ -193,8 +191,8 @@ def test_every_flipped_byte_of_the_weights_is_noticed(shared):
     [
         ("", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "was not written by train.py --export"),
-        ('{"model_type": "qwen2"}', "was not written by train.py --export"),
+        ("[]", "was not written by tools.export"),
+        ('{"model_type": "qwen2"}', "was not written by tools.export"),
         ('{"checkpoint_version": 1}', "is damaged, or not the one"),
         ({"manifest": {}}, "was not written by train.py"),
         ({"step": "3"}, "was not written by train.py"),
@@ -253,14 +251,14 @@ def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"--export .*mine holds .*{name}"):
+    with pytest.raises(UserError, match=rf"folder .*mine holds .*{name}"):
         export.export(run, folder)
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
 
 
 def test_without_best_pt_there_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"--output .*best\.pt does not exist\. Run train\.py"):
-        train.main(["--export", str(tmp_path / "out"), "--output", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"run .*best\.pt does not exist\. Run train\.py"):
+        export.main([str(tmp_path / "run"), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 
