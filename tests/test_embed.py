@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WIDTH
+from pages import prose
 
 import windows
 from captioner import VideoCaptioner
@@ -788,7 +789,7 @@ def test_the_page_in_results_is_that_of_its_figures():
     assert len(results["runs"]) == 3
 
 
-def test_the_readme_says_what_was_measured():
+def test_the_pages_say_what_was_measured():
     root = Path(embed.__file__).parent.parent
     results = json.loads((root / "results" / "embeddings.json").read_text())
     runs = results["runs"]
@@ -804,16 +805,16 @@ def test_the_readme_says_what_was_measured():
     queries = runs[0]["words"]["queries"]
     assert queries[5]["colours"] == 1
     dearest = sorted(range(len(queries)), key=lambda q: -queries[q]["CIDEr lost"])[:3]
-    assert {3, 5} < set(dearest)
+    assert {3, 5} < set(dearest) and all(queries[q]["CIDEr lost"] > 1 for q in (3, 5))
     assert queries[6]["colours"] > 0.95 and abs(queries[6]["CIDEr lost"]) < 0.1
-    text = " ".join((root / "README.md").read_text().split())
+    text = prose()
     for sentence in (
-        f"mAP {mean('retrieval', 'prompted', *apart):.2f} among clips that share no object",
+        f"mAP is {mean('retrieval', 'prompted', *apart):.2f} among clips that share no object",
         f"mean features {mean('retrieval', 'features', *apart):.2f},"
-        f" random vectors {mean('retrieval', 'chance', *apart):.2f};",
-        f"only the first frame, {mean('retrieval', 'prompted, first frame only', *apart):.2f}.",
+        f" random vectors {mean('retrieval', 'chance', *apart):.2f},",
+        f"only the first frame {mean('retrieval', 'prompted, first frame only', *apart):.2f}.",
         f"takes {np.median(results['search']['seconds']):.1f} s on two cores",
-        f"it reports {mean(*found, 'scenes where none is shared'):.1f} scenes a pair",
+        f"it reports {mean(*found, 'scenes where none is shared'):.1f} scenes per pair",
         f"query 3 a thing {100 * queries[3]['things']:.0f} times in 100",
     ):
         assert sentence in text, sentence

@@ -1,5 +1,6 @@
-"""What a person meets first: --help, one-sentence errors, exit codes, the README."""
+"""What a person meets first: --help, one-sentence errors, exit codes, README.md and docs/."""
 
+import ast
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import train_flags
+from pages import README, pages, prose
 
 from runtime import start
 from tools import doctor
@@ -112,18 +114,20 @@ def test_an_output_that_is_a_file_is_told_before_the_work(tmp_path):
         assert done.returncode == 2 and "is a file, not a folder" in done.stderr
 
 
-def readme_commands():
-    """The python and torchrun commands in the README's code blocks, continuation lines joined."""
-    text = (HERE / "README.md").read_text()
+def commands(text):
+    """The python and torchrun commands in a page's shell blocks, continuation lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3").splitlines()
     lines = [re.split(r"  #|\|\|", line)[0].strip() for line in lines]
-    commands = [re.sub(r"^(srun )?torchrun .*?(\w+\.py)", r"python \2", line) for line in lines]
-    return [line for line in commands if line.startswith("python ")]
+    lines = [re.sub(r"^(srun )?torchrun .*?(\w+\.py)", r"python \2", line) for line in lines]
+    return [line for line in lines if line.startswith("python ")]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_parse(command):
+COMMANDS = [(path.name, command) for path, text in pages().items() for command in commands(text)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_readme_commands_parse(page, command):
     """8 of 21 admired repositories have a README command that cannot run."""
     _, *args = shlex.split(command)
     name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
@@ -132,29 +136,67 @@ def test_readme_commands_parse(command):
     importlib.import_module(name).parse_args(args)
 
 
-def test_readme_paths_exist():
-    """Every link and every file that the README names is there."""
-    text = (HERE / "README.md").read_text()
-    assert len(readme_commands()) > 8
-    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    names = [n for n in links if not n.startswith("http")]
-    names += re.findall(r"`((?:[a-z0-9_/]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
-    names = [n for n in names if n not in ("preprocess_something_something_v2.py",)]
-    assert not [n for n in names if not (HERE / n).exists()]
+def test_readme_python_runs(world, trained, monkeypatch, capsys):
+    """The lines that caption a clip from Python."""
+    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert "results/demo/best.pt" in code and "data/toy/videos/31331.webm" in code
+    clip = next((world / "videos").glob("*.webm"))
+    code = code.replace("results/demo/best.pt", str(trained / "best.pt"))
+    exec(code.replace("data/toy/videos/31331.webm", str(clip)), {})
+    [caption] = ast.literal_eval(capsys.readouterr().out)
+    assert isinstance(caption, str)
 
 
-def test_readme_pictures_are_light():
+def heading_anchors(text):
+    """What GitHub makes of a page's headings, for #links."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    """Every link between pages, with its #heading, and every picture."""
+    for path, text in pages().items():
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        for link in (link for link in links if not link.startswith("https://")):
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), f"{path.name} links to {link}"
+            assert not anchor or anchor in heading_anchors(target.read_text()), link
+
+
+def test_files_named_in_the_pages_exist():
+    """All but those of the first column in from-the-original.md, which are gone."""
+    for path, text in pages().items():
+        if path.name == "from-the-original.md":
+            text = re.sub(r"^\| [^|]+\|", "|", text, flags=re.MULTILINE)
+        names = re.findall(r"`((?:[a-z0-9_/]+\.py|Makefile|LICENSE|pyproject\.toml))`", text)
+        assert not [name for name in names if not (HERE / name).exists()], path.name
+        targets = re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE)
+        for target in map("".join, targets):
+            assert f"\n{target}:" in (HERE / "Makefile").read_text(), target
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_readme_tree_is_true():
+    """It names every script and module at the root and every folder, and nothing else."""
+    [tree] = re.findall(
+        r"^## Layout\n\n```\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
+    )
+    folders = [p for p in HERE.iterdir() if p.is_dir() and p.name[0] != "."]
+    there = {f"{p.name}/" for p in folders if [*p.glob("*.py"), *p.glob("*.md")]}
+    there |= {p.name for p in HERE.glob("*.py")}
+    assert set(re.findall(r"\w+\.py|\w+/", tree)) == there
+
+
+def test_pictures_are_light():
     """A page that takes seconds to load is not read."""
-    assert sum(p.stat().st_size for p in (HERE / "results" / "readme").iterdir()) < 2_000_000
-
-
-def test_readme_lists_every_file():
-    text = (HERE / "README.md").read_text()
-    paths = [
-        p for folder in (*FOLDERS, "runtime", "tests/torture") for p in (HERE / folder).glob("*.py")
-    ]
-    names = {p.relative_to(HERE).as_posix() for p in paths if p.name != "__init__.py"}
-    assert not {name for name in names if f"`{name}`" not in text}
+    pictures = list((HERE / "results" / "readme").iterdir())
+    assert sum(p.stat().st_size for p in pictures) < 2_000_000
+    assert not [p.name for p in pictures if f"results/readme/{p.name})" not in prose()]
 
 
 def test_a_folder_of_ours_wins_over_one_of_the_same_name(tmp_path):
@@ -168,13 +210,17 @@ def test_a_folder_of_ours_wins_over_one_of_the_same_name(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
-def test_readme_table_is_the_measured_one():
-    """A number in the README has a file in results/ behind it."""
+def test_tables_are_the_measured_ones():
+    """A number in README.md or docs/ has a file in results/ behind it."""
     from worlds import demo
 
     files = sorted((HERE / "results").glob("demo_seed*.json"))
     assert len(files) >= 3
-    assert demo.markdown(files) in (HERE / "README.md").read_text()
+    table = demo.markdown(files)
+    assert table in (HERE / "docs" / "evaluation.md").read_text()
+    readme, table = README.read_text().splitlines(), table.splitlines()
+    rows = readme[readme.index(table[0]) : readme.index("", readme.index(table[0]))]
+    assert rows[:2] == table[:2] and len(rows) == 5 and set(rows) <= set(table)
 
 
 def test_what_works_prints_no_warning(world, prepared, tmp_path):
