@@ -267,13 +267,13 @@ def collect(args):
         runs = [result for seed in range(args.seeds) if (result := finished(args, name, seed))]
         if runs:
             settings = load_manifest(Path(args.data) / row.cache)["settings"]
-            tokens = math.prod(settings["grid"]) * settings["width"]
+            tokens = settings.num_tokens * settings.width
             rows[name] = {
                 "text": row.text,
                 "flags": row.flags,
                 "change": row.change,
                 "parameters": runs[0]["parameters"],
-                "bytes_per_clip": tokens * {"int8": 1, "fp16": 2}[settings["store"]],
+                "bytes_per_clip": tokens * {"int8": 1, "fp16": 2}[settings.store],
                 "runs": [
                     {k: run[k] for k in ("seed", *SCORES, "seconds", "curve")} for run in runs
                 ],

@@ -66,7 +66,7 @@ def no_standardisation():
     """Features as the encoder gives them."""
 
     def neutral(args, data):
-        width = data.manifest["settings"]["width"]
+        width = data.manifest.settings.width
         return torch.zeros(width), torch.ones(width)
 
     return [(train, "statistics", neutral)]

@@ -33,7 +33,6 @@ from dataset import (
     FeatureDataset,
     batches,
     by_hash,
-    check_same_settings,
     load_manifest,
     load_records,
     loader,
@@ -125,8 +124,8 @@ def cached_clips(args):
     if not records:
         raise UserError(f"there are no clips in split {args.split!r} of {args.annotations}")
     checkpoint = read_checkpoint(args.checkpoint)
-    settings = checkpoint["manifest"]["settings"]
-    check_same_settings(settings, manifest["settings"], f"the cache {args.features}")
+    settings = checkpoint["manifest"].settings
+    settings.check_same(manifest.settings, f"the cache {args.features}")
     return checkpoint, records
 
 
@@ -204,7 +203,7 @@ def text(args):
     captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     if (tokens := len(captioner.tokenizer(args.text)["input_ids"])) > LONGEST_TEXT:
         raise UserError(f"--text has {tokens:,} tokens; a caption has at most {LONGEST_TEXT}")
-    settings = checkpoint["manifest"]["settings"]
+    settings = checkpoint["manifest"].settings
     data = FeatureDataset(args.features, args.split, records, settings, None, lambda record: [])
     scores = []
     with torch.inference_mode(), tqdm(total=len(records), unit="clip", desc="read") as bar:

@@ -133,7 +133,7 @@ def untrained(captioner, seed):
 
 def stored(features, records, device):
     """Validation clips of a cache in stored form, in batches."""
-    settings = load_manifest(features)["settings"]
+    settings = load_manifest(features).settings
     data = FeatureDataset(features, VALIDATION, records, settings, None, lambda record: [])
     for batch in batches(loader(data, BATCH, 0, device)):
         yield {name: batch[name].to(device) for name in ("features", "scale", "offset")}

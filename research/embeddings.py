@@ -68,7 +68,7 @@ def write(path, captioner, checkpoint, features, split, records, batch_size, wor
     name, so memory does not grow with the number of clips, and nothing is left of a process that dies
     while it embeds.
     """
-    settings = checkpoint["manifest"]["settings"]
+    settings = checkpoint["manifest"].settings
     dataset = FeatureDataset(features, split, records, settings, None, lambda record: [])
     about = {
         "weights": weights_digest(checkpoint["qformer"]),

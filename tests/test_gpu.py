@@ -29,8 +29,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert preprocess(world, tmp_path, *flags) == 0
     assert gpu.most_in_flight == 2  # a batch is encoded while the one before it is saved
     assert preprocess(world, tmp_path, *flags, "--verify") == 0
-    settings = load_manifest(features)["settings"]
-    assert settings["compute_dtype"] == "bfloat16"
+    settings = load_manifest(features).settings
+    assert settings.compute_dtype == "bfloat16"
 
     # trained, evaluated, stopped and resumed
     run = tmp_path / "run"
@@ -84,7 +84,7 @@ def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monk
     monkeypatch.setattr(VideoEncoder, "encode", counted)
     assert preprocess(world, tmp_path, *flags) == 0
     assert sizes == [3, 3, 1]  # one call a batch
-    settings = load_manifest(prepared / "features")["settings"]
+    settings = load_manifest(prepared / "features").settings
     for path in sorted((tmp_path / "features" / "train").iterdir()):
         clip = path.stem
         mine, cpus = (

@@ -35,7 +35,7 @@ def draw(frames, weights, settings, title=""):
 
     seen = as_encoded(frames, settings)  # (F, S, S, 3)
     moments, height, width = weights.shape
-    shape = frames.shape[1] / frames.shape[2] if settings["resize"] == "squash" else 1.0
+    shape = frames.shape[1] / frames.shape[2] if settings.resize == "squash" else 1.0
     times = weights.size * weights  # 1 is even attention
     chosen = sorted({(2 * i + 1) * moments // (2 * COLUMNS) for i in range(COLUMNS)})
     highest = max(2.0, float(np.percentile(times[chosen], 99.5)))
@@ -81,6 +81,6 @@ def draw(frames, weights, settings, title=""):
 
 def as_encoded(frames, settings):
     """uint8 (F, H, W, 3) -> what the encoder sees of it, uint8 (F, S, S, 3)."""
-    x = transform(torch.as_tensor(frames), settings["size"], settings["resize"])  # (F, 3, S, S)
+    x = transform(torch.as_tensor(frames), settings.size, settings.resize)  # (F, 3, S, S)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

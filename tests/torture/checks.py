@@ -207,7 +207,7 @@ def two_at_once(world):
 
 def flip_features(world, flips, rng):
     cache, _ = world.cache()
-    settings, counts = load_manifest(cache)["settings"], Counter()
+    settings, counts = load_manifest(cache).settings, Counter()
     paths = sorted(cache.rglob("*.pt"))
     target = world.folder / "flipped.pt"
     for _ in range(flips):
