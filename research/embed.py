@@ -22,13 +22,7 @@ import torch
 
 import windows
 from checkpoint import load_captioner, load_models, read_checkpoint
-from dataset import (
-    VALIDATION,
-    check_same_settings,
-    load_manifest,
-    load_records,
-    require_features,
-)
+from dataset import VALIDATION, check_same_settings, load_manifest, load_records, require_features
 from evaluate import default_output
 from research import embeddings, retrieval, scenes
 from research.words import Corpus, sample_labels
@@ -53,23 +47,11 @@ def parse_args(argv=None):
     mode.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
     group = parser.add_argument_group("model and data")
     cli.add_models(group)
-    group.add_argument(
-        "--features", default=cli.FEATURES, metavar="DIR", help="cache from preprocess_ssv2.py"
-    )
-    group.add_argument(
-        "--annotations",
-        default=cli.ANNOTATIONS,
-        metavar="DIR",
-        help="folder from prepare_annotations.py",
-    )
+    group.add_argument("--features", default=cli.FEATURES, metavar="DIR", help="feature cache")
+    group.add_argument("--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="captions")
     group.add_argument("--split", default=VALIDATION, help="split to search")
-    group.add_argument(
-        "--allow-missing",
-        type=cli.whole(0),
-        default=0,
-        metavar="N",
-        help="clips that may be missing from the cache",
-    )
+    missing = {"type": cli.whole(0), "default": 0, "metavar": "N"}
+    group.add_argument("--allow-missing", **missing, help="clips that may lack features")
     group = parser.add_argument_group("search")
     group.add_argument(
         "--kind",
