@@ -144,8 +144,8 @@ def write(path, captioner, checkpoint, clips):
     """Embed `CachedClips` and write an .npz file: "ids", "about" (JSON) and a float16 (n, E or D)
     array per kind.
 
-    Memory does not grow with the number of clips: rows are collected in unnamed temporary files,
-    which disappear with the process, and numpy copies those into the archive piece by piece.
+    Rows are collected in unnamed temporary files, which disappear with the process, and copied from
+    there through a memory map, whose pages the kernel can reclaim: no array of all clips is in memory.
     """
     about = {
         "weights": weights_digest(checkpoint["qformer"]),

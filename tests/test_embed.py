@@ -161,13 +161,13 @@ def test_queries_are_answered_in_order_and_errors_reported(flags, written, world
     bad.write_bytes(b"nonsense")
     ask = [*flags, "--output", str(written), "--batch-size", "2", "--json", "--query"]
     assert embed.main([*ask, first, str(bad), second]) == 3
-    said = capsys.readouterr()
-    answers = [json.loads(line) for line in said.out.splitlines()]
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
     assert [(a["path"], a["found"][0]["id"]) for a in answers] == [
         (first, ids[3]),
         (second, ids[9]),
     ]
-    assert all(f["label"] for a in answers for f in a["found"]) and str(bad) in said.err
+    assert all(f["label"] for a in answers for f in a["found"]) and str(bad) in printed.err
     assert embed.main([*ask, str(bad)]) == 1
     embed.main([*ask, first, "--window", "1", "--stride", "1"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
