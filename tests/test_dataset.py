@@ -97,7 +97,7 @@ def test_another_clips_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="are missing"):
         dataset.load_features(tmp_path / "9.pt", "9", SETTINGS)
     with pytest.raises(UserError, match=r"not \(36, 5\)"):
-        dataset.load_features(path, "7", SETTINGS | {"grid": [3, 3, 4]})
+        dataset.load_features(path, "7", replace(SETTINGS, grid=(3, 3, 4)))
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="not a feature file"):
         dataset.load_features(path, "7", SETTINGS)
