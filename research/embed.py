@@ -46,7 +46,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from video import find_clips
-from viz import films
+from viz.text import require, save
 
 CORPUS = 2000  # captions
 LONGEST_TEXT = 200  # tokens of a caption
@@ -289,7 +289,7 @@ def score_table(rows):
 
 def match(args):
     """The scenes of the first film that are in the second, with a picture of all similarities."""
-    films.require()
+    require()
     paths = find_clips(args.match)
     if len(paths) != 2:
         raise UserError(f"--match takes two films, not the {len(paths)} that these folders hold")
@@ -307,7 +307,7 @@ def match(args):
     similarity = scenes.compare(a[args.kind], b[args.kind])
     found = scenes.scenes(similarity, spans_a, spans_b)
     names = [cli.printable(path.name, keep="") for path in paths]
-    films.save(output, scenes.draw(similarity, spans_a, spans_b, found, names))
+    save(output, scenes.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
         print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
     else:
@@ -344,7 +344,7 @@ def film(path, captioner, encoder, args):
 
 def words(args):
     """Of each query of one clip the nearest tokens, by input embedding and in context."""
-    films.require()
+    require()
     [path, *more] = find_clips([args.words])
     if more:
         raise UserError(f"--words reads one clip, not the {len(more) + 1} in {args.words}")
@@ -367,7 +367,7 @@ def words(args):
     with torch.inference_mode():
         soft = captioner.soft_prompts(**features)
     table = reading.Corpus(captioner, texts).table(soft, args.count)
-    films.save(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
+    save(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
     if args.json:
         print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
         return
