@@ -12,6 +12,7 @@ import infer
 import train
 import windows
 from captioner import VideoCaptioner, check_lm
+from checkpoint import load_models, read_checkpoint
 from dataset import load_features, load_manifest
 from encoder import VideoEncoder
 from research import embeddings, words
@@ -61,8 +62,9 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert captions == [p["caption"] for p in greedy]
     assert printed.err.startswith("device       cpu:0 (pretended GPU 0), bfloat16")
     args = app.parse_args(common)
-    checkpoint, encoder, captioner = windows.load_models(args)
-    look = app.Look(encoder, captioner, checkpoint["templates"], args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
+    look = app.Look(*models, checkpoint["templates"], windows.Windowing.of(args), 10.0)
     assert look(paths[0])[1] == greedy[0]["caption"]
 
 

@@ -163,3 +163,7 @@ def as_encoded(frames, settings):
     x = transform(torch.as_tensor(frames), settings["size"], settings["resize"])  # (F, 3, S, S)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main)
