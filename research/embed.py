@@ -45,8 +45,9 @@ from research import words as reading
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from runtime.files import write_atomic
 from video import find_clips
-from viz.text import require, save
+from viz.text import require
 
 CORPUS = 2000  # captions
 LONGEST_TEXT = 200  # tokens of a caption
@@ -307,7 +308,8 @@ def match(args):
     similarity = scenes.compare(a[args.kind], b[args.kind])
     found = scenes.scenes(similarity, spans_a, spans_b)
     names = [cli.printable(path.name, keep="") for path in paths]
-    save(output, scenes.draw(similarity, spans_a, spans_b, found, names))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, scenes.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
         print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
     else:
@@ -367,7 +369,8 @@ def words(args):
     with torch.inference_mode():
         soft = captioner.soft_prompts(**features)
     table = reading.Corpus(captioner, texts).table(soft, args.count)
-    save(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, reading.draw(table, f"{cli.printable(path.name)}: {caption}"))
     if args.json:
         print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
         return

@@ -197,7 +197,7 @@ def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
 def test_a_missing_dashboard_is_told_before_anything_is_read(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("runtime.dashboard.find_spec", lambda _: None)
     with pytest.raises(
         UserError, match=f"--report-to {name} needs its library: pip install {name}"
     ):

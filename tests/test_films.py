@@ -201,8 +201,11 @@ def test_films_of_the_captions_of_infer(world, trained, prepared, tmp_path, caps
     assert printed.out.split() == [str(output / n) for n in expected]
     assert sorted(p.name for p in output.iterdir()) == sorted([*expected, "captions.json"])
     assert printed.err.count(str(broken)) == 2  # the clip, and its name inside the error
-    first, second = (Image.open(output / n).height for n in expected if n.endswith("gif"))
-    assert first > second, "the reference is drawn below the caption"
+    heights = []
+    for path in (output / n for n in expected if n.endswith("gif")):
+        with Image.open(path) as image:
+            heights.append(image.height)
+    assert heights[0] > heights[1], "the reference is drawn below the caption"
 
 
 def test_a_clip_that_is_gone_gets_one_line(world, prepared, tmp_path, capsys):
@@ -253,8 +256,9 @@ def test_strips_of_predictions(world, prepared, tmp_path, capsys):
     flags += film_flags(world, prepared)[:-2]  # strips need no workers
     strips.main([*flags, "--output", str(tmp_path / "new" / "strips.png")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "strips.png")
-    picture = Image.open(tmp_path / "new" / "strips.png")
-    assert picture.width > strips.FRAMES * strips.HEIGHT and picture.height > 3 * strips.HEIGHT
+    with Image.open(tmp_path / "new" / "strips.png") as picture:
+        assert picture.width > strips.FRAMES * strips.HEIGHT
+        assert picture.height > 3 * strips.HEIGHT
 
 
 @pytest.mark.parametrize("output", ["strip.xyz", "."])

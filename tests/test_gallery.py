@@ -188,7 +188,7 @@ def test_the_scores_are_shown_on_top(browser, page, scored):
 
 def test_other_predictions_do_not_replace_the_page(scored, world, prepared, tmp_path):
     """The gallery of the still control replaced that of the run, under the same heading."""
-    run = shutil.copytree(scored, tmp_path / "run")
+    run = shutil.copytree(scored, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
     other = shutil.copy(run / "predictions_validation.json", run / "predictions_blip.json")
     with pytest.raises(UserError, match=r"_rescored\.json has the scores of .* Run evaluate\.py"):
         gallery.main(flags(run, world, prepared, "--predictions", other))
@@ -202,6 +202,20 @@ def test_other_predictions_do_not_replace_the_page(scored, world, prepared, tmp_
     assert pages == ["gallery_validation_rescored.html", "gallery_validation_still.html"]
 
 
+def test_filters_without_choices_are_hidden(browser, scored, prepared, tmp_path):
+    """Style sentence has no template accuracy; the filter was shown all the same."""
+    records = [{"id": str(n), "template": None} for n in range(2)]
+    result = json.loads((scored / "evaluation_validation.json").read_text())
+    texts = {"0": "a", "1": "b"}
+    references = {i: [text] for i, text in texts.items()}
+    clips = gallery.describe(records, texts, references, {"0": {}, "1": {}}, {})
+    (tmp_path / "g.html").write_text(gallery.render(result, clips))
+    browser.get((tmp_path / "g.html").as_uri())
+    assert len(cards(browser)) == 2 and "no video" in cards(browser)[0].text
+    for name in ("template", "verdict"):
+        assert not browser.find_element("id", name).is_displayed()
+
+
 def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path):
     """The page alone can be sent to somebody: it holds the GIFs, of as many clips as asked for."""
     gallery.main(flags(scored, world, prepared, "--embed", "3"))
@@ -210,7 +224,7 @@ def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path)
     assert len(cards(browser)) == 3
     drawn = "return [...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
     until(lambda: browser.execute_script(drawn) == 3)
-    assert "this page shows 3 of them" in browser.find_element("tag name", "body").text
+    assert "this page shows 3 of the 64 clips" in browser.find_element("tag name", "body").text
 
 
 def test_a_large_split_is_not_made_at_once(browser, tmp_path):

@@ -24,6 +24,7 @@ from encoder import MEAN, STD, transform
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL
+from runtime.files import write_atomic
 from video import find_clips
 from viz import text
 
@@ -55,6 +56,7 @@ def main(argv=None):
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     names = windows.output_names(paths)
+    output.mkdir(parents=True, exist_ok=True)
 
     def explained():
         """(`Window`, its caption or None if it failed) of every window, after saving its picture."""
@@ -63,7 +65,7 @@ def main(argv=None):
                 if picture:
                     span = "" if w.alone else f"_{w.start:.2f}-{w.end:.2f}"
                     path = output / f"{names[w.file]}_attention{span}.png"
-                    text.save(path, picture)
+                    write_atomic(path, picture)
                     print(path, flush=True)
                 w.frames = w.stored = None  # a long film has many windows
                 yield w, caption
@@ -150,7 +152,8 @@ def draw(frames, share, settings, title=""):
     below.bar(range(moments), share.sum((1, 2)), color="#0072b2")
     below.axhline(1 / moments, color="#9a9a9a", linestyle=":", label="uniform")
     below.set(xlabel="moment of the clip (tubelets)", ylabel="share")
-    below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5))
+    highest = 1.4 * share.sum((1, 2)).max()  # room for the legend
+    below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5), ylim=(0, highest))
     below.legend(loc="upper right", fontsize=8)
     figure.suptitle(title.replace("$", r"\$"), wrap=True)  # plain text, not a formula
     data = io.BytesIO()

@@ -1,8 +1,8 @@
 """Turn the captions of infer.py into films: each clip with its captions below the picture.
 
     python infer.py clip.webm folder/ --output results/captioned
-    python -m viz.films results/captioned/captions.json           (a GIF per clip, below 1 MB)
-    python -m viz.films results/captioned/captions.json --video   (an MP4 per clip, full length)
+    python -m viz.films results/captioned/captions.json           (a GIF per clip)
+    python -m viz.films results/captioned/captions.json --video   (an MP4 per clip, with all frames)
 
 Writes <name>_captioned.gif or .mp4 and prints the path of each. A clip of --videos that has a label in
 --annotations gets it below its caption, as the reference. Exit code 3 if some clips failed, 1 if all
@@ -18,7 +18,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
-from runtime.files import read_json
+from runtime.files import read_json, write_atomic
 from video import file_names
 from viz import subtitles, text
 from windows import output_names
@@ -61,6 +61,8 @@ def main(argv=None):
     for _, path, result, _ in films:
         result |= {"reference": labels[path]} if path in labels else {}
 
+    output.mkdir(parents=True, exist_ok=True)
+
     # draw; a clip that fails gets one line, however many films were asked for
     errors = {path: r["error"] for path, r in zip(paths, results, strict=True) if "error" in r}
     for path, error in errors.items():
@@ -68,7 +70,7 @@ def main(argv=None):
     jobs = (((film, path), path, result, ending) for film, path, result, ending in films)
     for (film, path), data in WorkerPool(args.workers, args.timeout).map(subtitles.film, jobs):
         if not isinstance(data, VideoError):
-            text.save(film, data)
+            write_atomic(film, data)
             print(cli.printable(film, keep=""), flush=True)
         elif path not in errors:
             errors[path] = str(data)

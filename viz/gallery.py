@@ -198,7 +198,9 @@ def render(result, clips):
     """The page as HTML. result: of `metrics.score`, with checkpoint and settings; clips: of `describe`."""
     rows, notes = metrics.table(result)
     if len(clips) < result["n"]:
-        notes.append(f"this page shows {len(clips)} of them, sampled with a fixed seed")
+        notes.append(
+            f"this page shows {len(clips)} of the {result['n']} clips, sampled with a fixed seed"
+        )
     settings, source = result["settings"], result["checkpoint"]
     title = f"{settings['split']}, style {settings['style']}"
     if settings.get("control", "none") != "none":

@@ -18,11 +18,12 @@ from evaluate import read_predictions
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
+from runtime.files import write_atomic
 from viz import text
 from viz.text import BLACK, GREEN, MARGIN, RED
 
 FRAMES, HEIGHT, GAP = 8, 72, 2  # frames per strip; pixels
-LETTERS = 14  # pixels
+LETTERS, NARROWEST = 14, 480  # pixels
 
 
 def parse_args(argv=None):
@@ -73,21 +74,20 @@ def main(argv=None):
         raise UserError("none of the clips could be drawn", code=1)
     data = io.BytesIO()
     text.stacked(strips).save(data, "PNG", optimize=True)
-    text.save(output, data.getvalue())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, data.getvalue())
     print(output)
 
 
 def strip(path, reference, caption):
-    """One clip as a PIL image: frames in time from left to right, above two lines of text."""
+    """One clip as a PIL image: frames in time from left to right, above the texts."""
     from PIL import Image
 
     frames = [Image.fromarray(f) for f in video.decode(path, FRAMES).frames]
     frames = [f.resize((round(f.width * HEIGHT / f.height), HEIGHT)) for f in frames]
     colour = GREEN if reference == caption else RED
-    lines = [(f"reference  {reference}", BLACK), (f"caption     {caption}", colour)]
-    letters = text.font(LETTERS)
-    longest = max(letters.getlength(line) for line, _ in lines)
-    width = int(max(sum(f.width + GAP for f in frames), longest)) + 2 * MARGIN
+    lines = [(f"reference: {reference}", BLACK), (f"caption: {caption}", colour)]
+    width = max(NARROWEST, sum(f.width + GAP for f in frames)) + 2 * MARGIN
     row, left = Image.new("RGB", (width, MARGIN + HEIGHT), "white"), MARGIN
     for f in frames:
         row.paste(f, (left, MARGIN))

@@ -1,13 +1,12 @@
-"""Text in pictures, and what all pictures share: the check for Pillow and matplotlib, and saving.
+"""Text in pictures, and the check for Pillow and matplotlib.
 
-Decode workers import this file, so it must not import torch.
+Decode workers import this file, so it must not import torch (as runtime.files does).
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import write_atomic
 
 MARGIN = 8  # pixels around text
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
@@ -18,12 +17,6 @@ def require(*packages, extra="viz"):
     for name in packages or ("PIL", "matplotlib"):
         if find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install -e '.[{extra}]'", code=1)
-
-
-def save(path, data):
-    """Write the bytes of a picture or film, in a folder that is made if it does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
 
 
 def font(size):
