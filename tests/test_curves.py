@@ -125,22 +125,24 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
 
 
 def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_meteor):
-    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were told twice."""
+    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were logged twice."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = tmp_path / "run"
     steps, scores = interrupted_and_resumed(world, prepared, output, "tensorboard")
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    told = events.Scalars("train/loss")
-    assert [e.step for e in told] == [s["step"] for s in steps] == list(range(1, 11))
-    assert [e.value for e in told] == pytest.approx([s["loss"] for s in steps])
-    told = events.Scalars("validation/CIDEr")
-    assert [e.step for e in told] == [5, 10] and [e.value for e in told] == pytest.approx(scores)
+    logged = events.Scalars("train/loss")
+    assert [e.step for e in logged] == [s["step"] for s in steps] == list(range(1, 11))
+    assert [e.value for e in logged] == pytest.approx([s["loss"] for s in steps])
+    logged = events.Scalars("validation/CIDEr")
+    assert [e.step for e in logged] == [5, 10] and [e.value for e in logged] == pytest.approx(
+        scores
+    )
 
 
 def stand_in(name, init, error=RuntimeError):
-    """A module in the place of a library that wants a server."""
+    """A stand-in for a library that needs a server."""
     library = types.ModuleType(name)
     library.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=name)
     library.init, library.errors = init, types.SimpleNamespace(Error=error)
@@ -149,14 +151,14 @@ def stand_in(name, init, error=RuntimeError):
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
-    begun, told, ended = [], [], []
+    begun, logged, ended = [], [], []
     monkeypatch.setattr(
         "viz.curves.draw", lambda *_: b""
     )  # matplotlib takes longer than the training
 
     class Run:
         def log(self, values, step):
-            told.append((step, values))
+            logged.append((step, values))
 
         def finish(self):
             ended.append(self)
@@ -172,15 +174,17 @@ def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor,
     ids = [kwargs["id" if name == "wandb" else "name"] for kwargs in begun]
     assert len(ids) == 2 and ids[0] == ids[1] and ids[0].startswith("run-")
     assert len(ended) == 2  # also of the run that was killed
-    losses = {step: values["train/loss"] for step, values in told if "train/loss" in values}
+    losses = {step: values["train/loss"] for step, values in logged if "train/loss" in values}
     assert losses == {s["step"]: s["loss"] for s in steps}
-    assert [v["validation/CIDEr"] for _, v in told if "validation/CIDEr" in v] == scores
+    assert [v["validation/CIDEr"] for _, v in logged if "validation/CIDEr" in v] == scores
     short = ("--report-to", name, "--limit", 8, "--epochs", 1)
     train.main(train_flags(world, prepared, tmp_path / "run", "--overwrite", *short))
     assert begun[2]["id" if name == "wandb" else "name"] != ids[0]  # another run, another curve
 
 
-def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp_path, monkeypatch):
+def test_a_dashboard_that_cannot_be_opened_creates_no_folder(
+    world, prepared, tmp_path, monkeypatch
+):
     """Without a login the run folder was taken all the same, and the next try was refused."""
 
     class Error(Exception):
@@ -196,7 +200,7 @@ def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
-def test_a_missing_dashboard_is_told_before_anything_is_read(name, monkeypatch, tmp_path):
+def test_a_missing_dashboard_is_reported_before_anything_is_read(name, monkeypatch, tmp_path):
     monkeypatch.setattr("runtime.dashboard.find_spec", lambda _: None)
     with pytest.raises(
         UserError, match=f"--report-to {name} needs its library: pip install {name}"

@@ -242,9 +242,9 @@ def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
         *('[{"path": "a", "windows": []}]', '[{"path": "a", "windows": [{"caption": "x"}]}]'),
     ],
 )
-def test_other_files_than_captions_are_refused(content, tmp_path):
+def test_a_file_without_captions_is_refused(content, tmp_path):
     (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(UserError, match=r"holds no captions of infer\.py --output"):
+    with pytest.raises(UserError, match=r"holds no captions from infer\.py"):
         films.main([str(tmp_path / "captions.json")])
 
 

@@ -77,7 +77,11 @@ def test_help_names_the_command_that_was_typed(name):
             2,
             "python -m viz.app: --checkpoint /nowhere.pt does not exist",
         ),
-        ("viz.curves /nowhere", 2, "python -m viz.curves: /nowhere is no run folder of train.py"),
+        (
+            "viz.curves /nowhere",
+            2,
+            "python -m viz.curves: /nowhere is not a run folder of train.py",
+        ),
         ("infer --gif /nowhere.mp4", 2, "infer.py: clip not found: /nowhere.mp4"),
         ("train --export shared", 2, "train.py: --output results/ssv2/best.pt does not exist"),
         (

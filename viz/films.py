@@ -26,18 +26,18 @@ from windows import output_names
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("captions", metavar="CAPTIONS.json", help="of infer.py --output")
+    parser.add_argument("captions", metavar="CAPTIONS.json", help="from infer.py --output")
     parser.add_argument("--gif", action="store_true", help="write GIFs; the default")
     parser.add_argument("--video", action="store_true", help="write MP4s, in H.264")
     parser.add_argument("--output", metavar="DIR", help="default: the folder of CAPTIONS.json")
     group = parser.add_argument_group("references")
-    group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="clips of a data set")
+    group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="of prepare_annotations.py"
+        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
     )
     group = parser.add_argument_group("common")
     group.add_argument(
-        "--timeout", type=cli.whole(1), default=600, metavar="N", help="seconds to draw a film"
+        "--timeout", type=cli.whole(1), default=600, metavar="N", help="seconds per film"
     )
     cli.add_workers(group, 2)
     return parser.parse_args(argv)
@@ -100,7 +100,7 @@ def read_captions(path):
 
     results = read_json(path, "captions")
     if not (isinstance(results, list) and results and all(map(is_result, results))):
-        raise UserError(f"{path} holds no captions of infer.py --output")
+        raise UserError(f"{path} holds no captions from infer.py")
     return results
 
 

@@ -50,10 +50,13 @@ def parse_args(argv=None):
     group.add_argument("--split", default=VALIDATION, help="which split")
     group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
     group.add_argument(
-        "--predictions", nargs="+", metavar="FILE", help="show these, scored by evaluate.py"
+        "--predictions",
+        nargs="+",
+        metavar="FILE",
+        help="show these instead; evaluate.py must have scored them",
     )
     group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="of prepare_annotations.py"
+        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
     )
     group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     group = parser.add_argument_group("page")

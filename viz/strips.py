@@ -29,10 +29,10 @@ LETTERS, NARROWEST = 14, 480  # pixels
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--predictions", nargs="+", required=True, metavar="FILE", help="of evaluate.py"
+        "--predictions", nargs="+", required=True, metavar="FILE", help="from evaluate.py"
     )
     parser.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="of prepare_annotations.py"
+        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
     )
     parser.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     parser.add_argument("--split", default=VALIDATION, help="split of the predictions")

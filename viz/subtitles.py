@@ -41,7 +41,7 @@ class Subtitles:
         self.letters = max(14, round(size[0] / 25))
         height = max(panel(text, size[0], self.letters).height for text in self.texts)
         self.height = height + (size[1] + height) % 2  # H.264 needs even sizes
-        self.whole = size[0], size[1] + self.height
+        self.canvas = size[0], size[1] + self.height
         self.drawn = None, None  # the number of the last text, and its panel
 
     def __call__(self, time, image):
@@ -53,10 +53,10 @@ class Subtitles:
         if self.drawn[1] is None or self.drawn[0] != n:
             texts = [] if n is None else self.texts[n]
             self.drawn = n, panel(texts, self.size[0], self.letters, self.height)
-        whole = Image.new("RGB", self.whole)
-        whole.paste(image, (0, 0))
-        whole.paste(self.drawn[1], (0, self.size[1]))
-        return whole
+        canvas = Image.new("RGB", self.canvas)
+        canvas.paste(image, (0, 0))
+        canvas.paste(self.drawn[1], (0, self.size[1]))
+        return canvas
 
 
 def film(path, result, ending):
@@ -149,7 +149,7 @@ def mp4(path, result):
         with av.open(str(target), "w", options=options) as container:
             track = container.add_stream("libx264", options=H264)
             track.pix_fmt, track.codec_context.time_base = "yuv420p", MILLISECOND
-            track.width, track.height = subtitles.whole
+            track.width, track.height = subtitles.canvas
             written = -1
             for time, picture in chain([first], frames):
                 milliseconds = round(1000 * time)

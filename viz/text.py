@@ -67,8 +67,8 @@ def stacked(pictures):
     from PIL import Image
 
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
-    whole, top = Image.new("RGB", size, "white"), 0
+    canvas, top = Image.new("RGB", size, "white"), 0
     for picture in pictures:
-        whole.paste(picture, (0, top))
+        canvas.paste(picture, (0, top))
         top += picture.height
-    return whole
+    return canvas
