@@ -30,8 +30,9 @@ from research.words import draw as draw_words
 from runtime import cli, devices
 from runtime.cli import note, printable
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from runtime.files import write_atomic
 from video import find_clips
-from viz import films
+from viz.text import require
 
 MAX_TEXT = 200  # tokens of --text
 
@@ -221,7 +222,7 @@ def score(args):
 
 def match(args):
     """Print the scenes of the first film that are in the second, and draw all similarities."""
-    films.require()
+    require()
     paths = find_clips(args.match)
     if len(paths) != 2:
         raise UserError(f"--match takes two films; these folders have {len(paths)}")
@@ -239,7 +240,8 @@ def match(args):
     similarity = scenes.compare(a[args.kind], b[args.kind])
     found = scenes.find(similarity, spans_a, spans_b)
     names = [printable(path.name, keep="") for path in paths]
-    films.save(output, scenes.draw(similarity, spans_a, spans_b, found, names))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, scenes.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
         print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
     else:
@@ -256,7 +258,7 @@ def clock(seconds):
 
 def words(args):
     """Print and draw the tokens nearest to each query of one clip, by input embedding and in context."""
-    films.require()
+    require()
     [path, *more] = find_clips([args.words])
     if more:
         raise UserError(f"--words takes one clip; {args.words} has {len(more) + 1}")
@@ -277,7 +279,8 @@ def words(args):
     with torch.inference_mode():
         soft = captioner.soft_prompts(**features)
     table = Corpus(captioner, labels).table(soft, args.count)
-    films.save(output, draw_words(table, f"{printable(path.name)}: {caption}"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, draw_words(table, f"{printable(path.name)}: {caption}"))
     if args.json:
         print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
         return

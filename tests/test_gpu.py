@@ -10,6 +10,7 @@ from conftest import preprocess, train_flags
 import evaluate
 import infer
 import train
+import windows
 from captioner import VideoCaptioner, check_lm
 from checkpoint import load_models, read_checkpoint
 from dataset import load_features, load_manifest
@@ -62,8 +63,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert printed.err.startswith("device       cpu:0 (pretended GPU 0), bfloat16")
     args = app.parse_args(common)
     checkpoint = read_checkpoint(args.checkpoint)
-    encoder, captioner = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
-    look = app.Look(encoder, captioner, checkpoint["templates"], args)
+    models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
+    look = app.Look(*models, checkpoint["templates"], windows.Windowing.of(args), 10.0)
     assert look(paths[0])[1] == greedy[0]["caption"]
 
 

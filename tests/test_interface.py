@@ -79,7 +79,11 @@ def test_help_names_the_command_that_was_typed(name):
             2,
             "python -m viz.app: --checkpoint /nowhere.pt does not exist",
         ),
-        ("viz.curves /nowhere", 2, "python -m viz.curves: /nowhere is no run folder of train.py"),
+        (
+            "viz.curves /nowhere",
+            2,
+            "python -m viz.curves: /nowhere is not a run folder of train.py",
+        ),
         (
             "tools.export results/ssv2 shared",
             2,

@@ -97,6 +97,7 @@ def main(argv=None):
     step("evaluation", f"{score} {cached} --split validation_objects")
     step("evaluation", f"{score} {cached} --style sentence")
     step("evaluation", f"{score} {still} --control still")
+    step("gallery", f"-m viz.gallery {output} {annotations} --videos {data}/videos")
     said = read_json(run / "predictions_validation.json", "predictions")[:3]
     clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
     step("captions", f"infer.py {clips} --checkpoint {output} {device}")

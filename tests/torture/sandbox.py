@@ -6,7 +6,6 @@ For torture/checks.py and the tests: real processes, real signals, tiny models, 
 from runtime.start import ROOT
 
 import atexit
-import csv
 import importlib
 import json
 import math
@@ -274,9 +273,6 @@ def contents(folder, only="*"):
         data = path.read_bytes()
         if path.name in ("args.json", "damaged.pt", ".lock"):
             continue
-        if path.name == "metrics.csv":
-            rows = csv.DictReader(data.decode().splitlines())
-            data = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             data = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
