@@ -1,7 +1,6 @@
 """The groups of bench/speed.py without a language model: files, loader, decoding and encoding."""
 
 import time
-import warnings
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice, pairwise
@@ -80,24 +79,24 @@ def read_clips(paths, settings):
 
 def loader_rows(setup, paths):
     """Clips per second from the loader that train.py uses, once its workers are running."""
-    s, clips = setup.shapes, 48 * setup.shapes.B
-    records = [{"id": p.stem} for p in islice(cycle(paths), clips)]
+    s, quarter = setup.shapes, 20  # batches
+    first = 8  # of the timed batches: each of four workers has then prefetched two
+    records = [{"id": p.stem} for p in islice(cycle(paths), (first + 1 + 4 * quarter) * s.B)]
     folder = paths[0].parent
     data = FeatureDataset(
         *(folder.parent, folder.name, records, cache_settings(s, "int8"), Words()),
         lambda record: [("label", "x")] * 2,
     )
-    first = 8  # of the timed batches: each of four workers has then prefetched two
     times = {}
     for workers in (0, 2, 4):
-        times[f"loader_{workers}"] = []
-        for _ in range(3):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # four workers on two cores are intended here
-                loaded = batches(loader(data, s.B, workers, setup.device))
-                arrived = [time.perf_counter() for _ in loaded]
-            times[f"loader_{workers}"].append(arrived[-1] - arrived[first])
-    yield from rates(times, "clips/s", clips - (first + 1) * s.B)
+        loaded = batches(loader(data, s.B, workers, setup.device))
+        arrived = [time.perf_counter() for _ in loaded]
+        times[f"loader_{workers}"] = intervals(arrived[first::quarter])
+    yield from rates(times, "clips/s", quarter * s.B)
+
+
+def intervals(times):
+    return [after - before for before, after in pairwise(times)]
 
 
 def bench_preprocess(setup):
@@ -130,9 +129,8 @@ def decode_rows(setup, paths):
         jobs = ((i, path, frames) for i, path in enumerate(paths * 4))
         results = WorkerPool(workers, timeout=60).map(video.decode, jobs)
         arrived = [time.perf_counter() for _ in results]
-        # time from quarter to quarter: starting the processes comes before the first clip
-        quarters = pairwise(arrived[:: len(arrived) // 4])
-        times[f"decode_workers_{workers}"] = [after - before for before, after in quarters]
+        # per quarter of the clips; the processes start before the first one arrives
+        times[f"decode_workers_{workers}"] = intervals(arrived[:: len(paths)])
     yield from rates(times, "clips/s", len(paths))
 
 

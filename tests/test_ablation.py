@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import preprocess
 
 import dataset
 import evaluate
@@ -150,15 +149,15 @@ def test_a_change_ends_with_its_run(change):
 
 
 @pytest.fixture
-def study(prepared, world, tmp_path):
-    """A small ablation whose world is prepared, without the base's features."""
+def study(prepared, world, tmp_path, monkeypatch):
+    """A small ablation whose world is prepared, except for the base's features."""
     data = tmp_path / "data"
     data.mkdir()
     for name in ("lm", "toy.json"):
         (data / name).symlink_to(world / name)
     (data / "annotations").symlink_to(prepared / "annotations")
-    flags = ["--limit", "64", "--store", "fp16", "--splits", "train", "validation"]
-    assert preprocess(world, data, *flags, ablation.OBJECTS, features=data / "features_fp16") == 0
+    (data / "features_fp16").symlink_to(prepared / "features")
+    monkeypatch.setattr(ablation, "OBJECTS", "validation")  # the only other split with features
     return ablation.Study(data, tmp_path / "runs", clips=64, seeds=1)
 
 

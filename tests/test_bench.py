@@ -90,8 +90,9 @@ def bench_gpu(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("emulate_gpu", [False, True])
-def test_every_training_row_is_checked(setup, emulate_gpu, request):
-    """On a GPU one more variant runs, and all run under bfloat16."""
+def test_every_training_row_is_checked(setup, monkeypatch, emulate_gpu, request):
+    """On a GPU one more variant runs, and all run under bfloat16. Nothing is timed here."""
+    monkeypatch.setattr(timing, "compare", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 3))
     if emulate_gpu:
         request.getfixturevalue("bench_gpu")
     rows = {row["name"]: row for row in speed.bench_train(setup)}
