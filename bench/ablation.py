@@ -121,9 +121,11 @@ def parse_args(argv=None):
     )
     parser.add_argument("--seeds", metavar="N", type=cli.whole(1), default=3, help="runs per row")
     parser.add_argument("--jobs", metavar="N", type=cli.whole(1), default=2, help="parallel runs")
-    parser.add_argument("--row", choices=ROWS, help="do a single run of this row; writes no table")
     parser.add_argument(
-        "--seed", metavar="N", type=cli.whole(0), default=0, help="seed of the single run"
+        "--row", metavar="NAME", choices=ROWS, help=f"one run, no table: {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=cli.whole(0), default=0, help="of the run of --row"
     )
     return parser.parse_args(argv)
 
