@@ -201,11 +201,11 @@ def main(argv=None):
         print_plan(state.model, data, recipe)
         if args.dry_run:
             return time_steps(state.model, data, recipe)
+        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
+        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
         trainable = sum(p.numel() for p in state.model.qformer.parameters())
         facts = {"clips": len(data.train), "trainable_parameters": trainable}
         run_folder.write_args(folder, vars(args), args.overwrite, device, **facts)
-        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
-        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
         with run_folder.Run(folder, state.progress.step, total, board) as run:
             if not resumed:
                 run.save(state.last())  # from here on, a folder without last.pt has lost it
