@@ -1,12 +1,12 @@
-"""Cache V-JEPA 2 features of every clip, once: <features>/<split>/<id>.pt and manifest.json.
+"""Compute and cache V-JEPA 2 features of every clip: <features>/<split>/<id>.pt and manifest.json.
 
-    python preprocess_ssv2.py                 (about 4.2 MB a clip; --dry-run tells disk and time)
+    python preprocess_ssv2.py                 (about 4.2 MB per clip; --dry-run estimates disk and time)
     python preprocess_ssv2.py --verify        (checksums, NaN, coverage)
     torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
 It can be stopped at any time and started again, with the same --shard or another: complete files are
-kept. Clips that fail are lines in <features>/failures.jsonl (failures_part<i>of<n>.jsonl of a shard),
-and the exit code is then 3 (under torchrun 0).
+kept. Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
+shard), and the exit code is then 3 (0 under torchrun).
 """
 
 import runtime.start
@@ -56,9 +56,9 @@ MANIFEST = "manifest.json"
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--videos", default=cli.VIDEOS, help="clips' folder")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
-    group.add_argument("--features", default=cli.FEATURES, help="where the cache goes")
+    group.add_argument("--features", default=cli.FEATURES, help="folder of the cache")
     group.add_argument("--splits", nargs="+", default=[TRAIN, VALIDATION], help="splits to encode")
     group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
     group = parser.add_argument_group("encoder")
@@ -97,7 +97,7 @@ def main(argv=None):
     args = parse_args(argv)
     wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
     if args.dry_run and ranks.rank():
-        return DONE  # rank 0 tells what all need
+        return DONE  # rank 0 prints the estimate for all
     part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
     with nullcontext() if args.dry_run else distributed.joined():
         if args.verify:
@@ -127,10 +127,8 @@ def complete(features, paths):
 def fill(args, part, paths, missing, device, dtype):
     """Encode what the cache lacks of a part: of --shard, or of this process's share of it."""
     features = cli.output_folder(args.features, "--features")
-    told = (
-        f"another preprocess_ssv2.py is filling {features}: wait for it, or give each its --shard"
-    )
-    with nullcontext() if args.dry_run else lock(features, told, *part):
+    busy = f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
+    with nullcontext() if args.dry_run else lock(features, busy, *part):
         done = complete(features, paths)
         todo = {key: path for key, path in paths.items() if key not in done}
         counts = [len(paths), len(missing), len(done)]
@@ -138,15 +136,17 @@ def fill(args, part, paths, missing, device, dtype):
         note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
         encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
         if args.dry_run:
-            return dry_run(args, encoder, todo)
+            pool = WorkerPool(args.workers, args.timeout)
+            return dry_run(encoder, todo, features, args.batch_size, pool)
         clear(features, args.splits, part)
         with failure_log(features, args.shard, part, {*paths, *missing}) as log:
-            failed = encode_all(args, encoder, todo, features, log) if todo else {}
+            pool = WorkerPool(args.workers, args.timeout)
+            failed = encode_all(encoder, todo, features, args.batch_size, pool, log) if todo else {}
     return report(len(paths) - len(failed), failed, missing)
 
 
 def clear(features, splits, part):
-    """Make the splits' folders, and delete what kills left in them of this part's files."""
+    """Make the splits' folders, and delete unfinished files of this part that killed runs left."""
     for split in splits:
         (features / split).mkdir(exist_ok=True)
         remove_unfinished(features / split, lambda name: in_shard(name.removesuffix(".pt"), *part))
@@ -191,11 +191,11 @@ def matching_encoder(args, features, device, dtype, needed):
     return encoder
 
 
-def encode_all(args, encoder, todo, features, log):
-    """Encode `todo`, with a bar and a line in the log for each clip that fails; returns these."""
+def encode_all(encoder, todo, features, batch_size, pool, log):
+    """`encode` with a progress bar; logs each clip that fails, and returns them."""
     failed = {}
     with progress(len(todo), "clip") as bar:
-        for key, error in encode(encoder, todo, features, args):
+        for key, error in encode(encoder, todo, features, batch_size, pool):
             bar.update()
             if error:
                 failed[key] = error
@@ -203,8 +203,11 @@ def encode_all(args, encoder, todo, features, log):
     return failed
 
 
-def encode(encoder, todo, features, args):
-    """Decode, encode and save; yields (key, None or (reason, detail)) for every clip of `todo`."""
+def encode(encoder, todo, features, batch_size, pool):
+    """Decode, encode and save the clips {key: path} of `todo`; yields (key, None or (reason, detail)).
+
+    features: the cache's folder; pool: a `WorkerPool` that decodes.
+    """
 
     def save(key, stored, decoder):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
@@ -227,10 +230,10 @@ def encode(encoder, todo, features, args):
             yield key, None
 
     batch, running, writes = [], [], []
-    jobs = ((key, path, args.num_frames) for key, path in todo.items())
-    ahead = 2 * (args.batch_size + args.workers)  # the next batch decodes while one is encoded
-    clips = WorkerPool(args.workers, args.timeout).map(video.decode, jobs, ahead)
-    with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, not for us
+    jobs = ((key, path, encoder.settings.num_frames) for key, path in todo.items())
+    ahead = 2 * (batch_size + pool.workers)  # the next batch is decoded while one is encoded
+    clips = pool.map(video.decode, jobs, ahead)
+    with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, encoding does not
         for key, clip in clips:
             if isinstance(clip, VideoError):
                 yield key, (clip.reason, str(clip))
@@ -238,29 +241,31 @@ def encode(encoder, todo, features, args):
                 yield key, ("truncated", f"ends before its declared {clip.duration:.2f} s")
             else:
                 batch.append((key, clip))
-            if len(batch) == args.batch_size:
-                # a GPU begins this batch before the last one is taken and saved
+            if len(batch) == batch_size:
+                # a GPU starts on this batch before the last one is collected and saved
                 running.append(launch(batch))
                 batch = []
                 while len(running) > (1 if devices.on_gpu(encoder.device) else 0):
                     yield from collect(*running.pop(0))
-            yield from written(4 * args.batch_size)
+            yield from written(4 * batch_size)
         running += [launch(batch)] if batch else []
         for launched in running:
             yield from collect(*launched)
         yield from written(0)
 
 
-def dry_run(args, encoder, todo):
+def dry_run(encoder, todo, features, batch_size, pool):
     """Print what the run would need, from a few timed clips."""
-    sample = dict(list(todo.items())[: 2 * args.batch_size])
+    sample = dict(list(todo.items())[: 2 * batch_size])
     shape = encoder.settings.num_tokens, encoder.settings.width
-    dtype = {"int8": torch.int8, "fp16": torch.float16}[args.store]
-    one = torch_bytes(
-        {"features": torch.zeros(shape, dtype=dtype), "scale": torch.zeros(2 * shape[1])}
-    )
-    needed, free = len(one) * len(todo), shutil.disk_usage(nearest_folder(args.features)).free
-    print(f"bytes per clip   {len(one):,}")
+    dtype = {"int8": torch.int8, "fp16": torch.float16}[encoder.settings.store]
+    features_of_one = {
+        "features": torch.zeros(shape, dtype=dtype),
+        "scale": torch.zeros(2 * shape[1]),
+    }
+    one = len(torch_bytes(features_of_one))
+    needed, free = one * len(todo), shutil.disk_usage(nearest_folder(features)).free
+    print(f"bytes per clip   {one:,}")
     print(f"bytes needed     {needed:,} for {len(todo):,} clips, {free:,} free")
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
@@ -269,7 +274,7 @@ def dry_run(args, encoder, todo):
             for split, _ in sample:
                 Path(folder, split).mkdir(exist_ok=True)
             times, failed = [time.perf_counter()], 0
-            for _, error in encode(encoder, sample, Path(folder), args):
+            for _, error in encode(encoder, sample, Path(folder), batch_size, pool):
                 times.append(time.perf_counter())
                 failed += error is not None
         seconds = (times[-1] - times[0]) / len(sample) * len(todo)
@@ -277,7 +282,7 @@ def dry_run(args, encoder, todo):
             f"estimated time   {hours(seconds)} from {len(sample)} timed clips, start-up included"
         )
         if failed:
-            print(f"damaged          {failed} of the {len(sample)} timed clips")
+            print(f"unusable         {failed} of the {len(sample)} timed clips")
     return DONE
 
 
@@ -286,12 +291,12 @@ def hours(seconds):
 
 
 def nearest_folder(path):
-    path = Path(path).absolute()
+    path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 def report(ok, failed, missing):
-    """The last line, of all processes together, and the exit code."""
+    """Print the totals over all processes; returns the exit code."""
     parts = distributed.all_gather((ok, failed, missing))
     ok = sum(part[0] for part in parts)
     failed = {key: error for part in parts for key, error in part[1].items()}
@@ -311,7 +316,7 @@ def report(ok, failed, missing):
 
 
 def verify(features, keys, workers):
-    """Read the feature file of every (split, id): checksum, shape, NaN. Exit 1 if anything is wrong."""
+    """Check the feature file of every (split, id): checksum, shape, NaN. Exit code 1 if any is bad."""
     settings = load_manifest(features).settings
 
     def check(key):
@@ -334,7 +339,7 @@ def verify(features, keys, workers):
     if len(bad) > 20:
         note(f"… and {len(bad) - 20} more")
     have, wanted = map(int, distributed.sums(len(have), len(keys)))
-    print(f"{have - len(bad):,} whole, {len(bad):,} damaged, {wanted - have:,} absent")
+    print(f"{have - len(bad):,} intact, {len(bad):,} damaged, {wanted - have:,} missing")
     return FAILED if bad or have < wanted else DONE
 
 

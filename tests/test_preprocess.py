@@ -131,7 +131,7 @@ def test_verify(world, prepared, few, capsys):
     capsys.readouterr()
     assert preprocess(world, few, "--splits", "train", "--verify") == FAILED
     printed = capsys.readouterr()
-    assert "10 whole, 1 damaged, 1 absent" in printed.out
+    assert "10 intact, 1 damaged, 1 missing" in printed.out
     assert victim.stem in printed.err
 
 
