@@ -1,4 +1,4 @@
-"""Q-Former: learned queries read a video's features and become soft prompts.
+"""Q-Former: learned queries attend to a video's features and become soft prompts.
 
 Shapes: B clips, N = T*H*W video tokens, E video width, Q queries, D model width, A heads.
 The idea of the querying transformer is BLIP-2's (Li et al. 2023, arXiv:2301.12597).
@@ -9,12 +9,41 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class CrossAttention(nn.Module):
-    """Queries attend to video tokens kv = W_p (x - mean) / std + pos, never written down.
+class StoredFeatures:
+    """A batch of features as they are stored, and what turns them into tokens for the Q-Former:
 
-    With few queries it is cheaper to carry the queries to the tokens' space than the tokens to the
-    queries': q·(W_k W_p x) = (W_p^T W_k^T q)·x, and the weighted sum commutes with the projections
-    likewise. `absorbed` and `textbook` are the same function; the textbook reads more easily.
+        token = W_p (scale * feature + offset - mean) / std + position
+
+    features: int8, float16 or float (B, N, E); scale, offset: (B, E); mean, std: (E,); project: the
+    Linear layer W_p; pos: one table per axis of the grid, (T, D), (H, D), (W, D).
+    """
+
+    def __init__(self, features, scale, offset, mean, std, project, pos):
+        self.features, self.scale, self.offset = features, scale, offset
+        self.mean, self.std, self.project, self.pos = mean, std, project, pos
+        self.grid = tuple(len(table) for table in pos)
+
+    def projected(self):
+        """All tokens without their positions, (B, N, D), in the dtype of mean and std."""
+        x = self.features.to(self.mean.dtype) * self.scale[:, None] + self.offset[:, None]
+        return self.project((x - self.mean) / self.std)
+
+    def positions(self):
+        """(N, D)"""
+        t, h, w = self.pos
+        return (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)
+
+    def tokens(self):
+        """All tokens written out, (B, N, D)."""
+        return self.projected() + self.positions()
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to the tokens of `StoredFeatures`, which are never written down.
+
+    With few queries it is cheaper to fold the key and value projections into the queries than to
+    project every token: q·(W_k W_p x) = (W_p^T W_k^T q)·x, and the weighted sum commutes with the
+    projections likewise. `textbook` computes the same and is what the tests compare with.
     """
 
     def __init__(self, width, num_heads, dropout):
@@ -27,73 +56,57 @@ class CrossAttention(nn.Module):
         """(B, L, D) -> (B, A, L, D/A)"""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def textbook(self, x, kv):
-        """x: queries (B or 1, Q, D); kv: projected, positioned video tokens (B, N, D) -> (B, Q, D)"""
-        q, k, v = self.heads(self.q(x)), self.heads(self.k(kv)), self.heads(self.v(kv))
+    def per_head(self, x):
+        """Split the output dimension: (D, ...) -> (A, D/A, ...)"""
+        return x.unflatten(0, (self.num_heads, -1))
+
+    def textbook(self, x, tokens):
+        """x: queries (B or 1, Q, D); tokens: (B, N, D) -> (B, Q, D)"""
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(tokens)), self.heads(self.v(tokens))
         scores = q @ k.mT / k.shape[-1] ** 0.5  # (B, A, Q, N)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
-    def absorbed(self, x, video, project, pos, seen=None):
-        """The same, straight from the stored features.
+    def forward(self, x, video, need_weights=False):
+        """x: queries (B or 1, Q, D); video: `StoredFeatures` -> (B, Q, D), weights (B, A, Q, N) or None.
 
-        video: `Video`; project: W_p; pos: the time, height and width tables (T, D), (H, D), (W, D);
-        seen: a list that the weights (B, A, Q, N) are appended to, before dropout.
-        In at least float32: the pooled vector is a small difference where a channel lies far from
-        zero, and bfloat16 would lose it.
+        The weights are those before dropout. Computed in at least float32: the pooled vector is a small
+        difference where a channel is far from zero, and bfloat16 would lose it.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, features = x.to(dtype), video.features.to(dtype)  # (B, N, E)
-            w_p, b_p = project.weight.to(dtype), project.bias.to(dtype)  # (D, E), (D,)
+            w_p, b_p = video.project.weight.to(dtype), video.project.bias.to(dtype)  # (D, E), (D,)
             w_k, w_v = (self.per_head(m.weight).to(dtype) for m in (self.k, self.v))  # (A, D/A, D)
 
-            # scores; mean, offset and b_p shift a query's scores alike and cancel in the softmax
+            # scores: mean, offset and b_p shift a query's scores alike and cancel in the softmax
             q = self.heads(F.linear(x, self.q.weight.to(dtype), self.q.bias.to(dtype)))
             q = (q / q.shape[-1] ** 0.5) @ w_k  # (B, A, Q, D)
             to_tokens = (q @ w_p).flatten(1, 2) * (video.scale / video.std)[:, None]  # (B, A*Q, E)
             scores = (to_tokens @ features.mT).unflatten(-1, video.grid)  # (B, A*Q, T, H, W)
-            for axis, table in enumerate(pos):
+            for axis, table in enumerate(video.pos):
                 shape = [1, 1, 1]
                 shape[axis] = -1
                 scores = scores + (q @ table.to(dtype).mT).flatten(1, 2).unflatten(-1, shape)
-            weights = scores.flatten(2).softmax(-1)
-            if seen is not None:
-                seen.append(weights.unflatten(1, (self.num_heads, -1)))
+            weights = scores.flatten(2).softmax(-1)  # (B, A*Q, N)
+            before_dropout = weights
             weights = F.dropout(weights, self.dropout, self.training)
 
-            # pooled features, de-quantised and standardised; r is 1 unless dropout is on
+            # pooled features, dequantised and standardised; r is 1 unless dropout is on
             r = weights.sum(-1, keepdim=True)  # (B, A*Q, 1)
             pooled = (weights @ features) * video.scale[:, None]  # (B, A*Q, E)
             pooled = (pooled + r * (video.offset - video.mean)[:, None]) / video.std
             pooled = F.linear(pooled, w_p) + r * b_p  # (B, A*Q, D)
             weights = weights.unflatten(-1, video.grid)
-            for axes, table in zip(((-1, -2), (-1, -3), (-2, -3)), pos, strict=True):
+            for axes, table in zip(((-1, -2), (-1, -3), (-2, -3)), video.pos, strict=True):
                 pooled = pooled + weights.sum(axes) @ table.to(dtype)
+
+            # values of each head
             pooled = pooled.unflatten(1, (self.num_heads, -1))  # (B, A, Q, D)
             out = pooled @ w_v.mT  # (B, A, Q, D/A)
             out = out + r.unflatten(1, (self.num_heads, -1)) * self.per_head(self.v.bias)[:, None]
-        return self.out(out.transpose(1, 2).flatten(2))  # (B, Q, D)
-
-    def per_head(self, x):
-        """Split the output dimension: (D, ...) -> (A, D/A, ...)"""
-        return x.unflatten(0, (self.num_heads, -1))
-
-
-class Video:
-    """Stored features with what turns them into standardised ones: (scale * x + offset - mean) / std.
-
-    features: int8, float16 or float (B, N, E); scale, offset: (B, E); mean, std: (E,); grid: (T, H, W)
-    """
-
-    def __init__(self, features, scale, offset, mean, std, grid):
-        self.features, self.grid = features, grid
-        self.scale, self.offset, self.mean, self.std = scale, offset, mean, std
-
-    def standardised(self):
-        """(B, N, E), in the dtype of mean and std."""
-        x = self.features.to(self.mean.dtype) * self.scale[:, None] + self.offset[:, None]
-        return (x - self.mean) / self.std
+        out = self.out(out.transpose(1, 2).flatten(2))  # (B, Q, D)
+        return out, before_dropout.unflatten(1, (self.num_heads, -1)) if need_weights else None
 
 
 class Block(nn.Module):
@@ -120,10 +133,12 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x, read_video):
+    def forward(self, x, video, need_weights=False):
+        """x: (B or 1, Q, D) -> (B, Q, D), and the cross-attention's weights (B, A, Q, N) or None."""
         x = x + self.self_attention(self.norm_self(x))
-        x = x + read_video(self.cross, self.norm_cross(x))
-        return x + self.mlp(self.norm_mlp(x))
+        y, weights = self.cross(self.norm_cross(x), video, need_weights)
+        x = x + y
+        return x + self.mlp(self.norm_mlp(x)), weights
 
 
 class QFormer(nn.Module):
@@ -169,11 +184,6 @@ class QFormer(nn.Module):
         self.register_buffer("std", torch.ones(video_width))
         self.initialise(output_norm)
 
-        # Multiply-adds per video token: carry A*Q queries to it, or project it and its key and value
-        absorbed = 2 * num_heads * num_queries * video_width
-        textbook = width * (video_width + 2 * width + 2 * num_queries)
-        self.absorb = absorbed < textbook
-
     @torch.no_grad()
     def initialise(self, output_norm):
         """All initialisation in one place."""
@@ -182,7 +192,7 @@ class QFormer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Of the order of a standardised token; at 0.02 the toy world learns to look much later
+        # As large as a standardised token; with 0.02 the toy model attends to the video much later
         for table in (self.queries, *self.pos):
             nn.init.normal_(table, std=0.5)
         self.gain.fill_(output_norm / self.gain.numel() ** 0.5)  # LayerNorm's norm is sqrt(D)
@@ -192,39 +202,29 @@ class QFormer(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
+    def stored(self, features, scale, offset):
+        return StoredFeatures(
+            features, scale, offset, self.mean, self.std, self.project, tuple(self.pos)
+        )
+
     def forward(self, features, scale, offset):
         """features int8 or float (B, N, E), scale and offset (B, E) -> soft prompts (B, Q, D)."""
-        video = Video(features, scale, offset, self.mean, self.std, self.grid)
-        if self.absorb:
-
-            def read_video(cross, x):
-                return cross.absorbed(x, video, self.project, self.pos)
-        else:
-            t, h, w = self.pos
-            pos = t[:, None, None] + h[None, :, None] + w[None, None, :]  # (T, H, W, D)
-            kv = self.project(video.standardised()) + pos.flatten(0, 2)  # (B, N, D)
-
-            def read_video(cross, x):
-                return cross.textbook(x, kv)
-
-        return self.prompts(read_video)
-
-    def prompts(self, read_video):
-        """The blocks, whatever way they read the video: soft prompts (B, Q, D)."""
+        video = self.stored(features, scale, offset)
         # Before it has seen the video a query is the same for every clip: the first block's
         # self-attention (and its dropout) runs once per step on a batch of one, and broadcasts.
         x = self.queries[None]  # (1, Q, D)
         for block in self.blocks:
-            x = block(x, read_video)  # (B, Q, D)
+            x, _ = block(x, video)  # (B, Q, D)
         return F.layer_norm(x, x.shape[-1:]) * self.gain
 
     @torch.inference_mode()
     def attention(self, features, scale, offset):
-        """Where the queries look: the weights (B, blocks, A, Q, T, H, W) of every cross-attention.
+        """Weights (B, blocks, A, Q, T, H, W) of every cross-attention; arguments as of `forward`.
 
-        Those of one query and head add up to 1. Arguments as of `forward`.
+        Those of one query and head sum to 1.
         """
-        video = Video(features, scale, offset, self.mean, self.std, self.grid)
-        seen = []
-        self.prompts(lambda cross, x: cross.absorbed(x, video, self.project, self.pos, seen))
-        return torch.stack(seen, 1).unflatten(-1, self.grid)
+        video, x, all_weights = self.stored(features, scale, offset), self.queries[None], []
+        for block in self.blocks:
+            x, weights = block(x, video, need_weights=True)
+            all_weights.append(weights)
+        return torch.stack(all_weights, 1).unflatten(-1, self.grid)

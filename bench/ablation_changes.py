@@ -45,17 +45,14 @@ def no_positions():
 def keys_only():
     """Positions are added to keys but not to values."""
 
-    def read(self, x, video, project, pos):
-        t, h, w = pos
-        tokens = project(video.standardised())  # (B, N, D)
-        where = (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)  # (N, D)
-        q, k, v = self.q(x), self.k(tokens + where), self.v(tokens)
+    def read(self, x, video, need_weights=False):
+        q, k, v = self.q(x), self.k(video.tokens()), self.v(video.projected())
         q, k, v = (self.heads(y) for y in (q, k, v))  # (B, A, Q or N, D/A)
         scores = q @ k.mT / k.shape[-1] ** 0.5  # (B, A, Q, N)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        return self.out((weights @ v).transpose(1, 2).flatten(2)), None
 
-    return [(CrossAttention, "absorbed", read)]
+    return [(CrossAttention, "forward", read)]
 
 
 def no_standardisation():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dataset import Settings
-from qformer import Video
 from viz import attention_map
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -22,10 +21,7 @@ def test_weights_are_those_of_the_textbook(make_qformer, make_clips):
     weights = qformer.attention(*clips)
     assert weights.shape == (3, 2, 4, 6, *GRID)
     assert torch.allclose(weights.sum((-1, -2, -3)), torch.ones(3, 2, 4, 6))
-    t, h, w = qformer.pos
-    pos = (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)
-    video = Video(*clips, qformer.mean, qformer.std, GRID)
-    kv = qformer.project(video.standardised()) + pos
+    kv = qformer.stored(*clips).tokens()
     x = qformer.queries[None]
     for n, block in enumerate(qformer.blocks):
         x = x + block.self_attention(block.norm_self(x))
