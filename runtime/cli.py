@@ -1,4 +1,4 @@
-"""What every script shares: the last line of each, errors in one sentence, the common flags."""
+"""Shared by all scripts: `run`, which handles errors and signals, and the common flags."""
 
 import argparse
 import multiprocessing
@@ -11,7 +11,7 @@ from pathlib import Path
 from runtime import ranks, start
 from runtime.errors import DONE, FAILED, SIGNALLED, Stopped, UserError, explain
 
-# Defaults that scripts share: the real run on Something-Something-V2
+# Defaults of several scripts: the published run on Something-Something-V2
 LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
 ANNOTATIONS, FEATURES = "data/annotations", "data/features"
 ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
@@ -20,13 +20,16 @@ CHECKPOINT_KINDS = "file, run folder, exported folder or Hub id"
 
 
 def note(*text):
-    """Print to stderr: everything that is not a result. Of several processes only rank 0 does."""
+    """Print to stderr, on rank 0 only. Results go to stdout, everything else goes through here."""
     if ranks.rank() == 0:
         print(*map(printable, text), file=sys.stderr, flush=True)
 
 
 def printable(text, keep="\n"):
-    """Text from a file or of its name, with what would steer the terminal spelt out."""
+    """`text` with terminal control characters escaped, except for those in `keep`.
+
+    Used for file names and for text read from files.
+    """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
         for c in str(text)
@@ -34,11 +37,11 @@ def printable(text, keep="\n"):
 
 
 def run(main):
-    """Run `main()` and exit with its code; a `UserError` becomes `train.py: sentence` on stderr."""
+    """Run `main()` and exit with its code. A `UserError` is printed as `train.py: message` on stderr."""
 
     def on_signals(handler):
         for number in start.SIGNALS:
-            # `nohup` starts a script with SIGHUP ignored, and so it stays
+            # leave SIGHUP ignored under `nohup`
             if (
                 number != getattr(signal, "SIGHUP", None)
                 or signal.getsignal(number) != signal.SIG_IGN
@@ -46,14 +49,14 @@ def run(main):
                 signal.signal(number, handler)
 
     def stop(number, frame):
-        on_signals(signal.SIG_DFL)  # a second one leaves at once
+        on_signals(signal.SIG_DFL)  # a second signal ends the process at once
         raise Stopped(number)
 
     name = start.program()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
-    if ranks.rank():  # results and progress are rank 0's to show; errors are everybody's
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
+    if ranks.rank():  # only rank 0 shows results and progress; every rank shows its errors
         name = f"[rank {ranks.rank()}] {name}"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
         os.environ["TQDM_DISABLE"] = "1"
 
     def fail(why):
@@ -72,25 +75,25 @@ def run(main):
         fail(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
         code = SIGNALLED + number
     except BrokenPipeError:
-        # `infer.py … | head`: nobody wants more, which is no failure; but a run whose stderr is gone
-        # (`train.py 2>&1 | head`) was ended in the middle
+        # `infer.py … | head` ends with success, because the reader wants no more. If stderr is closed
+        # too (`train.py 2>&1 | head`), the run was cut short, which is a failure.
         code = FAILED if is_closed(sys.stderr) else DONE
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except Exception as error:
         why = explain(error)
-        if why is None:  # a bug of this project: its traceback is what helps
+        if why is None:  # a bug in this project, so show the traceback
             raise
         fail(why)
         code = FAILED
     finally:
-        on_signals(signal.SIG_DFL)  # all is done: Python's own exit is no place to raise
+        on_signals(signal.SIG_DFL)  # do not raise `Stopped` while the interpreter shuts down
         kill_children()
     sys.exit(code)
 
 
 def is_closed(stream):
-    """True for a pipe that nobody reads any more."""
+    """True for a pipe whose reading end is closed."""
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()
@@ -99,18 +102,18 @@ def is_closed(stream):
 
 
 def kill_children():
-    """End worker processes that a failure left behind: Python's own exit would wait for them."""
-    if hasattr(signal, "SIGCHLD"):  # torch would raise at the sight of a killed worker
+    """Kill worker processes that are left after a failure. Otherwise Python would wait for them at exit."""
+    if hasattr(signal, "SIGCHLD"):  # torch's SIGCHLD handler raises when a worker is killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def parser(doc):
-    """An ArgumentParser whose help is the script's docstring, with every default shown."""
+    """An ArgumentParser whose help is the script's docstring followed by flags and their defaults."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):  # "(default: None)" tells nobody anything
+        def _get_help_string(self, action):  # omit "(default: None)"
             if action.default is None or action.default is False:
                 return action.help
             return super()._get_help_string(action)
@@ -121,18 +124,18 @@ def parser(doc):
 
 
 def add_common(parser, workers=4):
-    """Add the flags that mean the same in every script."""
+    """Add the flags that several scripts share."""
     group = parser.add_argument_group("common")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16"],
-        help="dtype of the frozen models; auto is bfloat16 on CUDA and float32 on CPU",
+        help="dtype of the frozen models; auto means bfloat16 on CUDA and float32 on CPU",
     )
     add_workers(group, workers)
-    group.add_argument("--limit", type=whole(1), help="only the first N clips")
-    group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
+    group.add_argument("--limit", type=whole(1), help="use only the first N clips")
+    group.add_argument("--seed", type=whole(0), default=0, help="random seed")
 
 
 def add_models(group):
@@ -145,13 +148,13 @@ def add_models(group):
 
 
 def add_workers(group, most, least=0):
-    """Add --workers to a group of flags: by default `most`, but no more than there are CPUs."""
-    text = f"worker processes: {most}, or one per available CPU if there are fewer"
+    """Add --workers to a group of flags. The default is `most`, or the number of CPUs if lower."""
+    text = f"worker processes; the default is {most}, or the number of available CPUs if lower"
     group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=text)
 
 
 def cpus():
-    """CPUs available to this process: under torchrun, its share of the machine's."""
+    """The number of CPUs available to this process. Under torchrun the processes share them equally."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:  # macOS, Windows
@@ -160,7 +163,7 @@ def cpus():
 
 
 def whole(least, most=None):
-    """argparse type: an integer of at least `least`, and at most `most`."""
+    """An argparse type: an integer from `least` to `most`, inclusive."""
 
     def parse(text):
         try:
@@ -177,7 +180,7 @@ def whole(least, most=None):
 
 
 def number(least=None, above=None, below=None):
-    """argparse type: a finite float with `value >= least`, `value > above`, `value < below`."""
+    """An argparse type: a finite float with `value >= least`, `value > above` and `value < below`."""
 
     def parse(text):
         try:
@@ -196,7 +199,7 @@ def number(least=None, above=None, below=None):
 
 
 def shard(text):
-    """argparse type: part i (from 0) of n, written i/n."""
+    """An argparse type: part i (from 0) of n, written i/n."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 0 <= i < n")
@@ -204,7 +207,7 @@ def shard(text):
 
 
 def existing(path, what, hint):
-    """Return `path` as a Path. Raises UserError with `hint` (what to run next) if it is not there."""
+    """Return `path` as a Path. Raises UserError, with the hint what to run, if it does not exist."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{what} not found: {path}. {hint}")
@@ -212,11 +215,11 @@ def existing(path, what, hint):
 
 
 def output_folder(path, flag):
-    """Return `path` as a Path to write into, not yet made. Raises UserError if it cannot be."""
+    """Return `path` as a Path, without creating it. Raises UserError if it cannot be written to."""
     path = Path(path)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"{flag} {path}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {there} cannot be written to; name another folder")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{flag} {path}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {parent} is not writable; choose another folder")
     return path

@@ -1,4 +1,4 @@
-"""Exit codes, and the errors that a user reads as one sentence. Standard library only."""
+"""Exit codes, and the exceptions that are shown to the user as one line. Standard library only."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: printed as one sentence, without a traceback."""
+    """A mistake that the user can fix. Its message is printed without a traceback."""
 
     def __init__(self, message, code=USAGE):
         super().__init__(message)
@@ -18,18 +18,18 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """Ctrl-C, SIGTERM or SIGHUP, raised where it arrives so that `finally` blocks run."""
+    """Raised by the handlers of SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that `finally` blocks run."""
 
 
 class VideoError(Exception):
-    """One clip cannot be used; the message is a sentence.
+    """A clip cannot be used. The message is meant for the user.
 
-    `reason`: unreadable, empty (no byte or no frame), no_video, truncated (the window asked for is in
-    the missing part), timeout, crashed, or non_finite (the encoder returned NaN or infinity).
+    `reason` is one of: unreadable, empty (no bytes or no frames), no_video, truncated (the requested
+    window is in the missing part), timeout, crashed, or non_finite (the encoder returned NaN or infinity).
     """
 
     def __init__(self, reason, message):
-        super().__init__(reason, message)  # both are args, so that the error survives pickling
+        super().__init__(reason, message)  # pickling an exception keeps only its args
         self.reason = reason
 
     def __str__(self):
@@ -41,26 +41,26 @@ def explain(error):
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk is full ({error.filename or 'while writing'}); existing files are intact: free"
+            f"the disk is full ({error.filename or 'while writing'}); existing files are intact. Free"
             " some space and run the same command again"
         )
     if out_of_files(error):
-        return "too many open files; raise the limit with `ulimit -n 4096` in this shell, or lower --workers"
+        return "too many open files; raise the limit with `ulimit -n 4096` in this shell or lower --workers"
     if out_of_memory(error):
         return (
-            "out of memory; halve --batch-size (in train.py also double --grad-accum: the clips per step"
-            " stay the same, and --resume accepts it), or lower --workers"
+            "out of memory; lower --workers, or halve --batch-size (in train.py also double --grad-accum:"
+            " this keeps the number of clips per step, and --resume accepts it)"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
-            f"a process that reads features failed: {text.strip().splitlines()[-1]}. If memory or"
-            " /dev/shm is too small, use --workers 0 or a larger --shm-size of the container."
+            f"a feature-reading worker process failed: {text.strip().splitlines()[-1]}. If memory or"
+            " /dev/shm is too small, use --workers 0 or start the container with a larger --shm-size."
         )
     return None
 
 
 def out_of_memory(error):
-    """True for Python's MemoryError and for torch's, of a GPU and of a CPU, also from a worker."""
+    """True for out-of-memory errors of Python and of torch (GPU or CPU), also from a worker."""
     words = (
         "can't allocate memory",
         "not enough memory",
@@ -75,8 +75,8 @@ def out_of_memory(error):
 
 
 def out_of_files(error):
-    """True if this process or one of its workers has reached the limit of open files."""
-    # a worker's error arrives as text; the second one is torch's when it cannot receive a descriptor
+    """True if this process or one of its workers has reached the limit on open files."""
+    # A worker's error arrives as text. torch raises the second message when it cannot receive a descriptor.
     words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
     return getattr(error, "errno", None) == errno.EMFILE or (
         isinstance(error, OSError | RuntimeError) and any(w in str(error) for w in words)

@@ -1,13 +1,13 @@
-"""What torchrun tells each of its processes; a process without torchrun is rank 0 of one.
+"""Rank and world size from torchrun's environment variables; without torchrun, rank 0 of 1.
 
-Standard library only. What the processes exchange is in distributed.py.
+Standard library only. Communication between the processes is in distributed.py.
 """
 
 import os
 
 
 def launched():
-    """True in a process of torchrun. RANK alone may come from another launcher."""
+    """True in a process that torchrun started. RANK alone could be set by another launcher."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -21,7 +21,7 @@ def world_size():
 
 
 def local_rank():
-    """The rank among the processes of this machine, which is also the index of its GPU."""
+    """The rank among the processes on this machine, which is also the index of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
@@ -31,10 +31,10 @@ def local_world_size():
 
 
 def share(items):
-    """This process's items of a list, dealt out in turn."""
+    """Every world_size-th item of a list, starting at this process's rank."""
     return items[rank() :: world_size()]
 
 
 def share_of_shard(part, parts):
-    """This process's part of a shard: (part, parts) of the finer cut. See `files.in_shard`."""
+    """This process's share of shard `part` of `parts`, as (part, parts) for `files.in_shard`."""
     return part * world_size() + rank(), parts * world_size()

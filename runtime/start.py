@@ -1,7 +1,8 @@
-"""The first import of every script: checks what the other imports need, and holds signals back.
+"""The first import of every script: checks Python and the packages, and blocks signals.
 
-Standard library only, in a syntax that old Pythons can read. Importing torch and transformers takes
-seconds; a Ctrl-C in that time is answered by `cli.run`, not by a traceback out of an import.
+This file uses only the standard library and a syntax that old Python versions can parse. Importing torch
+and transformers takes seconds. A Ctrl-C during that time is delivered once `cli.run` can handle it, so it
+does not print a traceback from the middle of an import.
 """
 
 import os
@@ -11,31 +12,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
-DOCTOR = "python -m tools.doctor"  # which reports what is missing
+DOCTOR = "python -m tools.doctor"  # runs without the packages, to report which are missing
 NEEDED = ("torch", "numpy", "transformers", "tqdm")
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 def program():
-    """What the user typed to start this process: train.py, or python -m worlds.demo."""
+    """The command that started this process, such as `train.py` or `python -m worlds.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def environment():
-    """The environment of a child process: it finds the code from whatever folder the user is in."""
+    """The environment of a child process, which can import this repository from any folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def check_python():
-    if sys.version_info < (3, 11):  # noqa: UP036 (elsewhere it would be a strange error)
+    if sys.version_info < (3, 11):  # noqa: UP036 (an old Python fails later with an obscure error)
         found = f"{sys.version.split()[0]}, {sys.executable}"
         sys.exit(f"{program()}: Python 3.11 or newer is needed; this is {found}")
 
 
 def check_packages():
-    """Exit with code 2 and one sentence if a package is missing that every script imports."""
+    """Exit with code 2 and a one-line message if a package that every script imports is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         fix = "python -m pip install -c constraints.txt -e ."
@@ -47,7 +48,7 @@ def check_packages():
 
 
 def is_script():
-    """True if the process was started as one of this repository's files."""
+    """True if the process runs a script or module of this repository."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
     return path.is_relative_to(ROOT) and len(path.relative_to(ROOT).parts) <= 2
 
