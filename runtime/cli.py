@@ -207,7 +207,7 @@ def shard(text):
 
 
 def existing(path, what, hint):
-    """Return `path` as a Path. Raises UserError, with the hint what to run, if it does not exist."""
+    """Return `path` as a Path. Raises UserError with `hint`, what to do next, if it does not exist."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{what} not found: {path}. {hint}")

@@ -1,7 +1,7 @@
-"""--report-to: the figures of metrics.jsonl on a dashboard too, as train/… and validation/…
+"""--report-to: send the values of metrics.jsonl to a dashboard, as train/… and validation/…
 
-A resumed run continues its curve. Of the steps that it repeats, with the same figures, TensorBoard drops
-the old ones, wandb ignores the new ones, and trackio shows both.
+A resumed run continues its curve. It logs the steps since its checkpoint again, with the same values:
+TensorBoard drops the old points, wandb ignores the new ones, and trackio shows both.
 """
 
 import importlib
@@ -20,27 +20,27 @@ ID_FILE = "report_id.json"  # the run's id on the dashboard, to continue its cur
 
 
 def check(name):
-    """Raise UserError if the library that `--report-to name` needs is not installed."""
+    """Raise UserError if the library for `--report-to name` is not installed."""
     spec = find_spec(name) if name != "none" else None
-    if name != "none" and (spec is None or spec.origin is None):  # or a mere folder of that name
-        raise UserError(f"--report-to {name} needs its library: pip install {name}")
+    if name != "none" and (spec is None or spec.origin is None):  # a plain folder has no origin
+        raise UserError(f"--report-to {name} needs the package: pip install {name}")
 
 
 class Dashboard:
-    """`log(step, {name: number})` and `close()`; without arguments they do nothing."""
+    """An object with `log(step, {name: number})` and `close()`. By default both do nothing."""
 
     def __init__(self, log=lambda step, values: None, close=lambda: None):
         self.log, self.close = log, close
 
 
 def connect(name, folder, step, config):
-    """Open the `Dashboard` of a run that continues after `step`; config: the run's flags.
+    """Return a `Dashboard` for a run that continues after `step`. Only rank 0 reports.
 
-    Raises UserError if it cannot be opened. Of several processes only rank 0 reports.
+    config: the run's flags. Raises UserError if the dashboard cannot be opened.
     """
     if ranks.rank():
         return Dashboard()
-    if not step:  # a new run, possibly in the place of an old one
+    if not step:  # a new run, which may replace an old one
         for path in (folder / ID_FILE, *folder.glob("tensorboard/events.*")):
             path.unlink(missing_ok=True)
     if name == "none":
@@ -48,7 +48,7 @@ def connect(name, folder, step, config):
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step: points of a killed run after the checkpoint are no longer shown
+        # purge_step hides points that a killed run logged after its last checkpoint
         writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
         def log(step, values):
@@ -57,13 +57,13 @@ def connect(name, folder, step, config):
 
         return Dashboard(log, writer.close)
     library, run_id = importlib.import_module(name), known_id(folder)
-    where = {"name": run_id}
+    run_settings = {"name": run_id}
     if name == "wandb":
-        where = {"name": folder.name, "id": run_id, "dir": str(folder)}
+        run_settings = {"name": folder.name, "id": run_id, "dir": str(folder)}
     failures = library.errors.Error if name == "wandb" else OSError
     try:
         with redirect_stdout(sys.stderr):  # stdout is for results
-            run = library.init(project=PROJECT, **where, resume="allow", config=config)
+            run = library.init(project=PROJECT, **run_settings, resume="allow", config=config)
     except failures as error:
         hint = "; run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else ""
         raise UserError(f"--report-to {name}: {error}{hint}", code=1) from None
@@ -77,6 +77,6 @@ def connect(name, folder, step, config):
 
 
 def known_id(folder):
-    """The id of the run in this folder, or a new one that no other run has."""
+    """The dashboard id of the run in this folder, or a new unique one."""
     path = folder / ID_FILE
     return read_json(path, "run id") if path.is_file() else f"{folder.name}-{secrets.token_hex(4)}"

@@ -1,7 +1,7 @@
-"""Decode many clips in worker processes that may hang, crash or be killed at any time.
+"""Decode clips in worker processes, any of which may hang, crash or be killed.
 
 A worker is `python -m runtime.decode_workers`. It reads pickled calls from stdin and writes pickled
-results to stdout, and imports neither the script that started it nor torch, so it stays small.
+results to stdout. To save memory it imports neither torch nor the script that started it.
 """
 
 import os
@@ -21,12 +21,14 @@ from runtime.errors import UserError, VideoError
 
 
 class WorkerPool:
-    """Worker processes, each with pipes of its own and used by one thread at a time.
+    """Worker processes, each with its own pipes and used by one thread at a time.
 
-    workers: 0 runs every call in this process, without a time limit. timeout: seconds for one call; a
-    decoder that hangs or crashes costs its own clip only.
-    A pool with one shared pipe (pebble, concurrent.futures) stops for good when a worker is killed, for
-    example by the kernel for its memory, while it holds the pipe's lock or has sent half a clip.
+    workers: the number of processes; 0 runs every call in this process, without a time limit.
+    timeout: seconds allowed per call. If the decoder hangs or crashes, only that clip fails.
+
+    Why not pebble or concurrent.futures: their workers share one pipe. If a worker is killed while it
+    holds the pipe's lock or is sending a result (by the kernel's OOM killer, for example), the whole pool
+    hangs.
     """
 
     def __init__(self, workers, timeout):
@@ -42,10 +44,10 @@ class WorkerPool:
     def map(self, function, jobs, ahead=None):
         """Yield (key, function(path, *arguments) or a VideoError) in the order of the jobs.
 
-        jobs: iterable, read lazily, of (key, path, *arguments). ahead: clips in flight or waiting for
-        the caller, by default 2 x workers, so memory is about `ahead` clips.
-        The pool is closed afterwards. Closing the generator, as an exception in the caller's loop does,
-        kills the workers at once. Raises UserError if no worker can be started.
+        jobs: iterable of (key, path, *arguments), consumed lazily. ahead: the maximum number of clips
+        that are being decoded or waiting for the caller, 2 x workers by default. It bounds the memory.
+        The pool is closed afterwards. If the generator is closed early, for example by an exception in
+        the caller's loop, the workers are killed at once. Raises UserError if a worker cannot start.
         """
         if self.workers == 0:
             for key, *job in jobs:
@@ -66,20 +68,21 @@ class WorkerPool:
             threads.shutdown()
 
     def call(self, function, path, *arguments):
-        """function(path, *arguments), or a VideoError if it hangs, crashes or raises.
+        """Return function(path, *arguments), or a VideoError if the call hangs, crashes or raises.
 
-        function: one that can be imported by name, such as `video.decode`.
+        function: must be importable by name, such as `video.decode`.
         """
         if self.workers == 0:
             return attempt(function, path, *arguments)
         process = self.idle.pop() if self.idle else self._start(function)
-        decided = threading.Lock()  # whether it was in time: taken by whoever comes first
+        # Either the timer or the result acquires this lock first, which decides if the call timed out.
+        decided = threading.Lock()
 
         def expire():
             if decided.acquire(blocking=False):
                 process.kill()
 
-        timer = threading.Timer(self.timeout, expire)  # from here: waiting for a worker is free
+        timer = threading.Timer(self.timeout, expire)  # does not count the time to start a worker
         timer.start()
         try:
             result, alive = exchange(process, (function, path, *arguments)), True
@@ -91,7 +94,7 @@ class WorkerPool:
             return VideoError("timeout", f"{path} took more than {self.timeout:g} s to decode")
         if not alive:
             code = self._end(process)
-            return VideoError("crashed", f"{path} made the decoder crash (exit code {code})")
+            return VideoError("crashed", f"{path} crashed the decoder (exit code {code})")
         self.idle.append(process)
         return result
 
@@ -104,21 +107,21 @@ class WorkerPool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=start.environment(),
-                start_new_session=True,  # Ctrl-C is for this process, which kills its workers
+                start_new_session=True,  # Ctrl-C reaches only this process, which kills its workers
             )
             self.all.append(process)
         try:
-            exchange(process, function)  # imports the function: no clip's time limit pays for that
+            exchange(process, function)  # import the function now, outside any clip's time limit
         except (EOFError, OSError, pickle.UnpicklingError):
             raise UserError(
-                f"a decoding process could not start (exit code {self._end(process)}); if memory is"
-                " short, lower --workers, or decode without processes: --workers 0",
+                f"a decoding process could not start (exit code {self._end(process)}); if the machine is"
+                " low on memory, lower --workers, or use --workers 0 to decode in the main process",
                 code=1,
             ) from None
         return process
 
     def _end(self, process):
-        """Wait until a process that has closed its pipe is gone; returns its exit code."""
+        """Wait for a process that has closed its pipe to end, and return its exit code."""
         with self.lock:
             if process in self.all:
                 self.all.remove(process)
@@ -139,30 +142,28 @@ class WorkerPool:
 
 
 def exchange(process, call):
-    """Send a call to a worker, and wait for its result."""
+    """Send a call to a worker and return its result."""
     pickle.dump(call, process.stdin)
     process.stdin.flush()
     return pickle.load(process.stdout)
 
 
 def discard(process):
-    """Wait for a killed process and close its pipes; returns its exit code."""
+    """Wait for a killed process, close its pipes and return its exit code."""
     code = process.wait()
     for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):  # unsent data has no reader any more
+        with suppress(OSError):  # closing flushes unsent data to a pipe that has no reader
             pipe.close()
     return code
 
 
 def attempt(function, path, *arguments):
-    """function(path, *arguments), in this process; a VideoError if it raises."""
+    """Return function(path, *arguments), called in this process, or a VideoError if it raises."""
     try:
         return function(path, *arguments)
     except VideoError as error:
         return error
-    except (
-        Exception
-    ) as error:  # one clip that trips over a bug of this project must not end the run
+    except Exception as error:  # a clip that triggers a bug in this project must not end the run
         return VideoError("crashed", f"{path}: {type(error).__name__}: {error}")
 
 
@@ -170,14 +171,14 @@ def attempt(function, path, *arguments):
 
 
 def serve():
-    """Answer calls until the parent process is gone."""
-    for number in start.SIGNALS:  # a batch system sends them to every process; the parent acts
+    """Answer calls until the parent process ends."""
+    for number in start.SIGNALS:  # batch systems signal every process; the parent handles it
         signal.signal(number, signal.SIG_IGN)
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the results
+    os.dup2(2, 1)  # libraries may print to stdout, which would corrupt the results
     calls = queue.SimpleQueue()
     threading.Thread(target=read_calls, args=(calls,), daemon=True).start()
-    calls.get()  # the function of the first call, which is imported now
+    calls.get()  # unpickling the first message has imported the function
     result = "ready"
     while True:
         pickle.dump(result, results, protocol=pickle.HIGHEST_PROTOCOL)
@@ -186,7 +187,7 @@ def serve():
 
 
 def read_calls(calls):
-    """In a thread of its own, so that a worker ends with its parent even if its decoder hangs."""
+    """Queue calls from stdin. Runs in a thread so that a worker with a hung decoder ends with its parent."""
     try:
         while True:
             calls.put(pickle.load(sys.stdin.buffer))
@@ -200,5 +201,5 @@ def read_calls(calls):
 if __name__ == "__main__":
     try:
         serve()
-    except BrokenPipeError:  # the parent is gone
+    except BrokenPipeError:  # the parent has ended
         os._exit(0)

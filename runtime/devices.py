@@ -1,7 +1,7 @@
-"""Choose the device, a CPU or an NVIDIA GPU, and the dtype.
+"""Choose the device (CPU or NVIDIA GPU) and the dtype.
 
-Every branch that depends on the device calls `on_gpu`, which the tests patch to run the GPU branches on
-a CPU.
+Every branch that depends on the device calls `on_gpu`. The tests patch it to run the GPU branches on a
+CPU.
 """
 
 import os
@@ -16,31 +16,31 @@ from runtime import ranks
 from runtime.cli import note
 from runtime.errors import UserError
 
-GPU = "cuda"  # torch's type of a GPU
-# CUDA_VISIBLE_DEVICES starts with one of these if no GPU may be used; Slurm sets the second
+GPU = "cuda"  # torch's device type
+# values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm sets the second
 HIDDEN = ("-1", "NoDevFiles")
 
 
 def on_gpu(device):
-    """True if tensors on this torch.device are in a GPU's memory."""
+    """True if this torch.device is a GPU."""
     return device.type == GPU
 
 
 def autocast(device):
-    """A context for the trained parts: bfloat16 matrix products on a GPU, nothing on a CPU."""
+    """Autocast context for the trained modules: bfloat16 on a GPU, a null context on a CPU."""
     return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
 
 
 def backend(device):
-    """The torch.distributed backend that sums gradients on this device."""
+    """The torch.distributed backend for this device."""
     return "cpu:gloo,cuda:nccl" if on_gpu(device) else "gloo"
 
 
 def resolve(name, dtype):
-    """Resolve --device and --dtype to a torch.device, with its index, and a torch.dtype.
+    """Return the torch.device (a GPU with its index) and the torch.dtype for --device and --dtype.
 
-    Prints both and makes a GPU the current CUDA device. Raises UserError if there is no such device, or
-    if the machine has an NVIDIA GPU that torch cannot use.
+    Prints both and, for a GPU, makes it the current CUDA device. Raises UserError if the device does not
+    exist, or if the machine has an NVIDIA GPU that torch cannot use.
     """
     if name == "auto":
         name = GPU if usable_gpu() else "cpu"
@@ -48,14 +48,15 @@ def resolve(name, dtype):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if (
-        device.type not in ("cpu", GPU) or str(device) != name.lower()
-    ):  # torch wraps cuda:256 to cuda:0
+    # the second condition: torch wraps cuda:256 to cuda:0
+    if device.type not in ("cpu", GPU) or str(device) != name.lower():
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if on_gpu(device):
         if device.index is not None and ranks.world_size() > 1:
-            raise UserError(f"--device {name}: the processes of torchrun need a GPU each; use cuda")
-        # streams and events belong to the current device, and set_device wants an index
+            raise UserError(
+                f"--device {name}: under torchrun the processes need a GPU each; use --device cuda"
+            )
+        # Streams and events belong to the current device, and set_device needs an index.
         index = ranks.local_rank() if device.index is None else device.index
         count = torch.cuda.device_count() if usable_gpu() else 0
         if index >= count:
@@ -74,15 +75,15 @@ def describe(device):
 
 
 def peak_memory(device):
-    """The most that tensors took of a GPU's memory, and that torch reserved for them, in bytes."""
+    """Peak GPU memory in bytes, as (allocated for tensors, reserved by torch)."""
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
 def usable_gpu():
     """True if torch can use a GPU.
 
-    Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Falling back to the
-    CPU would take days and fill the cache with float32 features.
+    Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Silently falling back
+    to the CPU would take days and fill the cache with float32 features.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -93,15 +94,15 @@ def usable_gpu():
         return False
     if visible and not caught:
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={visible} leaves no GPU; correct it, or pass --device cpu"
+            f"CUDA_VISIBLE_DEVICES={visible} leaves no GPU; correct it or pass --device cpu"
         )
     if torch.version.cuda is None:
-        why, remedy = "torch is built for CPUs", "install a CUDA build of torch"
+        why, fix = "torch is built for CPUs", "install a CUDA build of torch"
     else:
         reason = str(caught[0].message).split(" (Triggered")[0] if caught else "no reason given"
         why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: {reason}"
-        remedy = "install torch built for an older CUDA (https://pytorch.org) or update the driver"
-    raise UserError(f"this machine has an NVIDIA GPU, but {why}; {remedy}, or pass --device cpu")
+        fix = "update the driver, install torch built for an older CUDA (https://pytorch.org)"
+    raise UserError(f"this machine has an NVIDIA GPU, but {why}; {fix}, or pass --device cpu")
 
 
 def hidden():

@@ -1,7 +1,8 @@
-"""One run in several processes, as torchrun starts them; one process is the case of one.
+"""Communication between the processes of one run, as started by torchrun.
 
-Every process runs the whole script and does its share; rank 0 alone prints and writes. The processes
-exchange sums of gradients and losses once a step, and captions once an evaluation.
+Every process runs the same script on its share of the clips. Only rank 0 prints and writes files. The
+processes exchange gradients and losses once per step and captions once per evaluation. All functions also
+work with a single process.
 """
 
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from runtime import ranks
 from runtime.errors import UserError
 
-TIMEOUT = timedelta(days=1)  # the others wait while rank 0 scores or one reads slowly
+TIMEOUT = timedelta(days=1)  # processes wait while rank 0 computes scores or another reads slowly
 
 
 @contextmanager
 def joined(backend="gloo"):
-    """Let the processes communicate inside the block, through a backend of torch.distributed."""
+    """Set up the torch.distributed process group for the duration of the block.
+
+    Raises UserError if communication fails, for example because another process has ended.
+    """
     if ranks.world_size() == 1:
         yield
         return
@@ -30,20 +34,22 @@ def joined(backend="gloo"):
             raise
         why = str(error).splitlines()[0][:200]
         raise UserError(
-            f"the processes lost touch; if another one has ended, see what it said ({why})", code=1
+            f"lost the connection to the other processes ({why}); if one of them has failed, see its"
+            " message",
+            code=1,
         ) from None
-    dist.destroy_process_group()  # not after an error: it might wait for the others
+    dist.destroy_process_group()  # not after an error, when it might wait for the other processes
 
 
 def all_reduce(tensors):
-    """Replace each tensor by its sum over the processes; every process then has the same bits."""
+    """Replace each tensor by its sum over the processes. The result is bit-identical on all of them."""
     if ranks.world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def sums(*numbers):
-    """Each number's sum over the processes, in float64."""
+    """The sum of each number over the processes, in float64."""
     values = torch.tensor(numbers, dtype=torch.float64)
     all_reduce([values])
     return values.tolist()
@@ -54,7 +60,7 @@ def maximum(number):
 
 
 def all_gather(value):
-    """Every process's value, in the order of the ranks, on every process."""
+    """A list of the values of all processes in rank order, returned on every process."""
     if ranks.world_size() == 1:
         return [value]
     values = [None] * ranks.world_size()
@@ -63,7 +69,7 @@ def all_gather(value):
 
 
 def broadcast(tensors):
-    """Overwrite tensors with those of rank 0."""
+    """Overwrite the tensors with those of rank 0."""
     if ranks.world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -48,8 +48,8 @@ def explain(error):
         return "too many open files; raise the limit with `ulimit -n 4096` in this shell or lower --workers"
     if out_of_memory(error):
         return (
-            "out of memory; lower --workers, or halve --batch-size (in train.py also double --grad-accum:"
-            " this keeps the number of clips per step, and --resume accepts it)"
+            "out of memory; halve --batch-size (in train.py also double --grad-accum, which keeps the"
+            " number of clips per step and is accepted by --resume), or lower --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
