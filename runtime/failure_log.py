@@ -1,9 +1,9 @@
-"""failures.jsonl of a cache: a line for each clip that could not be used, with id, path and reason.
+"""failures.jsonl of a feature cache: one line per clip that failed, with its id, path and reason.
 
-Each process writes a file of its own, so that a kill loses no line and shards do not meet. In the end
-rank 0 puts those of its --shard into one, sorted, and a run over all clips gathers the shards'. Lines of
-the clips that are asked for again are dropped first, for they may succeed now, and so are those of clips
-that did.
+Each process appends to its own file, so that a kill loses no line and shards do not conflict. At the
+end, rank 0 merges the files of its --shard into one sorted file. A run over all clips also merges the
+files of earlier shards. At the start, entries are dropped for clips that are about to be processed again
+and for clips that have features by now.
 """
 
 import json
@@ -14,25 +14,26 @@ from runtime.files import is_clip_id, write_atomic
 
 
 @contextmanager
-def failure_log(features, shard, part, asked):
-    """Yields a function (split, id, path, reason, detail) that writes a line.
+def failure_log(features, shard, part, clips):
+    """Yield a function (split, id, path, reason, detail) that appends a line to the log.
 
-    shard: what was asked for, i of n; part: what this process does of it; asked: its (split, id).
+    shard: the value of --shard, as (i, n). part: the part that this process handles, as (i, n).
+    clips: the set of (split, id) that this process is about to handle.
     """
-    ours, whole = (log_of(features, *p) for p in (part, shard))
-    others = [p for p in features.glob("failures_part*.jsonl") if shard == (0, 1)]
-    asked = {key for keys in distributed.all_gather(asked) for key in keys}
+    process_log, shard_log = (log_path(features, *p) for p in (part, shard))
+    other_logs = [p for p in features.glob("failures_part*.jsonl") if shard == (0, 1)]
+    clips = {key for keys in distributed.all_gather(clips) for key in keys}
     lines = {}
     if ranks.rank() == 0:
-        lines = {key: line for p in (whole, *others) for key, line in read(p).items()}
+        lines = {key: line for p in (shard_log, *other_logs) for key, line in read(p).items()}
         lines = {
             (split, i): line
             for (split, i), line in lines.items()
-            if (split, i) not in asked and not (features / split / f"{i}.pt").exists()
+            if (split, i) not in clips and not (features / split / f"{i}.pt").exists()
         }
-    distributed.all_gather(None)  # all are read, so they may go
-    write_atomic(ours, "".join(lines.values()))
-    with open(ours, "a", encoding="utf-8") as file:
+    distributed.all_gather(None)  # barrier: rank 0 reads the old logs before any is overwritten
+    write_atomic(process_log, "".join(lines.values()))
+    with open(process_log, "a", encoding="utf-8") as file:
 
         def write(split, clip_id, path, reason, detail):
             entry = {"id": clip_id, "split": split, "path": str(path)}
@@ -40,20 +41,20 @@ def failure_log(features, shard, part, asked):
             file.flush()
 
         yield write
-    lines = [line for part in distributed.all_gather([*read(ours).values()]) for line in part]
+    logs = distributed.all_gather([*read(process_log).values()])
     if ranks.rank() == 0:
-        write_atomic(whole, "".join(sorted(lines)))
-    distributed.all_gather(None)  # what is gathered is on the disk
-    for other in {ours, *others} - {whole}:
-        other.unlink(missing_ok=True)
+        write_atomic(shard_log, "".join(sorted(line for log in logs for line in log)))
+    distributed.all_gather(None)  # barrier: the merged log is on disk before its parts are deleted
+    for log in {process_log, *other_logs} - {shard_log}:
+        log.unlink(missing_ok=True)
 
 
-def log_of(features, part, parts):
+def log_path(features, part, parts):
     return features / ("failures.jsonl" if parts == 1 else f"failures_part{part}of{parts}.jsonl")
 
 
 def read(path):
-    """{(split, id): line} of failures.jsonl; a line cut short by a kill is dropped."""
+    """Read a log as {(split, id): line}, without invalid lines, such as one truncated by a kill."""
     lines = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):

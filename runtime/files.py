@@ -1,7 +1,4 @@
-"""Files that neither a kill, a full disk nor a stranger can spoil: whole writes, wary reads, locks.
-
-torch is imported inside functions, so that a script's --help need not wait for it.
-"""
+"""Atomic writes, validated reads and file locks."""
 
 import errno
 import hashlib
@@ -19,17 +16,17 @@ import torch
 from runtime.cli import note
 from runtime.errors import UserError, out_of_files, out_of_memory
 
-JSON_BYTES = 2 << 30  # SSv2's annotations with all paraphrases are 0.3 GB
-HASHES = 1 << 32  # values of a clip's hash
+JSON_BYTES = 2 << 30  # limit for text files; SSv2's annotations with all paraphrases take 0.3 GB
+HASHES = 1 << 32  # a clip's hash is in [0, HASHES)
 
 
 # ---- writing -------------------------------------------------------------------------------
 
 
 def write_atomic(path, data, keep=None):
-    """Write `data` (bytes or str) so that `path` is either absent, old and whole, or new and whole.
+    """Write `data` (bytes or str) atomically: after a kill, `path` is either unchanged or complete.
 
-    keep: a second name for the old file, from when the new one is on the disk.
+    keep: a path for the old file, which is kept under that name once the new data is on disk.
     """
     with _temporary(path, data) as temporary:
         if keep and Path(path).exists():
@@ -38,24 +35,24 @@ def write_atomic(path, data, keep=None):
 
 
 def temporary_name(path):
-    """A hidden name beside a path; at random, for processes in containers share their numbers."""
+    """A hidden temporary path beside `path`. It is random because PIDs repeat across containers."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _link(path, keep):
-    """Give a file the name `keep` too, whatever has it now."""
+    """Hard-link `path` as `keep`, replacing any existing file of that name."""
     link = temporary_name(keep)
     try:
         os.link(path, link)
         os.replace(link, keep)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         os.replace(path, keep)
-    link.unlink(missing_ok=True)  # it stays where both were the same file
+    link.unlink(missing_ok=True)  # os.replace does nothing if both are links to the same file
 
 
 @contextmanager
 def _temporary(path, data):
-    """`data` on the disk, under a name beside `path` that is gone after the block."""
+    """Write `data` to a temporary file beside `path`, which is deleted after the block."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -65,49 +62,49 @@ def _temporary(path, data):
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        error.filename = str(path)  # a full disk does not say what it was full for
+        error.filename = str(path)  # the error for a full disk does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder, ours=lambda name: True):
-    """Delete the temporary files that killed writes left, of files whose name is `ours`.
+def remove_unfinished(folder, selects=lambda name: True):
+    """Delete temporary files left by killed writes, for the file names that `selects` accepts.
 
-    Only for who holds the folder's `lock`: nobody else may be writing them now.
+    The caller must hold the folder's `lock`, so that no other process is writing these files.
     """
     for entry in os.scandir(folder):
-        left = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", entry.name)
-        if left and ours(left[1]):
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", entry.name)
+        if match and selects(match[1]):
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
 
 
 def write_new(path, data):
-    """Write a file that is not there; False if another process was first. As whole as `write_atomic`."""
+    """Create a file atomically. Returns False, and writes nothing, if it already exists."""
     with _temporary(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             os.replace(temporary, path)
     return True
 
 
 def write_json(path, value):
-    """Write `value` atomically; NaN, which is not JSON, raises ValueError."""
+    """Write `value` as JSON, atomically. Raises ValueError for NaN, which is not valid JSON."""
     write_atomic(path, json_bytes(value))
 
 
 def json_bytes(value):
-    """UTF-8; what is no character, as in some file names, as the JSON escape that it prints as."""
+    """`value` as JSON in UTF-8. Lone surrogates, as in invalid file names, become JSON escapes."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace")
 
 
 def torch_bytes(value):
-    """Serialise like torch.save, to bytes that do not depend on the file's name."""
+    """Serialise like torch.save. Unlike torch.save to a path, the bytes do not depend on a file name."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -117,12 +114,12 @@ def torch_bytes(value):
 
 
 def read_text(path, what, encoding="utf-8"):
-    """The text of a file of at most 2 GiB. Raises UserError naming `what` and the file."""
+    """Read a text file of at most 2 GiB. Raises UserError naming `what` and the file."""
     try:
         if (size := os.path.getsize(path)) > JSON_BYTES:
             raise UserError(
-                f"{what} {path} has {size / 1e9:.1f} GB; files above {JSON_BYTES / 1e9:.1f} GB are"
-                " not read as text. Is it an archive?"
+                f"{what} {path} has {size / 1e9:.1f} GB, but the limit for text files is"
+                f" {JSON_BYTES / 1e9:.1f} GB. Is it an archive?"
             )
         return Path(path).read_text(encoding=encoding)
     except FileNotFoundError:
@@ -141,28 +138,28 @@ def read_json(path, what):
 
 
 def read_torch(path, verify=True, mmap=False):
-    """Load what `torch_bytes` made: tensors and plain values. Nothing in it is ever executed.
+    """Load a file written by `torch_bytes`: tensors and plain values. No code in it is executed.
 
-    verify: compare the checksum of every part, which torch itself never does; without it a flipped
-    byte in a tensor goes unnoticed. Raises ValueError saying what is wrong with the file, OSError
-    and MemoryError where that is not known.
+    verify: check the CRC of every archive member. torch does not, so otherwise a flipped byte in a
+    tensor goes unnoticed. mmap: map the file into memory instead of reading it.
+    Raises ValueError, with the reason, for an invalid file. Passes on OSError and out-of-memory errors.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             if mmap:
                 read_ahead(file)
             with zipfile.ZipFile(file) as archive:
-                # torch compresses nothing; a stranger's 4 MB may unpack to 4 GB
+                # torch writes uncompressed archives; an untrusted 4 MB file could unpack to 4 GB
                 if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                    raise ValueError("it is compressed, which no file of ours is")
+                    raise ValueError("it is a compressed archive, which torch.save never writes")
                 if verify and (bad := archive.testzip()):
-                    raise ValueError(f"the checksum of its part {bad} is wrong")
+                    raise ValueError(f"the checksum of {bad} in it is wrong")
         return torch.load(str(path), weights_only=True, mmap=mmap, map_location="cpu")
     except (OSError, ValueError):
         raise
-    except Exception as error:  # zipfile and torch raise whatever the damage happens to trip over
+    except Exception as error:  # a corrupt file can raise almost anything in zipfile and torch
         if out_of_memory(error) or out_of_files(error):
             raise
         raise ValueError(
@@ -171,23 +168,22 @@ def read_torch(path, verify=True, mmap=False):
 
 
 def read_ahead(file):
-    """Ask the kernel, if it takes such advice, to start reading the whole open file.
+    """Ask the kernel to start reading the entire file, where it supports that.
 
-    Otherwise an mmap reads a file that is not in memory in small pieces: 10.3 ms instead of 6.6 ms for
-    4.2 MB.
+    Without this, mmap reads an uncached file in small pieces: 10.3 ms instead of 6.6 ms for 4.2 MB.
     """
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # some file systems take no advice
+        with suppress(OSError):  # some file systems do not support it
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def is_clip_id(name):
-    """True if `name` is a plain file name: it can neither leave a folder nor hide in one."""
+    """True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
     return (
         isinstance(name, str)
         and not name.startswith(".")
         and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
-        # bytes: a file name may have 255, and gets suffixes; unprintable ones may have none
+        # in bytes: file names may have 255, and suffixes are added
         and 0 < len(name.encode()) <= 200
     )
 
@@ -196,14 +192,14 @@ def is_clip_id(name):
 
 
 def hash_range(part, parts):
-    """The interval [start, end) of clip hashes that is part `part` (from 0) of `parts`."""
+    """The interval [start, end) of clip hashes for part `part` (from 0) of `parts`."""
     return part * HASHES // parts, (part + 1) * HASHES // parts
 
 
 def in_shard(clip_id, part, parts):
-    """True for the clips of part `part` (from 0) of `parts`, by a stable hash of the id.
+    """True if a clip belongs to part `part` (from 0) of `parts`, by a stable hash of its id.
 
-    Parts are intervals: cutting each into n gives the parts of parts * n.
+    Parts are intervals of hashes, so splitting each of them into n gives the parts of parts * n.
     """
     start, end = hash_range(part, parts)
     value = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:4])
@@ -211,14 +207,14 @@ def in_shard(clip_id, part, parts):
 
 
 @contextmanager
-def lock(folder, told, part=0, parts=1):
-    """Hold `folder`, or a shard of the clips in it, against other processes while in the block.
+def lock(folder, busy_message, part=0, parts=1):
+    """Lock `folder`, or one shard of its clips, against other processes for the duration of the block.
 
-    Raises UserError with the sentence `told` if another process holds any of the same clips: byte n
-    of <folder>/.lock stands for the clips of hash n, and a shard is an interval of hashes. These
-    locks end with their process however it ends, pass to no forked worker, and reach other machines
-    where the file system's locks do. The folder is made, and taken away again if it stays empty
-    while all of it is held.
+    Raises UserError(busy_message) if another process has locked any of the same clips. Byte n of
+    <folder>/.lock stands for the clips with hash n, so a shard locks an interval of bytes. The operating
+    system releases the lock when the process ends, even if it is killed. Forked workers do not inherit
+    it. It works across machines if the file system supports locks. The folder is created if necessary,
+    and deleted again if all of it was locked and it is still empty at the end.
     """
     folder = Path(folder)
     try:
@@ -226,7 +222,7 @@ def lock(folder, told, part=0, parts=1):
         file = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
     except OSError as error:
         why = f"{error.filename}: {error.strerror}"
-        raise UserError(f"{folder} cannot be written to ({why}); name another folder") from None
+        raise UserError(f"{folder} is not writable ({why}); choose another folder") from None
     try:
         import fcntl
     except ImportError:  # Windows
@@ -238,14 +234,17 @@ def lock(folder, told, part=0, parts=1):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(told, code=1) from None
-            note(f"{folder} cannot be locked ({error.strerror}): run nothing else on it meanwhile")
-        try:  # its last holder may have found nothing to keep, and another made it anew
+                raise UserError(busy_message, code=1) from None
+            note(
+                f"WARNING: {folder} cannot be locked ({error.strerror}); do not run another command on"
+                " it at the same time"
+            )
+        try:  # the previous process may have deleted the empty folder, and another recreated it
             same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock"))
         except FileNotFoundError:
             same = False
         if not same:
-            raise UserError(told, code=1)
+            raise UserError(busy_message, code=1)
         try:
             yield
         finally:

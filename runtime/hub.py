@@ -1,4 +1,4 @@
-"""Find a pretrained model (a local folder, the Hub's cache, the Hub) and name its exact weights."""
+"""Find a pretrained model (local folder, Hub cache or Hub), load it and compute its fingerprint."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from transformers.utils import logging
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
 
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub repository
 
 
 def is_id(name):
-    """True for a Hub id, owner/name, that cannot be meant as a path.
+    """True for a Hub id, owner/name, that is not meant as a path.
 
-    A checkpoint file ends in .pt, and a mistyped path begins with a folder that is there.
+    Names that end in .pt and names whose first part is an existing folder count as mistyped paths.
     """
     name = str(name)
     if (
@@ -44,15 +44,15 @@ def is_id(name):
 
 
 def is_cached(name):
-    """True for a Hub id whose config.json lies in the Hub's cache: a model that was found on the Hub."""
+    """True for a Hub id whose config.json is in the Hub cache, so the model is known to be on the Hub."""
     return is_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def find_model(name, flag):
-    """Return the local folder that holds model `name`, a folder or a Hub id.
+    """Return the local folder of the model `name`, which is a folder or a Hub id.
 
-    The Hub's cache is tried first, then the Hub, once. Raises UserError naming `flag` when the
-    model is nowhere, or incomplete.
+    A Hub id is looked up in the Hub cache first and otherwise downloaded, without retries. Raises
+    UserError naming `flag` if the model is not found or incomplete.
     """
     folder, missing = look_here(name, flag)
     if folder and not missing:
@@ -60,11 +60,11 @@ def find_model(name, flag):
     if folder == Path(name):
         raise UserError(f"{flag} {name}: the folder has no {missing}")
     try:
-        HfApi().model_info(name, timeout=10)  # one request, no retries: is there a Hub at all?
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        HfApi().model_info(name, timeout=10)  # fails quickly if the Hub is unreachable
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except HfHubHTTPError as error:
         why = f"the Hub answered: {str(error).splitlines()[0]}"
-    except Exception as error:  # httpx, requests, ssl, socket: whatever the network throws
+    except Exception as error:  # network errors of httpx, requests, ssl, socket, …
         why = f"the Hub cannot be reached ({type(error).__name__})"
     raise UserError(
         f"{flag} {name} is not in the local cache and {why}."
@@ -73,9 +73,10 @@ def find_model(name, flag):
 
 
 def look_here(name, flag):
-    """Look for a model without the network: (its folder or None, the first file missing there or None).
+    """Look for a model without using the network.
 
-    Raises UserError naming `flag` where `name` is neither a folder nor a Hub id.
+    Returns (its folder or None, the first file that is missing there or None). Raises UserError naming
+    `flag` if `name` is neither a folder nor a Hub id.
     """
     if len(str(name)) < 1000 and os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
@@ -91,7 +92,7 @@ def look_here(name, flag):
 
 
 def _missing_files(folder):
-    """The first file that a complete model folder would have and this one lacks, or None."""
+    """The first file that this model folder lacks, or None if it is complete."""
     if not (folder / "config.json").is_file():
         return "config.json"
     index = folder / "model.safetensors.index.json"
@@ -105,10 +106,10 @@ def _missing_files(folder):
 
 
 def fingerprint(folder):
-    """sha256 over config.json, the tokenizer and each weight file's name, size, first and last MiB.
+    """A hash of config.json, tokenizer.json and each weight file's name, size, first and last MiB.
 
-    It depends on the content alone, so the Hub's copy of a model and a folder downloaded from it
-    agree, and a fine-tuned one does not.
+    It is the first 16 hex digits of the sha256. It does not depend on the location: the Hub cache and a
+    folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     config = json.loads((folder / "config.json").read_text())
@@ -127,16 +128,16 @@ def fingerprint(folder):
 
 
 def is_quantised(folder):
-    """True if the model's configuration says that its weights are quantised."""
+    """True if the model's configuration has a quantization_config."""
     config = read_json(Path(folder) / "config.json", "configuration")
     return isinstance(config, dict) and bool(config.get("quantization_config"))
 
 
 def load_model(auto_class, folder, flag, **kwargs):
-    """`load` for a model. Raises UserError if a weight is missing or has the wrong shape.
+    """Load a model like `load`. Raises UserError if a weight is missing or has the wrong shape.
 
-    transformers initialises such weights at random and only logs it. The same command would then write
-    different captions each time, with the same fingerprint.
+    transformers only logs this and initialises such weights at random, so each run of the same command
+    would write different captions.
     """
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(auto_class, folder, flag, **kwargs)
@@ -145,21 +146,21 @@ def load_model(auto_class, folder, flag, **kwargs):
     if missing or mismatched:
         keys, what = (missing, "are missing") if missing else (mismatched, "have the wrong shape")
         unexpected = sorted(map(str, info["unexpected_keys"])) if missing else []
-        there = f"; the files have unexpected weights, e.g. {unexpected[0]}" if unexpected else ""
+        extra = f"; unexpected weights are present, e.g. {unexpected[0]}" if unexpected else ""
         raise UserError(
             f"{flag} {folder}: weights of {type(model).__name__} {what} ({len(keys)}, e.g. {keys[0]})"
-            f"{there}. Save the model again with save_pretrained."
+            f"{extra}. Save the model again with save_pretrained."
         )
     return model
 
 
 def load(auto_class, folder, flag, **kwargs):
-    """`auto_class.from_pretrained(folder)` without the network; failures become a UserError."""
+    """Return `auto_class.from_pretrained(folder)`, loaded offline. Raises UserError if that fails."""
     logging.disable_progress_bar()
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it logs a table of keys, which `load_model` checks
+    logging.set_verbosity_error()  # hides the table of missing keys, which `load_model` checks
     try:
-        # a model may bring code of its own, which is never run; nor asked about on the terminal
+        # trust_remote_code=False: never run code from the model's folder, and do not ask either
         return auto_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **kwargs
         )

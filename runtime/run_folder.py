@@ -1,7 +1,7 @@
-"""The run folder: what a training run leaves behind, and how it is kept consistent.
+"""The run folder: the files that a training run writes, and the lock, log and signals around them.
 
-args.json, metrics.jsonl, validation_epoch_N.json, last.pt, previous.pt, best.pt: each is complete at any
-moment, whenever the process is killed.
+The files are args.json, metrics.jsonl, validation_epoch_N.json, last.pt, previous.pt and best.pt. If the
+process is killed at any time, they stay valid.
 """
 
 from runtime.start import ROOT, SIGNALS
@@ -27,40 +27,42 @@ from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, wr
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
 
-# What --overwrite removes: a run's own files, never what else is in the folder. The checkpoints come
-# first: if the process is killed meanwhile, the old run must not be resumed as the new one.
+# The files that --overwrite deletes. Other files in the folder are kept. Checkpoints are deleted first:
+# after a kill during the deletion, --resume must not continue the old run with the new flags.
 RUN_FILES = [LAST, PREVIOUS, CORRUPT, BEST, "args.json", "metrics.jsonl", "curves.png"]
 RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "gallery*.html"]
 
 
 def check(output, resume, overwrite, dry_run=False):
-    """Return the run folder's path. Raises UserError if it holds a run that neither flag is about."""
+    """Return the run folder's path. Raises UserError if the folder is in use and no flag allows that."""
     folder = output_folder(output, "--output")
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    holds_a_run = any(path.name != ".lock" for path in folder.glob("*"))
-    if holds_a_run and not (resume or overwrite or dry_run):
+        raise UserError("--resume and --overwrite are mutually exclusive")
+    has_run = any(path.name != ".lock" for path in folder.glob("*"))
+    if has_run and not (resume or overwrite or dry_run):
         raise UserError(
-            f"--output {folder} already holds a run: continue it with --resume, replace it with"
-            " --overwrite, or name another folder"
+            f"--output {folder} already contains a run: continue it with --resume, replace it with"
+            " --overwrite, or choose another folder"
         )
     return folder
 
 
 @contextmanager
 def locked(folder, resume, overwrite, dry_run=False):
-    """Keep every other train.py out of the folder. Raises UserError if one is running in it."""
+    """Lock the run folder for the block. Raises UserError if another train.py is running in it."""
     if dry_run or ranks.rank():
         yield
         return
     with lock(folder, f"another train.py is running in {folder}: wait for it, or stop it first"):
-        check(folder, resume, overwrite)  # again: a run may have begun and ended meanwhile
+        check(
+            folder, resume, overwrite
+        )  # again, because a run may have started and ended meanwhile
         remove_unfinished(folder)
         yield
 
 
 def write_args(folder, args, overwrite, device, **facts):
-    """Clear the folder under --overwrite, and record flags, versions and hardware in args.json."""
+    """Record flags, versions and hardware in args.json. With --overwrite, delete the old run first."""
     if ranks.rank():
         return
     if overwrite:
@@ -84,10 +86,10 @@ def write_args(folder, args, overwrite, device, **facts):
 
 
 class Run:
-    """An open run folder: its log, checkpoints written in the background, and signals that stop it.
+    """A run in progress: its log, the background writer of its checkpoints, and its signal handlers.
 
-    step: of the checkpoint that the run continues from, or 0; total: steps of the whole run;
-    dashboard: a `Dashboard`. Use as a context manager around the training loop.
+    step: the step that the run continues from, or 0. total: the number of steps of the complete run.
+    dashboard: a `Dashboard`. Use it as a context manager around the training loop.
     """
 
     def __init__(self, folder, step, total, dashboard):
@@ -104,23 +106,23 @@ class Run:
         finally:
             self.log.close()
         if error is None:
-            self.stop.restore()  # everything is saved: a signal now ends the script as usual
+            self.stop.restore()  # everything is saved, so a signal may now end the script as usual
 
     def save(self, state):
-        """Write last.pt, after the log lines that it counts on."""
-        self.log.sync()
+        """Write last.pt."""
+        self.log.sync()  # the log must reach the disk before the checkpoint that refers to it
         self.writer.write(self.folder / LAST, state)
 
     def save_best(self, state):
         self.writer.write(self.folder / BEST, state)
 
     def stopping(self):
-        """The number of the signal that asked any of the processes to stop, or 0."""
+        """The number of a stop signal that any of the processes has received, or 0."""
         return distributed.maximum(self.stop.signal)
 
     @contextmanager
     def evaluating(self):
-        """Around an evaluation: everything is on the disk, so a signal ends it at once."""
+        """Context manager for an evaluation. Everything is saved, so a signal stops it at once."""
         self.writer.wait()
         self.stop.saved = True
         if self.stop.signal:
@@ -130,10 +132,9 @@ class Run:
 
 
 class Log:
-    """Progress on stderr, and the same as lines of metrics.jsonl and on a dashboard.
+    """Logs progress to stderr, metrics.jsonl and the dashboard, on rank 0 only.
 
-    Opening it drops the lines of steps that the checkpoint, at `step`, does not contain. Of several
-    processes only rank 0 logs.
+    Opening the log deletes the lines of steps after `step`, the step of the checkpoint.
     """
 
     def __init__(self, folder, step, total, dashboard):
@@ -159,8 +160,11 @@ class Log:
             os.fsync(self.metrics.fileno())
 
     def step(self, step, epoch, lr, loss, norm, tokens, ids, data_seconds):
-        """loss: summed over `tokens` caption tokens of the clips `ids`; norm: before clipping;
-        epoch: from 0; data_seconds: the part of the step's `seconds` spent waiting for data."""
+        """Log one training step.
+
+        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. norm: the gradient's
+        norm before clipping. data_seconds: the part of the step's duration spent waiting for data.
+        """
         if self.quiet:
             return
         seconds, self.start_time = time.perf_counter() - self.start_time, time.perf_counter()
@@ -180,7 +184,7 @@ class Log:
             entry["skipped"] = ids
             self.skipped += 1
             some = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
-            self.print(f"step {step} skipped: no finite loss or gradient (clips {some})")
+            self.print(f"step {step} skipped: loss or gradient is not finite (clips {some})")
         self.metrics.write(json.dumps(entry) + "\n")
         self.metrics.flush()
         shown = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
@@ -191,7 +195,10 @@ class Log:
         self.bar.update()
 
     def evaluation(self, step, epoch, loss, result, samples):
-        """Write validation_epoch_N.json. epoch: from 1; samples: captions to look at."""
+        """Log an evaluation and write validation_epoch_N.json.
+
+        epoch: from 1. loss: the validation loss or None. samples: example captions to store.
+        """
         if self.quiet:
             return
         head = {"epoch": epoch, "step": step, "loss": loss}
@@ -213,25 +220,26 @@ class Log:
 
 
 def truncate_log(path, step):
-    """Keep the complete lines of steps up to `step`; returns them."""
+    """Delete all lines except complete ones of steps up to `step`. Returns the remaining lines."""
 
-    def belongs(line):
+    def is_kept(line):
         try:
             return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # what a crash of the machine left of a line
+        except (ValueError, KeyError, TypeError):  # a line truncated by a crash
             return False
 
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-    kept = list(filter(belongs, lines))
+    kept = list(filter(is_kept, lines))
     write_atomic(path, "".join(kept))
     return kept
 
 
 class Stop:
-    """Ctrl-C, SIGTERM and SIGHUP let the step finish (`signal` is set); a second one stops at once.
+    """Handlers for Ctrl-C, SIGTERM and SIGHUP: finish the current step, then save and stop.
 
-    But not under torchrun: it sends its processes the signal again that they may have had already, and
-    kills them after 30 s. `saved`: nothing would be lost by stopping at the first.
+    A first signal sets `signal`, which the training loop checks. A second signal stops at once. Under
+    torchrun a second signal is ignored, because torchrun forwards signals that its processes may have
+    received already; it kills them after 30 s. While `saved` is true, the first signal stops at once.
     """
 
     def __init__(self):
@@ -252,30 +260,31 @@ class Stop:
             signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
         if self.saved:
             raise Stopped(self.signal)
-        if ranks.rank() == 0:  # not by `print`, which may be in the middle of a line
+        if ranks.rank() == 0:  # `print` is not reentrant, and the signal may interrupt one
             os.write(2, b"\nfinishing this step, then saving; a second signal stops at once\n")
 
 
 class Writer:
-    """Writes checkpoints in a thread: training waits until they are serialised, not for the disk.
+    """Writes checkpoints in a background thread, one at a time and in order, on rank 0 only.
 
-    One at a time and in order; an error of the disk is raised by `check`, `write`, `wait` or `close`. Of
-    several processes only rank 0 writes.
+    Training waits for serialisation but not for the disk. An error in the thread is raised by the next
+    call of `check`, `write`, `wait` or `close`.
     """
 
     def __init__(self):
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def close(self, error=None):
-        """Finish the last write. error: the exception that ends the run, which its own must not hide."""
+        """Wait for the last write. error: the exception that ended the run, or None."""
         self.thread.shutdown()
         if not error:
             self.wait()
         elif self.pending and self.pending.exception() not in (None, error):
-            note(f"the last checkpoint was not written: {self.pending.exception()}")
+            # raising here would hide the exception that ended the run
+            note(f"WARNING: the last checkpoint was not written: {self.pending.exception()}")
 
     def check(self):
-        """Raise the error of a write that has ended: there is no point in training on to the next."""
+        """Raise the error of a failed write now, rather than at the next checkpoint."""
         if self.pending and self.pending.done():
             self.pending.result()
 
@@ -284,7 +293,7 @@ class Writer:
             self.pending.result()
 
     def write(self, path, state):
-        """`state` is serialised now, so later changes to its tensors are not in the file."""
+        """Serialise `state` now and write it to `path` in the background."""
         if ranks.rank():
             return
         self.wait()
@@ -292,5 +301,5 @@ class Writer:
 
 
 def replace_checkpoint(path, data):
-    """Write a checkpoint; the old last.pt becomes previous.pt once the new one is on the disk."""
+    """Write a checkpoint. An old last.pt becomes previous.pt once the new one is on disk."""
     write_atomic(path, data, keep=path.with_name(PREVIOUS) if path.name == LAST else None)

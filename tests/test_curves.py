@@ -203,7 +203,7 @@ def test_a_dashboard_that_cannot_be_opened_creates_no_folder(
 def test_a_missing_dashboard_is_reported_before_anything_is_read(name, monkeypatch, tmp_path):
     monkeypatch.setattr("runtime.dashboard.find_spec", lambda _: None)
     with pytest.raises(
-        UserError, match=f"--report-to {name} needs its library: pip install {name}"
+        UserError, match=f"--report-to {name} needs the package: pip install {name}"
     ):
         train.main(["--report-to", name, "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
