@@ -1,9 +1,9 @@
-"""Checkpoints: write, read, resume, and rebuild a captioner from one.
+"""Checkpoints: their content, reading and validating them, rebuilding a captioner, resuming a run.
 
-A checkpoint holds what is trained and what rebuilds the rest: the Q-Former's weights and sizes, the
-manifest of its features, names and fingerprints of the frozen models, and the style prompts. last.pt
-also has the optimizer and the counters of training. An exported folder (tools/export.py) holds the
-same as config.json and model.safetensors.
+A checkpoint contains the Q-Former's weights and sizes and what is needed to rebuild the captioner: the
+manifest of the features, the names and fingerprints of the frozen models, and the style prompts. last.pt
+also contains the optimizer's state and the training counters. An exported folder (tools/export.py) has
+the content of best.pt as config.json and model.safetensors.
 """
 
 import hashlib
@@ -29,12 +29,14 @@ from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
 
 VERSION = 1
 
-# An exported folder
+# Files of an exported folder, and the keys in its config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
-WEIGHTS_BYTES = 4 << 30  # the default Q-Former has 0.16 GB; what is read is held in memory
+WEIGHTS_BYTES = (
+    4 << 30
+)  # limit, since the file is read into memory; the default Q-Former has 0.16 GB
 
-# Flags that a resumed run may change, because they do not change what is learned
+# Flags that a resumed run may change because they do not affect the trained weights
 MAY_CHANGE = {
     *("annotations", "features", "lm", "output", "device", "workers", "report_to"),
     *("resume", "overwrite", "dry_run", "save_every", "allow_missing", "no_meteor"),
@@ -43,27 +45,31 @@ STEP_SIZE = ("batch_size", "grad_accum")  # may change if their product stays th
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint that exists and cannot be used."""
+    """A checkpoint exists but is not usable."""
 
 
 # ---- reading -------------------------------------------------------------------------------
 
 
 def read_checkpoint(path, flag="--checkpoint"):
-    """Load a checkpoint without executing anything in it; its tensors are those of its sizes.
+    """Load and validate a checkpoint. No code in it is executed, so it may come from anyone.
 
-    path: a file, a run folder (its `best.pt`), an exported folder, or the Hub id of one; flag: of the
-    command line, for messages. Raises UserError if there is nothing, `CorruptCheckpoint` for a damaged
-    file, even by one flipped byte, and for one that train.py did not write.
+    path: a file, a run folder (its best.pt is read), an exported folder, or the Hub id of one.
+    flag: the command-line flag to name in messages.
+    Raises UserError if the checkpoint does not exist, and `CorruptCheckpoint` if it is damaged (even by
+    one flipped byte), was not written by train.py, or has weights that do not fit its sizes.
     """
-    where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
-    exported = is_export(where)
-    if not exported and os.path.isdir(where):
-        path = where = where / "best.pt"
-    if not exported and not os.path.isfile(where):  # Path.is_file raises for too long a name
-        raise UserError(f"{flag} {path} does not exist. Run train.py first.")
+    location = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
+    exported = is_export(location)
+    if not exported and os.path.isdir(location):
+        path = location = location / BEST
+    if not exported and not os.path.isfile(location):  # Path.is_file raises if the name is too long
+        raise UserError(
+            f"{flag} {path} does not exist. No checkpoint is distributed: train one with train.py, or"
+            " run `make demo` for one of the toy world (results/demo)."
+        )
     try:
-        checkpoint = read_export(where) if exported else read_torch(where)
+        checkpoint = read_export(location) if exported else read_torch(location)
     except PermissionError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
     except (ValueError, OSError) as error:
@@ -72,13 +78,13 @@ def read_checkpoint(path, flag="--checkpoint"):
         raise CorruptCheckpoint(f"{flag} {path} is not a valid checkpoint ({error})") from None
     version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
     if type(version) is int and version != VERSION:
-        raise UserError(f"{flag} {path} has version {version}, this code reads {VERSION}")
+        raise UserError(f"{flag} {path} has version {version}, but this code reads {VERSION}")
     try:
         check_content(checkpoint)
         checkpoint["manifest"] = Manifest.parse(checkpoint["manifest"])
-        with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
-            # a copy: torch notes `assign` in the state dict itself, and a later load of it would put
-            # other parameters into a model than its optimizer has
+        with torch.device("meta"):  # untrusted sizes must not allocate memory
+            # dict() copies, because torch records `assign` in the state dict itself. Loading it again
+            # would replace the model's parameters, which its optimizer would not notice.
             load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise CorruptCheckpoint(f"{flag} {path} was not written by train.py: {error}") from None
@@ -86,7 +92,7 @@ def read_checkpoint(path, flag="--checkpoint"):
 
 
 def check_content(checkpoint):
-    """Raise ValueError unless a checkpoint has what the scripts take from it, each of its type."""
+    """Raise ValueError if an entry that the scripts use is missing or has the wrong type."""
 
     def require(condition, what):
         if not condition:
@@ -108,9 +114,8 @@ def check_content(checkpoint):
     require(all(map(is_count, counts)), "sizes")
     shape = list(settings.grid), settings.width
     require((sizes.get("grid"), sizes.get("video_width")) == shape, "grid")
-    require(
-        sizes["num_blocks"] <= len(weights), "number of blocks"
-    )  # building more would take forever
+    # a huge num_blocks would take forever to build
+    require(sizes["num_blocks"] <= len(weights), "number of blocks")
     for w in weights:
         require(isinstance(w, torch.Tensor) and w.dtype == torch.float32, "weights")
         require((w.device.type, w.layout) == ("cpu", torch.strided), "weights")
@@ -118,34 +123,34 @@ def check_content(checkpoint):
 
 
 def is_export(folder):
-    """True for a folder that is meant to be an export, whole or not, and for no run folder."""
-    files = [os.path.isfile(folder / name) for name in ("best.pt", CONFIG, WEIGHTS)]
+    """True for an exported folder, complete or not. False for a run folder."""
+    files = [os.path.isfile(folder / name) for name in (BEST, CONFIG, WEIGHTS)]
     return not files[0] and any(files)
 
 
 def read_export(folder):
-    """The checkpoint in an exported folder, of whatever content. Raises ValueError saying what is wrong.
+    """Read the checkpoint in an exported folder. Its entries are not validated; see `check_content`.
 
-    Nothing in it is ever executed; OSError and MemoryError pass.
+    No code in it is executed. Raises ValueError, with the reason, if the folder is incomplete or damaged.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"it has no {name}: its export was not finished, do it again")
+            raise ValueError(f"it has no {name}: the export was not finished, run it again")
     if (size := (folder / WEIGHTS).stat().st_size) > WEIGHTS_BYTES:
-        raise ValueError(f"its {WEIGHTS} has {size / 1e9:.1f} GB, which no Q-Former has")
+        raise ValueError(f"its {WEIGHTS} has {size / 1e9:.1f} GB, too much for a Q-Former")
     try:
         config = read_json(folder / CONFIG, "file")
     except UserError as error:
         raise ValueError(str(error)) from None
     if not isinstance(config, dict) or "checkpoint_version" not in config:
         raise ValueError(f"its {CONFIG} was not written by tools.export")
-    data = (folder / WEIGHTS).read_bytes()  # what is hashed is what is loaded
+    data = (folder / WEIGHTS).read_bytes()  # read once, so that the hashed bytes are those loaded
     if hashlib.sha256(data).hexdigest() != config.get("sha256"):
-        raise ValueError(f"its {WEIGHTS} is damaged, or not the one that its {CONFIG} belongs to")
+        raise ValueError(f"its {WEIGHTS} is damaged or does not belong to its {CONFIG}")
     try:
         weights = load_safetensors(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"its {WEIGHTS} holds no weights: {error}") from None
+        raise ValueError(f"its {WEIGHTS} cannot be read: {error}") from None
     return {k: config[k] for k in KEYS if k in config} | {"qformer": weights}
 
 
@@ -153,9 +158,10 @@ def read_export(folder):
 
 
 def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
-    """What a checkpoint needs besides weights to rebuild the captioner, in plain types.
+    """The entries of a checkpoint that stay the same during training, as plain types.
 
-    templates: the action templates of the training clips.
+    With the weights they suffice to rebuild the captioner. templates: the action templates of the
+    training clips.
     """
     lm = {"name": str(lm_name), "fingerprint": lm_fingerprint}
     return {
@@ -169,7 +175,7 @@ def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
 
 
 def weights_digest(weights):
-    """Names the weights {name: tensor} of a Q-Former, whatever file they lie in."""
+    """A 16-digit hex digest of a Q-Former's weights {name: tensor}, independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -177,18 +183,19 @@ def weights_digest(weights):
 
 
 def load_weights(qformer, weights, **kwargs):
-    """`load_state_dict` of a checkpoint's weights. Raises UserError where they do not fit."""
+    """`qformer.load_state_dict(weights, **kwargs)`. Raises UserError if the weights do not fit."""
     try:
         qformer.load_state_dict(weights, **kwargs)
     except (RuntimeError, AttributeError) as error:
-        why = str(error).strip().splitlines()[-1].strip()  # the first says that there is an error
+        why = str(error).strip().splitlines()[-1].strip()  # the first line is generic
         raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
 
 
 def load_captioner(checkpoint, device, dtype, lm_name=None):
-    """Rebuild a captioner of what `read_checkpoint` returned.
+    """Rebuild the `VideoCaptioner` from the return value of `read_checkpoint`.
 
-    lm_name: where the same language model lies, if elsewhere.
+    lm_name: the language model's folder or Hub id, if it is not the one stored in the checkpoint. Raises
+    UserError if the language model or the style prompts differ from those in training.
     """
     name = lm_name or checkpoint["lm"]["name"]
     lm, tokenizer, fingerprint = load_lm(name, device, dtype)
@@ -199,19 +206,20 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
         )
     if checkpoint["styles"] != STYLES:
         raise UserError(
-            f"the checkpoint was trained with other style prompts: {checkpoint['styles']}"
+            f"the checkpoint was trained with different style prompts: {checkpoint['styles']}"
         )
     if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
-        raise UserError(f"the checkpoint's Q-Former is not as wide as --lm {name}")
+        raise UserError(f"the width of the checkpoint's Q-Former does not match --lm {name}")
     qformer = QFormer(**checkpoint["sizes"])
     load_weights(qformer, checkpoint["qformer"])
     return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()
 
 
 def load_models(checkpoint, device, dtype, encoder=None, lm=None):
-    """(`VideoEncoder`, `VideoCaptioner`) of what `read_checkpoint` returned.
+    """Rebuild (`VideoEncoder`, `VideoCaptioner`) from the return value of `read_checkpoint`.
 
-    encoder, lm: where the models of the checkpoint are now, if elsewhere. Raises UserError.
+    encoder, lm: folders or Hub ids of the frozen models, if they are not those stored in the checkpoint.
+    Raises UserError if a model is not found or has a different fingerprint.
     """
     captioner = load_captioner(checkpoint, device, dtype, lm)
     return VideoEncoder.from_manifest(checkpoint["manifest"], device, encoder), captioner
@@ -222,19 +230,19 @@ def load_models(checkpoint, device, dtype, encoder=None, lm=None):
 
 @dataclass
 class Progress:
-    """The counters of a run, which its checkpoints store."""
+    """The counters of a run, stored in its checkpoints."""
 
     step: int = 0  # optimizer steps done
-    best_score: float = -math.inf  # of best.pt: validation CIDEr, or minus the loss without CIDEr
-    evaluated: int = 0  # the step of the last evaluation, whose best is kept
-    bad_steps: int = 0  # in a row, without a finite loss or gradient
+    best_score: float = -math.inf  # of best.pt: validation CIDEr, or -loss if CIDEr is not computed
+    evaluated: int = 0  # the step of the last evaluation that best_score includes
+    bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
 
 
 @dataclass
 class TrainingState:
-    """A training run in memory, and as its checkpoints hold it.
+    """The state of a training run. `best` and `last` return it as the content of a checkpoint.
 
-    model: a `VideoCaptioner`; fixed: of `fixed_state`; identity: of `run_identity`.
+    fixed: the result of `fixed_state`. identity: the result of `run_identity`.
     """
 
     model: VideoCaptioner
@@ -256,17 +264,17 @@ class TrainingState:
 
 
 def run_identity(flags, records):
-    """What must be the same to continue a run: its flags, the training clips and their captions."""
+    """What must match to resume a run: its flags and a hash of the training clips and captions."""
     text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
     flags = {k: v for k, v in flags.items() if k not in MAY_CHANGE}
     return {"args": flags, "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def read_newest(folder, dry_run=False):
-    """The checkpoint to continue a run from, or None if there is none yet.
+    """Return the checkpoint from which to resume a run, or None if there is none yet.
 
-    last.pt, or previous.pt if last.pt is corrupt; the corrupt file is then renamed, with a warning.
-    Raises UserError if neither can be used.
+    This is last.pt, or previous.pt if last.pt is missing or corrupt. A corrupt file is renamed, with a
+    warning, unless `dry_run` is set. Raises UserError if no checkpoint of the run is usable.
     """
     paths = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
     state, corrupt = None, []
@@ -281,7 +289,7 @@ def read_newest(folder, dry_run=False):
         raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=1)
     if state is None and (paths or (folder / BEST).exists()):
         raise UserError(
-            f"--resume: {folder} holds a run, but no checkpoint to continue it from; start over with"
+            f"--resume: the run in {folder} has no checkpoint to continue from; start over with"
             " --overwrite",
             code=1,
         )
@@ -290,29 +298,30 @@ def read_newest(folder, dry_run=False):
     elif path.name != LAST:
         note(f"WARNING: {LAST} cannot be used; resuming from {path}, at step {state['step']:,}")
         if corrupt and not dry_run and ranks.rank() == 0:
-            os.replace(corrupt[0], folder / CORRUPT)  # or the next save would replace the good one
+            # otherwise the next save would replace the good previous.pt with it
+            os.replace(corrupt[0], folder / CORRUPT)
     return state
 
 
 def resume(state, saved, folder, total):
-    """Load `saved`, of `read_newest`, into the `TrainingState` of a run of `total` steps.
+    """Load the checkpoint `saved`, from `read_newest`, into the `TrainingState` of a run of `total` steps.
 
-    Raises UserError naming what differs. There is no random state to restore: order, captions and
-    dropout are functions of seed, epoch, step and clip.
+    No random state needs to be restored: clip order, caption choice and dropout are functions of seed,
+    epoch, step and clip. Raises UserError if flags, features, language model or clips have changed.
     """
     fixed, identity = state.fixed, state.identity
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
     if not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise UserError(
-            f"--resume: {folder / LAST} lacks the state of training (is it a copy of best.pt?)"
+            f"--resume: {folder / LAST} has no training state (is it a copy of best.pt?)"
         )
     check_same_flags(identity["args"], saved["args"], folder)
     wanted = saved["manifest"].settings
     wanted.check_same(Manifest.parse(fixed["manifest"]).settings, "the feature cache")
     if saved["lm"]["fingerprint"] != fixed["lm"]["fingerprint"]:
         name = fixed["lm"]["name"]
-        raise UserError(f"--resume: --lm {name} is not the model that the run was started with")
+        raise UserError(f"--resume: --lm {name} is not the model with which the run was started")
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
     if saved["step"] > total:
@@ -325,7 +334,8 @@ def resume(state, saved, folder, total):
     before, device = device_of(folder), devices.describe(state.model.device)
     if before and before != device:
         note(
-            f"--resume: the run was started on {before}, this is {device}: results may differ slightly"
+            f"--resume: the run was started on {before} and continues on {device}; results may differ"
+            " slightly"
         )
     progress = Progress(saved["step"], saved["best"], saved["scored"], saved["bad"])
     state.progress = progress
@@ -334,16 +344,16 @@ def resume(state, saved, folder, total):
             read_checkpoint(folder / BEST, "--resume")
         except UserError as error:
             note(f"WARNING: {error}")
-            note("WARNING: the best checkpoint so far is lost; the best from here on replaces it")
+            note("WARNING: the best checkpoint is lost; the next evaluation writes a new best.pt")
             progress.best_score, progress.evaluated = -math.inf, 0
 
 
 def check_same_flags(now, before, folder):
-    """Raise UserError naming the first flag in which a resumed run differs.
+    """Raise UserError naming the first flag that a resumed run must not change but does.
 
     --batch-size and --grad-accum may change if their product stays the same.
     """
-    if before.get("dtype") == "auto":  # runs from before it was stored resolved
+    if before.get("dtype") == "auto":  # older runs stored "auto" instead of the resolved dtype
         before = before | {"dtype": now["dtype"]}
     may_differ = set()
     if clips_per_step(now) == clips_per_step(before):
@@ -351,7 +361,7 @@ def check_same_flags(now, before, folder):
         old, new = (" x ".join(str(flags[key]) for key in STEP_SIZE) for flags in (before, now))
         if old != new:
             note(
-                f"--resume: a step is now {new} clips instead of {old}: the clips are the same, but the"
+                f"--resume: a step is now {new} clips instead of {old}; its clips are the same, but the"
                 " dropout masks differ"
             )
     for key in sorted((now.keys() | before.keys()) - may_differ):
@@ -371,7 +381,7 @@ def clips_per_step(flags):
 
 
 def device_of(folder):
-    """The device that a run folder's args.json names, or None."""
+    """The device recorded in a run folder's args.json, or None."""
     try:
         return read_json(folder / "args.json", "args").get("device")
     except (UserError, AttributeError):

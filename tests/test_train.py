@@ -93,9 +93,9 @@ def test_checkpoints_hold_no_frozen_weight(trained, world):
 
 def test_a_run_is_not_overwritten(world, prepared, trained):
     before = (trained / "last.pt").read_bytes()
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         train.main(train_flags(world, prepared, trained))
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="mutually exclusive"):
         train.main(train_flags(world, prepared, trained, "--resume", "--overwrite"))
     assert (trained / "last.pt").read_bytes() == before
 
