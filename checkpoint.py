@@ -52,7 +52,7 @@ class CorruptCheckpoint(UserError):
 
 
 def read_checkpoint(path, flag="--checkpoint"):
-    """Load and validate a checkpoint. No code in it is executed, so it may come from anyone.
+    """Load and validate a checkpoint. No code in it is executed, so the file may be untrusted.
 
     path: a file, a run folder (its best.pt is read), an exported folder, or the Hub id of one.
     flag: the command-line flag to name in messages.
@@ -321,7 +321,7 @@ def resume(state, saved, folder, total):
     wanted.check_same(Manifest.parse(fixed["manifest"]).settings, "the feature cache")
     if saved["lm"]["fingerprint"] != fixed["lm"]["fingerprint"]:
         name = fixed["lm"]["name"]
-        raise UserError(f"--resume: --lm {name} is not the model with which the run was started")
+        raise UserError(f"--resume: --lm {name} is not the model the run was started with")
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
     if saved["step"] > total:

@@ -101,7 +101,7 @@ def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
 def test_a_package_that_is_installed_and_broken(code, why, tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    finding = doctor.look_at("torch", RANGE, "packages")
+    finding = doctor.check_package("torch", RANGE, "packages")
     assert finding.state == "missing" and why in finding.found
     assert finding.fix == f"{sys.executable} -m pip install --force-reinstall 'torch{RANGE}'"
 
@@ -109,7 +109,7 @@ def test_a_package_that_is_installed_and_broken(code, why, tmp_path, monkeypatch
 def test_a_package_that_talks_when_imported_is_well(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("print('hello')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert doctor.look_at("torch", "", "packages").state == "ok"
+    assert doctor.check_package("torch", "", "packages").state == "ok"
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.14.0", "1.13.0+cu117"])
@@ -118,8 +118,8 @@ def test_a_version_out_of_range(version, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor.look_at("torch", RANGE, "packages")
-    assert finding.state == "missing" and finding.found == f"{version}; needed: {RANGE}"
+    finding = doctor.check_package("torch", RANGE, "packages")
+    assert finding.state == "missing" and finding.found == f"{version}; required: {RANGE}"
     assert finding.fix == f"{sys.executable} -m pip install -e ."
 
 

@@ -193,10 +193,10 @@ def test_every_flipped_byte_of_the_weights_is_noticed(shared):
         ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "was not written by tools.export"),
         ('{"model_type": "qwen2"}', "was not written by tools.export"),
-        ('{"checkpoint_version": 1}', "is damaged, or not the one"),
+        ('{"checkpoint_version": 1}', "is damaged or does not belong"),
         ({"manifest": {}}, "was not written by train.py"),
         ({"step": "3"}, "was not written by train.py"),
-        ({"checkpoint_version": 2}, "has version 2, this code reads 1"),
+        ({"checkpoint_version": 2}, "has version 2, but this code reads 1"),
         ({"sizes": {"surprise": 1}}, "was not written by train.py"),
         ({"sizes": {"output_norm": 10**400}}, "was not written by train.py"),
     ],
@@ -238,7 +238,7 @@ def test_a_killed_export_is_nothing_until_it_is_done_again(
     if before and not done:
         assert same(read_checkpoint(folder), old)
     else:
-        with pytest.raises(UserError, match=r"does not exist|not finished|not the one"):
+        with pytest.raises(UserError, match=r"does not exist|not finished|does not belong"):
             read_checkpoint(folder)
     export.export(run, folder)
     assert same(read_checkpoint(folder), read_checkpoint(run))

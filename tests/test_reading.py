@@ -139,7 +139,7 @@ def test_a_run_resumes_with_another_split_of_its_step(
     os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
     flags = train_flags(world, prepared, run, "--resume", "--batch-size", 4, "--grad-accum", 6)
     assert not train.main(flags)
-    note = "a step is now 4 x 6 clips instead of 8 x 3: the clips are the same, but the dropout"
+    note = "a step is now 4 x 6 clips instead of 8 x 3; its clips are the same, but the dropout"
     assert note in capsys.readouterr().err
     last = files.read_torch(run / "last.pt")
     assert (last["step"], last["scored"], last["args"]["batch_size"]) == (10, 10, 4)

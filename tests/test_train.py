@@ -210,7 +210,7 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
     flags = train_flags(world, prepared, folder, "--resume")
     os.rename(folder / "last.pt", tmp_path / "last.pt")
     os.rename(folder / "previous.pt", tmp_path / "previous.pt")
-    with pytest.raises(UserError, match="no checkpoint to continue it from"):
+    with pytest.raises(UserError, match="no checkpoint to continue from"):
         train.main(flags)
     assert (folder / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
     (folder / "last.pt").write_bytes(b"PK")
@@ -221,7 +221,7 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
     (folder / "best.pt").write_bytes(b"")
     assert not train.main(flags)
     said = capsys.readouterr().err
-    assert "last.pt cannot be used" in said and "the best from here on replaces it" in said
+    assert "last.pt cannot be used" in said and "writes a new best.pt" in said
     assert (folder / "damaged.pt").read_bytes() == b"PK" and state(folder)["step"] == 10
     assert torch.load(str(folder / "best.pt"), weights_only=True)["step"] == 10
 

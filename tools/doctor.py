@@ -1,11 +1,12 @@
-"""List what this machine can run, and the command that fixes the rest. No network; changes nothing.
+"""Check which scripts can run on this machine, and print commands that fix what is missing.
 
-    python -m tools.doctor            (one line per finding, then which scripts can run; about 20 s)
-    python -m tools.doctor --json     (the same as one JSON object)
+    python -m tools.doctor            (one line per finding, then one per script; about 20 s)
+    python -m tools.doctor --json     (the same as a JSON object)
 
-A finding is ok, missing (the line below it fixes it) or a note: the scripts run, but slower or with less.
-Exit code 1 if a required package of pyproject.toml is missing or broken, else 0: a missing GPU, model,
-data set or extra is listed, but is not a failure.
+It does not use the network or change anything. A finding is "ok", "missing" (with the command that
+fixes it, if there is one) or "note" (the scripts run, but slower or without a feature). The exit code is 1
+if a required package of pyproject.toml is missing or broken. Otherwise it is 0, even if a GPU, model, data
+set or optional package is missing.
 """
 
 import runtime.start
@@ -26,7 +27,7 @@ from runtime import cli
 from runtime.errors import DONE, FAILED
 from tools.findings import INSTALL, MISSING, NOTE, OK, PROJECT, Finding, in_child
 
-NEEDS = {  # of each script: findings, or lists of packages
+NEEDS = {  # per script: names of findings, or of lists of packages
     "prepare_annotations.py": ["packages", "labels"],
     "preprocess_ssv2.py": ["packages", "encoder", "annotations", "videos"],
     "train.py": ["packages", "lm", "annotations", "features"],
@@ -43,15 +44,21 @@ NEEDS = {  # of each script: findings, or lists of packages
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("models")
-    group.add_argument("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2")
+    group.add_argument(
+        "--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model"
+    )
     group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
     group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     group = parser.add_argument_group("data")
-    group.add_argument("--labels", default=cli.LABELS, help="folder with train.json, …")
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
-    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
-    parser.add_argument("--json", action="store_true", help="a JSON object instead of text")
+    group.add_argument("--labels", default=cli.LABELS, help="SSv2's label folder (train.json, …)")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder with the clips")
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, help="output of prepare_annotations.py"
+    )
+    group.add_argument(
+        "--features", default=cli.FEATURES, help="feature cache of preprocess_ssv2.py"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     return parser.parse_args(argv)
 
 
@@ -63,7 +70,7 @@ def main(argv=None):
         why = "not checked: install the packages first"
         findings += [Finding(NOTE, what, why) for what in ("machine", "models", "data")]
     else:
-        from tools import doctor_checks  # it imports the packages that were just found
+        from tools import doctor_checks  # imports the packages, so only after they were found
 
         findings += doctor_checks.everything(args, "torch" + packages["packages"]["torch"])
     missing = [f.what for f in findings if f.state == MISSING]
@@ -79,7 +86,7 @@ def main(argv=None):
 
 
 def table(findings, lacks):
-    """What is printed: the findings, then a line for each script."""
+    """The report as text: the findings, then one line per script."""
     lines, margin = [], " " * 31
     wrap = textwrap.TextWrapper(100, subsequent_indent=margin, break_on_hyphens=False)
     wrap.break_long_words = False
@@ -94,40 +101,42 @@ def table(findings, lacks):
 
 
 def software():
-    """(findings, {list: {package: range}})"""
+    """Check Python and the packages. Returns (findings, {list: {package: version range}})."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lists = {"packages": project["dependencies"], "viz": extras["viz"], "app": extras["app"]}
     packages = {extra: dict(map(name_and_range, lines)) for extra, lines in lists.items()}
-    wanted = {}  # a package that two extras want belongs to the first
+    required = {}  # a package in several lists counts for the first
     for extra, ranges in packages.items():
-        wanted = {name: (limits, extra) for name, limits in ranges.items()} | wanted
+        required = {name: (limits, extra) for name, limits in ranges.items()} | required
     with ThreadPoolExecutor(4) as threads:
-        looks = [threads.submit(look_at, name, *wanted[name]) for name in wanted]
-        findings = {name: one.result() for name, one in zip(wanted, looks, strict=True)}
-    found = [Finding(OK, "Python", f"{sys.version.split()[0]}, {sys.executable}")]
-    found += [findings[name] for name in dict.fromkeys(n for r in packages.values() for n in r)]
-    return found, packages
+        futures = {name: threads.submit(check_package, name, *required[name]) for name in required}
+    findings = [Finding(OK, "Python", f"{sys.version.split()[0]}, {sys.executable}")]
+    names = dict.fromkeys(name for ranges in packages.values() for name in ranges)
+    return findings + [futures[name].result() for name in names], packages
 
 
 def name_and_range(requirement):
-    """`torch>=2.10,<2.14; marker` -> (torch, >=2.10,<2.14)."""
+    """Split a requirement: "torch>=2.10,<2.14; marker" gives ("torch", ">=2.10,<2.14")."""
     return re.match(r"([\w-]+)\s*([^;\s]*)", requirement).groups()
 
 
 def within(version, limits):
-    """True if a version is in a range of >= and <, the only signs in pyproject.toml."""
+    """True if a version satisfies `limits`. Only >= and < are supported, as used in pyproject.toml."""
 
     def numbers(text):
         return [int(n) for n in re.findall(r"\d+", text.split("+")[0])]
 
-    holds = {">=": operator.ge, "<": operator.lt}
+    compare = {">=": operator.ge, "<": operator.lt}
     parts = re.findall(r"(>=|<)([\d.]+)", limits)
-    return all(holds[sign](numbers(version), numbers(limit)) for sign, limit in parts)
+    return all(compare[sign](numbers(version), numbers(limit)) for sign, limit in parts)
 
 
-def look_at(package, limits, extra):
-    """The finding on a package of an extra or of `packages`: installed, in range, can be imported."""
+def check_package(package, limits, extra):
+    """Check that a package is installed, in the version range, and can be imported.
+
+    extra: its list in pyproject.toml, or "packages" for the required ones.
+    """
     fix = f"{INSTALL} -e {shlex.quote(PROJECT if extra == 'packages' else f'{PROJECT}[{extra}]')}"
     try:
         found = version(package)
@@ -136,9 +145,9 @@ def look_at(package, limits, extra):
     else:
         bad = not within(found, limits)
         if bad:
-            found += f"; needed: {limits}"
+            found += f"; required: {limits}"
         elif why := in_child(import_module, package)[1]:
-            # pip sees nothing to do: it is installed and in range
+            # without --force-reinstall pip would consider it installed
             fix = f"{INSTALL} --force-reinstall {shlex.quote(package + limits)}"
             found, bad = f"{found} cannot be imported: {why}", True
     if bad and package == "decord":

@@ -1,4 +1,4 @@
-"""What doctor.py reports: a finding a line. Standard library only, as its packages may be missing."""
+"""Helpers of doctor.py. Standard library only, because the packages may be missing."""
 
 from runtime.start import ROOT, environment
 
@@ -11,7 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 OK, NOTE, MISSING = "ok", "note", "missing"
-LIMIT = 300  # seconds for one import: the first one from a network disk may take minutes
+LIMIT = 300  # seconds per check; the first import from a network disk may take minutes
 INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
 PROJECT = "." if Path.cwd() == ROOT else str(ROOT)
 
@@ -19,14 +19,14 @@ Finding = namedtuple("Finding", "state what found fix", defaults=[None])
 
 
 def in_child(function, *args):
-    """Call a function in a process of its own: a broken package may crash or hang it.
+    """Call a function in a child process, because a broken package may crash or hang.
 
-    Returns (what the function returns, None), or (None, the last line of the process's stderr).
+    Returns (the function's result, None), or (None, the last line of the child's stderr).
     """
     module = function.__module__ if function.__module__ != "__main__" else "tools.doctor"
     code = f"import json; from {module} import {function.__name__} as f; print(json.dumps(f(*{args!r})))"
     quiet = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}  # no network
-    quiet |= {"MPLCONFIGDIR": tempfile.gettempdir()}  # matplotlib would make a folder in the home
+    quiet |= {"MPLCONFIGDIR": tempfile.gettempdir()}  # by default matplotlib creates a folder in ~
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -40,4 +40,4 @@ def in_child(function, *args):
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         return None, lines[-1][:200]
-    return json.loads(done.stdout.splitlines()[-1]), None  # a package may print when imported
+    return json.loads(done.stdout.splitlines()[-1]), None  # packages may print on import
