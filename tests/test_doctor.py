@@ -84,7 +84,7 @@ def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
     assert all(findings[name]["state"] == "ok" for name in ("Python", "torch", "transformers"))
     assert findings["encoder"]["state"] == "ok"
     assert findings["lm"]["state"] == "missing"
-    assert "incomplete, without model.safetensors" in findings["lm"]["found"]
+    assert "incomplete: model.safetensors is missing" in findings["lm"]["found"]
     assert findings["lm"]["fix"] == "hf download some/lm"
     assert said["lacks"]["worlds.demo"] == []
     assert said["lacks"]["train.py"] == ["lm", "annotations", "features"]
@@ -161,9 +161,9 @@ def test_an_nvidia_gpu_beside_a_torch_for_cpus(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     cpu_build = {"name": None, "built_for": None}, None
     monkeypatch.setattr(doctor_checks, "in_child", lambda *_: cpu_build)
-    assert "hides every GPU" in doctor_checks.look_at_gpu("torch>=2.10").found  # see conftest.py
+    assert "hides every GPU" in doctor_checks.check_gpu("torch>=2.10").found  # see conftest.py
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    finding = doctor_checks.look_at_gpu("torch>=2.10")
+    finding = doctor_checks.check_gpu("torch>=2.10")
     assert finding.state == "missing" and "built for CPUs" in finding.found
     assert "--force-reinstall 'torch>=2.10'" in finding.fix
 
@@ -172,7 +172,7 @@ def test_data_that_is_not_there_comes_with_the_command_for_these_folders(tmp_pat
     annotations, features = tmp_path / "my annotations", tmp_path / "features"
     flags = ["--annotations", str(annotations), "--features", str(features)]
     args = doctor.parse_args([*flags, "--checkpoint", str(tmp_path / "run")])
-    found = {f.what: f for f in doctor_checks.data(args) + doctor_checks.models(args)}
+    found = {f.what: f for f in doctor_checks.check_data(args) + doctor_checks.check_models(args)}
     states = {found[what].state for what in ("annotations", "features", "checkpoint")}
     assert states == {"missing"}
     assert found["annotations"].fix == f"python prepare_annotations.py --output '{annotations}'"
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_and_a_model_with_a_damaged_config(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{")
     flags = ["--checkpoint", str(tmp_path), "--lm", str(tmp_path)]
-    found = {f.what: f for f in doctor_checks.models(doctor.parse_args(flags))}
+    found = {f.what: f for f in doctor_checks.check_models(doctor.parse_args(flags))}
     assert found["checkpoint"].state == found["lm"].state == "missing"
     assert "not a valid checkpoint" in found["checkpoint"].found
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_wants_the_models_it_was_trained_with(trained, world):
 
     def look(*flags):
         args = doctor.parse_args(["--checkpoint", str(trained), *map(str, flags)])
-        return {f.what: f.state for f in doctor_checks.models(args)}
+        return {f.what: f.state for f in doctor_checks.check_models(args)}
 
     here = look("--encoder", world / "encoder", "--lm", world / "lm")
     assert here == dict.fromkeys(("encoder", "lm", "checkpoint"), "ok")
@@ -212,9 +212,9 @@ def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp
     state["lm"]["name"] = "toy/lm"
     monkeypatch.setattr(doctor_checks, "read_checkpoint", lambda path: state)
     args = doctor.parse_args(["--checkpoint", str(trained)])
-    found = {f.what: f for f in doctor_checks.models(args)}
+    found = {f.what: f for f in doctor_checks.check_models(args)}
     assert found["checkpoint's lm"].state == "missing" and not found["checkpoint's lm"].fix
-    assert "if it is elsewhere: --lm FOLDER" in found["checkpoint's lm"].found
+    assert "if it is elsewhere, pass --lm FOLDER" in found["checkpoint's lm"].found
 
 
 def test_a_step_on_the_gpu(gpu, monkeypatch):
@@ -222,10 +222,10 @@ def test_a_step_on_the_gpu(gpu, monkeypatch):
     seconds, peak = doctor_checks.try_step("auto")
     assert 0 < seconds < 60 and peak == 7
     asked = {"name": "a card", "count": 1, "bytes": 24e9, "bf16": True, "built_for": "13.0"}
-    answers = {"ask_cuda": (asked, None), "try_step": ([1.26, 34.2e6], None)}
+    answers = {"gpu_properties": (asked, None), "try_step": ([1.26, 34.2e6], None)}
     monkeypatch.setattr(doctor_checks, "in_child", lambda function, *_: answers[function.__name__])
-    finding = doctor_checks.look_at_gpu("torch>=2.10")
+    finding = doctor_checks.check_gpu("torch>=2.10")
     assert finding.state == "ok" and "took 1.3 s and 34 MB" in finding.found
     answers["try_step"] = (None, "RuntimeError: no kernel image is available")
-    finding = doctor_checks.look_at_gpu("torch>=2.10")
+    finding = doctor_checks.check_gpu("torch>=2.10")
     assert finding.state == "missing" and "no kernel image" in finding.found

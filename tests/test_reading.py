@@ -152,9 +152,9 @@ def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
     monkeypatch.setattr(
         doctor_checks,
         "in_child",
-        lambda ask, *_: (card if ask is doctor_checks.ask_cuda else [1, 1e6], None),
+        lambda ask, *_: (card if ask is doctor_checks.gpu_properties else [1, 1e6], None),
     )
-    finding = doctor_checks.look_at_gpu("torch")
+    finding = doctor_checks.check_gpu("torch")
     assert finding.state == state
     assert finding.fix in (None, "python train.py --batch-size 8 --grad-accum 8")
 
@@ -208,7 +208,7 @@ def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monk
     monkeypatch.setattr("os.path.isdir", lambda path: True)
     for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        found = {f.what: f for f in doctor_checks.machine(tmp_path)}["/dev/shm"]
+        found = {f.what: f for f in doctor_checks.check_machine(tmp_path)}["/dev/shm"]
         assert found.state == state and "up to 2.4 on SSv2 with --workers 4" in found.found
     assert found.fix is None
 

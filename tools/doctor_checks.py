@@ -1,4 +1,4 @@
-"""What doctor.py checks once the packages are there: GPU, decoders, Java, disk, memory, models, data."""
+"""The checks of doctor.py that need the packages: GPU, decoders, Java, disk, memory, models, data."""
 
 import math
 import os
@@ -38,65 +38,66 @@ from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
 
 SHARED = "/dev/shm"
 
-# SSv2 in the default cache, to compute its size: ViT-L's tokens in int8
+# to compute the size of SSv2's cache: the settings for each --pool, with ViT-L's tokens in int8
 CLIPS = 168_913 + 24_777  # training and validation
 STORED = {pool: Settings(grid=(16, 16 // pool, 16 // pool)) for pool in (1, 2, 4)}
-# Bytes that the defaults need. GPU: 13.3 GB, measured at 32 clips of 2 captions a micro-batch, see
-# results/gpu.md, and CUDA's own memory. RAM: 16 GB (estimate), less what the operating system reserves.
-CARD, MEMORY = 14e9, 0.95 * 16e9
+# Memory that the defaults need, in bytes. GPU: 13.3 GB, measured with micro-batches of 32 clips with 2
+# captions each (results/gpu.md), plus the CUDA context. RAM: 16 GB (estimate), minus what the system
+# reserves.
+GPU_MEMORY, MEMORY = 14e9, 0.95 * 16e9
 
 
 def everything(args, torch_range):
-    """All findings. args: of doctor.py; torch_range: the requirement, such as torch>=2.10."""
-    findings = [look_at_gpu(torch_range), look_at_decoders(), look_at_java()]
-    return findings + machine(args.features) + models(args) + data(args)
+    """All findings. args: the flags of doctor.py. torch_range: the requirement, such as torch>=2.10."""
+    findings = [check_gpu(torch_range), check_decoders(), check_java()]
+    return findings + check_machine(args.features) + check_models(args) + check_data(args)
 
 
-def look_at_gpu(torch):
-    """The finding on CUDA. torch: the requirement, such as torch>=2.10."""
-    found, why = in_child(ask_cuda)
+def check_gpu(torch_range):
+    """Check that a GPU is present and usable. torch_range: the requirement, such as torch>=2.10."""
+    found, why = in_child(gpu_properties)
     if why:
         return Finding(MISSING, "CUDA", f"torch cannot use the GPU: {why}", "nvidia-smi")
     if not found["name"]:
         if devices.hidden():
             return Finding(NOTE, "CUDA", "CUDA_VISIBLE_DEVICES hides every GPU")
         if not devices.has_nvidia_gpu():
-            return Finding(NOTE, "CUDA", "no NVIDIA GPU: training on a CPU is for toys only")
+            return Finding(NOTE, "CUDA", "no NVIDIA GPU; a CPU is only enough for the toy world")
         if found["built_for"]:
-            text = f"an NVIDIA GPU, but no driver that runs torch's CUDA {found['built_for']}"
+            text = f"the NVIDIA driver does not support torch's CUDA {found['built_for']}"
             return Finding(MISSING, "CUDA", text, "nvidia-smi")
-        fix = f"{INSTALL} --force-reinstall '{torch}'"
-        return Finding(MISSING, "CUDA", "an NVIDIA GPU, but torch is built for CPUs", fix)
+        fix = f"{INSTALL} --force-reinstall '{torch_range}'"
+        text = "this machine has an NVIDIA GPU, but torch is built for CPUs"
+        return Finding(MISSING, "CUDA", text, fix)
     text = f"{found['count']} x {found['name']}, {found['bytes'] / 1e9:.0f} GB"
     step, why = in_child(try_step, "cuda")
     if why:
-        return Finding(MISSING, "CUDA", f"{text}; a step with tiny models failed: {why}")
-    text += f"; a step with tiny models took {step[0]:.1f} s and {step[1] / 1e6:.0f} MB"
+        return Finding(MISSING, "CUDA", f"{text}; a training step of tiny models failed: {why}")
+    text += f"; a training step of tiny models took {step[0]:.1f} s and {step[1] / 1e6:.0f} MB"
     if not found["bf16"]:
         return Finding(NOTE, "CUDA", f"{text}, no bfloat16", "python train.py --dtype float32")
-    if found["bytes"] < CARD:
+    if found["bytes"] < GPU_MEMORY:
         fix = "python train.py --batch-size 8 --grad-accum 8"
-        less = "train.py's defaults need 14 GB; with the flags below it needs 7"
-        return Finding(NOTE, "CUDA", f"{text}: {less}", fix)
+        text += "; train.py needs 14 GB with its defaults, 7 GB with the following flags"
+        return Finding(NOTE, "CUDA", text, fix)
     return Finding(OK, "CUDA", f"{text}, bfloat16")
 
 
-def ask_cuda():
-    """What torch knows of the GPUs, once it has computed on the first."""
-
+def gpu_properties():
+    """Compute something on the first GPU and return its properties."""
     facts = {"built_for": torch.version.cuda, "name": None}
     if torch.cuda.is_available():
-        torch.ones(1, device="cuda").sum().item()  # fails where torch has no code for this GPU
-        card = torch.cuda.get_device_properties(0)
-        facts |= {"name": card.name, "bytes": card.total_memory, "count": torch.cuda.device_count()}
+        torch.ones(1, device="cuda").sum().item()  # fails if torch has no kernels for this GPU
+        gpu = torch.cuda.get_device_properties(0)
+        facts |= {"name": gpu.name, "bytes": gpu.total_memory, "count": torch.cuda.device_count()}
         facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     return facts
 
 
 def try_step(device):
-    """Encode, train one step and caption with tiny random models, using the scripts' own functions.
+    """Encode clips, train one step and generate captions, with tiny random models.
 
-    Returns (seconds, peak bytes on the GPU).
+    It calls the same functions as the scripts. Returns (seconds, peak GPU memory in bytes).
     """
     device, dtype = devices.resolve(device, "auto")
     began = time.perf_counter()
@@ -128,67 +129,71 @@ def try_step(device):
     for beams in (1, 2):
         model.captions(evaluate.to_device(batches[0], device), "label", 4, beams)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(f"the loss is {loss}, its gradient's norm {norm}")
+        raise RuntimeError(f"the loss is {loss} and the gradient norm is {norm}")
     peak = devices.peak_memory(device)[0] if devices.on_gpu(device) else 0
     return time.perf_counter() - began, peak
 
 
-def look_at_decoders():
-    """The finding on what PyAV reads."""
-    lacking, why = in_child(ask_av)
-    if not lacking and not why:
+def check_decoders():
+    """Check which video formats PyAV can decode."""
+    missing, why = in_child(missing_decoders)
+    if not missing and not why:
         return Finding(OK, "decoders", "VP9, H.264, AV1")
     fix = f"{INSTALL} --force-reinstall --only-binary av av"
-    return Finding(NOTE, "decoders", why or f"PyAV has none for {', '.join(lacking)}", fix)
+    return Finding(NOTE, "decoders", why or f"PyAV cannot decode {', '.join(missing)}", fix)
 
 
-def ask_av():
-    """The formats that this build of PyAV does not read."""
+def missing_decoders():
+    """The formats that this build of PyAV cannot decode."""
 
-    def reads(decoder):
+    def is_available(decoder):
         try:
             return bool(av.codec.Codec(decoder, "r"))
         except av.codec.codec.UnknownCodecError:
             return False
 
-    # FFmpeg's own av1 wants a GPU
+    # not FFmpeg's native "av1" decoder, which needs a GPU
     decoders = {"VP9": ["vp9"], "H.264": ["h264"], "AV1": ["libdav1d", "libaom-av1"]}
-    return [name for name, any_of in decoders.items() if not any(map(reads, any_of))]
+    return [name for name, any_of in decoders.items() if not any(map(is_available, any_of))]
 
 
-def look_at_java():
-    """The finding on Java, where METEOR and the PTB tokenizer run: a caption goes through the latter."""
+def check_java():
+    """Check that Java, which METEOR needs too, can run the PTB tokenizer on a caption."""
     _, tokenizer, why = ptb.tokenize({"": ["A cup."]}, time_limit=LIMIT)
     if tokenizer == "ptb":
-        return Finding(OK, "Java", f"{shutil.which('java')}, runs the PTB tokenizer")
+        return Finding(OK, "Java", f"{shutil.which('java')} runs the PTB tokenizer")
     fix = None if shutil.which("java") else "sudo apt-get install openjdk-17-jre-headless"
-    return Finding(NOTE, "Java", f"{why}: no METEOR, and Python's tokenizer for the rest", fix)
+    return Finding(
+        NOTE, "Java", f"{why}; METEOR is skipped, other metrics use a Python tokenizer", fix
+    )
 
 
 # ---- the machine ---------------------------------------------------------------------------
 
 
-def machine(features):
-    """The findings on disk, memory and shared memory, beside what SSv2 takes."""
+def check_machine(features):
+    """Compare disk space, memory and shared memory with what SSv2 needs."""
     folder = Path(features).absolute()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    takes = {pool: CLIPS * settings.clip_bytes for pool, settings in STORED.items()}
-    text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {takes[1] / 1e12:.2f}, "
-    text += " and ".join(f"{takes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
-    fits = next((f"--pool {pool}" for pool in takes if takes[pool] < free), "--features ELSEWHERE")
-    fix = None if takes[1] < free else f"python preprocess_ssv2.py {fits}"
+    sizes = {pool: CLIPS * settings.clip_bytes for pool, settings in STORED.items()}
+    text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {sizes[1] / 1e12:.2f} TB, "
+    text += " or ".join(f"{sizes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
+    flags = next((f"--pool {pool}" for pool in sizes if sizes[pool] < free), "--features FOLDER")
+    fix = None if sizes[1] < free else f"python preprocess_ssv2.py {flags}"
     findings = [Finding(NOTE if fix else OK, "disk", f"{text} (computed)", fix)]
     if hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        text = f"{memory / 1e9:.0f} GB" + ("" if memory > MEMORY else "; 16 are better (estimate)")
+        text = f"{memory / 1e9:.0f} GB" + (
+            "" if memory > MEMORY else "; 16 GB recommended (estimate)"
+        )
         findings.append(Finding(OK if memory > MEMORY else NOTE, "memory", text))
     if os.path.isdir(SHARED):
         scoring, free = evaluate.parse_args([]), shutil.disk_usage(SHARED).free
-        ahead = shared_bytes(STORED[1], scoring.batch_size, scoring.workers)
-        text = f"{free / 1e9:.1f} GB free; train.py and evaluate.py take up to {ahead / 1e9:.1f}"
+        used = shared_bytes(STORED[1], scoring.batch_size, scoring.workers)
+        text = f"{free / 1e9:.1f} GB free; train.py and evaluate.py use up to {used / 1e9:.1f} GB"
         text += f" on SSv2 with --workers {scoring.workers} (computed)"
-        fix = None if ahead < free else "python train.py --workers 0"
+        fix = None if used < free else "python train.py --workers 0"
         findings.append(Finding(NOTE if fix else OK, SHARED, text, fix))
     return findings
 
@@ -196,13 +201,13 @@ def machine(features):
 # ---- models and data -----------------------------------------------------------------------
 
 
-def models(args):
-    """The findings on the two models, on the checkpoint, and on its models if they are others."""
-    encoder, lm = look_for("encoder", args.encoder), look_for("lm", args.lm)
+def check_models(args):
+    """Check the encoder, the language model, the checkpoint, and the checkpoint's models if different."""
+    encoder, lm = check_model("encoder", args.encoder), check_model("lm", args.lm)
     findings = [encoder[0], lm[0]]
     path = Path(args.checkpoint)
     if hub.is_id(args.checkpoint):
-        finding, _ = look_for("checkpoint", args.checkpoint)
+        finding, _ = check_model("checkpoint", args.checkpoint)
         if finding.state == MISSING:
             return [*findings, finding]
         path, _ = hub.look_here(args.checkpoint, "--checkpoint")
@@ -216,30 +221,31 @@ def models(args):
         return [*findings, Finding(MISSING, "checkpoint", str(error))]
     findings.append(Finding(OK, "checkpoint", f"{path}, after step {checkpoint['step']:,}"))
     info, settings = checkpoint["manifest"].info, checkpoint["manifest"].settings
-    findings += other_settings(settings, args.features)
-    ask = checkpoint["lm"]
-    for what, name, theirs, ours in [
+    findings += check_cache_settings(settings, args.features)
+    trained_lm = checkpoint["lm"]
+    for what, name, expected, found in [
         ("checkpoint's encoder", info["encoder"], settings.encoder_fingerprint, encoder[1]),
-        ("checkpoint's lm", ask["name"], ask["fingerprint"], lm[1]),
+        ("checkpoint's lm", trained_lm["name"], trained_lm["fingerprint"], lm[1]),
     ]:
-        if ours != theirs:
-            finding, fingerprint = look_for(what, name)
-            if fingerprint and fingerprint != theirs:
-                other = f"{name} is not the model it was trained with ({theirs})"
-                finding = Finding(MISSING, what, other)
-            elif finding.state == MISSING:  # a folder's name may look like a Hub id
+        if found != expected:
+            finding, fingerprint = check_model(what, name)
+            if fingerprint and fingerprint != expected:
+                text = f"{name} is not the model that the checkpoint was trained with ({expected})"
+                finding = Finding(MISSING, what, text)
+            elif finding.state == MISSING:  # without `fix`: a folder's name may look like a Hub id
                 flag = f"--{what.split()[-1]} FOLDER"
-                finding = Finding(MISSING, what, f"{finding.found}; if it is elsewhere: {flag}")
+                text = f"{finding.found}; if it is elsewhere, pass {flag}"
+                finding = Finding(MISSING, what, text)
             findings.append(finding)
     return findings
 
 
-def other_settings(settings, features):
-    """A finding, where evaluate.py would refuse the cache for the checkpoint's settings."""
+def check_cache_settings(settings, features):
+    """A list with a finding if evaluate.py would refuse the cache for a checkpoint of these settings."""
     try:
         found = load_manifest(features).settings
     except UserError:
-        return []  # said with the features
+        return []  # `data` reports it
     try:
         settings.check_same(found, f"the cache {features}")
     except UserError as error:
@@ -247,62 +253,64 @@ def other_settings(settings, features):
     return []
 
 
-def look_for(what, name):
-    """(the finding on a model, its fingerprint or None)."""
+def check_model(what, name):
+    """Look for a model. Returns (a finding, the model's fingerprint or None)."""
     local = os.path.isdir(name)
     fix = None if local else f"hf download {shlex.quote(name)}"
     try:
-        folder, lacks = hub.look_here(name, f"--{what.split()[-1]}")
-        if folder and not lacks:
+        folder, missing = hub.look_here(name, f"--{what.split()[-1]}")
+        if folder and not missing:
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
     except UserError as error:
         return Finding(MISSING, what, str(error)), None
-    except (OSError, ValueError) as error:  # a config.json that is no JSON
+    except (OSError, ValueError) as error:  # for example an invalid config.json
         return Finding(MISSING, what, f"{name} cannot be read: {error}", fix), None
-    text = f"incomplete, without {lacks}" if folder else "not on this machine"
-    return Finding(MISSING, what, f"{name}: {text}", fix), None
+    text = f"is incomplete: {missing} is missing" if folder else "is not on this machine"
+    return Finding(MISSING, what, f"{name} {text}", fix), None
 
 
-def data(args):
-    """The findings on labels, clips, annotations and features."""
+def check_data(args):
+    """Check the labels, clips, annotations and features."""
     records = {}
 
     def folder(path):
         if not os.path.isdir(path) or not any(os.scandir(path)):
-            raise UserError(f"{path}: nothing there; SSv2's come from its owner, see README.md")
+            raise UserError(
+                f"{path} is empty or does not exist; to download SSv2, see docs/ssv2.md"
+            )
         return path
 
     def annotations():
         records.update({s: load_records(args.annotations, s) for s in (TRAIN, VALIDATION)})
-        counts = ", ".join(f"{split} {len(those):,}" for split, those in records.items())
+        counts = ", ".join(f"{split} {len(clips):,}" for split, clips in records.items())
         return f"{args.annotations}: {counts} clips"
 
     def features():
         settings = load_manifest(args.features).settings
-        for split, those in records.items():
-            require_features(args.features, split, those)
-        of = "of every clip" if records else "not compared with annotations"
-        return f"{args.features}: {settings.store}, pool {settings.pool}, {of}"
+        for split, clips in records.items():
+            require_features(args.features, split, clips)
+        extent = "complete" if records else "not compared with annotations"
+        return f"{args.features}: {settings.store}, pool {settings.pool}, {extent}"
 
     prepare = command(args, "prepare_annotations.py", "labels", output=args.annotations)
     encode = command(args, "preprocess_ssv2.py", "videos", "annotations", "features", "encoder")
     findings = []
-    for what, look, fix in [
+    for what, check, fix in [
         ("labels", lambda: folder(args.labels), None),
         ("videos", lambda: folder(args.videos), None),
         ("annotations", annotations, prepare),
         ("features", features, encode),
     ]:
         try:
-            findings.append(Finding(OK, what, look()))
+            findings.append(Finding(OK, what, check()))
         except UserError as error:
             findings.append(Finding(MISSING, what, str(error), fix))
     return findings
 
 
 def command(args, script, *flags, output=None):
-    """A script's command line, with --output and those of the flags that are not at their defaults."""
+    """A script's command line, with --output and `flags`, except for those with default values."""
     values = {flag: getattr(args, flag) for flag in flags}
     values = {flag: v for flag, v in values.items() if v != getattr(cli, flag.upper())}
     if output and str(output) not in (cli.ANNOTATIONS, str(Path(cli.CHECKPOINT).parent)):
