@@ -1,4 +1,4 @@
-# The commands of the README. All need Python 3.11 or newer, and nothing else of ours.
+# Targets create .venv and install the dependencies as needed. They require Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -7,11 +7,11 @@ BIN = .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m worlds.demo
 
-# 40 minutes on two idle cores; stop it at any time, start it again and it goes on
+# takes 40 minutes on two idle cores; after an interruption, run it again to continue
 ablation: .venv/demo
 	$(BIN)/python -m bench.ablation
 
-# 5 minutes on two cores: what `make test` does in short
+# takes 5 minutes on two cores; `make test` includes a shorter version
 torture: .venv/test
 	PYTHONPATH=tests $(BIN)/python -m torture.checks
 

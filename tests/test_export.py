@@ -251,7 +251,7 @@ def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"folder .*mine holds .*{name}"):
+    with pytest.raises(UserError, match=rf"folder .*mine contains .*{name}"):
         export.export(run, folder)
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
 

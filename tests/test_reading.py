@@ -209,7 +209,7 @@ def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monk
     for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         found = {f.what: f for f in doctor_checks.check_machine(tmp_path)}["/dev/shm"]
-        assert found.state == state and "up to 2.4 on SSv2 with --workers 4" in found.found
+        assert found.state == state and "up to 2.4 GB on SSv2 with --workers 4" in found.found
     assert found.fix is None
 
 

@@ -1,8 +1,8 @@
-"""Write a trained Q-Former as a folder to share: config.json, model.safetensors and README.md, a model card.
+"""Export a trained Q-Former to a folder for sharing: config.json, model.safetensors and a model card.
 
-    python -m tools.export results/ssv2 shared/ssv2     (of results/ssv2/best.pt)
+    python -m tools.export results/ssv2 shared/ssv2     (exports results/ssv2/best.pt)
 
-No frozen weight is in it: encoder and language model are referred to by name and fingerprint.
+The export does not contain the frozen models. It stores their names and fingerprints instead.
 """
 
 import runtime.start
@@ -24,13 +24,13 @@ from runtime.errors import UserError
 from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
 
 CARD = "README.md"
-MARK = {"exported_by": "train.py"}  # one key: of more, safetensors does not keep the order
+MARK = {"exported_by": "train.py"}  # a single key, because safetensors does not keep the order
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("run", help="run folder of train.py")
-    parser.add_argument("folder", help="folder to write, new or an earlier export")
+    parser.add_argument("folder", help="folder to write; must be new, empty or an earlier export")
     return parser.parse_args(argv)
 
 
@@ -43,54 +43,56 @@ def main(argv=None):
 
 
 def export(run, folder):
-    """Write `best.pt` of a run folder as a folder to share. Returns the paths of its files.
+    """Export best.pt of a run folder. Returns the paths of the written files.
 
-    Weights first and config.json, which holds their sha256, last: what a kill leaves is refused by
-    `read`, and the next export completes it. Raises UserError for a run without a usable best.pt, and
-    for a folder that holds other things than an earlier export.
+    The weights are written first and config.json, which contains their sha256, last. `read_checkpoint`
+    therefore refuses the files that a killed export leaves, and running the export again completes them.
+    Raises UserError if best.pt is not usable, or if the folder contains anything but an earlier export.
     """
     run, folder = Path(run), output_folder(folder, "folder")
     checkpoint = read_checkpoint(run / "best.pt", "run")
-    if problem := _not_ours(folder):
-        raise UserError(f"folder {folder} {problem}; name another folder")
+    if problem := _foreign_file(folder):
+        raise UserError(f"folder {folder} {problem}; choose another folder")
     weights = save({k: w.contiguous() for k, w in checkpoint["qformer"].items()}, MARK)
     config = {k: checkpoint[k] for k in KEYS if k in checkpoint}
     config["manifest"] = checkpoint["manifest"].as_dict()
     config["sha256"] = hashlib.sha256(weights).hexdigest()
-    if config.get("best") in (float("inf"), -float("inf")):  # of a run without any score
+    if config.get("best") in (float("inf"), -float("inf")):  # the run has no score
         config["best"] = None
     try:
         config = json_bytes(config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"run {run}: best.pt has what JSON cannot: {error}") from None
+        raise UserError(f"run {run}: best.pt cannot be written as JSON: {error}") from None
     parts = {WEIGHTS: weights, CARD: card(checkpoint, run, folder.absolute().name), CONFIG: config}
-    with lock(folder, f"another export is at work in {folder}: wait for it, or stop it first"):
+    with lock(folder, f"another export is writing to {folder}: wait for it, or stop it first"):
         remove_unfinished(folder, parts.__contains__)
         for name, data in parts.items():
             write_atomic(folder / name, data)
-        (folder / ".lock").unlink()  # or it would be shared with the rest
+        (folder / ".lock").unlink()  # it must not be shared
     return [folder / name for name in parts]
 
 
-def _not_ours(folder):
-    """What a folder holds that no export of ours wrote, or None. Hidden files, as git's, may stay."""
+def _foreign_file(folder):
+    """Describes a file in the folder that an export did not write, or None. Ignores hidden files."""
     names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
     if others := [name for name in names if name not in (CONFIG, WEIGHTS, CARD)]:
-        return f"holds {others[0]}, which is no part of an export"
+        return f"contains {others[0]}, which is not part of an export"
     try:
-        # the first that an export writes: where it is not ours, neither is the rest
+        # the weights are written first, so every export has them
         with safe_open(folder / WEIGHTS, "pt") as file:
-            ours = file.metadata() == MARK
+            exported = file.metadata() == MARK
     except (OSError, SafetensorError):
-        ours = False
-    return f"holds a {names[0]} that no export wrote" if names and not ours else None
+        exported = False
+    if names and not exported:
+        return f"contains a {names[0]} that was not written by tools.export"
+    return None
 
 
 # ---- the card ------------------------------------------------------------------------------
 
 
 def card(checkpoint, run, name):
-    """The model card, Markdown behind YAML, of a checkpoint of the folder `run` shared as `name`."""
+    """The model card (YAML, then Markdown) of a checkpoint from the folder `run`, shared as `name`."""
     settings, sizes, lm = checkpoint["manifest"].settings, checkpoint["sizes"], checkpoint["lm"]
     encoder = checkpoint["manifest"].info["encoder"]
     known = [model for model in (encoder, lm["name"]) if hub.is_cached(model)]
@@ -108,7 +110,7 @@ def card(checkpoint, run, name):
         "frames": f"{settings.num_frames} a clip ({settings.sampling}),"
         f" {settings.resize} to {settings.size} x {settings.size} pixels",
         "features": f"{grid} tokens of {settings.width} channels, {settings.store},"
-        f" pooled {settings.pool} x {settings.pool}, encoded in {settings.compute_dtype}",
+        f" pooled {settings.pool} x {settings.pool}, computed in {settings.compute_dtype}",
         **{f"style prompt, {style}": text for style, text in checkpoint["styles"].items()},
         "step": f"{checkpoint['step']:,}",
         **_recipe(run),
@@ -121,40 +123,40 @@ tags: [video-captioning, q-former, v-jepa-2]
 
 # {_plain(name)}
 
-A Q-Former that turns the features of a frozen V-JEPA 2 into soft prompts, with which a frozen language
-model captions videos. It alone is in here: no weight of the encoder or the language model is.
+A Q-Former that maps V-JEPA 2 features of a video to soft prompts for a language model, which writes the
+caption. Encoder and language model are frozen. Their weights are not included.
 
 ## Use
 
-With the code of video-captioner (`infer.py`), in its folder; `--checkpoint` takes this folder, or its
-`owner/name` on the Hub:
+Run this in a clone of video-captioner. `--checkpoint` takes this folder or its `owner/name` on the Hub:
 
 ```bash
 python infer.py clip.mp4 --checkpoint {where}{flags}
 ```
 
-Encoder and language model must be those below, by fingerprint; `--encoder` and `--lm` take their folders.
+The encoder and the language model must have the fingerprints below. If they are in local folders, pass
+those as `--encoder` and `--lm`.
 
-## Trained on
+## Training
 
 {_table([["what", "value"], *([*row] for row in facts.items())])}
 
-## Measured
+## Evaluation
 
-{_measured(checkpoint, run)}
+{_scores(checkpoint, run)}
 
 ## Intended use and limits
 
-For research on captioning short clips like those it was trained on. Captions are short and in the
-training captions' words; what those never name it cannot say. It hears no audio, sees
-{settings.num_frames} frames of a clip, and captions the windows of a long video independently. Do not
-rely on a caption where a wrong one does harm. The terms of the training clips, of the encoder and of the
-language model apply to what is made with them; this card grants no licence.
+For research on captioning short clips like those in training. Captions are short and use the vocabulary
+of the training captions, so the model cannot name anything that these never mention. It ignores audio,
+sees {settings.num_frames} frames of a clip, and captions the windows of a long video independently. Do not
+rely on captions where a wrong one could do harm. The licences of the training clips, the encoder and the
+language model may restrict the use of this model. This card does not grant a licence.
 """
 
 
-def _measured(checkpoint, run):
-    """The run's scores of this very checkpoint as Markdown, or that there are none."""
+def _scores(checkpoint, run):
+    """The run's scores as Markdown if they were computed with this checkpoint, else "Not evaluated."."""
     try:
         result = read_json(run / "evaluation_validation.json", "scores")
         settings = result["settings"]
@@ -162,16 +164,16 @@ def _measured(checkpoint, run):
             return "Not evaluated."
         rows, lines = metrics.table(result)
         if missing := settings.get("missing"):
-            lines.append(f"{missing} clips without features are in no score")
-        head = f"Captions of style {settings['style']} for split {settings['split']}, of these weights:"
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):  # none, or not ours
+            lines.append(f"{missing} clips without features are excluded")
+        head = f"Scores of these weights for {settings['style']} captions of the {settings['split']} split:"
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):  # missing or invalid file
         return "Not evaluated."
     notes = "".join(f"- {_plain(line)}\n" for line in lines)
     return f"{_plain(head)}\n\n{_table(rows)}\n\n{notes}".rstrip()
 
 
 def _recipe(run):
-    """What args.json of the run says about its training, as far as it is there."""
+    """Training clips and flags from the run's args.json, or {} if it is missing or invalid."""
     names = ("epochs", "batch_size", "grad_accum", "captions_per_clip", "lr", "dropout", "seed")
     try:
         facts = read_json(run / "args.json", "arguments")
@@ -182,19 +184,19 @@ def _recipe(run):
 
 
 def _model(name):
-    """A Hub id as it is, of a folder its own name: where it lay is nobody's business."""
+    """A Hub id unchanged, or the last part of a folder's path, because the rest may be private."""
     return name if hub.is_id(name) else f"folder {Path(name).name}"
 
 
 def _table(rows):
-    """A Markdown table of rows of text, the first its head."""
+    """A Markdown table of rows of text. The first row is the header."""
     rows = [[_plain(cell) for cell in row] for row in rows]
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _plain(text):
-    """Text from a file or of a name as text of one line: no Markdown, no HTML, no link, no end."""
+    """`text` on one line of at most 300 characters, with Markdown and HTML escaped."""
     text = printable(str(text)[:300], keep="")
     return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", text)
 
