@@ -70,7 +70,7 @@ def test_only_one_place_knows_what_a_gpu_is():
         if asks.search(line) and path.name != "doctor_checks.py"  # it asks torch in a child process
     }
     assert found == {
-        'devices.py: GPU = "cuda"  # torch\'s type of a GPU',
+        'devices.py: GPU = "cuda"  # torch\'s device type',
         "devices.py: return device.type == GPU",
     }
 
