@@ -11,7 +11,7 @@ from pathlib import Path
 from runtime import ranks, start
 from runtime.errors import DONE, FAILED, SIGNALLED, Stopped, UserError, explain
 
-# Defaults of several scripts: the published run on Something-Something-V2
+# Defaults that several scripts share, for Something-Something-V2
 LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
 ANNOTATIONS, FEATURES = "data/annotations", "data/features"
 ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
