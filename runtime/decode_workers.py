@@ -187,7 +187,7 @@ def serve():
 
 
 def read_calls(calls):
-    """Queue calls from stdin. Runs in a thread so that a worker with a hung decoder ends with its parent."""
+    """Queue calls from stdin, in a thread, so that even a worker that hangs ends with its parent."""
     try:
         while True:
             calls.put(pickle.load(sys.stdin.buffer))

@@ -245,7 +245,7 @@ def check_cache_settings(settings, features):
     try:
         found = load_manifest(features).settings
     except UserError:
-        return []  # `data` reports it
+        return []  # `check_data` reports it
     try:
         settings.check_same(found, f"the cache {features}")
     except UserError as error:
