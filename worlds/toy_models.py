@@ -78,7 +78,8 @@ def keywords_of(clip, rng):
 
 def sample_examples(count, seed, objects, pairs):
     """Up to `count` random {"action", "objects"} for the language model, without duplicates."""
-    rng, pairs = random.Random(f"lessons:{seed}"), sorted(sorted(p) for p in pairs)
+    rng = random.Random(f"lessons:{seed}")  # another text would change the language model
+    pairs = sorted(sorted(p) for p in pairs)
     examples = {}
     for _ in range(count):
         action = rng.choice(ACTIONS)
@@ -116,12 +117,15 @@ def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
     word_ids = functools.cache(lambda w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"])
     table, losses = model.get_input_embeddings(), []
     for step in range(steps):
+        # 32 examples, each in a random style
         rows = []
         for clip in rng.choices(examples, k=32):
             style = rng.choice(tuple(STYLES))
             caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
             context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
             rows.append((context, *tokens(style, caption)))
+
+        # padded on the right
         length = max(sum(map(len, row)) for row in rows)
         ids = torch.zeros(32, length, dtype=torch.long)
         labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
@@ -130,12 +134,16 @@ def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
             ids[i, :end] = torch.tensor(context + prompt + target)
             labels[i, start:end] = torch.tensor(target)
             is_context[i, : len(context)] = 1
+
+        # forward, with noise on the keywords' embeddings
         embeds = table(ids)  # (B, L, D)
         sigma = 0.5 * table.weight.detach().square().mean().sqrt()
         embeds = embeds + is_context * sigma * torch.randn(embeds.shape, generator=noise)
         hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         keep = labels[:, 1:] >= 0
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep])
+
+        # backward and update; the learning rate rises linearly and falls as a cosine
         warm = min(1, (step + 1) / (0.1 * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))

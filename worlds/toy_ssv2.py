@@ -185,11 +185,15 @@ def render(clip, seed):
     rng = np.random.default_rng([seed, int(clip["id"])])
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     centres, radii = motion(clip["action"], frames, rng)
+
+    # a grey background with a gradient and noise
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     slope = rng.uniform(-0.2, 0.2, 2)
-    ground = rng.uniform(15, 40) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
-    ground = (ground + rng.normal(0, 3, (SIZE, SIZE))).astype(np.float32)
-    video = np.repeat(ground[None], frames, 0)[None].repeat(3, 0)  # (3, frames, SIZE, SIZE)
+    background = rng.uniform(15, 40) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
+    background = (background + rng.normal(0, 3, (SIZE, SIZE))).astype(np.float32)
+    video = np.repeat(background[None], frames, 0)[None].repeat(3, 0)  # (3, frames, SIZE, SIZE)
+
+    # the objects; the first one covers the second
     for name, path, radius in reversed(list(zip(clip["objects"], centres, radii, strict=True))):
         colour, shape = name.split()
         path, radius = path.astype(np.float32), radius.astype(np.float32)[:, None]
@@ -199,6 +203,8 @@ def render(clip, seed):
         cover = np.clip(0.5 - distance, 0, 1)
         for plane, value in zip(video, COLOURS[colour], strict=True):
             plane += cover * (np.float32(value) - plane)
+
+    # brightness that changes over time
     light = rng.uniform(0.92, 1.06) + rng.uniform(-0.03, 0.03) * np.linspace(-1, 1, frames)
     video *= light.astype(np.float32)[:, None, None]
     return np.clip(video, 0, 255, out=video).astype(np.uint8).transpose(1, 2, 3, 0).copy()
