@@ -60,17 +60,15 @@ def measured():
 
 
 ONLY_LONG = (checks.shards, checks.distributed)  # see test_two_processes_are_one
-RUNS = [("small", checks.FEW, trial) for trial in checks.TRIALS if trial not in ONLY_LONG]
-RUNS += [
-    pytest.param("full", checks.MANY, trial, marks=pytest.mark.torture) for trial in checks.TRIALS
-]
+RUNS = [("small", trial) for trial in checks.TRIALS if trial not in ONLY_LONG]
+RUNS += [pytest.param("full", trial, marks=pytest.mark.torture) for trial in checks.TRIALS]
 
 
-@pytest.mark.parametrize(("place", "repetitions", "trial"), RUNS)
-def test_trial(request, measured, place, repetitions, trial):
-    rng = random.Random(trial.__name__)
-    rows = list(trial(request.getfixturevalue(place), repetitions, rng))
-    if repetitions == checks.MANY:
+@pytest.mark.parametrize(("size", "trial"), RUNS)
+def test_trial(request, measured, size, trial):
+    place, rng = request.getfixturevalue(size), random.Random(trial.__name__)
+    rows = list(trial(place, checks.REPETITIONS[size], rng))
+    if size == "full":
         measured[trial] = rows
     assert rows and not [row for row in rows if row.problems]
 

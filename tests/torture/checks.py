@@ -27,7 +27,7 @@ from torture.sandbox import DAMAGED, World, differences, equal, expect
 Repetitions = namedtuple("Repetitions", "kills stops flips")
 Row = namedtuple("Row", "test details result problems")  # the row holds if `problems` is empty
 
-FEW, MANY = Repetitions(2, 1, 200), Repetitions(20, 4, 1000)
+REPETITIONS = {"small": Repetitions(2, 1, 200), "full": Repetitions(20, 4, 1000)}
 TOLERANCE = 3e-4  # what AdamW makes of the rounding of a sum that is taken in another order
 
 
@@ -112,7 +112,7 @@ def stop_training(world, repetitions, rng):
     folder, problems, steps = world.new(), [], []
     for n in range(repetitions.stops):
         number, code = ((signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED))[n % 2]
-        after = rng.uniform(0, seconds / repetitions.stops)
+        after = rng.uniform(0, seconds / (repetitions.stops + 1))  # before the run ends
         ended = world.train(folder, 2, kill_after=after, stop_with=number)
         if ended.code != code:
             problems.append(f"exit code {ended.code}")
