@@ -13,7 +13,7 @@ ablation: .venv/demo
 
 # 5 minutes on two idle cores; `make test` has the same trials with fewer repetitions
 torture: .venv/test
-	$(BIN)/python -m pytest -n0 -v -m torture
+	$(BIN)/python -m pytest -n0 -vv -m torture
 
 test: .venv/test
 	$(BIN)/ruff format --check .
