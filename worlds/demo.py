@@ -116,6 +116,7 @@ def steps(args):
     yield "evaluation", f"{score} {cached} --split validation_objects"
     yield "evaluation", f"{score} {cached} --style sentence"
     yield "evaluation", f"{score} {still} --control still"
+    yield "gallery", f"-m viz.gallery {output} {annotations} --videos {data}/videos"
     predictions = read_json(Path(args.output) / "predictions_validation.json", "predictions")
     clips = " ".join(f"{data}/videos/{p['image_id']}.webm" for p in predictions[:3])
     yield "captions", f"infer.py {clips} --checkpoint {output} {device}"

@@ -131,7 +131,7 @@ def stop_training(world, repetitions, rng):
 
 def flip_features(world, repetitions, rng):
     cache, _ = world.cache()
-    settings, paths = load_manifest(cache)["settings"], sorted(cache.rglob("*.pt"))
+    settings, paths = load_manifest(cache).settings, sorted(cache.rglob("*.pt"))
     counts, damaged = Counter(), world.folder / "flipped.pt"
     for path in rng.choices(paths, k=repetitions.flips):
         read = partial(load_features, clip_id=path.stem, settings=settings)
