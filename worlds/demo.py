@@ -78,12 +78,8 @@ def main(argv=None):
     summary = summarise(run, {phase: round(taken, 1) for phase, taken in seconds.items()})
     write_json(run / "summary.json", summary)
     print(table(summary))
-    note(
-        f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}; to caption"
-    )
-    note(
-        f"clips of your own in a browser: python -m viz.app --checkpoint {shlex.quote(args.output)}"
-    )
+    note(f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}")
+    note(f"for your own clips: python -m viz.app --checkpoint {shlex.quote(args.output)}")
 
 
 def steps(args):

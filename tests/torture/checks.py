@@ -230,7 +230,7 @@ def fill_disk(world, repetitions, rng):
         ("preprocessing", world.preprocess, world.cache(), PARTIAL, "train"),
     ):
         folder = world.new()
-        ended = expect(script(folder, full_after=20), FAILED)
+        ended = expect(script(folder, full_after=10), FAILED)
         problems = unmet(
             message="the disk is full" in ended.stderr and "Traceback" not in ended.stderr,
             intact=(folder / kept).exists() and not list(folder.rglob("*.tmp")),
