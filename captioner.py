@@ -279,8 +279,8 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
         raise UserError(f"--num-heads {sizes['num_heads']} does not divide {embeddings.shape[1]}")
     qformer = QFormer(
         width=embeddings.shape[1],
-        video_width=manifest["settings"]["width"],
-        grid=manifest["settings"]["grid"],
+        video_width=manifest.settings.width,
+        grid=manifest.settings.grid,
         output_norm=embeddings.float().norm(dim=1).mean().item(),
         **sizes,
     )

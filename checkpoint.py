@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from captioner import VideoCaptioner, load_lm
-from dataset import STYLES, are_settings, check_same_settings, is_count
+from dataset import STYLES, Manifest, is_count
 from encoder import VideoEncoder
 from qformer import QFormer
 from runtime import devices, distributed, hub, ranks
@@ -52,9 +52,9 @@ class CorruptCheckpoint(UserError):
 def read_checkpoint(path, flag="--checkpoint"):
     """Load a checkpoint without executing anything in it; its tensors are those of its sizes.
 
-    path: a file, a run folder (its `best.pt`), an exported folder, or the Hub id of one; flag:
-    what the user named it by. Raises UserError where nothing is there, `CorruptCheckpoint` for what is damaged
-    or foreign; one flipped byte is damage.
+    path: a file, a run folder (its `best.pt`), an exported folder, or the Hub id of one; flag: of the
+    command line, for messages. Raises UserError if there is nothing, `CorruptCheckpoint` for a damaged
+    file, even by one flipped byte, and for one that train.py did not write.
     """
     where = hub.find_model(path, flag) if hub.is_id(path) else Path(path)
     exported = is_export(where)
@@ -69,48 +69,52 @@ def read_checkpoint(path, flag="--checkpoint"):
     except (ValueError, OSError) as error:
         if out_of_memory(error):
             raise
-        raise CorruptCheckpoint(f"{flag} {path} is no readable checkpoint ({error})") from None
+        raise CorruptCheckpoint(f"{flag} {path} is not a valid checkpoint ({error})") from None
     version = checkpoint.get("checkpoint_version") if isinstance(checkpoint, dict) else None
     if type(version) is int and version != VERSION:
         raise UserError(f"{flag} {path} has version {version}, this code reads {VERSION}")
-    if type(version) is not int or not _is_ours(checkpoint):
-        raise CorruptCheckpoint(f"{flag} {path} was not written by train.py")
-    if not all(weight.isfinite().all() for weight in checkpoint["qformer"].values()):
-        raise CorruptCheckpoint(f"{flag} {path} holds weights that are no numbers")
     try:
+        check_content(checkpoint)
+        checkpoint["manifest"] = Manifest.parse(checkpoint["manifest"])
         with torch.device("meta"):  # takes no memory, which a stranger's sizes may ask for
             # a copy: torch notes `assign` in the state dict itself, and a later load of it would put
             # other parameters into a model than its optimizer has
             load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
     except (TypeError, ValueError, OverflowError, UserError) as error:
-        raise CorruptCheckpoint(f"{flag} {path} holds no Q-Former: {error}") from None
+        raise CorruptCheckpoint(f"{flag} {path} was not written by train.py: {error}") from None
     return checkpoint
 
 
-def _is_ours(checkpoint):
-    """True if a checkpoint has all that the scripts take from it, each of its type."""
+def check_content(checkpoint):
+    """Raise ValueError unless a checkpoint has what the scripts take from it, each of its type."""
+
+    def require(condition, what):
+        if not condition:
+            raise ValueError(f"it has no valid {what}")
+
     parts = ("qformer", "sizes", "manifest", "lm", "styles")
-    if not all(isinstance(checkpoint.get(part), dict) for part in parts):
-        return False
+    for part in parts:
+        require(isinstance(checkpoint, dict) and isinstance(checkpoint.get(part), dict), part)
     manifest, lm, sizes = (checkpoint[part] for part in ("manifest", "lm", "sizes"))
-    info, settings = manifest.get("info"), manifest.get("settings")
-    names = [lm.get("name"), lm.get("fingerprint"), isinstance(info, dict) and info.get("encoder")]
-    counts = [sizes.get(f"num_{what}") for what in ("queries", "blocks", "heads")]
-    weights = checkpoint["qformer"].values()
-    return (
-        type(checkpoint.get("step")) is int
-        and checkpoint["step"] >= 0
-        and isinstance(checkpoint.get("templates", []), list)
-        and all(isinstance(template, str) for template in checkpoint.get("templates", []))
-        and all(isinstance(name, str) for name in names)
-        and ("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0))
-        and are_settings(settings)
-        and all(map(is_count, [*counts, sizes.get("width")]))
-        and (sizes.get("grid"), sizes.get("video_width")) == (settings["grid"], settings["width"])
-        and sizes["num_blocks"] <= len(weights)  # building more would take for ever
-        and all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for w in weights)
-        and all((w.device.type, w.layout) == ("cpu", torch.strided) for w in weights)
-    )
+    weights, settings = checkpoint["qformer"].values(), Manifest.parse(manifest).settings
+    require(type(checkpoint.get("checkpoint_version")) is int, "version")
+    require(type(checkpoint.get("step")) is int and checkpoint["step"] >= 0, "step")
+    templates = checkpoint.get("templates", [])
+    require(isinstance(templates, list) and all(isinstance(t, str) for t in templates), "templates")
+    names = lm.get("name"), lm.get("fingerprint"), manifest["info"].get("encoder")
+    require(all(isinstance(name, str) for name in names), "model name")
+    require("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0), "bos")
+    counts = [sizes.get(k) for k in ("num_queries", "num_blocks", "num_heads", "width")]
+    require(all(map(is_count, counts)), "sizes")
+    shape = list(settings.grid), settings.width
+    require((sizes.get("grid"), sizes.get("video_width")) == shape, "grid")
+    require(
+        sizes["num_blocks"] <= len(weights), "number of blocks"
+    )  # building more would take forever
+    for w in weights:
+        require(isinstance(w, torch.Tensor) and w.dtype == torch.float32, "weights")
+        require((w.device.type, w.layout) == ("cpu", torch.strided), "weights")
+        require(w.isfinite().all(), "weights (NaN or infinity)")
 
 
 def is_export(folder):
@@ -157,7 +161,7 @@ def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
     return {
         "checkpoint_version": VERSION,
         "sizes": captioner.qformer.sizes,
-        "manifest": manifest,
+        "manifest": manifest.as_dict(),
         "lm": lm if captioner.bos is None else lm | {"bos": captioner.bos},
         "styles": dict(STYLES),
         "templates": templates,
@@ -304,8 +308,8 @@ def resume(state, saved, folder, total):
             f"--resume: {folder / LAST} lacks the state of training (is it a copy of best.pt?)"
         )
     check_same_flags(identity["args"], saved["args"], folder)
-    settings = (m["manifest"]["settings"] for m in (saved, fixed))
-    check_same_settings(*settings, "the feature cache")
+    wanted = saved["manifest"].settings
+    wanted.check_same(Manifest.parse(fixed["manifest"]).settings, "the feature cache")
     if saved["lm"]["fingerprint"] != fixed["lm"]["fingerprint"]:
         name = fixed["lm"]["name"]
         raise UserError(f"--resume: --lm {name} is not the model that the run was started with")

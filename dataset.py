@@ -3,9 +3,9 @@
 data/annotations/<split>.json        a list of records, see `load_records`
 data/features/manifest.json          how the features were made, see `Manifest`
 data/features/<split>/<id>.pt        one clip, see `save_features`
-
-torch and numpy are imported inside functions, so that a script's --help can use the constants.
 """
+
+from runtime.start import SIGNALS
 
 import hashlib
 import math
@@ -17,10 +17,11 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from runtime import devices, ranks
@@ -133,22 +134,80 @@ def encode_caption(tokenizer, style, caption):
 # ---- features ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How features were made. Features of two caches can be mixed only if all of it is equal."""
+
+    format_version: int = FORMAT_VERSION
+    encoder_fingerprint: str = ""
+    num_frames: int = 32
+    sampling: str = "bin_centres"  # or still: the first frame repeated
+    resize: str = "squash"  # or crop, pad
+    size: int = 256  # pixels: frames are size x size
+    pool: int = 1  # pool x pool tokens of the encoder are averaged
+    grid: tuple = (16, 16, 16)  # tokens: (T, H, W)
+    width: int = 1024  # E
+    store: str = "int8"  # or fp16
+    compute_dtype: str = "float32"  # or bfloat16
+
+    @property
+    def num_tokens(self):
+        return math.prod(self.grid)
+
+    @property
+    def clip_bytes(self):
+        """Bytes of one clip's features, with the scale and offset of each channel."""
+        size = {"int8": 1, "fp16": 2}[self.store]
+        return self.width * (self.num_tokens * size + 2 * 4)
+
+    def check_same(self, other, what):
+        """Raise UserError naming the first field in which `other`, the settings of `what`, differs."""
+        for field in fields(self):
+            wanted, found = getattr(self, field.name), getattr(other, field.name)
+            if wanted != found:
+                raise UserError(
+                    f"{what} has {field.name} = {found!r}, but {wanted!r} is needed here. Use the same"
+                    " setting, or another folder."
+                )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`settings` must match; `info` (the encoder's name, versions) need not."""
+
+    settings: Settings
+    info: dict
+
+    @classmethod
+    def parse(cls, value):
+        """The manifest in a JSON value. Raises ValueError if it is not one."""
+        settings = value.get("settings") if isinstance(value, dict) else None
+        if not _are_settings(settings) or not isinstance(value.get("info"), dict):
+            raise ValueError("it is not a manifest written by preprocess_ssv2.py")
+        return cls(Settings(**settings | {"grid": tuple(settings["grid"])}), value["info"])
+
+    def as_dict(self):
+        settings = asdict(self.settings) | {"grid": list(self.settings.grid)}
+        return {"settings": settings, "info": self.info}
+
+
 def load_manifest(features):
-    """Read `<features>/manifest.json`: {"settings": {what must match}, "info": {what need not}}."""
+    """Read `<features>/manifest.json`. Raises UserError."""
     path = Path(features) / "manifest.json"
     if not path.is_file():
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
-    manifest = read_json(path, "manifest")
-    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    value = read_json(path, "manifest")
+    settings = value.get("settings") if isinstance(value, dict) else None
     version = settings.get("format_version") if isinstance(settings, dict) else None
     if type(version) is int and version != FORMAT_VERSION:  # it may have other fields
         raise UserError(
             f"manifest {path} has format version {version}, this code reads {FORMAT_VERSION}."
             " Run preprocess_ssv2.py into a new folder."
         )
-    if not are_settings(settings) or not isinstance(manifest.get("info"), dict):
-        raise UserError(f"manifest {path} is not one written by preprocess_ssv2.py")
-    return manifest
+    try:
+        return Manifest.parse(value)
+    except ValueError:
+        raise UserError(f"manifest {path} was not written by preprocess_ssv2.py") from None
 
 
 def is_count(value):
@@ -156,32 +215,23 @@ def is_count(value):
     return type(value) is int and 0 < value <= 1 << 20
 
 
-def are_settings(settings):
-    """True if `settings` have every field of a manifest, each of its type and usable."""
+def _are_settings(value):
+    """True if a JSON value has every field of `Settings`, and no other, each of its type and usable."""
     counts = ("format_version", "num_frames", "size", "pool", "width")
     words = ("encoder_fingerprint", "sampling", "resize", "store", "compute_dtype")
     return (
-        isinstance(settings, dict)
-        and all(is_count(settings.get(k)) for k in counts)
-        and all(isinstance(settings.get(k), str) for k in words)
-        and isinstance(settings.get("grid"), list)
-        and len(settings["grid"]) == 3
-        and all(map(is_count, settings["grid"]))
-        and settings["store"] in ("int8", "fp16")
-        and settings["resize"] in ("squash", "crop", "pad")
-        and settings["sampling"] in ("bin_centres", "still")
-        and settings["compute_dtype"] in ("float32", "bfloat16")
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in fields(Settings)}
+        and all(is_count(value[k]) for k in counts)
+        and all(isinstance(value[k], str) for k in words)
+        and isinstance(value["grid"], list)
+        and len(value["grid"]) == 3
+        and all(map(is_count, value["grid"]))
+        and value["store"] in ("int8", "fp16")
+        and value["resize"] in ("squash", "crop", "pad")
+        and value["sampling"] in ("bin_centres", "still")
+        and value["compute_dtype"] in ("float32", "bfloat16")
     )
-
-
-def check_same_settings(ours, theirs, what, allow=()):
-    """Raise UserError naming the first field in which two manifests' settings differ."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        if key not in allow and ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{what} has {key} = {theirs.get(key)!r}, but {ours.get(key)!r} is asked for here."
-                " Use the same setting, or another folder."
-            )
 
 
 def checksum(clip_id, stored):
@@ -213,13 +263,13 @@ def load_features(path, clip_id, settings):
     def is_tensor(value, dtype, shape):
         return (
             type(value) is torch.Tensor
-            and (value.layout, value.device.type) == (torch.strided, "cpu")
             and (value.dtype, tuple(value.shape)) == (dtype, shape)
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
             and value.is_contiguous()
             and not (value.requires_grad or value.is_neg() or value.is_nested)
         )
 
-    def broken(why):
+    def unusable(why):
         return UserError(
             f"features of clip {clip_id} ({path}) {why}."
             " Delete the file and run preprocess_ssv2.py again.",
@@ -229,33 +279,27 @@ def load_features(path, clip_id, settings):
     try:
         record = read_torch(path, verify=False, mmap=True)  # their checksum is compared below
     except FileNotFoundError:
-        raise broken("are missing") from None
+        raise unusable("are missing") from None
     except (OSError, ValueError) as error:  # a bad sector, a cut or foreign file
         if out_of_memory(error) or out_of_files(error):
             raise
-        raise broken(f"cannot be read ({error})") from None
+        raise unusable(f"cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
-        raise broken("are not a feature file")
-    features, shape = record["features"], (_num_tokens(settings), settings["width"])
-    dtype = {"int8": torch.int8, "fp16": torch.float16}[settings["store"]]
+        raise unusable("are not a feature file")
+    features, shape = record["features"], (settings.num_tokens, settings.width)
+    dtype = {"int8": torch.int8, "fp16": torch.float16}[settings.store]
     if not is_tensor(features, dtype, shape):
-        theirs = "nested" if features.is_nested else tuple(features.shape)
-        raise broken(f"are {theirs} {features.dtype}, not {shape} {dtype}")
-    extra = ("scale", "offset") if settings["store"] == "int8" else ()
+        found = "nested" if features.is_nested else tuple(features.shape)
+        raise unusable(f"are {found} {features.dtype}, not {shape} {dtype}")
+    extra = ("scale", "offset") if settings.store == "int8" else ()
     if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
-        raise broken("have no scale and offset for each channel")
+        raise unusable("have no scale and offset for each channel")
     stored = {k: record[k] for k in ("features", *extra)}
     if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
-        raise broken("have a wrong checksum")
+        raise unusable("have a wrong checksum")
     if not all(stored[k].isfinite().all() for k in extra or ("features",)):
-        raise broken("hold NaN or infinity")
+        raise unusable("contain NaN or infinity")
     return {"id": clip_id, **with_scale(stored)}
-
-
-def clip_bytes(settings):
-    """Bytes of one clip's features, with the scale and offset of each channel."""
-    size = {"int8": 1, "fp16": 2}[settings["store"]]
-    return settings["width"] * (_num_tokens(settings) * size + 2 * 4)
 
 
 def with_scale(stored):
@@ -274,11 +318,6 @@ def stack_stored(clips):
     return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
 
 
-def _num_tokens(settings):
-    t, h, w = settings["grid"]
-    return t * h * w
-
-
 def channel_statistics(features, split, ids, settings, workers):
     """Mean and standard deviation (E,) of the channels over some clips, in float64, std >= 1e-6."""
 
@@ -293,12 +332,12 @@ def channel_statistics(features, split, ids, settings, workers):
             pool.map(sums, ids), total=len(ids), unit="clip", desc="statistics", leave=False
         ):
             total, square = total + s, square + q
-    mean = total / (len(ids) * _num_tokens(settings))
-    variance = square / (len(ids) * _num_tokens(settings)) - mean.square()
+    mean = total / (len(ids) * settings.num_tokens)
+    variance = square / (len(ids) * settings.num_tokens) - mean.square()
     return mean.float(), variance.clamp(min=1e-12).sqrt().float()
 
 
-class FeatureDataset:
+class FeatureDataset(Dataset):
     """The clips of one split, as the Q-Former and the language model want them.
 
     Item i: {"id", "features" int8 or fp16 (N, E), "scale" (E,), "offset" (E,),
@@ -398,7 +437,7 @@ def shared_bytes(settings, batch_size, workers):
     batch, a few kB, are not counted.
     """
     batches = 2 * workers + 1 if workers else 0
-    return ranks.local_world_size() * batches * batch_size * clip_bytes(settings)
+    return ranks.local_world_size() * batches * batch_size * settings.clip_bytes
 
 
 @contextmanager
@@ -422,12 +461,10 @@ def shared_memory(settings, workers, **batch_sizes):
 
 
 def _leave_signals_to_the_parent(_):
-    """Ctrl-C and a batch system's SIGTERM reach the loader's workers too, and the last step that the
-    parent wants to finish would find them dead.
-
-    `cli.run` kills them when it ends. Where nobody does, ten minutes after SIGTERM are enough.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a batch system's SIGTERM reach the loader's workers too, but the parent finishes its
+    step and still needs them. `cli.run` kills them at its end; without it, they end 10 minutes later."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
-from dataset import FORMAT_VERSION
+from dataset import Settings
 from runtime import devices, hub
 from runtime.errors import UserError
 
@@ -93,36 +93,35 @@ class VideoEncoder:
             raise UserError(f"--num-frames {num_frames} must be a multiple of {tubelet}")
         if side % pool:
             raise UserError(f"--pool {pool} does not divide the encoder's {side} x {side} grid")
-        settings = {
-            "format_version": FORMAT_VERSION,
-            "encoder_fingerprint": fingerprint,
-            "num_frames": num_frames,
-            "sampling": sampling,
-            "resize": resize,
-            "size": config.crop_size,
-            "pool": pool,
-            "grid": [num_frames // tubelet, side // pool, side // pool],
-            "width": config.hidden_size,
-            "store": store,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-        }
+        settings = Settings(
+            encoder_fingerprint=fingerprint,
+            num_frames=num_frames,
+            sampling=sampling,
+            resize=resize,
+            size=config.crop_size,
+            pool=pool,
+            grid=(num_frames // tubelet, side // pool, side // pool),
+            width=config.hidden_size,
+            store=store,
+            compute_dtype=str(dtype).removeprefix("torch."),
+        )
         return cls(model, settings, device)
 
     @classmethod
     def from_manifest(cls, manifest, device, name=None):
         """Load the encoder that made a cache; `name` says where it lies now, if elsewhere."""
-        settings = manifest["settings"]
-        name = name or manifest["info"]["encoder"]
-        model, fingerprint = _load(name, getattr(torch, settings["compute_dtype"]))
-        if fingerprint != settings["encoder_fingerprint"]:
+        settings = manifest.settings
+        name = name or manifest.info["encoder"]
+        model, fingerprint = _load(name, getattr(torch, settings.compute_dtype))
+        if fingerprint != settings.encoder_fingerprint:
             raise UserError(
                 f"--encoder {name} has fingerprint {fingerprint}, but the checkpoint was trained on"
-                f" features of {manifest['info']['encoder']} ({settings['encoder_fingerprint']})"
+                f" features of {manifest.info['encoder']} ({settings.encoder_fingerprint})"
             )
         c, patch = model.config, model.config.patch_size
-        side = c.crop_size // (patch if isinstance(patch, int) else patch[0]) // settings["pool"]
-        if settings["grid"] != [settings["num_frames"] // c.tubelet_size, side, side]:
-            raise UserError(f"--encoder {name} does not make a grid of {settings['grid']} tokens")
+        side = c.crop_size // (patch if isinstance(patch, int) else patch[0]) // settings.pool
+        if settings.grid != (settings.num_frames // c.tubelet_size, side, side):
+            raise UserError(f"--encoder {name} does not make a grid of {settings.grid} tokens")
         return cls(model, settings, device)
 
     @torch.inference_mode()
@@ -133,15 +132,15 @@ class VideoEncoder:
         batch is faster: matmul kernels, and so the last bits, may depend on its size.
         """
         s, dtype = self.settings, next(self.model.parameters()).dtype
-        pixels = [transform(self._upload(c), s["size"], s["resize"]) for c in clips]
+        pixels = [transform(self._upload(c), s.size, s.resize) for c in clips]
         pixels = torch.stack(pixels)  # (B, F, 3, S, S)
-        if s["sampling"] == "still":
+        if s.sampling == "still":
             pixels = pixels[:, :1].expand_as(pixels)
         together = devices.on_gpu(self.device) if together is None else together
         groups = [pixels] if together else pixels.split(1)
         x = torch.cat([self.model.get_vision_features(g.to(dtype)).float() for g in groups])
-        t, h, w = s["grid"]
-        return pool_space(x, (t, h * s["pool"], w * s["pool"]), s["pool"])
+        t, h, w = s.grid
+        return pool_space(x, (t, h * s.pool, w * s.pool), s.pool)
 
     def _upload(self, clip):
         frames = torch.as_tensor(clip)
@@ -156,8 +155,8 @@ class VideoEncoder:
         On a GPU all is queued, the copy back included, so the next batch can be prepared meanwhile.
         """
         x = self.encode(clips)  # (B, N, E)
-        batch = quantise(x) if self.settings["store"] == "int8" else {"features": x.half()}
-        finite = batch["features"] if self.settings["store"] == "fp16" else x
+        batch = quantise(x) if self.settings.store == "int8" else {"features": x.half()}
+        finite = batch["features"] if self.settings.store == "fp16" else x
         batch["finite"] = finite.isfinite().flatten(1).all(1)  # (B,)
         batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # pinned there
         done = torch.cuda.Event() if devices.on_gpu(self.device) else None

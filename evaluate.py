@@ -13,6 +13,7 @@ import runtime.start
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,6 @@ from dataset import (
     TRAIN,
     VALIDATION,
     FeatureDataset,
-    check_same_settings,
     load_manifest,
     load_records,
     loader,
@@ -169,16 +169,16 @@ def predict(args, records):
     clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = devices.resolve(args.device, args.dtype)
     checkpoint = read_checkpoint(args.checkpoint)
-    wanted = dict(checkpoint["manifest"]["settings"])
+    wanted = checkpoint["manifest"].settings
     if args.control == "still":
-        wanted["sampling"] = "still"
-    check_same_settings(wanted, manifest["settings"], f"the cache {args.features}")
+        wanted = replace(wanted, sampling="still")
+    wanted.check_same(manifest.settings, f"the cache {args.features}")
     captioner = load_captioner(checkpoint, device, dtype, args.lm)
-    source = args.features, manifest["settings"]
+    source = args.features, manifest.settings
     batches = clip_batches(
         captioner, *source, args.split, clips, args.style, args.batch_size, args.workers
     )
-    with shared_memory(manifest["settings"], args.workers, captioning=args.batch_size):
+    with shared_memory(manifest.settings, args.workers, captioning=args.batch_size):
         predictions, loss = caption(
             captioner, batches, args.style, args.max_new_tokens, args.num_beams
         )

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import video
 from dataset import (
     TRAIN,
     VALIDATION,
-    check_same_settings,
+    Manifest,
     load_features,
     load_manifest,
     load_records,
@@ -155,36 +156,38 @@ def clear(features, splits, part):
 
 def matching_encoder(args, features, device, dtype, needed):
     """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
-    asked = {
+    wanted = {
         "num_frames": args.num_frames,
         "sampling": "still" if args.still else "bin_centres",
         "resize": args.resize,
         "pool": args.pool,
         "store": args.store,
     }
-    theirs = load_manifest(features)["settings"] if (features / MANIFEST).is_file() else None
-    if not theirs and any(features.glob("*/*.pt")):
+    existing = load_manifest(features).settings if (features / MANIFEST).is_file() else None
+    if not existing and any(features.glob("*/*.pt")):
         raise UserError(
-            f"{features} holds features and no {MANIFEST}, which says how they were made: put it back,"
-            " or use another folder"
+            f"{features} contains features and no {MANIFEST}, which says how they were made: put it"
+            " back, or use another folder"
         )
-    if theirs:  # what can be told without the encoder, before it is loaded
-        asked_all = asked | {
+    if existing:  # compare what is known without the encoder, before it is loaded
+        known = wanted | {
             "compute_dtype": str(dtype).removeprefix("torch."),
             "encoder_fingerprint": hub.fingerprint(hub.find_model(args.encoder, "--encoder")),
         }
-        check_same_settings(theirs | asked_all, theirs, f"the cache {features}")
+        replace(existing, **known).check_same(existing, f"the cache {features}")
     if not needed:
         return None
 
-    encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **asked)
-    if not theirs and not args.dry_run:
-        # of shards that start together the first decides, and the others compare
-        write_new(
-            features / MANIFEST, json_bytes({"settings": encoder.settings, "info": info(args)})
-        )
-        theirs = load_manifest(features)["settings"]
-    check_same_settings(encoder.settings, theirs or encoder.settings, f"the cache {features}")
+    encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **wanted)
+    if not existing and not args.dry_run:
+        # no date: equal caches have equal bytes
+        versions = {name: version(name) for name in ("torch", "transformers", "av")}
+        manifest = Manifest(encoder.settings, {"encoder": args.encoder, "versions": versions})
+        # of shards that start together the first one decides, and the others compare
+        write_new(features / MANIFEST, json_bytes(manifest.as_dict()))
+        existing = load_manifest(features).settings
+    if existing:
+        encoder.settings.check_same(existing, f"the cache {features}")
     return encoder
 
 
@@ -251,10 +254,7 @@ def encode(encoder, todo, features, args):
 def dry_run(args, encoder, todo):
     """Print what the run would need, from a few timed clips."""
     sample = dict(list(todo.items())[: 2 * args.batch_size])
-    shape = (
-        encoder.settings["grid"][0] * encoder.settings["grid"][1] ** 2,
-        encoder.settings["width"],
-    )
+    shape = encoder.settings.num_tokens, encoder.settings.width
     dtype = {"int8": torch.int8, "fp16": torch.float16}[args.store]
     one = torch_bytes(
         {"features": torch.zeros(shape, dtype=dtype), "scale": torch.zeros(2 * shape[1])}
@@ -312,7 +312,7 @@ def report(ok, failed, missing):
 
 def verify(features, keys, workers):
     """Read the feature file of every (split, id): checksum, shape, NaN. Exit 1 if anything is wrong."""
-    settings = load_manifest(features)["settings"]
+    settings = load_manifest(features).settings
 
     def check(key):
         split, clip_id = key
@@ -340,15 +340,6 @@ def verify(features, keys, workers):
 
 def progress(total, unit):
     return tqdm(total=total, unit=unit, smoothing=0.05, mininterval=1)
-
-
-def info(args):
-    """What a manifest says without being held to it. No date: equal caches have equal bytes."""
-    names = ("torch", "transformers", "av")
-    return {
-        "encoder": args.encoder,
-        "versions": {name: version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":

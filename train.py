@@ -31,11 +31,11 @@ from dataset import (
     TRAIN,
     VALIDATION,
     FeatureDataset,
+    Manifest,
     batches,
     by_hash,
     channel_statistics,
     choose_captions,
-    clip_bytes,
     load_manifest,
     load_records,
     loader,
@@ -65,7 +65,7 @@ class Data:
 
     features: str
     annotations: str
-    manifest: dict
+    manifest: Manifest
     train: list
     validation: list
     subset: list  # of validation, scored after each epoch
@@ -195,17 +195,17 @@ def main(argv=None):
     with (
         distributed.joined(devices.backend(device)),
         run_folder.locked(folder, args.resume, args.overwrite, args.dry_run),
-        shared_memory(data.manifest["settings"], data.workers, **memory),
+        shared_memory(data.manifest.settings, data.workers, **memory),
     ):
         resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run)
         print_plan(state.model, data, recipe)
         if args.dry_run:
             return time_steps(state.model, data, recipe)
+        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
+        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
         trainable = sum(p.numel() for p in state.model.qformer.parameters())
         facts = {"clips": len(data.train), "trainable_parameters": trainable}
         run_folder.write_args(folder, vars(args), args.overwrite, device, **facts)
-        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
-        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
         with run_folder.Run(folder, state.progress.step, total, board) as run:
             if not resumed:
                 run.save(state.last())  # from here on, a folder without last.pt has lost it
@@ -349,7 +349,7 @@ def read_data(args):
 def statistics(data, seed):
     """Per-channel mean and standard deviation (E,) over a seeded sample of the training clips."""
     ids = by_hash((r["id"] for r in data.train), seed)[:STATISTICS_CLIPS]
-    return channel_statistics(data.features, TRAIN, ids, data.manifest["settings"], data.workers)
+    return channel_statistics(data.features, TRAIN, ids, data.manifest.settings, data.workers)
 
 
 def split_into(items, size):
@@ -374,7 +374,7 @@ def training_steps(data, recipe, tokenizer, device, step):
         choose = partial(
             choose_captions, count=recipe.captions_per_clip, seed=recipe.seed, epoch=epoch
         )
-        settings = data.manifest["settings"]
+        settings = data.manifest.settings
         dataset = FeatureDataset(data.features, TRAIN, share, settings, tokenizer, choose)
         reader = batches(loader(dataset, recipe.batch_size, data.workers, device))
         for micro_batches in steps:
@@ -451,7 +451,7 @@ def evaluate(model, data, recipe, records, with_meteor=False):
 
 def validation_batches(model, data, records):
     """This process's share of the validation clips, in batches of the same size as in evaluate.py."""
-    source = data.features, data.manifest["settings"]
+    source = data.features, data.manifest.settings
     return clip_batches(
         model, *source, VALIDATION, records, "label", VALIDATION_BATCH, data.workers
     )
@@ -477,7 +477,7 @@ def finish(model, data, recipe, folder, with_meteor):
 
 def print_plan(model, data, recipe):
     """Print the derived facts, once."""
-    settings, k = data.manifest["settings"], recipe.captions_per_clip
+    settings, k = data.manifest.settings, recipe.captions_per_clip
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
@@ -490,8 +490,8 @@ def print_plan(model, data, recipe):
         f" {k} per clip and pass, {k * recipe.epochs} caption passes\n"
         f"step         {recipe.batch_size} x {recipe.grad_accum} x {k} = {step * k} captions,"
         f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
-        f"features     {math.prod(settings['grid'])} x {settings['width']} {settings['store']},"
-        f" {clip_bytes(settings) * (clips + len(data.validation)) / 1e9:.1f} GB"
+        f"features     {settings.num_tokens} x {settings.width} {settings.store},"
+        f" {settings.clip_bytes * (clips + len(data.validation)) / 1e9:.1f} GB"
     )
 
 

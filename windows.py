@@ -73,7 +73,7 @@ def read(paths, encoder, how, limit=None):
     fails, hangs or crashes its decoder costs only itself.
     """
     pool = WorkerPool(how.workers, how.timeout)
-    num_frames = encoder.settings["num_frames"]
+    num_frames = encoder.settings.num_frames
     spans = {}
 
     def jobs():

@@ -1,14 +1,13 @@
-"""What each choice is worth: training on the toy world with one thing changed at a time, three seeds.
+"""Ablation on the toy world: train with one change at a time, three seeds each.
 
-    make ablation                                     (or python -m bench.ablation --jobs 2)
-    python -m bench.ablation --row no_positions --seed 0    (one run again, 90 s)
+    make ablation                                           (or python -m bench.ablation)
+    python -m bench.ablation --row no_positions --seed 0    (a single run, 90 s)
 
-About 40 minutes on two idle cores: run it in the background. It can be stopped at any time and
-started again; finished runs are kept, in results/ablation_runs. Every run is the real train.py and
-evaluate.py in a process of its own, on one thread, with the demo's settings and one change: other flags,
-or a few lines of bench/ablation_changes.py in place of the product's. Writes ablation.json, ablation.md and
-readme/captions_per_clip.png under --output; the table goes to stdout.
-The toy world is tiny: no claim about Something-Something-V2.
+Takes 40 minutes on two idle cores. It can be stopped and restarted; finished runs are kept in
+results/ablation_runs. Each run is a process with one thread that runs the real train.py and evaluate.py
+with the demo's settings and one change: other flags, or a replacement from bench/ablation_changes.py.
+Writes ablation.json, ablation.md and readme/captions_per_clip.png to --output; the table goes to stdout.
+The toy world is tiny. The results do not carry over to Something-Something-V2.
 """
 
 import runtime.start
@@ -22,6 +21,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -38,13 +38,15 @@ from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
 
-WORLD_CLIPS = 4000  # the demo's world, so that validation has 250 clips; training sees --clips
+WORLD_CLIPS = (
+    4000  # as in the demo, so that validation has 250 clips; training uses --clips of them
+)
 OBJECTS = "validation_objects"
 CACHES = {"features": "", "features_fp16": "--store fp16", "features_pool2": "--pool 2"}
 
 ORIGINAL = "--captions-per-clip 1 --epochs 9 --clip-grad 1e9"
 
-# text: what the table calls it; flags: of train.py, on top of the base's; change: in bench/ablation_changes.py
+# text: the row's title; flags: of train.py, after the base's; change: in bench/ablation_changes.py
 Row = namedtuple("Row", "text flags change cache", defaults=("", None, "features"))
 ROWS = {
     "base": Row("base: K = 2, 7 passes"),
@@ -70,27 +72,73 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Study:
+    """Where an ablation's data and runs are, and how large it is."""
+
+    data: Path  # the toy world
+    runs: Path  # parent of the run folders
+    clips: int  # training clips
+    seeds: int  # runs per row
+
+    def folder(self, name, seed):
+        return self.runs / f"{name}_seed{seed}"
+
+    def flags(self, name, seed):
+        """The flags of train.py for one run.
+
+        A ninth of the steps is warm-up, as in the demo. Batches have 16 clips, not the demo's 32: with
+        half the steps, the score of so short a run depends mostly on when learning starts.
+        """
+        row = ROWS[name]
+        flags = shlex.split(
+            f"{demo.TRAINING} --epochs 7 {row.flags} --batch-size 16 --eval-clips 100 --no-meteor"
+            " --workers 0 --device cpu --overwrite"
+        )
+        flags += ["--features", str(self.data / row.cache), "--lm", str(self.data / "lm")]
+        flags += ["--annotations", str(self.data / "annotations"), "--limit", str(self.clips)]
+        flags += ["--output", str(self.folder(name, seed))]
+        parsed = train.parse_args(flags)
+        steps = parsed.epochs * math.ceil(self.clips / (parsed.batch_size * parsed.grad_accum))
+        return [*flags, "--warmup-steps", str(steps // 9), "--seed", str(seed)]
+
+    def result(self, name, seed):
+        """The result of a run with exactly these flags, or None."""
+        path = self.folder(name, seed) / "result.json"
+        result = read_json(path, "result") if path.is_file() else {}
+        return result if result.get("flags") == self.flags(name, seed) else None
+
+
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--data", default="data/ablation", help="folder of the toy world")
-    parser.add_argument("--runs", default="results/ablation_runs", help="folder of the run folders")
-    parser.add_argument("--output", default="results", help="folder of the table and the figure")
-    parser.add_argument("--clips", type=cli.whole(64), default=1000, help="training clips")
-    parser.add_argument("--seeds", type=cli.whole(1), default=3, help="runs of each row")
-    parser.add_argument("--jobs", type=cli.whole(1), default=2, help="runs at a time")
-    parser.add_argument("--row", choices=ROWS, help="this one run only, no table")
-    parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of that run")
+    parser.add_argument("--data", metavar="DIR", default="data/ablation", help="toy world")
+    parser.add_argument(
+        "--runs", metavar="DIR", default="results/ablation_runs", help="parent of the run folders"
+    )
+    parser.add_argument("--output", metavar="DIR", default="results", help="for table and figure")
+    parser.add_argument(
+        "--clips", metavar="N", type=cli.whole(64), default=1000, help="training clips"
+    )
+    parser.add_argument("--seeds", metavar="N", type=cli.whole(1), default=3, help="runs per row")
+    parser.add_argument("--jobs", metavar="N", type=cli.whole(1), default=2, help="parallel runs")
+    parser.add_argument(
+        "--row", metavar="NAME", choices=ROWS, help=f"one run, no table: {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=cli.whole(0), default=0, help="of the run of --row"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    study = Study(Path(args.data), Path(args.runs), args.clips, args.seeds)
     if args.row:
-        return run_row(args)
+        return run_row(study, args.row, args.seed)
     output = cli.output_folder(args.output, "--output")
-    build_world(args)
-    failed = run_all(args)
-    results = collect(args)
+    build_world(study.data, study.clips)
+    failed = run_all(study, args.jobs)
+    results = collect(study)
     (output / "readme").mkdir(parents=True, exist_ok=True)
     write_json(output / "ablation.json", results)
     table = markdown(results)
@@ -100,9 +148,9 @@ def main(argv=None):
     return PARTIAL if failed else None
 
 
-def build_world(args):
-    """The toy world, its annotations and three feature caches, by the real scripts; what is there is kept."""
-    data = shlex.quote(args.data)
+def build_world(data, clips):
+    """Make the toy world, its annotations and feature caches with the real scripts, unless they exist."""
+    data = shlex.quote(str(data))
     demo.shell(f"-m worlds.toy_ssv2 {data} --clips {WORLD_CLIPS}")
     demo.shell(
         f"prepare_annotations.py --labels {data}/labels --paraphrases {data}/paraphrases"
@@ -111,91 +159,72 @@ def build_world(args):
     for cache, flags in CACHES.items():
         demo.shell(
             f"preprocess_ssv2.py --videos {data}/videos --encoder {data}/encoder --num-frames 16"
-            f" --annotations {data}/annotations --features {data}/{cache} --limit {args.clips}"
+            f" --annotations {data}/annotations --features {data}/{cache} --limit {clips}"
             f" --splits train validation {OBJECTS} --workers 2 --device cpu {flags}"
         )
 
 
-# ---- the runs ------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
-def folder_of(args, name, seed):
-    return Path(args.runs) / f"{name}_seed{seed}"
-
-
-def flags_of(args, name, seed):
-    """The flags of train.py for one run.
-
-    A ninth of the steps is warm-up, as in the demo. Batches of 16 clips, not the demo's 32: training
-    is short, and with half the steps what counts is mostly who gets off the ground first.
-    """
-    row = ROWS[name]
-    flags = shlex.split(
-        f"--features {shlex.quote(args.data)}/{row.cache} {demo.TRAINING} --epochs 7 {row.flags}"
-        " --batch-size 16 --eval-clips 100 --no-meteor --workers 0 --device cpu --overwrite"
-    )
-    flags += ["--annotations", f"{args.data}/annotations", "--lm", f"{args.data}/lm"]
-    flags += ["--output", str(folder_of(args, name, seed)), "--limit", str(args.clips)]
-    known = train.parse_args(flags)
-    steps = known.epochs * math.ceil(args.clips / (known.batch_size * known.grad_accum))
-    return [*flags, "--warmup-steps", str(steps // 9), "--seed", str(seed)]
-
-
-def run_row(args):
-    """One run in this process: change the code, train, score, and write result.json."""
-    row, folder = ROWS[args.row], folder_of(args, args.row, args.seed)
-    cached = Path(args.data) / row.cache
+def run_row(study, name, seed):
+    """Change the code, train, score and write result.json, all in this process."""
+    folder, features = study.folder(name, seed), study.data / ROWS[name].cache
     cli.existing(
-        cached / "manifest.json", "the toy world's features", "Run bench/ablation.py first."
+        features / "manifest.json", "features of the toy world", "Run python -m bench.ablation."
     )
-    flags = flags_of(args, args.row, args.seed)
+    flags = study.flags(name, seed)
     (folder / "result.json").unlink(missing_ok=True)
 
     torch.set_num_threads(1)
-    with changed(row.change), cpu_seconds() as steps:
+    with changed(ROWS[name].change), step_times() as seconds:
         if code := train.main(flags):
-            return code  # stopped
-        score = ["--checkpoint", str(folder), "--features", str(cached), "--workers", "0"]
-        score += ["--annotations", f"{args.data}/annotations", "--device", "cpu", "--no-meteor"]
-        evaluate.main([*score, "--split", OBJECTS])
-    result = measure(args, folder, statistics.median(steps))
-    write_json(folder / "result.json", {"seed": args.seed, **result, "flags": flags})
+            return code  # stopped by a signal
+        score = ["--checkpoint", str(folder), "--features", str(features), "--split", OBJECTS]
+        score += ["--annotations", str(study.data / "annotations"), "--no-meteor"]
+        evaluate.main([*score, "--workers", "0", "--device", "cpu"])
+    result = read_run(folder, statistics.median(seconds))
+    result["right"] = share_right(study.data, folder / "predictions_validation.json")
+    write_json(folder / "result.json", {"seed": seed, **result, "flags": flags})
 
 
 @contextmanager
-def cpu_seconds():
-    """A list that gets the processor time of each training step, which other load cannot stretch."""
+def step_times():
+    """Yield a list that collects the processor time of each training step.
+
+    Unlike wall-clock time it does not depend on what else the machine is doing.
+    """
     seconds, log = [], run_folder.Log.step
 
-    def step(self, number, *rest):
-        seconds.append(time.process_time() - began[0])
-        log(self, number, *rest)
-        began[0] = time.process_time()
+    def step(*args):
+        nonlocal began
+        seconds.append(time.process_time() - began)
+        log(*args)
+        began = time.process_time()
 
-    began = [time.process_time()]
+    began = time.process_time()
     with mock.patch.object(run_folder.Log, "step", step):
         yield seconds
 
 
-def measure(args, folder, step):
-    """The figures of a finished run whose median step took `step` seconds."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+def read_run(folder, step_seconds):
+    """The figures of a finished run with this median time per step."""
+    steps = len((folder / "metrics.jsonl").read_text().splitlines())
     facts = read_json(folder / "args.json", "args")
     scores = read_json(folder / "evaluation_validation.json", "scores")["metrics"]
     objects = read_json(folder / f"evaluation_{OBJECTS}.json", "scores")["metrics"]
     epochs = sorted(folder.glob("validation_epoch_*.json"), key=lambda p: int(p.stem.split("_")[2]))
-    curve = [read_json(path, "epoch") for path in epochs]
+    curve = [read_json(path, "validation of an epoch") for path in epochs]
     return {
         "cider": scores["CIDEr"],
         "cider_objects": objects["CIDEr"],
         "template_accuracy": scores["template_accuracy"],
         "exact_match": scores["exact_match"],
-        "right": either_style(args, folder / "predictions_validation.json"),
-        "seconds": round(step * len(lines), 1),
+        "seconds": round(step_seconds * steps, 1),
         "parameters": facts["trainable_parameters"],
         "curve": [
             {
-                "seconds": round(step * point["step"], 1),
+                "seconds": round(step_seconds * point["step"], 1),
                 "loss": point["loss"],
                 "cider": point["metrics"]["CIDEr"],
             }
@@ -204,43 +233,37 @@ def measure(args, folder, step):
     }
 
 
-def either_style(args, predictions):
-    """The share of clips whose caption is their label, or any sentence that the toy world has for them."""
-    world = read_json(Path(args.data) / "toy.json", "toy world")
+def share_right(data, predictions):
+    """The share of captions that equal the clip's label or one of its sentences in the toy world."""
+    world = read_json(data / "toy.json", "toy world")
     clips = {c["id"]: c for c in shapes.plan(world["clips"], world["seed"])}
-    said = read_json(predictions, "predictions")
-    return statistics.fmean(
-        c["caption"] in (shapes.label_of(clip), *shapes.sentences_of(clip))
-        for c in said
-        for clip in [clips[c["image_id"]]]
-    )
+
+    def is_right(clip, caption):
+        return caption in (shapes.label_of(clip), *shapes.sentences_of(clip))
+
+    captions = read_json(predictions, "predictions")
+    return statistics.fmean(is_right(clips[c["image_id"]], c["caption"]) for c in captions)
 
 
-def finished(args, name, seed):
-    """The result of a run with these very flags, or None."""
-    path = folder_of(args, name, seed) / "result.json"
-    result = read_json(path, "result") if path.is_file() else {}
-    return result if result.get("flags") == flags_of(args, name, seed) else None
+# ---- all runs ------------------------------------------------------------------------------------
 
 
-def run_all(args):
-    """Start the runs that lack a result, --jobs at a time. Returns the names of those that failed."""
-    every = [(name, seed) for seed in range(args.seeds) for name in ROWS]
-    waiting = [run for run in every if not finished(args, *run)]
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
+def run_all(study, jobs):
+    """Start all unfinished runs, `jobs` at a time. Returns the names of the rows that failed."""
+    every = [(name, seed) for seed in range(study.seeds) for name in ROWS]
+    waiting = [run for run in every if not study.result(*run)]
+    study.runs.mkdir(parents=True, exist_ok=True)
     running, failed = {}, []
     with tqdm(total=len(every), initial=len(every) - len(waiting), unit="run") as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < args.jobs:
+                while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run] = start(args, *run)
+                    running[run] = start(study, *run)
                 time.sleep(0.2)
-                for name, seed in [
-                    r for r, process in running.items() if process.poll() is not None
-                ]:
+                for name, seed in [run for run, p in running.items() if p.poll() is not None]:
                     if code := running.pop((name, seed)).returncode:
-                        log = folder_of(args, name, seed).with_suffix(".log")
+                        log = study.folder(name, seed).with_suffix(".log")
                         bar.write(f"{name}, seed {seed}: exit code {code}, see {log}", sys.stderr)
                         failed.append(name)
                     bar.update()
@@ -251,39 +274,38 @@ def run_all(args):
     return failed
 
 
-def start(args, name, seed):
-    """One run in a process of its own, its output in a log beside the run folder."""
+def start(study, name, seed):
+    """Start one run in a process of its own; its output goes to a log beside the run folder."""
     command = [sys.executable, "-m", "bench.ablation", "--row", name, "--seed", str(seed)]
-    command += ["--data", args.data, "--runs", args.runs, "--clips", str(args.clips)]
+    command += ["--data", str(study.data), "--runs", str(study.runs), "--clips", str(study.clips)]
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(folder_of(args, name, seed).with_suffix(".log"), "w") as log:
+    with open(study.folder(name, seed).with_suffix(".log"), "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment() | one)
 
 
-def collect(args):
-    """All that the table and the figure show. Raises UserError if no run of the base is finished."""
+def collect(study):
+    """What table and figure show. Raises UserError if no run of the base is finished."""
     rows = {}
     for name, row in ROWS.items():
-        runs = [result for seed in range(args.seeds) if (result := finished(args, name, seed))]
-        if runs:
-            settings = load_manifest(Path(args.data) / row.cache)["settings"]
-            tokens = math.prod(settings["grid"]) * settings["width"]
+        runs = [study.result(name, seed) for seed in range(study.seeds)]
+        if runs := [run for run in runs if run]:
+            settings = load_manifest(study.data / row.cache).settings
+            numbers = settings.num_tokens * settings.width
             rows[name] = {
                 "text": row.text,
                 "flags": row.flags,
                 "change": row.change,
                 "parameters": runs[0]["parameters"],
-                "bytes_per_clip": tokens * {"int8": 1, "fp16": 2}[settings["store"]],
+                "bytes_per_clip": numbers * {"int8": 1, "fp16": 2}[settings.store],
                 "runs": [
                     {k: run[k] for k in ("seed", *SCORES, "seconds", "curve")} for run in runs
                 ],
             }
     if "base" not in rows:
-        raise UserError(f"no run of the base is finished in {args.runs}", code=FAILED)
-    facts = read_json(
-        folder_of(args, "base", rows["base"]["runs"][0]["seed"]) / "args.json", "args"
-    )
-    return {"clips": args.clips, "cpu": cpu(), "versions": facts["versions"], "rows": rows}
+        raise UserError(f"no run of the base is finished in {study.runs}", code=FAILED)
+    folder = study.folder("base", rows["base"]["runs"][0]["seed"])
+    versions = read_json(folder / "args.json", "args")["versions"]
+    return {"clips": study.clips, "cpu": cpu(), "versions": versions, "rows": rows}
 
 
 if __name__ == "__main__":

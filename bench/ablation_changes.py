@@ -1,6 +1,6 @@
-"""What bench/ablation.py changes in the code: each function returns [(object, name in it, what to put there)].
+"""The code changes of bench/ablation.py. Each returns [(object, attribute or key, replacement)].
 
-The rest of the product runs as it is. torch is imported inside functions, for a quick --help.
+Everything else runs unchanged.
 """
 
 import random
@@ -19,7 +19,7 @@ from runtime.errors import UserError
 
 @contextmanager
 def changed(change):
-    """The product's code with one change of this file; all is put back at the end."""
+    """Apply one of CHANGES, or nothing if `change` is None, and undo it at the end."""
     with ExitStack() as stack:
         for owner, attribute, value in CHANGES[change]() if change else []:
             if isinstance(owner, dict):
@@ -30,7 +30,7 @@ def changed(change):
 
 
 def no_positions():
-    """Tables that are zero and no parameters."""
+    """Position tables that are zero and not trained."""
     original = QFormer.__init__
 
     def init(self, **sizes):
@@ -43,37 +43,33 @@ def no_positions():
 
 
 def keys_only():
-    """The tables tell queries where to look, and not what they pool where it came from."""
+    """Positions are added to keys but not to values."""
 
     def read(self, x, video, project, pos):
         t, h, w = pos
         tokens = project(video.standardised())  # (B, N, D)
         where = (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)  # (N, D)
-        q, k, v = (
-            self.heads(self.q(x)),
-            self.heads(self.k(tokens + where)),
-            self.heads(self.v(tokens)),
-        )
-        weights = F.dropout(
-            (q @ k.mT / k.shape[-1] ** 0.5).softmax(-1), self.dropout, self.training
-        )
+        q, k, v = self.q(x), self.k(tokens + where), self.v(tokens)
+        q, k, v = (self.heads(y) for y in (q, k, v))  # (B, A, Q or N, D/A)
+        scores = q @ k.mT / k.shape[-1] ** 0.5  # (B, A, Q, N)
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     return [(CrossAttention, "absorbed", read)]
 
 
 def no_standardisation():
-    """Features as the encoder gives them."""
+    """Features as they come from the encoder."""
 
-    def neutral(args, data):
-        width = data.manifest["settings"]["width"]
+    def statistics(data, seed):
+        width = data.manifest.settings.width
         return torch.zeros(width), torch.ones(width)
 
-    return [(train, "statistics", neutral)]
+    return [(train, "statistics", statistics)]
 
 
 def no_gain():
-    """Soft prompts that start with a bare LayerNorm's norm, sqrt(D), not with the embeddings'."""
+    """Soft prompts start with the norm of a LayerNorm's output, sqrt(D), not with the embeddings'."""
     original = QFormer.initialise
 
     def initialise(self, output_norm):
@@ -83,12 +79,12 @@ def no_gain():
 
 
 def no_style_prompts():
-    """Labels and sentences behind one prompt."""
+    """Labels and sentences follow the same prompt."""
     return [(STYLES, "sentence", STYLES["label"])]
 
 
 def original():
-    """The published recipe: see the list below the table."""
+    """The original's recipe, as listed below the table."""
 
     def loader(*args):
         made = dataset.loader(*args)
@@ -99,25 +95,23 @@ def original():
     return [
         *changes,
         (train, "choose_captions", any_caption),
-        (train, "loader", loader),  # of training only
+        (train, "loader", loader),  # training only: validation has a loader of its own
         (train, "lr_at", lambda step, total, peak, warmup: peak),
     ]
 
 
 def any_caption(record, count, seed, epoch):
-    """Drawn uniformly from the label and all paraphrases."""
+    """`count` captions, each sampled uniformly from the label and all paraphrases."""
     rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
     texts = [("label", record["label"]), *(("sentence", text) for text in record["paraphrases"])]
     return [rng.choice(texts) for _ in range(count)]
 
 
 def collate_with_pads(items):
-    """Captions end in as many end-of-text tokens as fill the batch, and all of them carry loss."""
+    """Pad captions with end-of-text tokens to the batch's longest; all of them carry loss."""
     if any(isinstance(item, UserError) for item in items):
         return dataset.collate(items)
-    longest = max(
-        len(prompt) + len(target) for item in items for prompt, target in item["captions"]
-    )
+    longest = max(len(prompt) + len(target) for i in items for prompt, target in i["captions"])
 
     def pad(prompt, target):
         return prompt, target + target[-1:] * (longest - len(prompt) - len(target))

@@ -1,4 +1,4 @@
-"""The table and the figure of bench/ablation.py, from what its runs measured. Standard library, matplotlib."""
+"""Table and figure of bench/ablation.py, from the results of its runs."""
 
 import math
 import platform
@@ -14,30 +14,33 @@ SCORES = {  # key of a run: heading, decimals
     "exact_match": ("exact match", 3),
     "right": ("right in either style", 3),
 }
-COMPARED = ("cider", "cider_objects")  # these get a difference to the base
+COMPARED = ("cider", "cider_objects")  # the table shows their difference from the base
 
 TEXT = """\
 # Ablation on the toy world
 
 `make ablation`, one core per run ({cpu}, torch {torch}).
-{clips:,} training clips of the demo's world and its validation splits; seeds {seeds} of the run
-(initialisation, order, captions): one world, one language model, batches of 16 clips, learning rate 2e-3.
+{clips:,} training clips of the demo's toy world, scored on its validation splits. Seeds {seeds} set initialisation,
+order of the clips and choice of captions; world and language model are the same in all runs. Batches have 16
+clips; the learning rate is 2e-3 unless the row names another. K is the number of captions per clip and pass.
 
-Mean ± standard deviation over the seeds, CIDEr of 10. Seconds: processor time of training, steps times
-the median step. "Right in either style": the caption is the clip's label or any sentence that the world
-has for it, word for word. Noise: the standard deviation of a run around its row's mean, pooled over all
-rows but the original's, whose scores are near zero. A difference to the base of more than twice the noise
-is bold.
+Scores are mean ± standard deviation over the seeds; CIDEr is on a 0-10 scale. Seconds are processor time of
+training: number of steps times the median step. A caption is "right in either style" if it equals the clip's
+label or one of the sentences that the toy world has for the clip. Noise is the standard deviation of the runs
+around their row's mean, pooled over all rows except the original's, whose scores are near zero. A difference from
+the base is bold if it exceeds twice the noise.
 
 {table}
 
 {verdicts}
 
-The original's recipe: captions drawn uniformly from the label and all paraphrases, one prompt for both, one
-caption a pass, pads trained on, no positions, no standardisation, a bare LayerNorm at the end, a constant
-learning rate (two were tried) without clipping, fp16 features, 9 passes. It is scored on labels, as the original does.
+The original's recipe: captions sampled uniformly from the label and all paraphrases, the same prompt for both,
+one caption per clip and pass, loss on padding tokens, no positions, no standardisation, an output
+gain that starts at 1, a constant learning rate (two were tried), no gradient clipping, fp16 features, 9 passes. It
+is scored on labels, as in the original.
 
-A tiny world of moving shapes and a short training: no claim about Something-Something-V2.
+The toy world is a small world of moving shapes, and training is short. The results do not carry over to
+Something-Something-V2.
 """
 
 
@@ -50,13 +53,13 @@ def mean(row, key):
 
 
 def markdown(results):
-    """ablation.md: what was run, the table, and which differences are more than noise."""
+    """ablation.md: what was run, the table, and which differences exceed the noise."""
     rows, base = results["rows"], results["rows"]["base"]
     several = [row for row in rows.values() if len(row["runs"]) > 1]
 
     def noise(key):
-        scattered = [row for row in several if row["change"] != "original"]
-        variances = [statistics.variance(values(row, key)) for row in scattered]
+        rows = [row for row in several if row["change"] != "original"]
+        variances = [statistics.variance(values(row, key)) for row in rows]
         return statistics.fmean(variances) ** 0.5 if variances else math.inf
 
     def gap(row, key):
@@ -74,23 +77,23 @@ def markdown(results):
                 bold = "**" if abs(gap(row, key)) > 2 * noise(key) else ""
                 yield "" if row is base else f"{bold}{gap(row, key):+.{digits}f}{bold}"
         yield score("seconds", 0)
-        costs = {"parameters": row["parameters"], "bytes a clip": row["bytes_per_clip"]}
-        of_base = (base["parameters"], base["bytes_per_clip"])
-        shown = [c for c, b in zip(costs, of_base, strict=True) if row is base or costs[c] != b]
+        costs = {"parameters": row["parameters"], "bytes per clip": row["bytes_per_clip"]}
+        base_costs = (base["parameters"], base["bytes_per_clip"])
+        shown = [c for c, b in zip(costs, base_costs, strict=True) if row is base or costs[c] != b]
         yield ", ".join(f"{costs[c]:,} {c}" for c in shown)
 
     def verdict(key):
-        groups = {"Below the base": [], "Above it": [], "Not told apart from it": []}
+        groups = {"Below the base": [], "Above the base": [], "Within noise": []}
         for row in rows.values():
             if row is not base:
                 place = 2 if abs(gap(row, key)) <= 2 * noise(key) else int(gap(row, key) > 0)
                 list(groups.values())[place].append(row["text"])
-        said = ". ".join(
+        text = ". ".join(
             f"{group}: {'; '.join(names) or 'none'}" for group, names in groups.items()
         )
-        return f"**{SCORES[key][0]}** (noise {noise(key):.2f}). {said}."
+        return f"**{SCORES[key][0]}** (noise {noise(key):.2f}). {text}."
 
-    heads = ["one change to the base"]
+    heads = ["one change from the base"]
     for key, (head, _) in SCORES.items():
         heads += [head, *["difference"] * (key in COMPARED)]
     lines = [[*heads, "seconds", "trained, stored"], ["---"] * (len(heads) + 2)]
@@ -108,7 +111,7 @@ def markdown(results):
 
 
 def cpu():
-    """What the machine calls its processor."""
+    """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -120,12 +123,12 @@ def draw(results, path):
     try:
         import matplotlib
     except ImportError:
-        note("no figure: matplotlib is missing, pip install -e '.[viz]'")
+        note("no figure: matplotlib is not installed (pip install -e '.[viz]')")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = {  # row: its name, a colour and a marker that all eyes can tell apart
+    lines = {  # row: name, colour and marker, distinct for colour-blind readers too
         "k1": ("K = 1", "#0072b2", "o"),
         "base": ("K = 2", "#d55e00", "s"),
         "k4": ("K = 4", "#009e73", "^"),
@@ -149,9 +152,9 @@ def draw(results, path):
             xlabel="processor-seconds of training", ylabel=f"validation {title}", xlim=(0, None)
         )
         panel.grid(alpha=0.3)
-        panel.legend(title="captions a clip and pass")
+        panel.legend(title="captions per clip and pass")
     figure.suptitle(
-        "Toy world: mean of the seeds, thin: each seed; a marker for each pass over the clips"
+        "Toy world. Thick: mean over seeds; thin: single seeds; one marker per pass over the clips"
     )
     figure.savefig(path, dpi=110)
     note(f"figure: {path}")

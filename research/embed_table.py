@@ -1,85 +1,67 @@
-"""The page of research/embed_report.py, from what it measured. Standard library only."""
+"""The page that research.embed_report writes about its scores."""
 
-import statistics
+from statistics import fmean, median
 
 TEXT = """# What the queries know, on the toy world
 
-The commands are in the first lines of `research/embed_report.py`, the figures in `embeddings.json`. Runs of `worlds/demo.py`
-with their own worlds and seeds: {runs}; {clips} validation clips each.
-Mean over the runs, in brackets their range. A tiny world of moving shapes, a random V-JEPA 2 and a language
-model that has learned to turn keywords into captions: nothing here is a claim about SSv2, V-JEPA 2 or Qwen2.
+Made by the commands at the top of `research/embed_report.py`; the figures are in `embeddings.json`. Runs of
+`worlds.demo` with different seeds ({runs}), {clips} validation clips each. Cells are the mean over
+the runs and, in brackets, their range. This is a tiny world of moving shapes, a random V-JEPA 2 and a language model
+trained to turn keywords into captions: it says nothing about SSv2, V-JEPA 2 or Qwen2.
 
-## 1. One vector a clip
+## 1. Search by clip and by text
 
-Clips of the same template among all validation clips, each asked in turn (R@k: one of the first k is right;
-mAP; kNN: vote of the nearest 20; NMI: k-means clusters, as many as templates, on all clips). "No object
-shared": neighbours that share a word of their objects with the query ("red cup", "red box") are left out, so
-that what is seen to move does not help.
+Each validation clip is a query for the others with the same template. NMI compares k-means clusters with the
+templates. "No shared object" leaves out neighbours that share a word of their objects with the query ("red cup",
+"red box"), so that appearance does not help.
 
 {same}
 
-Controls: a Q-Former before its first step; the trained one, shown only the first frame of each clip again and
-again, which says how far one gets without motion (that a template has one object or two is seen in a frame);
-random vectors. `prompted`, the state behind the label prompt, about to write the caption, has the best mAP, R@1
-and NMI on every seed, and `--query` uses it: it knows what will be said. `hidden`, one prompt earlier, varies from run to run. The
-mean of the features is near chance, while the Q-Former reads the caption from the same features: it is the mean over
-time and place that loses the motion. Of the vectors pooled by attention, the mean over the queries of what the
-last cross-attention brings in (`attended`) is better than the features weighted by its attention. What V-JEPA 2's
-own features would give, only a run on them can say.
+Controls: an untrained Q-Former, clips reduced to their first frame, and random vectors. `prompted` has the best R@1,
+mAP and NMI on every seed, so `--query` uses it: it is the language model's state just before it writes the caption.
+`hidden`, one prompt earlier, varies between runs. The mean of the features is near chance although the captions come from the same
+features: averaging over time and space loses the motion.
 
-Text to clip: how often a clip with this very label is among the first, by the likelihood of the label as the
-clip's caption, or by the state behind the label itself as a prefix. `--text` uses the likelihood. (The toy's
-language model was trained with keywords as its prefix, never with whole labels: the comparison is not fair to
-the second.)
+Search by text: how often a clip with exactly this label is among the first k, ranked by the likelihood of the text
+as the clip's caption (`--text`).
 
 {text}
 
-Embedding {timed} training clips from the cache into a file takes {ratio} times a pass for their
-loss, without generation (median of three in turn). 25,000 clips were not at hand; both grow with the clips.
-Memory, of a process that embeds in batches of 32:
+One brute-force search through {vectors} (float16, as many as SSv2 has clips) takes {searched} s.
 
-{memory}
+## 2. Scenes of two films
 
-One search through {vectors} (float16, as many as SSv2 has clips) takes {searched} s.
-
-## 2. Two films, scene by scene
-
-{pairs} pairs of films a run: {scenes} scenes of {clips_a_scene} clips each are in both, in another order and
-encoded anew, beside {apart} in each that are not in the other. A scene is found when what is reported covers
-half of it in both films (intersection over union); boundaries, of the first film, are right within {within} s. Windows
-of {window} s start every {stride} s. Controls: the same answers against the truth of another pair of films, whose
-boundaries lie so close together that an F1 of a half is luck; and how many scenes are reported, a pair, of films
-that have no clip in common.
+Each run has {pairs} pairs of films. The films of a pair share {scenes} scenes of {clips_a_scene} clips, re-encoded and in
+another order, and each has {apart} scenes of its own. Windows of {window} s start every {stride} s. A scene counts as
+found if its intersection over union is at least 0.5 in both films. Control: scenes reported per pair of films
+that share no clip.
 
 {found}
 
-The scenes are the same footage, and that is found by how it looks: the mean of the features does best, an untrained
-Q-Former nearly as well, and training takes away from it. So `--match` compares features, and what the queries know
-is no help here. The caption's state (`--kind prompted`) may find the same action in other footage, as it does among
-clips above; that was not measured on films. The rule (most of the way from the median to the same, longer than a
-window, better than what is found with one film run backwards) and the kind were chosen on such films of the same
-worlds, and one pair in four was among those: these are not held-out figures. Of films that have nothing in common a
-scene is still reported now and then, so a single short one says little. How it fares on films that share a look
-throughout, as real ones do, these cannot say.
+The scenes are the same footage, which appearance identifies best: the mean of the features wins, an untrained
+Q-Former is nearly as good, and training makes it worse. `--match` therefore compares features. `--kind prompted` might
+find the same action in other footage; that was not measured. The threshold, the rules and the kind were chosen on
+films like these, including one pair in four of those scored, so these are not held-out figures. Unrelated films still
+give a scene now and then; do not trust a single short one. Real films, which share one look throughout, were not tested.
 
 ## 3. Do the queries look like words?
 
-The nearest 1, 5 or 20 tokens of each query, over all queries, against the words of the clip's label (three
-letters or more), and of another clip's label: how often any word is there, and what share of the words.
+For the nearest 1, 5 or 20 tokens of every query: how often any of them is a word of the clip's label (of three
+letters or more), and what share of the label's words they name. Control: the label of another clip ("shuffled").
 
 {hits}
 
-At one token a query they do: {times} times as many words of the clip's own label as of
-another's. At 5 the gap is small and at 20 next to nothing, since {queries} queries then name most of the toy's few
-words. And the toy language model was trained with keywords in the
-place of the soft prompts, so words are what steers it. A pretrained language model has not been, and the
-literature finds prefixes that are no words; this says how to look, not what one would see.
+With one token per query they do: together they name {times} times as many words of the clip's own
+label as of another's. With 5 tokens the gap is small, and with 20 it nearly vanishes, since {queries} queries then name
+most of the toy world's few words. The toy language model was trained with keywords in place of soft prompts, so it
+follows words. A pretrained one was not, and published prefixes are not words: this shows how to look, not what to
+expect.
 
-Which queries matter: the CIDEr that is lost when one is replaced by its mean over the clips, of {cider}.
-The most important one costs {most}, the one in the middle {middle}, the least {least}.
-Of the first run, what each query's nearest token in context is over the clips: how often a colour, a thing, a
-word of the clip's label, and of another's. Some queries name colours alone, or things, but those that do are not
-always those that matter: what one says another may say too.
+Which queries matter: the table has the CIDEr lost when a query is replaced by its mean over the clips, out of
+{cider}. The most important query costs {most}, the median one {middle}, the
+least important {least}. The other columns, for the first run, say what a query's nearest token in context is: how
+often a colour, a thing, a word of the clip's label, and a word of another's. Some queries name only colours or only
+things, but those are not always the ones that matter: another query may carry the same information.
 
 {lost}
 """
@@ -87,7 +69,7 @@ always those that matter: what one says another may say too.
 
 def mean_and_range(values, digits=3):
     low, high = min(values), max(values)
-    text = f"{statistics.fmean(values):z.{digits}f}"
+    text = f"{fmean(values):z.{digits}f}"
     return text if len(values) == 1 else f"{text} ({low:z.{digits}f} – {high:z.{digits}f})"
 
 
@@ -97,8 +79,9 @@ def table(head, rows):
 
 
 def markdown(results):
-    """embeddings.md: means over the runs, and in brackets their range."""
+    """The content of embeddings.md, from that of embeddings.json."""
     runs, films, search = (results[part] for part in ("runs", "films", "search"))
+    first = runs[0]
 
     def of(*keys):
         values = runs
@@ -106,31 +89,20 @@ def markdown(results):
             values = [v[key] for v in values]
         return mean_and_range(values)
 
-    first = runs[0]
-    names = ("R@1", "R@5", "R@10", "mAP", "kNN")
-    parts = {"all": "all clips", "no shared object": "no object shared"}
+    columns = {"all, R@1": ("all", "R@1"), "all, mAP": ("all", "mAP")}
+    columns |= {f"no shared object, {n}": ("no shared object", n) for n in ("R@1", "mAP")}
+    columns |= {"NMI": ("NMI",)}
     same = [
-        [kind, what, of("retrieval", kind, "NMI"), *(of("retrieval", kind, part, n) for n in names)]
+        [kind, *(of("retrieval", kind, *c) for c in columns.values())]
         for kind in first["retrieval"]
-        for part, what in parts.items()
     ]
-    text = [[how, *(of("text", how, k) for k in ("R@1", "R@5", "R@10"))] for how in first["text"]]
+    recalls = ("R@1", "R@5", "R@10")
+    text = [[how, *(of("text", how, k) for k in recalls)] for how in first["text"]]
     measures = list(next(iter(first["films"].values())))
     found = [[kind, *(of("films", kind, n) for n in measures)] for kind in first["films"]]
-    hits = [
-        [name, of("words", "hits", name, "any"), of("words", "hits", name, "share")]
-        for name in first["words"]["hits"]
-    ]
+    hits = first["words"]["hits"]
+    named = [[n, *(of("words", "hits", n, part) for part in ("any", "share"))] for n in hits]
     ratios = [
-        statistics.median(r["cost"]["seconds"]["embed"])
-        / statistics.median(r["cost"]["seconds"]["loss"])
-        for r in runs
-    ]
-    memory = [
-        [f"{int(n):,}", mean_and_range([r["cost"]["peak_bytes"][n] / 1e6 for r in runs], 0)]
-        for n in first["cost"]["peak_bytes"]
-    ]
-    more = [
         r["words"]["hits"][f"{how}, top 1, own"]["share"]
         / r["words"]["hits"][f"{how}, top 1, shuffled"]["share"]
         for r in runs
@@ -138,12 +110,16 @@ def markdown(results):
     ]
     drops = [sorted(q["CIDEr lost"] for q in r["words"]["queries"]) for r in runs]
     queries = sorted(enumerate(first["words"]["queries"]), key=lambda nq: -nq[1]["CIDEr lost"])
+    shares = {
+        "colours": "colour",
+        "things": "thing",
+        "own": "own word",
+        "another's": "other's word",
+    }
     lost = [
         [
-            number,
-            f"{q['CIDEr lost']:z.2f}",
-            ", ".join(token for token, _ in q["commonest"]),
-            *(f"{q[n]:.2f}" for n in ("colours", "things", "own", "another's")),
+            *(number, f"{q['CIDEr lost']:z.2f}", ", ".join(token for token, _ in q["commonest"])),
+            *(f"{q[name]:.2f}" for name in shares),
         ]
         for number, q in queries
     ]
@@ -151,23 +127,17 @@ def markdown(results):
         runs=", ".join(f"`{r['run']}`" for r in runs),
         clips=first["clips"],
         queries=first["queries"],
-        same=table(["vector", "neighbours", "NMI", *names], same),
-        text=table(["by", "R@1", "R@5", "R@10"], text),
-        timed=f"{first['cost']['clips']:,}",
-        ratio=mean_and_range(ratios, 2),
-        memory=table(["clips embedded", "peak, MB"], memory),
-        **films,
-        within=films["window"] / 2,
+        same=table(["vector", *columns], same),
+        text=table(["by", *recalls], text),
         vectors="{:,} random vectors of {:,} numbers".format(*search["shape"]),
-        searched=f"{statistics.median(search['seconds']):.2f}",
+        searched=f"{median(search['seconds']):.2f}",
+        **films,
         found=table(["vector", *measures], found),
-        hits=table(["nearest tokens", "a word of the label", "share of its words"], hits),
-        times=mean_and_range(more, 1),
+        hits=table(["nearest tokens", "a word of the label", "share of its words"], named),
+        times=mean_and_range(ratios, 1),
         cider=of("words", "CIDEr"),
         most=mean_and_range([d[-1] for d in drops], 2),
         middle=mean_and_range([d[len(d) // 2] for d in drops], 2),
         least=mean_and_range([d[0] for d in drops], 2),
-        lost=table(
-            ["query", "CIDEr lost", "mostly", "colour", "thing", "own word", "another's word"], lost
-        ),
+        lost=table(["query", "CIDEr lost", "most often", *shares.values()], lost),
     )

@@ -1,41 +1,70 @@
-"""One vector a clip, in five kinds, from a cache of features; and the file that keeps them.
+"""One vector per clip, in five kinds, and the .npz file that holds those of a split.
 
-Shapes: B clips, n clips of a split, N video tokens, E video width, Q queries, D language model width.
+Shapes: B clips, n clips of a split or windows of a film, N video tokens, E video width, Q queries,
+D language model width.
 """
 
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import windows
 from checkpoint import weights_digest
-from dataset import STYLES, FeatureDataset, batches, loader
+from dataset import STYLES, FeatureDataset, Settings, batches, loader
+from runtime.cli import note, printable
 from runtime.errors import UserError
 from runtime.files import temporary_name
 
-# From what knows least of the caption to what knows most
+# From what depends least on training for captions to what depends most
 KINDS = {
     "features": "mean of the V-JEPA 2 features, standardised",
-    "attended": "mean over the queries of what the last cross-attention brings in",
+    "attended": "mean over the queries of the last cross-attention's output",
     "prompts": "mean of the soft prompts",
-    "hidden": "the language model's last hidden state over the soft prompts",
-    "prompted": "its state behind the label prompt, about to write the caption",
+    "hidden": "last hidden state of the language model on the soft prompts",
+    "prompted": "its last hidden state on the label prompt that follows, before the caption",
 }
 PROMPT = STYLES["label"]
-BEST, BEST_OF_FILMS = "prompted", "features"  # see results/embeddings.md
+BEST, BEST_FOR_FILMS = "prompted", "features"  # see results/embeddings.md
+
+
+@dataclass(frozen=True)
+class CachedClips:
+    """Clips of a split that have features in the cache, and how to read them."""
+
+    features: str | Path
+    split: str
+    records: list
+    settings: Settings  # of the cache
+    batch_size: int = 32
+    workers: int = 0
+
+    def batches(self, device):
+        """Yield {"features" (B, N, E), "scale" (B, E), "offset" (B, E)} on the device, in order."""
+        source = self.features, self.split, self.records, self.settings
+        data = FeatureDataset(*source, tokenizer=None, choose=_no_captions)
+        with tqdm(total=len(self.records), unit="clip", desc="read clips") as bar:
+            for batch in batches(loader(data, self.batch_size, self.workers, device)):
+                yield {k: batch[k].to(device) for k in ("features", "scale", "offset")}
+                bar.update(len(batch["ids"]))
+
+
+def _no_captions(record):
+    return []
 
 
 def embed(captioner, features, scale, offset):
     """{kind: float32 (B, E or D), rows of length 1} of B clips in stored form.
 
-    A clip's vectors do not depend on those beside it, up to the last bits of the matrix products.
+    A clip's vectors do not depend on the rest of the batch, up to rounding in the matrix products.
     """
     qformer, attended = captioner.qformer, []
     last = qformer.blocks[-1].cross.out
@@ -61,55 +90,92 @@ def embed(captioner, features, scale, offset):
         return {kind: F.normalize(vectors[kind].float(), dim=-1) for kind in KINDS}
 
 
-def write(path, captioner, checkpoint, features, split, records, batch_size, workers):
-    """Embed the clips of a split and write a file that `read` reads.
+# ---- windows of video files ----------------------------------------------------------------
 
-    float16, one array a kind, uncompressed. Rows go to the disk batch by batch, into files without a
-    name, so memory does not grow with the number of clips, and nothing is left of a process that dies
-    while it embeds.
+
+def embed_windows(paths, encoder, captioner, windowing, limit=None):
+    """Yield (`Window`s, {kind: float32 (decoded windows, E or D)}) for each batch of `windows.read`.
+
+    Windows that could not be decoded have an `error` and no row; the dict may be empty.
     """
-    settings = checkpoint["manifest"]["settings"]
-    dataset = FeatureDataset(features, split, records, settings, None, lambda record: [])
+    for batch in windows.read(paths, encoder, windowing, limit):
+        note_truncated(batch, paths)
+        vectors = {}
+        if decoded := [w for w in batch if not w.error]:
+            vectors = embed(captioner, **windows.features(decoded, captioner.device))
+        yield batch, {kind: rows.cpu().numpy() for kind, rows in vectors.items()}
+
+
+def embed_film(path, encoder, captioner, windowing, limit=None):
+    """Embed at most `limit` windows of one film.
+
+    Returns their n (start, end) in seconds and {kind: float32 (n, E or D)}, where the rows of windows
+    that could not be decoded are NaN. Raises UserError if no window could be decoded.
+    """
+    read, parts = [], []
+    for batch, vectors in embed_windows([path], encoder, captioner, windowing, limit):
+        read += batch
+        parts += [vectors] if vectors else []
+        for window in batch:
+            window.frames = window.stored = None  # a long film has many windows
+    errors = [w.error for w in read if w.error]
+    if not parts:
+        raise UserError(str(errors[0]), code=1)
+    if errors:
+        note(f"skipped {len(errors)} of {len(read)} windows; the first error: {errors[0]}")
+    decoded, whole = [not w.error for w in read], {}
+    for kind in KINDS:
+        rows = np.concatenate([part[kind] for part in parts])
+        whole[kind] = np.full((len(read), rows.shape[1]), np.nan, np.float32)
+        whole[kind][decoded] = rows
+    return [(w.start, w.end) for w in read], whole
+
+
+def note_truncated(batch, paths):
+    """Warn about files that end early, given a batch of their windows."""
+    for n in sorted({w.file for w in batch if w.truncated}):
+        note(f"{printable(paths[n])}: the file is truncated; using the part that can be read")
+
+
+# ---- the file ------------------------------------------------------------------------------
+
+
+def write(path, captioner, checkpoint, clips):
+    """Embed `CachedClips` and write an .npz file: "ids", "about" (JSON) and a float16 (n, E or D)
+    array per kind.
+
+    Rows are collected in unnamed temporary files, which disappear with the process, and copied from
+    there through a memory map, whose pages the kernel can reclaim: no array of all clips is in memory.
+    """
     about = {
         "weights": weights_digest(checkpoint["qformer"]),
         "step": checkpoint["step"],
-        "split": split,
+        "split": clips.split,
     }
-    small = {"ids": np.array([r["id"] for r in records]), "about": np.array(json.dumps(about))}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(path)
     with ExitStack() as stack:
         stack.callback(unfinished.unlink, missing_ok=True)
-        rows_of = {k: stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for k in KINDS}
-        bar = stack.enter_context(tqdm(total=len(records), unit="clip", desc="embed"))
-        for batch in batches(loader(dataset, batch_size, workers, captioner.device)):
-            stored = (batch[k].to(captioner.device) for k in ("features", "scale", "offset"))
-            for kind, rows in embed(captioner, *stored).items():
-                rows, file = rows.cpu().numpy().astype("<f2"), rows_of[kind]
-                if not file.tell():
-                    head = np.lib.format.header_data_from_array_1_0(rows)
-                    head["shape"] = (len(records), rows.shape[1])
-                    np.lib.format.write_array_header_1_0(file, head)
-                file.write(rows.tobytes())
-            bar.update(len(batch["ids"]))
+        files = {k: stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for k in KINDS}
+        for batch in clips.batches(captioner.device):
+            for kind, rows in embed(captioner, **batch).items():
+                files[kind].write(rows.cpu().numpy().astype("<f2").tobytes())
+        arrays = {"ids": np.array([r["id"] for r in clips.records])}
+        arrays["about"] = np.array(json.dumps(about))
+        for kind, file in files.items():
+            file.flush()
+            arrays[kind] = np.memmap(file, "<f2", "r").reshape(len(clips.records), -1)
         out = stack.enter_context(open(unfinished, "wb"))
-        with zipfile.ZipFile(out, "w") as archive:
-            for name, array in small.items():
-                with archive.open(f"{name}.npy", "w") as entry:
-                    np.lib.format.write_array(entry, array, allow_pickle=False)
-            for kind, file in rows_of.items():
-                file.seek(0)
-                with archive.open(f"{kind}.npy", "w", force_zip64=True) as entry:
-                    shutil.copyfileobj(file, entry)
+        np.savez(out, **arrays)
         out.flush()
         os.fsync(out.fileno())
         os.replace(unfinished, path)
 
 
-def read(path, kind, checkpoint=None):
-    """(ids, vectors float16 (n, D), split) of a file of `write`.
+def read(path, kind, checkpoint):
+    """(ids, vectors float16 (n, E or D), split) from a file of `write`.
 
-    Raises UserError for a missing, damaged or foreign file, and for one of another checkpoint.
+    Raises UserError if the file is missing or damaged, or was made with another checkpoint.
     """
     if not path.is_file():
         raise UserError(
@@ -123,19 +189,16 @@ def read(path, kind, checkpoint=None):
             ids, vectors = file["ids"].tolist(), file[kind]
             split, digest, step = about["split"], about["weights"], about["step"]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no embeddings ({type(error).__name__}: {error})") from None
-    if vectors.ndim != 2 or not 0 < len(vectors) == len(ids) or vectors.dtype != np.float16:
-        raise UserError(f"{path} holds no embeddings of {kind}")
-    if not np.isfinite(vectors).all():
         raise UserError(
-            f"{path} is damaged: its {kind} are not all numbers. Run research/embed.py again"
-        )
-    if checkpoint is not None:
-        weights = checkpoint["qformer"]
-        if digest != weights_digest(weights):
-            raise UserError(
-                f"{path} was made with another checkpoint (at step {step}): run research/embed.py again"
-            )
-        if vectors.shape[1] != len(weights["mean" if kind == "features" else "gain"]):
-            raise UserError(f"{path} holds no embeddings of {kind}")
+            f"{path} is not a valid file of embeddings ({type(error).__name__}: {error})"
+        ) from None
+    again = "Run python -m research.embed again."
+    weights = checkpoint["qformer"]
+    if digest != weights_digest(weights):
+        raise UserError(f"{path} was made with another checkpoint (at step {step}). {again}")
+    width = len(weights["mean" if kind == "features" else "gain"])
+    if vectors.shape != (len(ids), width) or vectors.dtype != np.float16 or not ids:
+        raise UserError(f"{path} has no valid embeddings of kind {kind}. {again}")
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path} is damaged: its {kind} vectors contain NaN. {again}")
     return ids, vectors, split

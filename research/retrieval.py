@@ -1,9 +1,12 @@
 """Nearest neighbours of unit vectors, and how well they find clips of the same action.
 
-Brute force: 220,847 clips of 1536 numbers are 0.7 GB in float16, and some queries are one pass over them.
-Beyond about 10 million clips an index such as faiss takes over. Shapes: n vectors of size D.
+Brute force: 220,847 clips of 1536 numbers are 0.7 GB in float16, read once for all queries. Beyond about
+10 million clips, use an index such as faiss. Shapes: n vectors of size D.
 """
 
+import importlib.util
+import math
+import re
 from itertools import chain
 
 import numpy as np
@@ -11,9 +14,10 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 
-WIDENED = 1 << 14  # vectors widened at a time: 100 MB of Qwen2's width
+WIDENED = 1 << 14  # vectors converted to float32 at a time: 100 MB at Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote (DINO, arXiv:2104.14294)
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the kNN vote (DINO, arXiv:2104.14294)
+RECALLS = {"R@1": 1, "R@5": 5, "R@10": 10}
 
 
 def unit(x):
@@ -23,12 +27,8 @@ def unit(x):
 
 
 def nearest(queries, vectors, count):
-    """The `count` unit vectors (n, D) most like each of q queries (q, D): (indices, cosines), both
-    (q, count), best first.
-
-    float16 vectors are widened a block at a time, which takes longer than comparing them: once for all
-    queries. Equal ones stay in their order.
-    """
+    """The `count` unit vectors (n, D) nearest to each query (q, D): (indices, cosines), both
+    (q, count), best first; ties keep their order."""
     queries = unit(queries)
     blocks = (vectors[i : i + WIDENED].astype(np.float32) for i in range(0, len(vectors), WIDENED))
     cosines = np.concatenate([queries @ block.T for block in blocks], axis=1)
@@ -36,53 +36,103 @@ def nearest(queries, vectors, count):
     return order, np.take_along_axis(cosines, order, 1)
 
 
-def retrieval(vectors, templates, objects, share_objects=True):
-    """Leave-one-out retrieval of clips with the template of the query, of n unit vectors (n, D).
+def chance(shape, seed):
+    """Random vectors, as a control."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
-    templates: n names; objects: n sets of what the clips show; share_objects=False leaves clips that
-    share any of it with the query out of its neighbours, so that motion is what is scored. Queries
-    without any clip to find do not count. Returns {"R@1", "R@5", "R@10": the share of queries with a
-    right clip among the first k, "mAP", "kNN": accuracy of a vote of the neighbours, "n": queries}.
-    Raises UserError if there is nothing to find at all.
+
+def score_kinds(by_kind, records, seed):
+    """Score vectors {kind: (n, D)} of n records, over all neighbours and without those that share an
+    object with the query.
+
+    Returns {kind: {"all": `score`, "no shared object": `score` or None without placeholders, "NMI"}}.
+    Raises UserError if fewer than two templates occur.
+    """
+    known = [n for n, r in enumerate(records) if r["template"]]
+    templates = [records[n]["template"] for n in known]
+    if len(set(templates)) < 2:
+        raise UserError("nothing to score: the clips do not have two different templates")
+    objects, rows = [object_words(records[n]) for n in known], {}
+    for kind, vectors in by_kind.items():
+        vectors = unit(vectors[known])
+        rows[kind] = {
+            "all": score(vectors, templates),
+            "no shared object": score(vectors, templates, objects) if any(objects) else None,
+            "NMI": mutual_information(vectors, templates, seed),
+        }
+    return rows
+
+
+def object_words(record):
+    """The words of a record's placeholders: {"red", "cup"} for "the Red cup"."""
+    words = re.findall(r"\w+", " ".join(record["placeholders"]).lower())
+    return {word for word in words if len(word) > 2} - {"the", "and", "with"}
+
+
+def score(vectors, templates, objects=None):
+    """Leave-one-out retrieval of clips with the same template among n unit vectors (n, D).
+
+    objects: n sets of words; a query's neighbours are then only clips that share none of them, so that
+    appearance does not help. Queries without a clip to find are left out. Returns {"R@1", "R@5",
+    "R@10": share of queries with a correct clip among the first k, "mAP", "kNN": accuracy of a
+    weighted vote of the nearest 20, "n": queries}. Raises UserError if no query has a clip to find.
     """
     _, label = np.unique(np.asarray(templates, str), return_inverse=True)
     classes = int(label.max()) + 1
     clips_with = {}
-    for n, those in enumerate(objects):
-        for o in those:
-            clips_with.setdefault(o, []).append(n)
-    sums, count = dict.fromkeys(("R@1", "R@5", "R@10", "mAP", "kNN"), 0.0), 0
+    for n, words in enumerate(objects or ()):
+        for word in words:
+            clips_with.setdefault(word, []).append(n)
+    sums, count = dict.fromkeys((*RECALLS, "mAP", "kNN"), 0.0), 0
     blocks = (vectors[start : start + BLOCK] @ vectors.T for start in range(0, len(vectors), BLOCK))
     with tqdm(total=len(vectors), unit="query", desc="score", delay=1, leave=False) as bar:
-        for n, query in enumerate(chain.from_iterable(blocks)):  # cosines to all clips
+        for n, cosines in enumerate(chain.from_iterable(blocks)):
             bar.update()
-            query[n] = -np.inf
-            for o in () if share_objects else objects[n]:
-                query[clips_with[o]] = -np.inf
-            order = np.argsort(-query, kind="stable")[: np.isfinite(query).sum()]
-            right = label[order] == label[n]
-            if not right.any():
+            cosines[n] = -np.inf
+            for word in objects[n] if objects else ():
+                cosines[clips_with[word]] = -np.inf
+            order = np.argsort(-cosines, kind="stable")[: np.isfinite(cosines).sum()]
+            correct = label[order] == label[n]
+            if not correct.any():
                 continue
             count += 1
-            for k in (1, 5, 10):
-                sums[f"R@{k}"] += right[:k].any()
-            at = np.flatnonzero(right)
-            sums["mAP"] += np.mean(np.arange(1, len(at) + 1) / (at + 1))
+            for name, k in RECALLS.items():
+                sums[name] += correct[:k].any()
+            ranks = np.flatnonzero(correct) + 1
+            sums["mAP"] += np.mean(np.arange(1, len(ranks) + 1) / ranks)
             near = order[:NEIGHBOURS]
-            votes = np.bincount(label[near], np.exp(query[near] / TEMPERATURE), classes)
+            votes = np.bincount(label[near], np.exp(cosines[near] / TEMPERATURE), classes)
             sums["kNN"] += votes.argmax() == label[n]
     if not count:
-        less = "" if share_objects else " and show other objects"
+        others = " and different objects" if objects else ""
         raise UserError(
-            f"nothing to score: no two of the {len(vectors)} clips have one template{less}"
+            f"nothing to score: no two of the {len(vectors)} clips have the same template{others}"
         )
     return {name: float(value / count) for name, value in sums.items()} | {"n": count}
 
 
-def clusters(vectors, templates, seed):
-    """Normalised mutual information between templates and k-means clusters, as many as templates."""
+def require_sklearn():
+    """Raises UserError if scikit-learn is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("scores need scikit-learn: pip install -e '.[embed]'", code=1)
+
+
+def mutual_information(vectors, templates, seed):
+    """NMI between the templates and as many k-means clusters."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
     found = KMeans(len(set(templates)), n_init=4, random_state=seed).fit_predict(vectors)
     return float(normalized_mutual_info_score(templates, found))
+
+
+def format_scores(rows):
+    """`score_kinds` as a table in plain text."""
+    names = (*RECALLS, "mAP", "kNN")
+    lines = [f"{'vector':<10}{'NMI':>7}" + "".join(f"{n:>7}" for n in names) * 2]
+    lines[0] += "   (right half: neighbours that share no object)"
+    for kind, row in rows.items():
+        halves = [row[part] or {} for part in ("all", "no shared object")]
+        cells = [row["NMI"], *(half.get(name, math.nan) for half in halves for name in names)]
+        lines.append(f"{kind:<10}" + "".join(f"{cell:>7.3f}" for cell in cells))
+    return "\n".join(lines)

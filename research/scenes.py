@@ -1,6 +1,8 @@
-"""Which scenes of one film are in another, in whatever order: windows, similarities, alignment.
+"""Which scenes of one film are also in another, in any order.
 
-numpy only, but for the picture. Shapes: n windows of film a, m of film b.
+Films are cut into windows; runs of consecutive windows that are similar in both are matched. numpy only,
+except for the picture. Shapes: n windows of film a, m of film b. A run (i, j, length) is windows i to
+i + length - 1 of a beside windows j to j + length - 1 of b.
 """
 
 import heapq
@@ -8,18 +10,22 @@ import io
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
 
 import numpy as np
 
-SAME = 0.7  # of the way from what is usual to the same; chosen on the toy world's films
-MIRRORED = 0.9  # a shot that stands still is as like backwards: such a run is only its mirror image
-STILL = 1e-4  # vectors of length 1 that differ less do not differ
+# A pair of windows matches above this share of the way from the median cosine to 1. Chosen on films made
+# from the toy world.
+THRESHOLD = 0.7
+STILL = 1e-4  # unit vectors that differ by less count as equal
+
+# A still shot looks the same backwards, so the reversed film has a run that is its mirror image: one that
+# reaches this share of the mirrored run's sum is not evidence of a chance match
+MIRRORED = 0.9
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`start_a` to `end_a` seconds of film a are `start_b` to `end_b` of film b; `score`: mean cosine."""
+    """Seconds `start_a` to `end_a` of film a match `start_b` to `end_b` of b; `score`: mean cosine."""
 
     start_a: float
     end_a: float
@@ -29,10 +35,8 @@ class Scene:
 
 
 def compare(a, b):
-    """Cosines (n, m) of the vectors (n, D) and (m, D) of two films, less what all their windows share.
-
-    NaN for a window without a vector.
-    """
+    """Cosines (n, m) between the vectors (n, D) and (m, D) of two films, after subtracting the mean of
+    all windows. NaN for a window without a vector."""
     mean = np.nanmean(np.concatenate([a, b]), 0)
     a, b = (x - mean for x in (a, b))
     norms = (np.maximum(np.linalg.norm(x, axis=1, keepdims=True), STILL) for x in (a, b))
@@ -40,29 +44,22 @@ def compare(a, b):
     return a @ b.T
 
 
-def clock(seconds):
-    """mm:ss.s"""
-    return f"{int(seconds // 60):02d}:{seconds % 60:04.1f}"
-
-
 def threshold(similarity):
-    """From what two windows of these films usually have in common most of the way to the same."""
-    usual = float(np.nanmedian(similarity))
-    return usual + SAME * (1 - usual)
+    """The cosine above which two windows of these films match."""
+    median = float(np.nanmedian(similarity))
+    return median + THRESHOLD * (1 - median)
 
 
-def align(similarity, least=None, shortest=1):
-    """Runs of windows that follow each other in both films: [(i, j, length)], the best first.
+def align(excess, shortest=1):
+    """Runs of windows that match in both films: [(i, j, length)], the best first.
 
-    similarity: (n, m) cosines; least: what a pair of windows must exceed to speak for a match, by
-    default `threshold`; shortest: windows that a run must have. Of all runs along a diagonal the one
-    with the largest sum above `least` is taken, then the best that shares no window with it, and so on
-    (local alignments without gaps and apart from each other, after Waterman and Eggert 1987): scenes
-    may come in any order, and those without a like are left out.
+    excess: (n, m), cosine minus threshold. Takes the run with the largest sum on any diagonal, then the
+    best that shares no window with it, and so on: local alignments without gaps (Waterman and Eggert
+    1987). Runs of fewer than `shortest` windows are discarded.
     """
-    excess = similarity - (threshold(similarity) if least is None else least)
+    excess = excess.copy()
     n, m = excess.shape
-    taken_a, taken_b, found = np.zeros(n, bool), np.zeros(m, bool), []
+    taken_a, taken_b, runs = np.zeros(n, bool), np.zeros(m, bool), []
 
     def best(offset):
         """(-sum, i, j, length) of the diagonal's best run of windows that are not taken."""
@@ -78,125 +75,107 @@ def align(similarity, least=None, shortest=1):
         length = int(sums[end::-1].argmin())  # back to the last place where the sum was lowest
         return -float(gain[end]), i + end - length, j + end - length, length
 
+    # a queue of diagonals: searching the whole matrix for each run took minutes for two films of an hour
     queue = [best(offset) for offset in range(1 - n, m)]
     heapq.heapify(queue)
     while queue and queue[0][0] < 0:
         _, i, j, length = heapq.heappop(queue)
         if not (taken_a[i : i + length].any() or taken_b[j : j + length].any()):
             if length >= shortest:
-                found.append((i, j, length))
+                runs.append((i, j, length))
                 taken_a[i : i + length] = taken_b[j : j + length] = True
-            else:  # its windows may yet be part of a longer one, on another diagonal
+            else:  # its windows may still be part of a longer run on another diagonal
                 excess[range(i, i + length), range(j, j + length)] = -np.inf
-        heapq.heappush(queue, best(j - i))  # what is left of it; taking windows only lowers sums
-    return found
+        heapq.heappush(queue, best(j - i))  # the rest of the diagonal; its sum can only be lower
+    return runs
 
 
-def scenes(similarity, spans_a, spans_b, least=None):
-    """`align` in seconds: a list of `Scene` in the order of film a. spans: [(start, end)] of windows.
+def find(similarity, spans_a, spans_b):
+    """Match two films: a list of `Scene`, ordered by time in film a.
 
-    similarity: of `compare`. A run must go on for as long as a window: where windows overlap, two that
-    look alike by chance do so for a few strides. And it must be better than all that is found with film
-    b backwards, which is what films that have nothing in common come to: something always looks alike;
-    mirror images of what is found forwards do not count.
+    similarity: from `compare`; spans_a, spans_b: (start, end) of each window in seconds. Something
+    always looks alike, so a run must last at least as long as a window and must beat the best run found
+    with film b reversed, mirror images aside.
     """
-    least = threshold(similarity) if least is None else least
-    excess, shortest = np.nan_to_num(similarity, nan=-1.0) - least, 1
+    excess, shortest = np.nan_to_num(similarity, nan=-1.0) - threshold(similarity), 1
     n, m = excess.shape
     if min(n, m) > 1:
         (start, end), (following, _) = spans_a[:2]
         shortest = min(math.ceil((end - start) / (following - start)), n, m)
-    runs = [(strength(excess, run), run) for run in align(excess, 0.0, shortest)]
-    bar = 0.0
-    for i, j, length in align(excess[:, ::-1], 0.0, shortest) if min(n, m) > 1 else ():
-        mirrored = (i, m - j - length, length)  # its windows, in the order of film b
-        total = strength(excess[:, ::-1], (i, j, length))
-        if not any(other >= MIRRORED * total and meet(run, mirrored) for other, run in runs):
+    runs = [(_sum_along(excess, run), run) for run in align(excess, shortest)]
+    bar, backwards = 0.0, excess[:, ::-1]
+    for i, j, length in align(backwards, shortest) if min(n, m) > 1 else ():
+        total, mirrored = _sum_along(backwards, (i, j, length)), (i, m - j - length, length)
+        if not any(other >= MIRRORED * total and _overlap(run, mirrored) for other, run in runs):
             bar = max(bar, total)
     found = []
-    for total, run in runs:
+    for total, (i, j, length) in runs:
         if total > bar:
-            i, j, length = run
             cosines = similarity[range(i, i + length), range(j, j + length)]
-            found.append(Scene(*times_of(run, spans_a, spans_b), float(np.nanmean(cosines))))
+            times = times_of((i, j, length), spans_a, spans_b)
+            found.append(Scene(*times, float(np.nanmean(cosines))))
     return sorted(found, key=lambda scene: scene.start_a)
 
 
-def strength(excess, run):
-    """The sum of excess (n, m) along a run (i, j, length)."""
+def _sum_along(excess, run):
     i, j, length = run
     return float(excess[range(i, i + length), range(j, j + length)].sum())
 
 
-def meet(one, other):
-    """Do two runs (i, j, length) have windows in common, of both films?"""
+def _overlap(one, other):
+    """True if two runs share windows of both films."""
     return all(max(one[k], other[k]) < min(one[k] + one[2], other[k] + other[2]) for k in range(2))
 
 
 def times_of(run, spans_a, spans_b):
-    """start and end in film a, then in film b, of a run (i, j, length) of windows.
+    """(start_a, end_a, start_b, end_b) in seconds of a run.
 
-    A window is matched if most of it is, so what is matched starts about the middle of the first window
-    and ends about that of the last; at the end of either film it is all of that window.
+    A window matches if most of it does, so a scene starts half a stride before the middle of its first
+    window and ends half a stride after that of its last. At either end of a film it takes the whole window.
     """
     i, j, length = run
     last_i, last_j = i + length - 1, j + length - 1
     first, last = (spans_a[i], spans_b[j]), (spans_a[last_i], spans_b[last_j])
-    part = (spans_a[1][0] - spans_a[0][0]) / 2 if len(spans_a) > 1 else 0.0  # half a stride
-    at_start, at_end = 0 in (i, j), last_i + 1 == len(spans_a) or last_j + 1 == len(spans_b)
-    before = min(map(half, first)) if at_start else part
-    after = min(map(half, last)) if at_end else part
+    before = after = (spans_a[1][0] - spans_a[0][0]) / 2 if len(spans_a) > 1 else 0.0
+    if 0 in (i, j):
+        before = min((end - start) / 2 for start, end in first)
+    if last_i + 1 == len(spans_a) or last_j + 1 == len(spans_b):
+        after = min((end - start) / 2 for start, end in last)
     starts, ends = [middle(s) - before for s in first], [middle(s) + after for s in last]
     return starts[0], ends[0], starts[1], ends[1]
-
-
-def half(span):
-    return (span[1] - span[0]) / 2
 
 
 def middle(span):
     return sum(span) / 2
 
 
-def quality(found, true_a, true_b, within):
-    """{"recall", "precision", "boundary F1"} of scenes found.
+def quality(found, true_a, true_b):
+    """{"recall", "precision"} of the scenes found, given the (start, end) of each true scene in both films.
 
-    true_a, true_b: [(start, end)] in seconds; true_a[n] is shown again as true_b[n]. A scene is found if
-    what is reported covers half of it in both films (intersection over union). Boundaries are those in
-    film a, right if one of the other side is at most `within` seconds away.
+    A scene counts as found if its intersection over union is at least a half in both films.
     """
 
-    def overlap(a, b):
-        both = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-        return both / (max(a[1], b[1]) - min(a[0], b[0]))
+    def iou(start, end, true):
+        both = max(0.0, min(end, true[1]) - max(start, true[0]))
+        return both / (max(end, true[1]) - min(start, true[0]))
 
-    def same(scene, n):
-        pairs = ((scene.start_a, scene.end_a), true_a[n]), ((scene.start_b, scene.end_b), true_b[n])
-        return all(overlap(*pair) >= 0.5 for pair in pairs)
-
-    every = range(len(true_a))
-    recall = fmean(any(same(s, n) for s in found) for n in every)
-    precision = fmean(any(same(s, n) for n in every) for s in found) if found else 0.0
-    edges = [edge for s in found for edge in (s.start_a, s.end_a)]
-    truth = [edge for span in true_a for edge in span]
-
-    def near(some, others):
-        return fmean(any(abs(a - b) <= within for b in others) for a in some)
-
-    right, reached = (near(edges, truth), near(truth, edges)) if edges else (0.0, 0.0)
-    f1 = 2 * right * reached / (right + reached) if right + reached else 0.0
-    return {"recall": recall, "precision": precision, "boundary F1": f1}
+    same = np.array(
+        [
+            [min(iou(s.start_a, s.end_a, a), iou(s.start_b, s.end_b, b)) >= 0.5 for s in found]
+            for a, b in zip(true_a, true_b, strict=True)
+        ]
+    )  # (true scenes, found)
+    precision = float(same.any(0).mean()) if found else 0.0
+    return {"recall": float(same.any(1).mean()), "precision": precision}
 
 
 def draw(similarity, spans_a, spans_b, found, names):
-    """The bytes of a PNG: the similarities of all windows and the scenes on them. names: of a and b."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """PNG bytes: the cosines of all pairs of windows, with the scenes marked. names: of films a and b."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
-    edges_a, edges_b = (  # a window's cell lies about its middle
+    edges_a, edges_b = (  # a window's cell is around its middle
         [spans[0][0], *((middle(s) + middle(t)) / 2 for s, t in pairwise(spans)), spans[-1][1]]
         for spans in (spans_a, spans_b)
     )

@@ -1,8 +1,10 @@
-"""Do the soft prompts look like words? Their nearest tokens, by input embedding and in context.
+"""Do the soft prompts look like words? The nearest tokens of each query, by two measures.
+
+By input embedding, as Mokady et al. 2021 (arXiv:2111.09734) read prefixes; and in context: layers after
+the first see hidden states, so each query's state is also compared with the states of real words.
 
 Shapes: B clips, Q queries, D width and V vocabulary of the language model, M tokens of a corpus, of which
-U are distinct. Prefixes were read by input embedding by Mokady et al. 2021 (arXiv:2111.09734); but the
-layers behind the first see hidden states, so each query's state is also compared with those of words.
+U are distinct.
 """
 
 import io
@@ -13,18 +15,29 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dataset import STYLES
+from dataset import STYLES, TRAIN, by_hash, load_records
+from runtime.errors import UserError
 
+CORPUS = 2000  # captions
 CAPTIONS_AT_ONCE = 32
 VOCABULARY_BLOCK = 1 << 15  # rows compared at a time: 200 MB of Qwen2's embeddings in float32
-SHORTEST = 3  # letters of a piece of a word that counts as found
+MIN_LETTERS = 3  # shorter tokens begin too many words to count as a match
+
+
+def sample_labels(annotations, seed, limit=None):
+    """At most `CORPUS` labels of training clips, sampled with a fixed seed."""
+    labels = {r["id"]: r["label"] for r in load_records(annotations, TRAIN)}
+    labels = {i: label for i, label in labels.items() if (label or "").strip()}
+    if not labels:
+        raise UserError(f"--annotations {annotations}: no training clip has a label")
+    return [labels[i] for i in by_hash(labels, seed)[: min(CORPUS, limit or CORPUS)]]
 
 
 def nearest_tokens(lm, soft, count):
-    """Input embeddings most like each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
-    table = lm.get_input_embeddings()  # called below: some layers scale their weight
+    """Nearest input embeddings of each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
+    table = lm.get_input_embeddings()  # called, not indexed: some layers scale their weight
     soft, best = F.normalize(soft.float(), dim=-1), []
-    vocabulary = torch.arange(table.num_embeddings, device=table.weight.device)
+    vocabulary = torch.arange(table.num_embeddings, device=table.weight.device)  # (V,)
     for ids in vocabulary.split(VOCABULARY_BLOCK):
         rows = F.normalize(table(ids).float(), dim=-1)  # (block, D)
         cosines, nearest = (soft @ rows.T).topk(min(count, len(rows)), -1)
@@ -35,9 +48,9 @@ def nearest_tokens(lm, soft, count):
 
 
 class Corpus:
-    """Hidden states of the language model over captions, at its middle layer, a row a token.
+    """The language model's hidden states on captions at its middle layer, one row per token.
 
-    texts: captions in label style, each read behind the style's prompt and without a video.
+    texts: captions, each after the label style's prompt, without a video.
     """
 
     def __init__(self, captioner, texts):
@@ -45,18 +58,22 @@ class Corpus:
         self.layer = captioner.lm.config.num_hidden_layers // 2
         prompt = self.tokenizer(STYLES["label"], add_special_tokens=False)["input_ids"]
         prompt = prompt if captioner.bos is None else [captioner.bos, *prompt]
-        by_length, self.texts = {}, list(texts)  # texts of one length need no padding
+
+        # captions of the same length need no padding
+        by_length, self.texts = {}, list(texts)
         for n, text in enumerate(self.texts):
             tokens = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
             by_length.setdefault(len(tokens), []).append((n, tokens))
+
+        # the hidden state and the caption of each token
         ids, states, self.text_of = [], [], []
         bar = tqdm(total=len(self.texts), unit="caption", desc="read captions", delay=1)
         with torch.inference_mode(), bar:
             for length, group in by_length.items():
                 for start in range(0, len(group), CAPTIONS_AT_ONCE):
                     numbers, rows = zip(*group[start : start + CAPTIONS_AT_ONCE], strict=True)
-                    read = torch.tensor([[*prompt, *row] for row in rows], device=captioner.device)
-                    out = captioner.run_lm(input_ids=read, output_hidden_states=True)
+                    inputs = torch.tensor([[*prompt, *r] for r in rows], device=captioner.device)
+                    out = captioner.run_lm(input_ids=inputs, output_hidden_states=True)
                     middle = out.hidden_states[self.layer][:, len(prompt) :]
                     states.append(middle.flatten(0, 1).float())
                     ids += [token for row in rows for token in row]
@@ -68,18 +85,18 @@ class Corpus:
         self.tokens, self.token_of = ids.unique(return_inverse=True)  # (U,), (M,)
 
     def nearest(self, soft, count):
-        """Tokens of the corpus most like each soft prompt (B, Q, D) at the middle layer.
+        """Nearest tokens of each soft prompt (B, Q, D) at the middle layer: (ids, cosines, rows of the
+        corpus), each (B, Q, count).
 
-        (ids, cosines, rows), each (B, Q, count): a token's cosine is that of the most similar of its
-        rows. The states of each clip are less their mean and those of the corpus less theirs, since all
-        states of a layer share a large common part.
+        A token's cosine is that of its most similar row. All states of a layer share a large common
+        part, so the mean is subtracted: of a clip's queries, and of the corpus.
         """
-        rows = self.captioner.embedded(soft)
-        out = self.captioner.run_lm(inputs_embeds=rows, output_hidden_states=True)
+        inputs = self.captioner.embedded(soft)
+        out = self.captioner.run_lm(inputs_embeds=inputs, output_hidden_states=True)
         states = out.hidden_states[self.layer][:, -soft.shape[1] :].float()  # (B, Q, D)
         states = F.normalize(states - states.mean(1, keepdim=True), dim=-1)
         found = []
-        for queries in states:  # a clip at a time: Q x M floats
+        for queries in states:  # one clip at a time: Q x M floats
             cosines = queries @ self.states.T  # (Q, M)
             best = cosines.new_full((len(queries), len(self.tokens)), -torch.inf)
             best.scatter_reduce_(1, self.token_of.expand_as(cosines), cosines, "amax")  # (Q, U)
@@ -91,63 +108,58 @@ class Corpus:
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def table(self, soft, count):
-        """Of each query of one clip (1, Q, D): {"tokens": [[text, cosine]], "context": [[text, cosine,
-        caption it stands in]]}, `count` of each, best first."""
+        """One dict per query of one clip (1, Q, D), with `count` entries each, best first: {"tokens":
+        [[text, cosine]], "context": [[text, cosine, a caption with that token]]}."""
         with torch.inference_mode():
             ids, cosines = nearest_tokens(self.captioner.lm, soft, count)
-            near, likeness, rows = self.nearest(soft, count)
+            near, similar, rows = self.nearest(soft, count)
         table = []
         for query in range(soft.shape[1]):
-            said = spoken(self.tokenizer, ids[0, query]), cosines[0, query].tolist()
             captions = [self.texts[self.text_of[row]] for row in rows[0, query].tolist()]
-            meant = spoken(self.tokenizer, near[0, query]), likeness[0, query].tolist(), captions
-            table.append(
-                {
-                    "tokens": [[t, round(c, 3)] for t, c in zip(*said, strict=True)],
-                    "context": [[t, round(c, 3), text] for t, c, text in zip(*meant, strict=True)],
-                }
-            )
+            by_embedding = decode_each(self.tokenizer, ids[0, query]), cosines[0, query].tolist()
+            in_context = decode_each(self.tokenizer, near[0, query]), similar[0, query].tolist()
+            tokens = [[t, round(c, 3)] for t, c in zip(*by_embedding, strict=True)]
+            context = [[t, round(c, 3), s] for t, c, s in zip(*in_context, captions, strict=True)]
+            table.append({"tokens": tokens, "context": context})
         return table
 
 
-def spoken(tokenizer, ids):
-    """What tokens (n,) say, without the white space around them; n strings."""
+def decode_each(tokenizer, ids):
+    """The text of each token of (n,), stripped: n strings."""
     return [text.strip() for text in tokenizer.batch_decode([[i] for i in ids.tolist()])]
 
 
-def words_found(tokens, caption):
-    """(the words of a caption that one of some token texts begins, all its words). A piece of fewer than
-    `SHORTEST` letters begins too many to count, and so do shorter words."""
-    words = {word for word in re.findall(r"\w+", caption.lower()) if len(word) >= SHORTEST}
-    pieces = tuple({t.lower() for t in tokens if len(t) >= SHORTEST})
+def match_words(tokens, caption):
+    """(the words of a caption that begin with one of the token texts, all its words); pieces and words
+    of fewer than `MIN_LETTERS` letters do not count."""
+    words = {word for word in re.findall(r"\w+", caption.lower()) if len(word) >= MIN_LETTERS}
+    pieces = tuple({t.lower() for t in tokens if len(t) >= MIN_LETTERS})
     return {word for word in words if word.startswith(pieces)}, words
 
 
 def draw(table, title, columns=5):
-    """The bytes of a PNG: a row a query, left its nearest tokens by embedding, right in context; the
-    darker, the nearer. table: of `Corpus.table`."""
+    """PNG bytes of `Corpus.table`: a row per query; on the left its nearest tokens by embedding, on the
+    right in context; darker is nearer."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.4 + 0.24 * len(table)), layout="constrained")
-    FigureCanvasAgg(figure)
-    light = ListedColormap(colormaps["Blues"](range(0, 144)))  # black letters stay legible on it
+    light = ListedColormap(colormaps["Blues"](range(0, 144)))  # keeps black text legible
     names = {"tokens": "by input embedding", "context": "in context, at the middle layer"}
     for panel, (part, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         cells = list(zip_longest(*(row[part][:columns] for row in table), fillvalue=["", 0.0]))
         values = [[cell[1] for cell in row] for row in zip(*cells, strict=True)]  # (Q, columns)
-        shown = panel.imshow(values, cmap=light, aspect="auto", vmin=0)
+        image = panel.imshow(values, cmap=light, aspect="auto", vmin=0)
         for x, column in enumerate(cells):
             for y, (text, *_) in enumerate(column):
                 text = "".join(c if c.isprintable() else "?" for c in text[:14])
-                text = text.replace("$", r"\$")  # between two of them is no mathematics
+                text = text.replace("$", r"\$")  # a pair of them would start mathematics
                 panel.text(x, y, text, ha="center", va="center", fontsize=8)
         panel.set(xlabel=f"nearest tokens {name}", ylabel="query", yticks=range(len(table)))
         panel.set_xticks(range(len(cells)), [str(n + 1) for n in range(len(cells))])
         panel.tick_params(labelsize=7)
-        figure.colorbar(shown, ax=panel, label="cosine")
+        figure.colorbar(image, ax=panel, label="cosine")
     figure.suptitle(title.replace("$", r"\$"), wrap=True)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)

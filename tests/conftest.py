@@ -22,7 +22,7 @@ import encoder
 LONGEST = (
     *("test_demo.py", "test_reliability.py", "test_app.py", "test_embed.py", "test_evaluate.py"),
     *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
-    *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_render.py"),
+    *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_films.py"),
 )
 torch.set_num_threads(
     1

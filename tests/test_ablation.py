@@ -1,8 +1,9 @@
-"""Each change does what its row says, and the table is what the runs measured."""
+"""Each change does what its row says, and the table shows what the runs measured."""
 
 import json
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from pages import prose
 
 import dataset
 import evaluate
-import optim
 import train
 from bench import ablation, ablation_table
 from bench.ablation_changes import CHANGES, any_caption, changed
@@ -40,8 +40,8 @@ def test_without_positions_a_clip_is_its_mirror_image(make_qformer, make_clips):
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
-def test_positions_on_keys_only_is_the_plainly_written_one(make_qformer, make_clips, num_blocks):
-    """One head, one query, one clip at a time, as one would write it on a blackboard."""
+def test_positions_on_keys_only_match_a_naive_loop(make_qformer, make_clips, num_blocks):
+    """One head, one query and one clip at a time."""
     grid, width, heads = (2, 3, 4), 32, 4
     qformer = make_qformer(grid=grid, num_blocks=num_blocks).double()
     x, scale, offset = double(make_clips(2, tokens=24))
@@ -79,13 +79,13 @@ def test_positions_on_keys_only_is_the_plainly_written_one(make_qformer, make_cl
     with changed("keys_only"):
         got = qformer(x, scale, offset)
     torch.testing.assert_close(got, torch.stack([by_hand(0), by_hand(1)]), rtol=0, atol=1e-10)
-    assert (got - qformer(x, scale, offset)).abs().max() > 1e-3  # with values it is another
+    assert (got - qformer(x, scale, offset)).abs().max() > 1e-3  # positions on values matter
 
 
 def test_without_standardisation():
-    data = SimpleNamespace(manifest={"settings": {"width": 5}})
+    data = SimpleNamespace(manifest=SimpleNamespace(settings=dataset.Settings(width=5)))
     with changed("no_standardisation"):
-        mean, std = train.statistics(None, data)
+        mean, std = train.statistics(data, seed=0)
     assert mean.tolist() == [0] * 5 and std.tolist() == [1] * 5
 
 
@@ -102,17 +102,17 @@ def test_one_prompt_reaches_the_tokens(tokenizer):
         assert dataset.encode_caption(tokenizer, "sentence", "x") == one
 
 
-def test_captions_are_drawn_uniformly():
+def test_captions_are_sampled_uniformly():
     record = {"id": "7", "label": "a", "paraphrases": ["b", "c", "d"]}
-    drawn = Counter(any_caption(record, 1, 0, epoch)[0] for epoch in range(4000))
-    assert set(drawn) == {("label", "a"), *(("sentence", t) for t in "bcd")}
-    assert all(abs(n - 1000) < 150 for n in drawn.values())  # five standard deviations
+    counts = Counter(any_caption(record, 1, 0, epoch)[0] for epoch in range(4000))
+    assert set(counts) == {("label", "a"), *(("sentence", t) for t in "bcd")}
+    assert all(abs(n - 1000) < 150 for n in counts.values())  # five standard deviations
     assert any_caption(record, 1, 0, 3) == any_caption(record, 1, 0, 3)
 
 
 def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokenizer):
     """All of its changes act at once: one prompt, pads with loss, a constant rate."""
-    settings = dataset.load_manifest(prepared / "features")["settings"]
+    settings = dataset.load_manifest(prepared / "features").settings
     texts = {True: [("label", "ab")], False: [("sentence", "abcdef")]}
     records = dataset.load_records(prepared / "annotations", "train")[:2]
     with changed("original"):
@@ -127,7 +127,7 @@ def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokeni
             ]
         ]
         prompt = len(dataset.STYLES["label"])
-        assert optim.lr_at(0, 100, 1e-3, 50) == optim.lr_at(99, 100, 1e-3, 50) == 1e-3
+        assert train.lr_at(0, 100, 1e-3, 50) == train.lr_at(99, 100, 1e-3, 50) == 1e-3
         assert train.choose_captions is any_caption
     padded, usual = batches
     assert len(usual["targets"]) == len(" ab") + len(" abcdef") + 2
@@ -149,32 +149,30 @@ def test_a_change_ends_with_its_run(change):
 
 
 @pytest.fixture
-def args(prepared, world, tmp_path):
-    """Flags of a small ablation whose world is prepared."""
-    from conftest import preprocess
-
+def study(prepared, world, tmp_path, monkeypatch):
+    """A small ablation whose world is prepared, except for the base's features."""
     data = tmp_path / "data"
     data.mkdir()
     for name in ("lm", "toy.json"):
         (data / name).symlink_to(world / name)
     (data / "annotations").symlink_to(prepared / "annotations")
-    flags = ["--limit", "64", "--store", "fp16", "--splits", "train", "validation"]
-    assert preprocess(world, data, *flags, ablation.OBJECTS, features=data / "features_fp16") == 0
-    where = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--clips", "64"]
-    return ablation.parse_args([*where, "--seeds", "1", "--row", "original"])
+    (data / "features_fp16").symlink_to(prepared / "features")
+    monkeypatch.setattr(ablation, "OBJECTS", "validation")  # the only other split with features
+    return ablation.Study(data, tmp_path / "runs", clips=64, seeds=1)
 
 
-def test_a_run_is_the_real_training_and_is_not_repeated(args, monkeypatch, capsys):
-    """The whole of the original's recipe through train.py and evaluate.py. Then the other row fails,
-    for want of its features: it is named with its log, and the finished one is left alone."""
+def test_a_run_is_the_real_training_and_is_not_repeated(study, monkeypatch, capsys):
+    """The original's recipe goes through train.py and evaluate.py. The base then fails because its
+    features are missing: it is reported with its log, and the finished run is left alone."""
     short = ablation.ROWS["original"]._replace(flags="--captions-per-clip 1 --epochs 2 --lr 1e-3")
     monkeypatch.setattr(ablation, "ROWS", {"base": ablation.ROWS["base"], "original": short})
+    where = ["--data", str(study.data), "--runs", str(study.runs), "--clips", "64", "--seeds", "1"]
     threads = torch.get_num_threads()
     try:
-        assert ablation.run_row(args) is None
+        assert ablation.main([*where, "--row", "original"]) is None
     finally:
         torch.set_num_threads(threads)
-    done = Path(args.runs) / "original_seed0" / "result.json"
+    done = study.folder("original", 0) / "result.json"
     result = json.loads(done.read_text())
     assert result["cider"] >= 0 and result["seconds"] > 0 and len(result["curve"]) == 2
     checkpoint = torch.load(done.parent / "best.pt", weights_only=True)
@@ -183,14 +181,14 @@ def test_a_run_is_the_real_training_and_is_not_repeated(args, monkeypatch, capsy
     assert checkpoint["qformer"]["std"].eq(1).all()
 
     stamp = done.stat().st_mtime_ns
-    assert ablation.run_all(args) == ["base"]
+    assert ablation.run_all(study, jobs=2) == ["base"]
     assert done.stat().st_mtime_ns == stamp
-    assert not (Path(args.runs) / "original_seed0.log").exists()
-    log = Path(args.runs) / "base_seed0.log"
+    assert not (study.runs / "original_seed0.log").exists()
+    log = study.runs / "base_seed0.log"
     assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
-    assert "Run bench/ablation.py first" in log.read_text()
-    args.clips = 65
-    assert ablation.finished(args, "original", 0) is None, "other flags are another run"
+    assert "Run python -m bench.ablation." in log.read_text()
+    assert study.result("original", 0) == result
+    assert replace(study, clips=65).result("original", 0) is None, "other flags are another run"
 
 
 def test_the_table_is_made_of_the_committed_results():
@@ -217,9 +215,7 @@ def test_what_is_more_than_noise_is_bold():
     text = ablation_table.markdown(facts | {"rows": rows})
     assert "| tie | 4.15 ± 0.10 | +0.15 |" in text
     assert "| loss | 3.50 ± 0.10 | **-0.50** |" in text
-    assert (
-        "(noise 0.10). Below the base: loss. Above it: none. Not told apart from it: tie." in text
-    )
+    assert "(noise 0.10). Below the base: loss. Above the base: none. Within noise: tie." in text
 
 
 def test_the_pages_quote_the_table():

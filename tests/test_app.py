@@ -14,6 +14,7 @@ from conftest import until
 
 import infer
 from viz import app
+from windows import Windowing
 
 HERE = Path(__file__).parent.parent
 LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
@@ -21,7 +22,7 @@ LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
 
 @pytest.fixture(scope="module")
 def address(trained, world, tmp_path_factory):
-    """The address of a running viz/app.py, which is ended by Ctrl-C and then has no upload left."""
+    """The address of a running viz/app.py, stopped by Ctrl-C, after which no upload is left."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     kept = tmp_path_factory.mktemp("kept")
     with socket.socket() as free:
@@ -66,13 +67,13 @@ def value(page, name):
 
 def test_an_upload_comes_back_with_the_caption_of_infer(page, world, trained, capsys):
     clip = sorted((world / "videos").glob("*.webm"))[0]
-    said = {}
+    captions = {}
     for style in ("label", "sentence"):
         infer.main([str(clip), "--checkpoint", str(trained), "--workers", "0", "--style", style])
-        said[style] = capsys.readouterr().out.strip().split("\t")[1]
+        captions[style] = capsys.readouterr().out.strip().split("\t")[1]
     upload(page, clip)
     until(lambda: value(page, "label"))
-    assert {style: value(page, style) for style in said} == said
+    assert {style: value(page, style) for style in captions} == captions
     table = page.find_element("css selector", "#templates")
     until(lambda: table.text.lower().count("[something]") >= app.NEAREST)
     picture = "const i = document.querySelector('#picture img'); return i && i.naturalWidth"
@@ -89,8 +90,8 @@ def test_a_text_file_comes_back_with_a_sentence(page, tmp_path):
     page.refresh()
     until(lambda: page.find_elements("css selector", "#clip input[type=file]"))
     upload(page, named)
-    said = until(lambda: value(page, "message"))
-    assert said.startswith("notes.mp4 cannot be read as a video") and not value(page, "label")
+    message = until(lambda: value(page, "message"))
+    assert message.startswith("notes.mp4 cannot be read as a video") and not value(page, "label")
 
 
 def test_too_large_an_upload_is_refused(page, tmp_path):
@@ -121,13 +122,13 @@ def look(trained):
     from checkpoint import load_captioner, read_checkpoint
     from encoder import VideoEncoder
 
-    flags = ["--max-seconds", "10", "--workers", "0", "--window", "2", "--stride", "2"]
-    args, checkpoint, device = app.parse_args(flags), read_checkpoint(trained), torch.device("cpu")
+    checkpoint, device = read_checkpoint(trained), torch.device("cpu")
     return app.Look(
         VideoEncoder.from_manifest(checkpoint["manifest"], device),
         load_captioner(checkpoint, device, torch.float32),
         checkpoint["templates"],
-        args,
+        Windowing(window=2.0, stride=2.0),
+        max_seconds=10.0,
     )
 
 
@@ -158,19 +159,19 @@ def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
 
 def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):
     message, label, *_ = look(film(tmp_path / "long.webm", 12))
-    assert message == "long.webm takes 12 s, this page up to 10: cut it, or use infer.py"
+    assert message == "long.webm has 12 s; this page takes up to 10 s. Cut it, or use infer.py"
     assert label == ""
 
 
-def test_a_clip_that_is_cut_short_is_said(look, tmp_path):
-    """As infer.py says it: the page captioned half a film without a word."""
+def test_a_clip_that_is_cut_short_gets_a_message(look, tmp_path):
+    """The page captioned half a film without a message, unlike infer.py."""
     path = film(tmp_path / "cut.webm", 1)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     message, label, *_ = look(path)
     assert message == "the file is cut short; what is there was captioned" and label
 
 
-def test_a_message_does_not_tell_where_uploads_lie(look, tmp_path):
+def test_a_message_hides_the_folder_of_uploads(look, tmp_path):
     path = tmp_path / "silent.mp4"
     path.write_bytes(b"")
     assert look(path)[0] == "silent.mp4 is an empty file"

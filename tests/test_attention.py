@@ -2,10 +2,12 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 import torch
 
+from dataset import Settings
 from qformer import Video
 from viz import attention_map
 
@@ -35,7 +37,7 @@ def test_weights_are_those_of_the_textbook(make_qformer, make_clips):
         x = x + block.mlp(block.norm_mlp(x))
 
 
-def test_weights_do_not_change_what_is_said(make_qformer, make_clips):
+def test_reading_the_weights_changes_nothing(make_qformer, make_clips):
     qformer, clips = make_qformer(grid=GRID, dropout=0.1).eval(), make_clips(2)
     before = qformer(*clips)
     qformer.attention(*clips)
@@ -66,7 +68,7 @@ def test_the_picture_shows_what_the_encoder_saw(resize):
     """A square in the top left corner of a wide frame: cropped away, or there."""
     frames = np.zeros((8, 60, 120, 3), np.uint8)
     frames[:, :20, :20, 0] = 255
-    settings = {"size": 64, "resize": resize}
+    settings = Settings(size=64, resize=resize)
     seen = attention_map.as_encoded(frames, settings)
     assert seen.shape == (8, 64, 64, 3)
     red = (seen[0, :, :, 0] > 200).any()
@@ -102,12 +104,35 @@ def test_each_moment_shows_its_own_frames():
 
 
 def test_a_caption_with_dollar_signs_is_text():
-    """Between two of them matplotlib reads mathematics, and ended infer.py over this one."""
+    """Between two of them matplotlib reads mathematics, and this one raised an error."""
     frames = np.zeros((4, 64, 64, 3), np.uint8)
     assert drawn(frames, np.full((2, 4, 4), 1 / 32), r"a $\foo$ b").any()
 
 
 def drawn(frames, weights, title=""):
-    settings = {"size": 64, "resize": "squash"}
+    settings = Settings(size=64)
     data = attention_map.draw(frames, weights, settings, title)
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
+
+
+def test_a_picture_of_each_window(trained, tmp_path, capsys):
+    """Of a clip of two windows and a broken one: two pictures, one line about the other."""
+    with av.open(str(tmp_path / "film.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=12)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for n in range(48):
+            picture = np.full((64, 64, 3), 40 + 4 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "broken.webm").write_bytes(b"no film")
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(trained), "--workers", "0", "--output", str(output)]
+    flags += ["--window", "2", "--stride", "2"]
+    assert attention_map.main([str(tmp_path), *flags]) == 3
+    printed = capsys.readouterr()
+    names = [f"film_attention_{span}.png" for span in ("0.00-2.00", "2.00-4.00")]
+    assert printed.out.split() == [str(output / name) for name in names]
+    assert sorted(p.name for p in output.iterdir()) == names
+    assert printed.err.endswith("1 of 2 clips failed\n")
+    assert attention_map.main([str(tmp_path / "broken.webm"), *flags]) == 1

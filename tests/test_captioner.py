@@ -9,7 +9,7 @@ import optim
 import train
 from captioner import VideoCaptioner
 from checkpoint import fixed_state, load_captioner, read_checkpoint
-from dataset import STYLES, encode_caption
+from dataset import STYLES, Manifest, encode_caption
 from runtime.errors import UserError
 
 CAPTIONS = [
@@ -192,7 +192,7 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
 
 
 def checkpoint_of(captioner, manifest=None):
-    manifest = manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}}
+    manifest = Manifest.parse(manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}})
     state = fixed_state(captioner, manifest, "toy", "f" * 16, [])
     return state | {"qformer": captioner.qformer.state_dict(), "step": 0}
 

@@ -1,6 +1,5 @@
-"""What a run leaves to look at: curves.png, metrics.csv, and the figures on a dashboard."""
+"""The curves of a run: curves.png, and the figures on a dashboard."""
 
-import csv
 import importlib.machinery
 import json
 import shutil
@@ -21,29 +20,13 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_the_table_is_that_of_the_run(run):
-    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        scores = json.loads((run / f"validation_epoch_{row['epoch']}.json").read_text())
-        seconds = sum(s["seconds"] for s in steps if str(s["epoch"]) == row["epoch"])
-        assert float(row["seconds"]) == round(seconds, 1)
-        assert float(row["CIDEr"]) == scores["metrics"]["CIDEr"]
-        assert float(row["validation_loss"]) == scores["loss"]
-        mine = [s for s in steps if str(s["epoch"]) == row["epoch"]]
-        mean = sum(s["loss"] * s["tokens"] for s in mine) / sum(s["tokens"] for s in mine)
-        assert abs(float(row["train_loss"]) - mean) < 1e-9 and float(row["lr"]) == mine[-1]["lr"]
-
-
-def test_the_picture_is_drawn_anew_from_the_files(run, capsys):
-    """Byte for byte what training drew: nothing of the run is needed but its folder."""
+def test_the_picture_needs_nothing_but_the_folder(run, capsys):
+    """Byte for byte what training drew."""
     drawn = (run / "curves.png").read_bytes()
-    for name in ("curves.png", "metrics.csv"):
-        (run / name).unlink()
+    (run / "curves.png").unlink()
     curves.main([str(run)])
     assert (run / "curves.png").read_bytes() == drawn and drawn.startswith(b"\x89PNG")
-    assert capsys.readouterr().out.split() == [str(run / "metrics.csv"), str(run / "curves.png")]
+    assert capsys.readouterr().out.split() == [str(run / "curves.png")]
 
 
 def test_every_curve_reaches_the_picture(run):
@@ -69,26 +52,26 @@ def test_skipped_steps_and_missing_scores_leave_gaps(run):
     evaluations[0].update(loss=None)
     evaluations[0]["metrics"].pop("CIDEr")
     assert curves.draw(steps, evaluations).startswith(b"\x89PNG")
-    row = curves.table(steps, evaluations).splitlines()[1].split(",")
-    assert row[curves.COLUMNS.index("validation_loss")] == ""
-    assert curves.draw([], []) and curves.table([], []).count("\n") == 1
+    assert curves.draw([], [])
 
 
-def test_without_matplotlib_the_rest_goes_on(run, monkeypatch, capsys):
+def test_without_matplotlib_training_goes_on(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    curves.say_missing.cache_clear()
+    curves.report_once.cache_clear()
     (run / "curves.png").unlink()
     curves.update(run), curves.update(run)
-    assert (run / "metrics.csv").is_file() and not (run / "curves.png").exists()
-    said = capsys.readouterr().err
-    assert said.count("no curves.png: matplotlib is missing, pip install -e '.[viz]'") == 1
+    assert not (run / "curves.png").exists()
+    why = "matplotlib is not installed: pip install -e '.[viz]'"
+    assert capsys.readouterr().err.count(f"no curves.png: {why}") == 1
+    with pytest.raises(UserError, match="matplotlib is not installed"):
+        curves.main([str(run)])
 
 
-def test_a_picture_ends_no_training(run, monkeypatch, capsys):
+def test_a_picture_that_fails_ends_no_training(run, monkeypatch, capsys):
     """A matplotlib that cannot be imported for another reason, or that the user's settings break, ended
     training before its best.pt was written, at every --resume again."""
-    monkeypatch.setattr("viz.curves._draw", lambda *_: 1 / 0)
-    curves.say_missing.cache_clear()
+    monkeypatch.setattr("viz.curves.draw", lambda *_: 1 / 0)
+    curves.report_once.cache_clear()
     curves.update(run)
     assert "no curves.png: division by zero" in capsys.readouterr().err
 
@@ -96,9 +79,9 @@ def test_a_picture_ends_no_training(run, monkeypatch, capsys):
 def test_the_users_settings_of_matplotlib_do_not_matter(run):
     import matplotlib
 
-    plain = curves.draw(*curves.read(run))
+    plain = curves.write(run).read_bytes()
     with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
-        assert curves.draw(*curves.read(run)) == plain
+        assert curves.write(run).read_bytes() == plain
 
 
 def test_a_line_cut_by_a_crash_is_left_out(run):
@@ -112,7 +95,7 @@ def test_a_line_cut_by_a_crash_is_left_out(run):
 
 
 def test_no_run_folder(tmp_path):
-    with pytest.raises(UserError, match=r"is no run folder of train\.py"):
+    with pytest.raises(UserError, match=r"is not a run folder of train\.py"):
         curves.main([str(tmp_path)])
 
 
@@ -132,7 +115,6 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
             train.main(flags)
     # drawn at the first of two evaluations
     assert (output / "curves.png").is_file()
-    assert len((output / "metrics.csv").read_text().splitlines()) == 2
     train.main([*flags, "--resume"])
     lines = (output / "metrics.jsonl").read_text().splitlines()
     scores = [
@@ -143,22 +125,24 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
 
 
 def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_meteor):
-    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were told twice."""
+    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were logged twice."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = tmp_path / "run"
     steps, scores = interrupted_and_resumed(world, prepared, output, "tensorboard")
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    told = events.Scalars("train/loss")
-    assert [e.step for e in told] == [s["step"] for s in steps] == list(range(1, 11))
-    assert [e.value for e in told] == pytest.approx([s["loss"] for s in steps])
-    told = events.Scalars("validation/CIDEr")
-    assert [e.step for e in told] == [5, 10] and [e.value for e in told] == pytest.approx(scores)
+    logged = events.Scalars("train/loss")
+    assert [e.step for e in logged] == [s["step"] for s in steps] == list(range(1, 11))
+    assert [e.value for e in logged] == pytest.approx([s["loss"] for s in steps])
+    logged = events.Scalars("validation/CIDEr")
+    assert [e.step for e in logged] == [5, 10] and [e.value for e in logged] == pytest.approx(
+        scores
+    )
 
 
 def stand_in(name, init, error=RuntimeError):
-    """A module in the place of a library that wants a server."""
+    """A stand-in for a library that needs a server."""
     library = types.ModuleType(name)
     library.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=name)
     library.init, library.errors = init, types.SimpleNamespace(Error=error)
@@ -167,14 +151,14 @@ def stand_in(name, init, error=RuntimeError):
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
-    begun, told, ended = [], [], []
+    begun, logged, ended = [], [], []
     monkeypatch.setattr(
-        "viz.curves._draw", lambda *_: b""
+        "viz.curves.draw", lambda *_: b""
     )  # matplotlib takes longer than the training
 
     class Run:
         def log(self, values, step):
-            told.append((step, values))
+            logged.append((step, values))
 
         def finish(self):
             ended.append(self)
@@ -190,15 +174,17 @@ def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor,
     ids = [kwargs["id" if name == "wandb" else "name"] for kwargs in begun]
     assert len(ids) == 2 and ids[0] == ids[1] and ids[0].startswith("run-")
     assert len(ended) == 2  # also of the run that was killed
-    losses = {step: values["train/loss"] for step, values in told if "train/loss" in values}
+    losses = {step: values["train/loss"] for step, values in logged if "train/loss" in values}
     assert losses == {s["step"]: s["loss"] for s in steps}
-    assert [v["validation/CIDEr"] for _, v in told if "validation/CIDEr" in v] == scores
+    assert [v["validation/CIDEr"] for _, v in logged if "validation/CIDEr" in v] == scores
     short = ("--report-to", name, "--limit", 8, "--epochs", 1)
     train.main(train_flags(world, prepared, tmp_path / "run", "--overwrite", *short))
     assert begun[2]["id" if name == "wandb" else "name"] != ids[0]  # another run, another curve
 
 
-def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp_path, monkeypatch):
+def test_a_dashboard_that_cannot_be_opened_creates_no_folder(
+    world, prepared, tmp_path, monkeypatch
+):
     """Without a login the run folder was taken all the same, and the next try was refused."""
 
     class Error(Exception):
@@ -214,8 +200,8 @@ def test_a_dashboard_that_cannot_be_opened_claims_no_folder(world, prepared, tmp
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
-def test_a_missing_dashboard_is_told_before_anything_is_read(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+def test_a_missing_dashboard_is_reported_before_anything_is_read(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("runtime.dashboard.find_spec", lambda _: None)
     with pytest.raises(
         UserError, match=f"--report-to {name} needs its library: pip install {name}"
     ):

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from encoder import quantise
 from runtime import files
 from runtime.errors import UserError
 
-SETTINGS = {"grid": [2, 3, 4], "width": 5, "store": "int8"}
+SETTINGS = dataset.Settings(grid=(2, 3, 4), width=5)
 RECORD = {"id": "7", "label": "moving it", "paraphrases": ["One.", "Two.", "Three."]}
 
 
@@ -31,7 +32,7 @@ def test_features_round_trip(tmp_path):
     assert raw.keys() == {"features", "scale", "offset", "crc32", "decoder"}
     half = {"features": torch.randn(24, 5).half()}
     dataset.save_features(tmp_path / "8.pt", "8", half, "pyav")
-    item = dataset.load_features(tmp_path / "8.pt", "8", SETTINGS | {"store": "fp16"})
+    item = dataset.load_features(tmp_path / "8.pt", "8", replace(SETTINGS, store="fp16"))
     assert torch.equal(item["features"], half["features"])
     assert (item["scale"] == 1).all() and (item["offset"] == 0).all()
 
@@ -96,7 +97,7 @@ def test_another_clips_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="are missing"):
         dataset.load_features(tmp_path / "9.pt", "9", SETTINGS)
     with pytest.raises(UserError, match=r"not \(36, 5\)"):
-        dataset.load_features(path, "7", SETTINGS | {"grid": [3, 3, 4]})
+        dataset.load_features(path, "7", replace(SETTINGS, grid=(3, 3, 4)))
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="not a feature file"):
         dataset.load_features(path, "7", SETTINGS)

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_and_a_model_with_a_damaged_config(tmp_path):
     flags = ["--checkpoint", str(tmp_path), "--lm", str(tmp_path)]
     found = {f.what: f for f in doctor_checks.models(doctor.parse_args(flags))}
     assert found["checkpoint"].state == found["lm"].state == "missing"
-    assert "no readable checkpoint" in found["checkpoint"].found
+    assert "not a valid checkpoint" in found["checkpoint"].found
 
 
 def test_a_checkpoint_wants_the_models_it_was_trained_with(trained, world):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset import Manifest
 from encoder import MEAN, STD, VideoEncoder, quantise, transform
 from runtime import hub
 from runtime.errors import UserError
@@ -149,7 +150,7 @@ def test_sizes_that_do_not_fit_are_refused(folder, settings, complaint):
 def test_another_model_is_refused(folder, tmp_path):
     from transformers import VJEPA2Model
 
-    manifest = {"settings": make(folder).settings, "info": {"encoder": str(folder)}}
+    manifest = Manifest(make(folder).settings, {"encoder": str(folder)})
     VideoEncoder.from_manifest(manifest, torch.device("cpu"))
     model = VJEPA2Model.from_pretrained(folder)
     model.encoder.layernorm.weight.data += 1e-3

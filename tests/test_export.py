@@ -165,7 +165,7 @@ def rewrite(folder, change):
         (lambda w: w | {"more": torch.zeros(1)}, "Unexpected key.*more"),
         (lambda w: w | {"queries": torch.zeros(5, 32)}, "size mismatch for queries"),
         (lambda w: w | {"gain": w["gain"].half()}, "was not written by train.py"),
-        (lambda w: w | {"gain": w["gain"] / 0}, "weights that are no numbers"),
+        (lambda w: w | {"gain": w["gain"] / 0}, "NaN or infinity"),
     ],
 )
 def test_other_tensors_are_refused(shared, run, state, change, why):
@@ -197,8 +197,8 @@ def test_every_flipped_byte_of_the_weights_is_noticed(shared):
         ({"manifest": {}}, "was not written by train.py"),
         ({"step": "3"}, "was not written by train.py"),
         ({"checkpoint_version": 2}, "has version 2, this code reads 1"),
-        ({"sizes": {"surprise": 1}}, "holds no Q-Former"),
-        ({"sizes": {"output_norm": 10**400}}, "holds no Q-Former"),
+        ({"sizes": {"surprise": 1}}, "was not written by train.py"),
+        ({"sizes": {"output_norm": 10**400}}, "was not written by train.py"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(shared, config, why):

@@ -18,7 +18,7 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
     from captioner import VideoCaptioner
-    from dataset import collate, encode_caption
+    from dataset import Settings, collate, encode_caption
     from encoder import VideoEncoder
     from qformer import QFormer
 
@@ -40,14 +40,7 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     finally:
         torch.set_default_dtype(dtype)
     assert round(sum(p.numel() for p in lm.parameters()) / 1e9, 2) == 1.54
-    settings = {
-        "size": 256,
-        "resize": "squash",
-        "sampling": "bin_centres",
-        "pool": 1,
-        "store": "int8",
-    }
-    encoder = VideoEncoder(vitl, settings | {"grid": [16, 16, 16]}, torch.device("cpu"))
+    encoder = VideoEncoder(vitl, Settings(), torch.device("cpu"))
     clip = np.random.default_rng(0).integers(0, 256, (32, 240, 427, 3), dtype=np.uint8)
 
     began = time.perf_counter()

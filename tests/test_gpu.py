@@ -10,6 +10,7 @@ from conftest import preprocess, train_flags
 import evaluate
 import infer
 import train
+import windows
 from captioner import VideoCaptioner, check_lm
 from checkpoint import load_models, read_checkpoint
 from dataset import load_features, load_manifest
@@ -29,8 +30,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert preprocess(world, tmp_path, *flags) == 0
     assert gpu.most_in_flight == 2  # a batch is encoded while the one before it is saved
     assert preprocess(world, tmp_path, *flags, "--verify") == 0
-    settings = load_manifest(features)["settings"]
-    assert settings["compute_dtype"] == "bfloat16"
+    settings = load_manifest(features).settings
+    assert settings.compute_dtype == "bfloat16"
 
     # trained, evaluated, stopped and resumed
     run = tmp_path / "run"
@@ -62,8 +63,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert printed.err.startswith("device       cpu:0 (pretended GPU 0), bfloat16")
     args = app.parse_args(common)
     checkpoint = read_checkpoint(args.checkpoint)
-    encoder, captioner = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
-    look = app.Look(encoder, captioner, checkpoint["templates"], args)
+    models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
+    look = app.Look(*models, checkpoint["templates"], windows.Windowing.of(args), 10.0)
     assert look(paths[0])[1] == greedy[0]["caption"]
 
 
@@ -84,7 +85,7 @@ def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monk
     monkeypatch.setattr(VideoEncoder, "encode", counted)
     assert preprocess(world, tmp_path, *flags) == 0
     assert sizes == [3, 3, 1]  # one call a batch
-    settings = load_manifest(prepared / "features")["settings"]
+    settings = load_manifest(prepared / "features").settings
     for path in sorted((tmp_path / "features" / "train").iterdir()):
         clip = path.stem
         mine, cpus = (

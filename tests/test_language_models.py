@@ -13,7 +13,7 @@ import captioner as module
 import train
 from captioner import VideoCaptioner, check_lm, check_room
 from checkpoint import fixed_state
-from dataset import STYLES
+from dataset import STYLES, Manifest, Settings
 from encoder import VideoEncoder
 from research import embeddings, words
 from runtime import devices, hub
@@ -187,8 +187,11 @@ def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokeniz
     check_lm(model, "tiny")
     check_against_plain_passes(model, make_batch, make_clips)
     assert model.prefix(*(t.double() for t in make_clips(2))).get_seq_length() == 7
-    assert fixed_state(model, {}, "tiny", "abc", [])["lm"]["bos"] == 2
-    assert "bos" not in fixed_state(make(*GOOD["Llama"], tokenizer), {}, "tiny", "abc", [])["lm"]
+    manifest = Manifest(Settings(), {})
+    assert fixed_state(model, manifest, "tiny", "abc", [])["lm"]["bos"] == 2
+    assert (
+        "bos" not in fixed_state(make(*GOOD["Llama"], tokenizer), manifest, "tiny", "abc", [])["lm"]
+    )
     stored = dict(zip(("features", "scale", "offset"), make_clips(2), strict=True))
     assert embeddings.embed(model.float(), **stored)["hidden"].shape == (2, 32)
     table = words.Corpus(model, ["abc"]).table(model.soft_prompts(*make_clips(1)), 3)

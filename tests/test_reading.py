@@ -65,7 +65,7 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
         kind = OSError if where == "builtins.open" else RuntimeError
         raise kind(f"unable to open file <{path}>: Too many open files (24)")
 
-    settings = {"grid": [2, 3, 4], "width": 5, "store": "fp16"}
+    settings = dataset.Settings(grid=(2, 3, 4), width=5, store="fp16")
     stored = {"features": torch.randn(24, 5).half()}
     dataset.save_features(tmp_path / "7.pt", "7", stored, "decord")
     with monkeypatch.context() as patch:
@@ -196,7 +196,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
 
 
 def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
-    settings = {"grid": [16, 16, 16], "width": 1024, "store": "int8"}
+    settings = dataset.Settings()
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
     monkeypatch.setattr("runtime.ranks.local_world_size", lambda: 4)
@@ -284,7 +284,7 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
 
 
 def test_shared_memory_that_nccl_lacks_is_not_the_loaders():
-    settings = {"grid": [2, 3, 4], "width": 5, "store": "fp16"}
+    settings = dataset.Settings(grid=(2, 3, 4), width=5, store="fp16")
     for workers, text in ((4, "NCCL error: creating shared memory segment"), (0, "shared memory")):
         shared = dataset.shared_memory(settings, workers, training=8)
         with pytest.raises(RuntimeError, match="shared memory"), shared:

@@ -96,7 +96,7 @@ def test_dropout_acts_and_differs_from_step_to_step(spied):
 
 def test_the_model_begins_with_the_features_statistics_and_the_embeddings_norm(spied, prepared):
     _, steps, _ = spied
-    settings = load_manifest(prepared / "features")["settings"]
+    settings = load_manifest(prepared / "features").settings
     records = json.loads((prepared / "annotations" / "train.json").read_text())[:40]
     rows = []
     for clip in by_hash((r["id"] for r in records), 0)[:STATISTICS]:

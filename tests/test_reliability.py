@@ -170,7 +170,7 @@ def corrupt(kind, record):
         ("bomb", "cannot be read"),
         ("scale of another type", "no scale and offset"),
         ("endless offset", "no scale and offset"),
-        ("NaN", "hold NaN"),
+        ("NaN", "contain NaN"),
     ],
 )
 def test_corrupt_features_end_training_with_their_id(
@@ -196,7 +196,7 @@ def test_manifests_of_the_wrong_shape_are_refused(copied, fields):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["settings"] |= fields
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="not one written by"):
+    with pytest.raises(UserError, match="was not written by"):
         load_manifest(copied)
 
 

@@ -21,8 +21,7 @@ from checkpoint import read_checkpoint
 from dataset import (
     TRAIN,
     VALIDATION,
-    check_same_settings,
-    clip_bytes,
+    Settings,
     encode_caption,
     load_manifest,
     load_records,
@@ -41,10 +40,7 @@ SHARED = "/dev/shm"
 
 # SSv2 in the default cache, to compute its size: ViT-L's tokens in int8
 CLIPS = 168_913 + 24_777  # training and validation
-STORED = {
-    pool: {"grid": (16, 16 // pool, 16 // pool), "width": 1024, "store": "int8"}
-    for pool in (1, 2, 4)
-}
+STORED = {pool: Settings(grid=(16, 16 // pool, 16 // pool)) for pool in (1, 2, 4)}
 # Bytes that the defaults need. GPU: 13.3 GB, measured at 32 clips of 2 captions a micro-batch, see
 # results/gpu.md, and CUDA's own memory. RAM: 16 GB (estimate), less what the operating system reserves.
 CARD, MEMORY = 14e9, 0.95 * 16e9
@@ -107,8 +103,7 @@ def try_step(device):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {f"pred_{k}": v for k, v in sizes.items()} | {"pred_num_mask_tokens": 1}
     config = VJEPA2Config(crop_size=64, frames_per_clip=8, **sizes, **small)
-    settings = {"size": 64, "resize": "squash", "sampling": "bin_centres", "pool": 1}
-    settings |= {"grid": (4, 4, 4), "store": "int8"}
+    settings = Settings(size=64, grid=(4, 4, 4))
     encoder = VideoEncoder(VJEPA2Model(config).to(dtype), settings, device)
     clips = torch.randint(0, 256, (4, 8, 48, 80, 3), dtype=torch.uint8)
     stored = encoder.stored(list(clips))
@@ -178,7 +173,7 @@ def machine(features):
     folder = Path(features).absolute()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    takes = {pool: CLIPS * clip_bytes(settings) for pool, settings in STORED.items()}
+    takes = {pool: CLIPS * settings.clip_bytes for pool, settings in STORED.items()}
     text = f"{free / 1e12:.2f} TB free in {folder}; SSv2's cache takes {takes[1] / 1e12:.2f}, "
     text += " and ".join(f"{takes[pool] / 1e12:.2f} with --pool {pool}" for pool in (2, 4))
     fits = next((f"--pool {pool}" for pool in takes if takes[pool] < free), "--features ELSEWHERE")
@@ -220,11 +215,11 @@ def models(args):
     except UserError as error:
         return [*findings, Finding(MISSING, "checkpoint", str(error))]
     findings.append(Finding(OK, "checkpoint", f"{path}, after step {checkpoint['step']:,}"))
-    info, settings = checkpoint["manifest"]["info"], checkpoint["manifest"]["settings"]
+    info, settings = checkpoint["manifest"].info, checkpoint["manifest"].settings
     findings += other_settings(settings, args.features)
     ask = checkpoint["lm"]
     for what, name, theirs, ours in [
-        ("checkpoint's encoder", info["encoder"], settings["encoder_fingerprint"], encoder[1]),
+        ("checkpoint's encoder", info["encoder"], settings.encoder_fingerprint, encoder[1]),
         ("checkpoint's lm", ask["name"], ask["fingerprint"], lm[1]),
     ]:
         if ours != theirs:
@@ -242,11 +237,11 @@ def models(args):
 def other_settings(settings, features):
     """A finding, where evaluate.py would refuse the cache for the checkpoint's settings."""
     try:
-        theirs = load_manifest(features)["settings"]
+        found = load_manifest(features).settings
     except UserError:
         return []  # said with the features
     try:
-        check_same_settings(settings, theirs, f"the cache {features}")
+        settings.check_same(found, f"the cache {features}")
     except UserError as error:
         return [Finding(MISSING, "checkpoint's features", str(error))]
     return []
@@ -284,11 +279,11 @@ def data(args):
         return f"{args.annotations}: {counts} clips"
 
     def features():
-        settings = load_manifest(args.features)["settings"]
+        settings = load_manifest(args.features).settings
         for split, those in records.items():
             require_features(args.features, split, those)
         of = "of every clip" if records else "not compared with annotations"
-        return f"{args.features}: {settings['store']}, pool {settings['pool']}, {of}"
+        return f"{args.features}: {settings.store}, pool {settings.pool}, {of}"
 
     prepare = command(args, "prepare_annotations.py", "labels", output=args.annotations)
     encode = command(args, "preprocess_ssv2.py", "videos", "annotations", "features", "encoder")

@@ -55,6 +55,7 @@ def export(run, folder):
         raise UserError(f"folder {folder} {problem}; name another folder")
     weights = save({k: w.contiguous() for k, w in checkpoint["qformer"].items()}, MARK)
     config = {k: checkpoint[k] for k in KEYS if k in checkpoint}
+    config["manifest"] = checkpoint["manifest"].as_dict()
     config["sha256"] = hashlib.sha256(weights).hexdigest()
     if config.get("best") in (float("inf"), -float("inf")):  # of a run without any score
         config["best"] = None
@@ -90,24 +91,24 @@ def _not_ours(folder):
 
 def card(checkpoint, run, name):
     """The model card, Markdown behind YAML, of a checkpoint of the folder `run` shared as `name`."""
-    settings, sizes, lm = checkpoint["manifest"]["settings"], checkpoint["sizes"], checkpoint["lm"]
-    encoder = checkpoint["manifest"]["info"]["encoder"]
+    settings, sizes, lm = checkpoint["manifest"].settings, checkpoint["sizes"], checkpoint["lm"]
+    encoder = checkpoint["manifest"].info["encoder"]
     known = [model for model in (encoder, lm["name"]) if hub.is_cached(model)]
     base = f"base_model: {json.dumps(known)}\n" if known else ""
     flags = "" if encoder in known else " --encoder ENCODER"
     flags += "" if lm["name"] in known else " --lm LM"
     where = shlex.quote(printable(name, keep=""))
     count = sum(w.numel() for k, w in checkpoint["qformer"].items() if k not in ("mean", "std"))
-    grid = " x ".join(map(str, settings["grid"]))
+    grid = " x ".join(map(str, settings.grid))
     facts = {
-        "encoder, frozen": f"{_model(encoder)}, fingerprint {settings['encoder_fingerprint']}",
+        "encoder, frozen": f"{_model(encoder)}, fingerprint {settings.encoder_fingerprint}",
         "language model, frozen": f"{_model(lm['name'])}, fingerprint {lm['fingerprint']}",
         "trained": f"{count:,} parameters: {sizes['num_queries']} queries,"
         f" {sizes['num_blocks']} blocks, {sizes['num_heads']} heads",
-        "frames": f"{settings['num_frames']} a clip ({settings['sampling']}),"
-        f" {settings['resize']} to {settings['size']} x {settings['size']} pixels",
-        "features": f"{grid} tokens of {settings['width']} channels, {settings['store']},"
-        f" pooled {settings['pool']} x {settings['pool']}, encoded in {settings['compute_dtype']}",
+        "frames": f"{settings.num_frames} a clip ({settings.sampling}),"
+        f" {settings.resize} to {settings.size} x {settings.size} pixels",
+        "features": f"{grid} tokens of {settings.width} channels, {settings.store},"
+        f" pooled {settings.pool} x {settings.pool}, encoded in {settings.compute_dtype}",
         **{f"style prompt, {style}": text for style, text in checkpoint["styles"].items()},
         "step": f"{checkpoint['step']:,}",
         **_recipe(run),
@@ -146,7 +147,7 @@ Encoder and language model must be those below, by fingerprint; `--encoder` and 
 
 For research on captioning short clips like those it was trained on. Captions are short and in the
 training captions' words; what those never name it cannot say. It hears no audio, sees
-{settings["num_frames"]} frames of a clip, and captions the windows of a long video independently. Do not
+{settings.num_frames} frames of a clip, and captions the windows of a long video independently. Do not
 rely on a caption where a wrong one does harm. The terms of the training clips, of the encoder and of the
 language model apply to what is made with them; this card grants no licence.
 """

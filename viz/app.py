@@ -1,15 +1,14 @@
-"""A page in the browser: upload or record a clip, read its caption and see where the model looked.
+"""A web page: upload or record a clip, read its caption, and see where the model looked.
 
     python -m viz.app --checkpoint results/demo/best.pt     (after `make demo`; then http://127.0.0.1:7860)
 
-Needs gradio: pip install -e '.[app]'. No network is used, and none can reach it unless --host says so.
-Uploads are deleted after an hour, and when it ends.
+Needs gradio: pip install -e '.[app]'. It uses no network, and only this machine can reach it unless
+--host says otherwise. Uploads are deleted after an hour, and when the script ends.
 """
 
 import runtime.start
 
 import copy
-import importlib.util
 import io
 import os
 import tempfile
@@ -27,174 +26,181 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
 from templates import Templates, fill
-from video import VIDEO_EXTENSIONS
-from viz import attention_map, films
+from video import is_video
+from viz import attention_map, text
+from windows import Windowing
 
 NEAREST = 5  # templates shown
 EXAMPLES = 6
-KEPT = (600, 3600)  # seconds: how often uploads are looked through, and how old they may become
+DELETE = (600, 3600)  # seconds: how often old uploads are deleted, and their age
+EMPTY = "", "", [], None  # captions, templates and picture of a clip that failed
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("model")
-    cli.add_models(group)
+    cli.add_models(parser.add_argument_group("model"))
     group = parser.add_argument_group("clips")
     windows.add_flags(group)
-    group.add_argument("--max-seconds", type=cli.number(above=0), default=120.0, help="of a clip")
-    group.add_argument("--max-megabytes", type=cli.whole(1), default=100, help="of an upload")
-    group.add_argument("--examples", default="data/toy/videos", help="folder of clips to offer")
+    group.add_argument(
+        "--max-seconds", type=cli.number(above=0), default=120.0, metavar="N", help="longest clip"
+    )
+    group.add_argument(
+        "--max-megabytes", type=cli.whole(1), default=100, metavar="N", help="largest upload"
+    )
+    group.add_argument(
+        "--examples", default="data/toy/videos", metavar="DIR", help="folder of example clips"
+    )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    group.add_argument("--port", type=cli.whole(1, 65535), default=7860, help="of the page")
+    group.add_argument(
+        "--port", type=cli.whole(1, 65535), default=7860, metavar="N", help="port of the page"
+    )
     cli.add_common(parser, workers=1)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    text.require("gradio", "PIL", "matplotlib", extra="app")
     checkpoint = read_checkpoint(args.checkpoint)
-    encoder, captioner = load_models(
-        checkpoint, *devices.resolve(args.device, args.dtype), args.encoder, args.lm
-    )
-    for name in ("gradio", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is missing: pip install -e '.[app]'", code=1)
-    look = Look(encoder, captioner, checkpoint.get("templates", []), args)
+    device, dtype = devices.resolve(args.device, args.dtype)
+    encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
+    templates = checkpoint.get("templates", [])
+    look = Look(encoder, captioner, templates, Windowing.of(args), args.max_seconds)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
-        serve(page(look, example_clips(Path(args.examples), args.seed), args), args)
+        blocks = page(look, example_clips(Path(args.examples), args.seed), args.max_megabytes)
+        serve(blocks, args.host, args.port, args.max_megabytes)
 
 
-def serve(blocks, args):
-    """Answer until a signal ends the script. Raises UserError where it cannot listen."""
+def serve(blocks, host, port, max_megabytes):
+    """Serve a page until a signal stops the script. Raises UserError if it cannot listen."""
     try:
         blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=args.max_megabytes * 2**20,
+            server_name=host,
+            server_port=port,
+            max_file_size=max_megabytes * 2**20,
             quiet=True,
             prevent_thread_lock=True,
         )
     except OSError:
         raise UserError(
-            f"--port {args.port} is taken, or --host {args.host} is no address of this machine:"
-            " name another",
-            code=1,
+            f"--port {port} is in use, or --host {host} is not an address of this machine", code=1
         ) from None
-    note(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it")
-    if args.host not in ("127.0.0.1", "localhost", "::1"):
-        note(f"WARNING: whoever reaches {args.host} can upload clips")
+    note(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"WARNING: anyone who can reach {host} can upload clips")
     while True:
         threading.Event().wait(3600)
 
 
 def example_clips(folder, seed):
-    """Some clips of a folder, drawn by a seed; none where it is not there."""
+    """Some clips of a folder, sampled with a seed; none if it does not exist."""
     clips = folder.iterdir() if folder.is_dir() else []
-    names = {path.name: path for path in clips if path.suffix.lower() in VIDEO_EXTENSIONS}
+    names = {path.name: path for path in clips if is_video(path)}
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
 
 
 class Look:
-    """What the page shows of a clip: a call gives the contents of its five outputs.
+    """What the page shows of a clip: a call returns the contents of its five outputs.
 
-    templates: the action templates of training, none for captions of one's own; args: of `parse_args`.
+    templates: the action templates of training, or []; windowing: a `Windowing`; max_seconds: the
+    longest clip.
     """
 
-    def __init__(self, encoder, captioner, templates, args):
-        self.encoder, self.captioner = encoder, captioner
-        self.templates, self.args = templates, args
+    def __init__(self, encoder, captioner, templates, windowing, max_seconds):
+        self.encoder, self.captioner, self.templates = encoder, captioner, templates
+        self.windowing, self.max_seconds = windowing, max_seconds
 
     def __call__(self, path):
         """path: of an upload, or None. Returns (message, label, sentence, rows of templates, picture)."""
         if path is None:
-            return "", "", "", [], None
+            return "", *EMPTY
         path = Path(path)
         try:
             pairs = self.windows(path)
         except UserError as error:
-            return str(error), "", "", [], None
+            return str(error), *EMPTY
         result = windows.description(path, [(w, look and look["label"]) for w, look in pairs])
         message = result.get("error") or result.get("warning") or ""
-        # where it lies on the server is nobody's business
-        message = message.replace(str(path), path.name)
+        message = message.replace(str(path), path.name)  # users must not see the server's folders
         looks = [look for _, look in pairs if look]
         if not looks:
-            return message, "", "", [], None
-        said = [
+            return message, *EMPTY
+        captions = [
             "\n".join(f"{w['time']}  {w[style]}" if len(pairs) > 1 else w[style] for w in looks)
             for style in STYLES
         ]
         templates = [[*row, w["time"]] for w in looks for row in w["templates"]]
-        return message, *said, templates, films.stacked([w["picture"] for w in looks])
+        return message, *captions, templates, text.stacked([w["picture"] for w in looks])
 
     def windows(self, path):
-        """[(`Window`, what is shown of it or None)], in order. Raises UserError for too long a clip."""
-        with WorkerPool(self.args.workers, self.args.timeout) as pool:
+        """[(`Window`, what is shown of it or None)] in order. Raises UserError if the clip is too long."""
+        with WorkerPool(self.windowing.workers, self.windowing.timeout) as pool:
             info = pool.call(video.probe, path)
-        if isinstance(info, video.Info) and info.duration > self.args.max_seconds:
+        if isinstance(info, video.Info) and info.duration > self.max_seconds:
             raise UserError(
-                f"{path.name} takes {info.duration:,.0f} s, this page up to {self.args.max_seconds:g}:"
-                " cut it, or use infer.py"
+                f"{path.name} has {info.duration:,.0f} s; this page takes up to {self.max_seconds:g} s."
+                " Cut it, or use infer.py"
             )
         pairs = []
-        for batch in windows.read([path], self.encoder, windows.Windowing.of(self.args)):
-            sound = [w for w in batch if not w.error]
-            looks = iter(self.batch(sound) if sound else [])
+        for batch in windows.read([path], self.encoder, self.windowing):
+            decoded = [w for w in batch if not w.error]
+            looks = iter(self.batch(decoded) if decoded else [])
             pairs += [(w, None if w.error else next(looks)) for w in batch]
         return pairs
 
-    def batch(self, sound):
-        """Captions, templates and pictures of windows without error."""
+    def batch(self, decoded):
+        """Yields captions, templates and picture of each window of a batch."""
         from PIL import Image
 
         captioner = self.captioner
-        features = windows.features(sound, captioner.device)
+        features = windows.features(decoded, captioner.device)
         with torch.inference_mode():
             cache = captioner.prefix(**features)
-        said = {style: captioner.generate(copy.deepcopy(cache), style) for style in STYLES}
-        maps = attention_map.mass(captioner.qformer, features)
-        for n, w in enumerate(sound):
+        captions = {style: captioner.generate(copy.deepcopy(cache), style) for style in STYLES}
+        shares = attention_map.mass(captioner.qformer, features)
+        for n, w in enumerate(decoded):
             one = {k: v[n : n + 1] for k, v in features.items()}
-            picture = attention_map.draw(w.frames, maps[n], self.encoder.settings, said["label"][n])
+            label = captions["label"][n]
+            picture = attention_map.draw(w.frames, shares[n], self.encoder.settings, label)
             yield {
                 "time": f"{w.start:.1f} - {w.end:.1f} s",
-                **{style: texts[n] for style, texts in said.items()},
-                "templates": nearest(captioner, one, said["label"][n], self.templates),
+                **{style: texts[n] for style, texts in captions.items()},
+                "templates": nearest(captioner, one, label, self.templates),
                 "picture": Image.open(io.BytesIO(picture)),
             }
 
 
-def nearest(captioner, batch, caption, templates):
-    """The action templates that are likeliest as the label of one clip: [[template, score]].
+def nearest(captioner, clip, caption, templates):
+    """The action templates that fit one clip best, as labels: [[template, score]], best first.
 
-    score: log-likelihood per token, behind one prefix. The placeholders are filled with what the
-    caption names, where it is of a template itself: a language model that has learned to name objects
-    finds the word "something" unlikely in any template, the more so the more often it occurs.
+    clip: its stored features, as a batch of one; score: log-likelihood per token. The placeholders are
+    filled with what the caption names, if the caption follows a template itself: a language model that
+    has learned to name objects finds the word "something" unlikely in any template.
     """
     if not templates:
         return []
     found = Templates(templates).parse(caption)
     texts = [fill(template, found[1] if found else []) for template in templates]
     with torch.inference_mode():
-        cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
+        cache = captioner.prefix(**clip)
     scores = captioner.log_likelihoods(cache, "label", texts)[0]  # (templates,)
     best = scores.topk(min(NEAREST, len(templates)))
     return [
         [templates[i], round(score, 3)]
-        for score, i in zip(*map(torch.Tensor.tolist, best), strict=True)
+        for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 
 
-def page(look, examples, args):
-    """The page, a gradio `Blocks`."""
+def page(look, examples, max_megabytes):
+    """The page, as a gradio `Blocks`. look: a `Look`; examples: paths of clips."""
     import gradio
 
-    with gradio.Blocks(title="Video captioner", delete_cache=KEPT) as blocks:
+    with gradio.Blocks(title="Video captioner", delete_cache=DELETE) as blocks:
         gradio.Markdown(
             "# Video captioner\nUpload or record a clip of up to"
-            f" {args.max_seconds:g} s and {args.max_megabytes} MB."
+            f" {look.max_seconds:g} s and {max_megabytes} MB."
         )
         with gradio.Row():
             with gradio.Column():
@@ -202,7 +208,7 @@ def page(look, examples, args):
                 if examples:
                     gradio.Examples([str(path) for path in examples], clip, label="examples")
             with gradio.Column():
-                # not Markdown: a file's name is text
+                # not Markdown: a file name is plain text
                 message = gradio.Textbox(label="message", visible=False, elem_id="message")
                 label = gradio.Textbox(label="caption", elem_id="label")
                 sentence = gradio.Textbox(label="as a sentence", elem_id="sentence")

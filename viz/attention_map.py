@@ -1,58 +1,139 @@
-"""Where the queries look: the cross-attention of a clip, drawn over what the encoder saw of it.
+"""Draw where the queries look: a picture per window of a clip, of its cross-attention.
 
-infer.py --explain and viz/app.py make these pictures; they need matplotlib: pip install -e '.[viz]'.
-A token of V-JEPA 2 knows its surroundings, so weight on a place is weight on what was found around it.
+    python -m viz.attention_map clip.webm folder/ --checkpoint results/ssv2/best.pt
+
+Writes <name>_attention.png to --output, or <name>_attention_<start>-<end>.png for each window of a
+longer clip, and prints the path of each. Exit code 3 if some clips failed, 1 if all did. Needs
+matplotlib: pip install -e '.[viz]'.
+
+The encoder mixes tokens, so weight on a place is weight on what was found around it.
 """
 
+import runtime.start
+
 import io
+from itertools import groupby
 
 import numpy as np
 import torch
 
+import windows
+from checkpoint import load_models, read_checkpoint
+from dataset import STYLES
 from encoder import MEAN, STD, transform
+from runtime import cli, devices
+from runtime.cli import note
+from runtime.errors import DONE, FAILED, PARTIAL
+from runtime.files import write_atomic
+from video import find_clips
+from viz import text
 
 COLUMNS = 8  # moments drawn
 
 
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "clips", nargs="+", metavar="CLIP", help="video files, or folders of them (recursive)"
+    )
+    cli.add_models(parser.add_argument_group("model"))
+    group = parser.add_argument_group("clips")
+    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption on top")
+    windows.add_flags(group)
+    parser.add_argument(
+        "--output", default="results/attention", metavar="DIR", help="folder of the pictures"
+    )
+    cli.add_common(parser, workers=2)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    text.require()
+    paths = find_clips(args.clips)[: args.limit]
+    output = cli.output_folder(args.output, "--output")
+    checkpoint = read_checkpoint(args.checkpoint)
+    device, dtype = devices.resolve(args.device, args.dtype)
+    encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
+    names = windows.output_names(paths)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def explained():
+        """(`Window`, its caption or None if it failed) of every window, after saving its picture."""
+        for batch in windows.read(paths, encoder, windows.Windowing.of(args)):
+            for w, caption, picture in explain(batch, encoder, captioner, args.style):
+                if picture:
+                    span = "" if w.alone else f"_{w.start:.2f}-{w.end:.2f}"
+                    path = output / f"{names[w.file]}_attention{span}.png"
+                    write_atomic(path, picture)
+                    print(path, flush=True)
+                w.frames = w.stored = None  # a long film has many windows
+                yield w, caption
+
+    failed = 0
+    for n, group in groupby(explained(), key=lambda pair: pair[0].file):
+        result = windows.description(paths[n], list(group))
+        failed += "error" in result
+        if problem := result.get("error") or result.get("warning"):
+            note(f"{paths[n]}: {problem}")
+    if failed:
+        note(f"{failed} of {len(paths)} clips failed")
+    return FAILED if failed == len(paths) else PARTIAL if failed else DONE
+
+
+def explain(batch, encoder, captioner, style):
+    """Yields (`Window`, caption, picture as the bytes of a PNG), with None for those that failed."""
+    decoded, explained = [w for w in batch if not w.error], iter(())
+    if decoded:
+        features = windows.features(decoded, captioner.device)
+        explained = zip(
+            captioner.captions(features, style), mass(captioner.qformer, features), strict=True
+        )
+    for w in batch:
+        caption, share = (None, None) if w.error else next(explained)
+        yield w, caption, None if w.error else draw(w.frames, share, encoder.settings, caption)
+
+
 def mass(qformer, batch):
-    """The share of the cross-attention that falls on each token, over blocks, heads and queries.
+    """Each token's share of the cross-attention, averaged over blocks, heads and queries.
 
     batch: `features` (B, N, E), `scale`, `offset` (B, E). Returns float32 (B, T, H, W); each clip's
-    adds up to 1.
+    shares add up to 1.
     """
     weights = qformer.attention(batch["features"], batch["scale"], batch["offset"])
     return weights.mean((1, 2, 3)).float().cpu().numpy()  # (B, T, H, W)
 
 
-def draw(frames, weights, settings, title=""):
-    """The bytes of a PNG. Raises ImportError without matplotlib.
+def draw(frames, share, settings, title=""):
+    """The bytes of a PNG: frames above the attention on them, above the attention over time.
 
-    frames: uint8 (F, H, W, 3) of a clip; weights: (T, H, W) of `mass`; settings: the manifest's, which
-    say what part of a frame the encoder sees. Colour is in units of even attention, 1 / (T*H*W).
+    frames: uint8 (F, H, W, 3) of a clip; share: (T, H, W) of `mass`; settings: of the manifest, for
+    the part of a frame that the encoder sees. Colours are multiples of uniform attention, 1 / (T*H*W).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    seen = as_encoded(frames, settings)  # (F, S, S, 3)
-    moments, height, width = weights.shape
-    shape = frames.shape[1] / frames.shape[2] if settings["resize"] == "squash" else 1.0
-    times = weights.size * weights  # 1 is even attention
+    # what the encoder sees, in the proportions of the clip
+    aspect = frames.shape[1] / frames.shape[2] if settings.resize == "squash" else 1.0
+    frames = as_encoded(frames, settings)  # (F, S, S, 3)
+    moments, height, width = share.shape
+    times = share.size * share  # 1 is uniform attention
     chosen = sorted({(2 * i + 1) * moments // (2 * COLUMNS) for i in range(COLUMNS)})
     highest = max(2.0, float(np.percentile(times[chosen], 99.5)))
 
-    figure = Figure(figsize=(1.5 * len(chosen) + 1, 2.9 * shape + 2.1), layout="constrained")
+    figure = Figure(figsize=(1.5 * len(chosen) + 1, 2.9 * aspect + 2.1), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3, len(chosen), height_ratios=(1, 1, 0.5 / shape))
+    grid = figure.add_gridspec(3, len(chosen), height_ratios=(1, 1, 0.5 / aspect))
     for column, t in enumerate(chosen):
-        frame = seen[t * len(seen) // moments]  # the first of a tubelet's frames
+        frame = frames[t * len(frames) // moments]  # the first of a tubelet's frames
         plain, over = (figure.add_subplot(grid[row, column]) for row in (0, 1))
         box = (0, width, height, 0)
-        plain.imshow(frame, extent=box, aspect=shape * width / height)
+        plain.imshow(frame, extent=box, aspect=aspect * width / height)
         over.imshow(frame.mean(-1), extent=box, cmap="gray", vmin=0, vmax=255)
         heat = over.imshow(
             times[t],
             extent=box,
-            aspect=shape * width / height,
+            aspect=aspect * width / height,
             cmap="inferno",
             vmin=0,
             vmax=highest,
@@ -66,21 +147,26 @@ def draw(frames, weights, settings, title=""):
             plain.set_ylabel("frame")
             over.set_ylabel("attention")
     bar = figure.colorbar(heat, ax=figure.axes[1::2], fraction=0.02, extend="max")
-    bar.set_label("times even")
+    bar.set_label("x uniform")
     below = figure.add_subplot(grid[2, :])
-    below.bar(range(moments), weights.sum((1, 2)), color="#0072b2")
-    below.axhline(1 / moments, color="#9a9a9a", linestyle=":", label="even")
+    below.bar(range(moments), share.sum((1, 2)), color="#0072b2")
+    below.axhline(1 / moments, color="#9a9a9a", linestyle=":", label="uniform")
     below.set(xlabel="moment of the clip (tubelets)", ylabel="share")
-    below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5))
+    highest = 1.4 * share.sum((1, 2)).max()  # room for the legend
+    below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5), ylim=(0, highest))
     below.legend(loc="upper right", fontsize=8)
-    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # between two of them is no mathematics
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # plain text, not a formula
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()
 
 
 def as_encoded(frames, settings):
-    """uint8 (F, H, W, 3) -> what the encoder sees of it, uint8 (F, S, S, 3)."""
-    x = transform(torch.as_tensor(frames), settings["size"], settings["resize"])  # (F, 3, S, S)
+    """uint8 (F, H, W, 3) -> the part of it that the encoder sees, uint8 (F, S, S, 3)."""
+    x = transform(torch.as_tensor(frames), settings.size, settings.resize)  # (F, 3, S, S)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main)

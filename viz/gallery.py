@@ -1,8 +1,14 @@
-"""One page to look at a split: every clip with its reference, its caption and its score.
+"""One page with every clip of a split: its video, its reference, its caption and its score.
 
-evaluate.py --gallery writes it. The page needs no network and nothing beside it but the clips, or not
-even those with --embed. What it does in the browser stands in viz/gallery.template.html.
+    python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
+    python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, to send around)
+
+Reads predictions_<split>.json and evaluation_<split>.json of a run folder, and writes gallery.html, or
+gallery_<split>_<style>.html for what is not the default. The page needs no network. Without --embed it
+links to the clips in --videos, and --embed needs Pillow: pip install -e '.[viz]'.
 """
+
+import runtime.start
 
 import base64
 import html
@@ -16,64 +22,206 @@ from tqdm import tqdm
 
 import metrics
 import video
-from dataset import by_hash
+from dataset import STYLES, VALIDATION, by_hash, load_records
+from evaluate import read_predictions, score
 from runtime import cli
+from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
-from runtime.files import write_atomic
-from viz import films
+from runtime.files import read_json, write_atomic
+from viz import subtitles, text
 
-EMBEDDED = {"area": 160 * 120, "rate": 8, "bytes_a_second": 50_000}  # of a GIF in the page
-SECONDS_A_CLIP = 60  # to decode one
+EMBEDDED = (
+    160 * 120,
+    8,
+    50_000,
+)  # pixels of a frame, frames and bytes per second of a GIF in the page
+TIMEOUT = 60  # seconds to make a GIF
+EVALUATION = {  # keys of evaluation_<split>.json
+    *("n", "metrics", "controls", "ci95", "counts", "skipped"),
+    *("tokenizer", "checkpoint", "settings"),
+}
 
 
-def write(path, result, per_clip, predictions, records, clips, style, embed, seed, workers):
-    """Write the page.
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("run", metavar="RUN", help="run folder of train.py or evaluate.py")
+    group = parser.add_argument_group("what to show")
+    group.add_argument("--split", default=VALIDATION, help="which split")
+    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument(
+        "--predictions",
+        nargs="+",
+        metavar="FILE",
+        help="show these instead; evaluate.py must have scored them",
+    )
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
+    )
+    group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
+    group = parser.add_argument_group("page")
+    group.add_argument(
+        "--embed",
+        type=cli.whole(1),
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="show a sample of N clips (100 without a number), as GIFs inside the page",
+    )
+    group.add_argument("--output", metavar="FILE", help="default: gallery.html in RUN")
+    group.add_argument(
+        "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
+    )
+    cli.add_workers(group, 4)
+    return parser.parse_args(argv)
 
-    result, per_clip: of `metrics.score`; predictions: {id: text}; records: those that were scored;
-    clips: {id: path} of their files, as far as there are any; style: of the references; embed: 0, or of
-    how many clips (a seeded sample) the page holds a GIF, and shows no others. Returns how many clips
-    on it have no film.
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.embed:
+        text.require("PIL")
+    run = Path(args.run)
+    if not run.is_dir():
+        raise UserError(
+            f"run folder not found: {run}. It is the --output of train.py or evaluate.py"
+        )
+    name = result_name(run, args.split, args.style, args.predictions)
+    page = f"{name}_embedded" if args.embed else name
+    page = "gallery.html" if page == VALIDATION else f"gallery_{page}.html"
+    output = Path(args.output) if args.output else run / page
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file")
+    cli.output_folder(output.parent, "--output")
+
+    # captions, scores and clips, which must belong together
+    files = args.predictions or [run / f"predictions_{name}.json"]
+    for file in files:
+        cli.existing(file, "predictions", "evaluate.py writes them.")
+    predictions = read_predictions([str(file) for file in files])
+    result = read_evaluation(run / f"evaluation_{name}.json", files, args.split, args.style)
+    split = load_records(args.annotations, args.split)
+    records = [r for r in split if r["id"] in predictions]
+    if not len(records) == len(predictions) == result["n"]:
+        raise UserError(
+            f"{files[0]} has captions of {len(predictions)} clips; {len(records)} of them are in split"
+            f" {args.split!r} of {args.annotations}, and evaluation_{name}.json scores {result['n']}:"
+            " name the split and the annotations that they were scored with, or run evaluate.py again"
+        )
+    shown = records
+    if args.embed:
+        sample = set(by_hash(predictions, args.seed)[: args.embed])
+        shown = [r for r in records if r["id"] in sample]
+    clips, _ = video.find_files(Path(args.videos), {r["id"]: r for r in shown})
+
+    _, scores = score(predictions, records, split, args.annotations, args.style, with_meteor=False)
+    sources = gifs(clips, args.workers) if args.embed else links(clips, output.parent)
+    references = metrics.references_of(shown, args.style)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, render(result, describe(shown, predictions, references, scores, sources)))
+    if lost := len(shown) - len(sources):
+        note(f"{lost} of {len(shown)} clips are on the page without their video")
+    print(output)
+
+
+def result_name(run, split, style, predictions):
+    """What tells a result from others of its run: validation, validation_sentence, ...
+
+    predictions: the files of --predictions, or None. What evaluate.py wrote into the run folder keeps
+    its name; other files it scores as <split>_rescored.
     """
-    shown = set(by_hash((r["id"] for r in records), seed)[:embed]) if embed else None
-    records = [r for r in records if shown is None or r["id"] in shown]
-    clips = {r["id"]: clips[r["id"]] for r in records if r["id"] in clips}
-    films = gifs(clips, workers) if embed else links(clips, path.parent)
-    references = metrics.references_of(records, style)
-    data = [
+    name = split if style == "label" else f"{split}_{style}"
+    if not predictions:
+        return name
+    file = Path(predictions[0])
+    own = file.stem.removeprefix("predictions_")
+    is_own = len(predictions) == 1 and file.resolve().parent == run.resolve()
+    return own if is_own and (run / f"evaluation_{own}.json").is_file() else f"{name}_rescored"
+
+
+def read_evaluation(path, predictions, split, style):
+    """The scores that evaluate.py wrote for these files. Raises UserError if they are of others."""
+    again = "evaluate.py --predictions " + " ".join(map(str, predictions))
+    result = read_json(cli.existing(path, "scores", f"Run {again}"), "scores")
+    if not (isinstance(result, dict) and result.keys() >= EVALUATION):
+        raise UserError(f"{path} was not written by evaluate.py")
+    scored = result["settings"]["split"], result["settings"]["style"]
+    if scored != (split, style):
+        raise UserError(f"{path} is of --split {scored[0]} --style {scored[1]}: add these flags")
+    source = result["checkpoint"]  # or the files that were scored
+    if isinstance(source, list) and set(map(os.path.realpath, source)) != set(
+        map(os.path.realpath, predictions)
+    ):
+        raise UserError(f"{path} has the scores of {', '.join(source)}. Run {again}")
+    return result
+
+
+# ---- videos --------------------------------------------------------------------------------
+
+
+def links(clips, folder):
+    """{id: address of the clip, relative to the folder of the page}; clips: {id: path}."""
+    folder = folder.resolve()
+    addresses = {i: os.path.relpath(path.resolve(), folder) for i, path in clips.items()}
+    return {
+        i: quote(Path(name).as_posix(), errors="surrogateescape") for i, name in addresses.items()
+    }
+
+
+def gifs(clips, workers):
+    """{id: the clip as a small GIF in a data: address}, without clips that cannot be decoded."""
+    jobs = ((i, path, None, *EMBEDDED) for i, path in clips.items())
+    made = WorkerPool(workers, TIMEOUT).map(subtitles.gif, jobs)
+    return {
+        i: f"data:image/gif;base64,{base64.b64encode(gif).decode()}"
+        for i, gif in tqdm(made, total=len(clips), unit="clip", desc="gallery")
+        if isinstance(gif, bytes)
+    }
+
+
+# ---- the page ------------------------------------------------------------------------------
+
+
+def describe(records, predictions, references, scores, sources):
+    """What the page shows of each clip; all but the records are by id."""
+    return [
         {
             "id": r["id"],
-            "film": films.get(r["id"]),
-            "said": predictions[r["id"]],
+            "source": sources.get(r["id"]),
+            "caption": predictions[r["id"]],
             "references": references[r["id"]],
             "template": r["template"],
-            "right": per_clip[r["id"]].get("template_accuracy"),
-            "cider": per_clip[r["id"]].get("CIDEr"),
+            "correct": scores[r["id"]].get("template_accuracy"),
+            "cider": scores[r["id"]].get("CIDEr"),
         }
         for r in records
     ]
+
+
+def render(result, clips):
+    """The page as HTML. result: of `metrics.score`, with checkpoint and settings; clips: of `describe`."""
     rows, notes = metrics.table(result)
-    if shown is not None and len(records) < result["n"]:
-        notes.append(f"this page shows {len(records)} of them, drawn by a seed")
+    if len(clips) < result["n"]:
+        notes.append(
+            f"this page shows {len(clips)} of the {result['n']} clips, sampled with a fixed seed"
+        )
     settings, source = result["settings"], result["checkpoint"]
     title = f"{settings['split']}, style {settings['style']}"
     if settings.get("control", "none") != "none":
         title += f", control {settings['control']}"
-    page = Path(__file__).with_name("gallery.template.html").read_text()
+    source = source if isinstance(source, str) else ", ".join(source)
     parts = {
         "TITLE": html.escape(title),
-        "SOURCE": html.escape(
-            cli.printable(source if isinstance(source, str) else ", ".join(source))
-        ),
+        "SOURCE": html.escape(cli.printable(source)),
         "SCORES": table(rows),
         "NOTES": "".join(f"<li>{html.escape(line)}</li>" for line in notes),
-        "CLIPS": as_script(data),
+        "CLIPS": as_script(clips),
     }
-    write_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page))
-    return len(records) - len(films)
+    page = Path(__file__).with_name("gallery.template.html").read_text()
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)
 
 
 def table(rows):
+    """Rows of text as those of an HTML table; the first row and column are its heads."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
     lines = ["<tr>" + "".join(f"<th scope=col>{cell}</th>" for cell in head) + "</tr>"]
     for name, *cells in body:
@@ -83,47 +231,12 @@ def table(rows):
 
 
 def as_script(value):
-    """JSON in which no caption can end the script element that holds it."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # in ASCII
+    """JSON for a script element, which no caption can close."""
+    script = json.dumps(value, allow_nan=False, separators=(",", ":"))  # in ASCII
     for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+        script = script.replace(character, f"\\u{ord(character):04x}")
+    return script
 
 
-def links(clips, folder):
-    """{id: address of the clip, relative to the folder of the page}."""
-    folder = folder.resolve()
-    addresses = {i: os.path.relpath(path.resolve(), folder) for i, path in clips.items()}
-    return {
-        i: quote(Path(name).as_posix(), errors="surrogateescape") for i, name in addresses.items()
-    }
-
-
-def gifs(clips, workers):
-    """{id: the clip as a small GIF, a data: address}, without those that cannot be decoded."""
-    films = {}
-    made = WorkerPool(workers, SECONDS_A_CLIP).map(animate, clips.items())
-    for clip_id, gif in tqdm(made, total=len(clips), unit="clip", desc="gallery"):
-        if isinstance(gif, bytes):
-            films[clip_id] = f"data:image/gif;base64,{base64.b64encode(gif).decode()}"
-    return films
-
-
-def animate(path):
-    return films.gif(path, **EMBEDDED)
-
-
-def find(args, records):
-    """{id: path} of the clips' files in --videos. Raises UserError if there are none."""
-    found, _ = video.find_files(Path(args.videos), {r["id"]: r for r in records})
-    return found
-
-
-def check(args):
-    """Raises UserError for flags of evaluate.py that do not go together with a gallery."""
-    if args.embed and not args.gallery:
-        raise UserError("--embed is about the page that --gallery writes: add --gallery")
-    if args.gallery and args.shard != (0, 1):
-        raise UserError("--gallery shows scored clips, and a --shard is not scored: leave one out")
-    if args.embed:
-        films.require()
+if __name__ == "__main__":
+    cli.run(main)

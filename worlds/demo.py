@@ -78,12 +78,8 @@ def main(argv=None):
     summary = summarise(run, {phase: round(taken, 1) for phase, taken in seconds.items()})
     write_json(run / "summary.json", summary)
     print(table(summary))
-    note(
-        f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}; to caption"
-    )
-    note(
-        f"clips of your own in a browser: python -m viz.app --checkpoint {shlex.quote(args.output)}"
-    )
+    note(f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}")
+    note(f"for your own clips: python -m viz.app --checkpoint {shlex.quote(args.output)}")
 
 
 def steps(args):
@@ -116,6 +112,7 @@ def steps(args):
     yield "evaluation", f"{score} {cached} --split validation_objects"
     yield "evaluation", f"{score} {cached} --style sentence"
     yield "evaluation", f"{score} {still} --control still"
+    yield "gallery", f"-m viz.gallery {output} {annotations} --videos {data}/videos"
     predictions = read_json(Path(args.output) / "predictions_validation.json", "predictions")
     clips = " ".join(f"{data}/videos/{p['image_id']}.webm" for p in predictions[:3])
     yield "captions", f"infer.py {clips} --checkpoint {output} {device}"

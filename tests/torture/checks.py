@@ -131,7 +131,7 @@ def stop_training(world, repetitions, rng):
 
 def flip_features(world, repetitions, rng):
     cache, _ = world.cache()
-    settings, paths = load_manifest(cache)["settings"], sorted(cache.rglob("*.pt"))
+    settings, paths = load_manifest(cache).settings, sorted(cache.rglob("*.pt"))
     counts, damaged = Counter(), world.folder / "flipped.pt"
     for path in rng.choices(paths, k=repetitions.flips):
         read = partial(load_features, clip_id=path.stem, settings=settings)
@@ -230,7 +230,7 @@ def fill_disk(world, repetitions, rng):
         ("preprocessing", world.preprocess, world.cache(), PARTIAL, "train"),
     ):
         folder = world.new()
-        ended = expect(script(folder, full_after=20), FAILED)
+        ended = expect(script(folder, full_after=10), FAILED)
         problems = unmet(
             message="the disk is full" in ended.stderr and "Traceback" not in ended.stderr,
             intact=(folder / kept).exists() and not list(folder.rglob("*.tmp")),

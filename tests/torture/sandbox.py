@@ -6,7 +6,6 @@ Real processes, real signals and tiny models, on the CPU.
 from runtime.start import ROOT
 
 import atexit
-import csv
 import importlib
 import json
 import math
@@ -277,16 +276,10 @@ def contents(folder, pattern="*"):
         data = path.read_bytes()
         if path.name in ("args.json", CORRUPT, ".lock"):
             continue
-        if path.name == "metrics.csv":
-            rows = csv.DictReader(data.decode().splitlines())
-            data = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
             data = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
-        if path.name in (
-            "last.pt",
-            "previous.pt",
-        ):  # pickled bytes depend on which strings are shared
+        if path.name in ("last.pt", "previous.pt"):  # equal values may be pickled differently
             data = files.read_torch(path)
         if path.name.startswith("evaluation_"):
             data = json.loads(data) | {"checkpoint": None}

@@ -1,7 +1,11 @@
 """Captioned films and strips: what they show, how long, how large."""
 
+import importlib.util
 import io
 import json
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +16,9 @@ import pytest
 import infer
 import video
 import windows
+from runtime import start
 from runtime.errors import UserError
-from viz import films
+from viz import films, strips, subtitles, text
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -73,27 +78,27 @@ def palettes(data):
 
 
 def test_a_gif_is_small_has_one_palette_and_plays_at_its_own_speed(noisy):
-    gif = films.gif(noisy, {"caption": "holding a potato", "reference": LONG})
+    gif = subtitles.gif(noisy, {"caption": "holding a potato", "reference": LONG})
     assert len(gif) < 1_000_000 and palettes(gif) == 1
     assert abs(sum(seconds for seconds, _ in pictures(gif)) - 4) < 0.15
 
 
 def test_a_long_film_has_fewer_pictures_a_second(tmp_path):
     path = film(tmp_path / "long.webm", 600, grey)  # 50 s
-    shown = pictures(films.gif(path, {"caption": "nothing happens"}))
-    assert len(shown) <= films.GIF_FRAMES
+    shown = pictures(subtitles.gif(path, {"caption": "nothing happens"}))
+    assert len(shown) <= subtitles.GIF_FRAMES
     assert abs(sum(seconds for seconds, _ in shown) - 50) < 1
 
 
-def test_the_caption_stands_under_the_picture_with_its_reference(tmp_path):
+def test_the_caption_and_its_reference_are_below_the_picture(tmp_path):
     path = film(tmp_path / "grey.webm", 12, grey)
     sizes = []
     for result in ({"caption": "one"}, {"caption": "one", "reference": "two"}, {"caption": LONG}):
-        picture = pictures(films.gif(path, result))[0][1]
+        picture = pictures(subtitles.gif(path, result))[0][1]
         below = picture[240:]  # 160 x 120 is shown as 320 x 240
         assert picture[:240].max() < 120 and (below > 240).mean() > 0.7
         assert below.min() < 60  # letters
-        assert (below[:, : films.MARGIN] > 240).all() and (below[:, -films.MARGIN :] > 240).all()
+        assert (below[:, : text.MARGIN] > 240).all() and (below[:, -text.MARGIN :] > 240).all()
         sizes.append(len(below))
     assert sizes[0] < sizes[1] < sizes[2]
 
@@ -104,7 +109,7 @@ def test_each_window_has_its_caption(tmp_path):
         {"start": 0.0, "end": 2.0, "caption": "a"},
         {"start": 2.0, "end": 4.0, "caption": LONG},
     ]
-    shown = pictures(films.gif(path, {"windows": spans}))
+    shown = pictures(subtitles.gif(path, {"windows": spans}))
     ends = np.cumsum([seconds for seconds, _ in shown])
     dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
     first, second = dark[ends < 2.05], dark[ends > 2.15]
@@ -112,7 +117,7 @@ def test_each_window_has_its_caption(tmp_path):
 
 
 def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
-    (tmp_path / "film.mp4").write_bytes(films.mp4(noisy, {"caption": LONG}))
+    (tmp_path / "film.mp4").write_bytes(subtitles.mp4(noisy, {"caption": LONG}))
     with av.open(str(tmp_path / "film.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
@@ -124,10 +129,10 @@ def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
 
 
 def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
-    """The caption before it stood under what it does not describe."""
+    """The caption before it stayed on screen."""
     path = film(tmp_path / "gap.webm", 48, grey)
     spans = [{"start": 0.0, "end": 1.0, "caption": "a"}, {"start": 3.0, "end": 4.0, "caption": "b"}]
-    shown = pictures(films.gif(path, {"windows": spans}))
+    shown = pictures(subtitles.gif(path, {"windows": spans}))
     ends = np.cumsum([seconds for seconds, _ in shown])
     dark = np.array([(picture[240:] < 100).sum() for _, picture in shown])
     assert (dark[(ends > 1.3) & (ends < 2.9)] == 0).all()
@@ -135,12 +140,14 @@ def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
 
 
 def test_odd_times(tmp_path):
-    """4,000 frames a second, and a picture on screen for 15 minutes: each ended infer.py."""
+    """4,000 frames a second, and a picture on screen for 15 minutes: each raised an error."""
     path = film(tmp_path / "fast.mp4", 40, grey, rate=4000, codec="libx264")
-    (tmp_path / "out.mp4").write_bytes(films.mp4(path, {"caption": "fast"}))
+    (tmp_path / "out.mp4").write_bytes(subtitles.mp4(path, {"caption": "fast"}))
     assert 5 <= len(list(video.stream(tmp_path / "out.mp4"))) <= 11
     shown = pictures(
-        films.encode_gif([Image.new("RGB", (8, 8), c) for c in ("black", "white")], (0.0, 900.0), 1)
+        subtitles.encode_gif(
+            [Image.new("RGB", (8, 8), c) for c in ("black", "white")], (0.0, 900.0), 1
+        )
     )
     assert [seconds for seconds, _ in shown] == [655.35, 1.0]
 
@@ -148,7 +155,7 @@ def test_odd_times(tmp_path):
 def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
     """Frames put in another order by the encoder made the track end before its last picture."""
     path = film(tmp_path / "a.webm", 24, grey)
-    (tmp_path / "a.mp4").write_bytes(films.mp4(path, {"caption": "a"}))
+    (tmp_path / "a.mp4").write_bytes(subtitles.mp4(path, {"caption": "a"}))
     times = [[t for t, _ in video.stream(tmp_path / name)] for name in ("a.webm", "a.mp4")]
     assert times[0] == pytest.approx(times[1], abs=2e-3)
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -156,9 +163,9 @@ def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
         assert float(track.duration * track.time_base) > times[0][-1] + 0.03
 
 
-def test_words_wrap_and_even_a_word_too_long_stays_inside():
-    letters = films.font(14)
-    lines = films.wrap(f"{LONG} {'x' * 200} end", 200, letters)
+def test_long_words_are_wrapped_too():
+    letters = text.font(14)
+    lines = text.wrap(f"{LONG} {'x' * 200} end", 200, letters)
     assert all(letters.getlength(line) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == f"{LONG}{'x' * 200}end".replace(" ", "")
     assert lines[0] == "pretending to take"
@@ -166,39 +173,51 @@ def test_words_wrap_and_even_a_word_too_long_stays_inside():
 
 def test_letters_of_other_scripts_are_drawn():
     """Pillow's own font shows a box for each."""
-    font = films.font(20)
+    font = text.font(20)
     drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
     assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
 
 
-def test_infer_writes_films_beside_captions(world, trained, prepared, tmp_path, capsys):
-    """Two clips of one name get two files, and the label of a clip of the dataset stands beneath."""
+def film_flags(world, prepared, *flags):
+    videos = ["--videos", str(world / "videos")]
+    return [*videos, "--annotations", str(prepared / "annotations"), "--workers", "0", *flags]
+
+
+def test_films_of_the_captions_of_infer(world, trained, prepared, tmp_path, capsys):
+    """Two clips of one name get two files, and a clip of the data set gets its label as well."""
     records = json.loads((prepared / "annotations" / "validation.json").read_text())
     clip = world / "videos" / f"{records[0]['id']}.webm"
-    other = tmp_path / clip.name
-    other.write_bytes(clip.read_bytes())
+    other = Path(shutil.copy(clip, tmp_path))
     broken = tmp_path / "broken.webm"
     broken.write_bytes(b"no film")
     output = tmp_path / "out"
-    flags = ["--checkpoint", str(trained), "--gif", "--video", "--explain", "--workers", "0"]
-    flags += ["--videos", str(world / "videos"), "--annotations", str(prepared / "annotations")]
-    clips = [str(clip), str(other), str(broken)]
-    assert infer.main([*clips, *flags, "--output", str(output)]) == 3
-    name = clip.stem
-    assert sorted(p.name for p in output.iterdir()) == sorted(
-        [
-            *[f"{n}_captioned.{e}" for n in (name, f"{name}-2") for e in ("gif", "mp4")],
-            *[f"{n}_attention.png" for n in (name, f"{name}-2")],
-            "captions.json",
-        ]
-    )
-    said = json.loads((output / "captions.json").read_text())
-    assert [r.get("reference") for r in said] == [records[0]["label"], None, None]
+    flags = ["--checkpoint", str(trained), "--workers", "0", "--output", str(output)]
+    assert infer.main([str(clip), str(other), str(broken), *flags]) == 3
+    capsys.readouterr()
+    flags = film_flags(world, prepared, "--gif", "--video")
+    assert films.main([str(output / "captions.json"), *flags]) == 3
+    printed, name = capsys.readouterr(), clip.stem
+    expected = [f"{n}_captioned.{e}" for n in (name, f"{name}-2") for e in ("gif", "mp4")]
+    assert printed.out.split() == [str(output / n) for n in expected]
+    assert sorted(p.name for p in output.iterdir()) == sorted([*expected, "captions.json"])
+    assert printed.err.count(str(broken)) == 2  # the clip, and its name inside the error
     heights = []
-    for stem in (name, f"{name}-2"):
-        with Image.open(output / f"{stem}_captioned.gif") as image:
+    for path in (output / n for n in expected if n.endswith("gif")):
+        with Image.open(path) as image:
             heights.append(image.height)
     assert heights[0] > heights[1], "the reference is drawn below the caption"
+
+
+def test_a_clip_that_is_gone_gets_one_line(world, prepared, tmp_path, capsys):
+    clip = film(tmp_path / "a.webm", 12, grey)
+    lines = [{"path": str(p), "caption": "x"} for p in (tmp_path / "gone.webm", clip)]
+    (tmp_path / "captions.json").write_text(json.dumps(lines))
+    flags = film_flags(world, prepared, "--gif", "--video", "--output", str(tmp_path / "out"))
+    assert films.main([str(tmp_path / "captions.json"), *flags]) == 3
+    first, last = capsys.readouterr().err.splitlines()
+    assert "gone.webm" in first and last == "1 of 2 clips failed"
+    clip.unlink()
+    assert films.main([str(tmp_path / "captions.json"), *flags]) == 1
 
 
 def test_no_two_clips_share_a_file(tmp_path):
@@ -210,26 +229,52 @@ def test_no_two_clips_share_a_file(tmp_path):
 
 
 def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
-    for name in ("a.webm", "a_captioned.gif"):
-        (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"a_captioned\.gif is a clip to caption"):
-        infer.main([str(tmp_path), "--gif", "--output", str(tmp_path), "--checkpoint", "/nowhere"])
-    assert (tmp_path / "a_captioned.gif").read_bytes() == b"mine"
+    lines = [{"path": str(tmp_path / n), "caption": "x"} for n in ("a.webm", "a_captioned.gif")]
+    (tmp_path / "captions.json").write_text(json.dumps(lines))
+    with pytest.raises(UserError, match=r"a_captioned\.gif is one of the clips"):
+        films.main([str(tmp_path / "captions.json")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[]", "[1]", '[{"path": "a"}]', '[{"path": "a", "caption": 1}]'),
+        *('[{"path": "a", "windows": []}]', '[{"path": "a", "windows": [{"caption": "x"}]}]'),
+    ],
+)
+def test_a_file_without_captions_is_refused(content, tmp_path):
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(UserError, match=r"holds no captions from infer\.py"):
+        films.main([str(tmp_path / "captions.json")])
+
+
+def test_strips_of_predictions(world, prepared, tmp_path, capsys):
+    records = json.loads((prepared / "annotations" / "validation.json").read_text())
+    entries = [{"image_id": r["id"], "caption": r["label"]} for r in records]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    flags = ["--predictions", str(tmp_path / "p.json"), "--num-samples", "3"]
+    flags += film_flags(world, prepared)[:-2]  # strips need no workers
+    strips.main([*flags, "--output", str(tmp_path / "new" / "strips.png")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "strips.png")
+    with Image.open(tmp_path / "new" / "strips.png") as picture:
+        assert picture.width > strips.FRAMES * strips.HEIGHT
+        assert picture.height > 3 * strips.HEIGHT
 
 
 @pytest.mark.parametrize("output", ["strip.xyz", "."])
 def test_strips_are_a_png(output, tmp_path):
-    with pytest.raises(UserError, match=r"must name a picture, \.png"):
-        films.main(["--predictions", "x", "--output", str(tmp_path / output)])
+    with pytest.raises(UserError, match=r"must be the name of a \.png file"):
+        strips.main(["--predictions", "x", "--output", str(tmp_path / output)])
 
 
-def test_a_missing_library_is_told_before_the_models_are_loaded(monkeypatch, tmp_path):
-    import importlib.util
-
+def test_a_missing_library_is_reported_before_anything_is_read(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "PIL" else find(name)
-    )
-    (tmp_path / "a.webm").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pictures need PIL: pip install -e '\.\[viz\]'"):
-        infer.main([str(tmp_path / "a.webm"), "--gif", "--checkpoint", "/nowhere"])
+    monkeypatch.setattr("viz.text.find_spec", lambda name: None if name == "PIL" else find(name))
+    with pytest.raises(UserError, match=r"PIL is not installed: pip install -e '\.\[viz\]'"):
+        films.main(["/nowhere/captions.json"])
+
+
+def test_decode_workers_do_not_import_torch():
+    """Each would take seconds and 200 MB more."""
+    code = "import sys, viz.subtitles; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], env=start.environment()).returncode

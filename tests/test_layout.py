@@ -1,0 +1,95 @@
+"""Which module may import which. A stranger relies on it: who reads train.py may skip runtime/."""
+
+from runtime.start import ROOT
+
+import ast
+from collections import defaultdict
+from graphlib import TopologicalSorter
+
+FOLDERS = ("runtime", "worlds", "viz", "bench", "research", "tools")
+SCRIPTS = {"prepare_annotations", "preprocess_ssv2", "train", "evaluate", "infer"}
+MODULES = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
+OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard"}
+DECODERS = {"av", "decord"}
+NESTED = {
+    ("runtime.files", "fcntl"): "Windows has none",
+    ("tools.doctor", "tools"): "it imports packages that may be missing",
+}
+
+
+def sources():
+    """{module: its syntax tree} of everything but tests."""
+    paths = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py"))]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {names[p]: ast.parse(p.read_text()) for p in paths if p.name != "__init__.py"}
+
+
+def imported(node):
+    """The modules that an import statement names; `from runtime import cli` names runtime.cli."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if node.module in FOLDERS:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [node.module]
+
+
+def imports(tree):
+    """[(name, inside a function)] of a module."""
+    found = []
+
+    def walk(node, nested):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                found.extend((name, nested) for name in imported(child))
+            walk(child, nested or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    walk(tree, False)
+    return found
+
+
+def project_imports():
+    """{module: the modules of this project that it imports}."""
+    trees, graph = sources(), defaultdict(set)
+    for name, tree in trees.items():
+        graph[name] = {other for other, _ in imports(tree) if other in trees}
+    return graph
+
+
+def allowed(name, other):
+    """DESIGN's table: may `name` import `other`?"""
+    folder, target = name.partition(".")[0], other.partition(".")[0]
+    if target == "runtime" or folder in ("bench", "research"):
+        return True
+    if folder == target or folder == "runtime":
+        return folder == target
+    if target in FOLDERS:
+        return (name, other) == ("train", "viz.curves")
+    if folder in MODULES or folder == "worlds":
+        return target in MODULES
+    if folder in ("viz", *SCRIPTS):
+        return target in MODULES or (target == "evaluate" and folder in ("viz", "train"))
+    return folder == "tools"
+
+
+def test_each_folder_imports_what_it_may():
+    graph = project_imports()
+    wrong = [(name, o) for name, others in graph.items() for o in others if not allowed(name, o)]
+    assert not wrong
+
+
+def test_there_are_no_circular_imports():
+    """Three were hidden by imports inside functions."""
+    TopologicalSorter(project_imports()).prepare()  # raises CycleError
+
+
+def test_imports_are_at_the_top_of_a_file():
+    """Except for optional extras and decoders; only then does the import graph tell the truth."""
+    for name, tree in sources().items():
+        for other, nested in imports(tree):
+            root = other.partition(".")[0]
+            known = root in OPTIONAL | DECODERS or other in OPTIONAL or (name, root) in NESTED
+            assert not nested or known, f"{name} imports {other} inside a function"
+
+
+def test_the_root_holds_the_product_only():
+    assert len([*ROOT.glob("*.py")]) <= 17

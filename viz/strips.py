@@ -1,0 +1,99 @@
+"""Draw clips as strips of frames, each with its reference and its caption below.
+
+    python -m viz.strips --predictions results/demo/predictions_validation.json \\
+        --annotations data/toy/annotations --videos data/toy/videos --output strips.png
+
+The clips are sampled with a fixed seed. Captions that equal the reference are green, others red.
+Needs Pillow and matplotlib: pip install -e '.[viz]'.
+"""
+
+import runtime.start
+
+import io
+from pathlib import Path
+
+import video
+from dataset import VALIDATION, by_hash, load_records
+from evaluate import read_predictions
+from runtime import cli
+from runtime.cli import note
+from runtime.errors import UserError, VideoError
+from runtime.files import write_atomic
+from viz import text
+from viz.text import BLACK, GREEN, MARGIN, RED
+
+FRAMES, HEIGHT, GAP = 8, 72, 2  # frames per strip; pixels
+LETTERS, NARROWEST = 14, 480  # pixels
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--predictions", nargs="+", required=True, metavar="FILE", help="from evaluate.py"
+    )
+    parser.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
+    )
+    parser.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
+    parser.add_argument("--split", default=VALIDATION, help="split of the predictions")
+    parser.add_argument(
+        "--num-samples", type=cli.whole(1), default=4, metavar="N", help="clips to draw"
+    )
+    parser.add_argument(
+        "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="PNG to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    text.require()
+    output = Path(args.output)
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output} must be the name of a .png file")
+    cli.output_folder(output.parent, "--output")
+
+    # sample clips that have a prediction and a file
+    predictions = read_predictions(args.predictions)
+    records = {r["id"]: r for r in load_records(args.annotations, args.split)}
+    sample = by_hash(predictions.keys() & records.keys(), args.seed)[: args.num_samples]
+    if not sample:
+        raise UserError(f"none of the predictions is of a clip in split {args.split!r}")
+    paths, missing = video.find_files(Path(args.videos), {i: records[i] for i in sample})
+    if missing:
+        note(f"{len(missing)} of {len(sample)} clips are not in {args.videos}")
+
+    strips = []
+    for clip_id, path in paths.items():
+        try:
+            strips.append(strip(path, records[clip_id]["label"], predictions[clip_id]))
+        except VideoError as error:
+            note(str(error))
+    if not strips:
+        raise UserError("none of the clips could be drawn", code=1)
+    data = io.BytesIO()
+    text.stacked(strips).save(data, "PNG", optimize=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, data.getvalue())
+    print(output)
+
+
+def strip(path, reference, caption):
+    """One clip as a PIL image: frames in time from left to right, above the texts."""
+    from PIL import Image
+
+    frames = [Image.fromarray(f) for f in video.decode(path, FRAMES).frames]
+    frames = [f.resize((round(f.width * HEIGHT / f.height), HEIGHT)) for f in frames]
+    colour = GREEN if reference == caption else RED
+    lines = [(f"reference: {reference}", BLACK), (f"caption: {caption}", colour)]
+    width = max(NARROWEST, sum(f.width + GAP for f in frames)) + 2 * MARGIN
+    row, left = Image.new("RGB", (width, MARGIN + HEIGHT), "white"), MARGIN
+    for f in frames:
+        row.paste(f, (left, MARGIN))
+        left += f.width + GAP
+    return text.stacked([row, text.panel(lines, width, LETTERS)])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,164 @@
+"""A clip with its captions below the picture, as the bytes of a GIF or an MP4.
+
+viz.films and viz.gallery call this in decode workers, so it must not import torch.
+"""
+
+import io
+import tempfile
+from bisect import bisect
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import video
+from viz.text import BLACK, GREY, panel
+
+NARROWEST = 240  # pixels: a caption needs room
+
+GIF_RATE, GIF_FRAMES = 10, 240  # frames per second; frames in all, so a long film has a lower rate
+GIF_AREA = 320 * 240  # pixels of a frame
+GIF_BYTES = 230_000  # per second of film: 4 s stay below 1 MB
+TRIAL = 5  # frames encoded to estimate the size of a film
+LONGEST = 655.35  # seconds that a GIF can show a frame
+
+H264 = {"crf": "20", "preset": "veryfast", "bf": "0"}  # without B-frames, times stay in order
+MILLISECOND = Fraction(1, 1000)
+
+
+class Subtitles:
+    """Draws the captions of one clip below its frames, and below them its reference if it has one.
+
+    result: see `windows.description`, with an optional "reference"; size: (width, height) of a frame.
+    """
+
+    def __init__(self, result, size):
+        self.size = size
+        spans = result.get("windows") or [{"start": 0.0, "caption": result["caption"]}]
+        self.starts = [span["start"] for span in spans]
+        self.ends = [span["end"] for span in spans[:-1]] + [float("inf")]
+        reference = [(f"reference: {result['reference']}", GREY)] if "reference" in result else []
+        self.texts = [[(span["caption"], BLACK), *reference] for span in spans]
+        self.letters = max(14, round(size[0] / 25))
+        height = max(panel(text, size[0], self.letters).height for text in self.texts)
+        self.height = height + (size[1] + height) % 2  # H.264 needs even sizes
+        self.canvas = size[0], size[1] + self.height
+        self.drawn = None, None  # the number of the last text, and its panel
+
+    def __call__(self, time, image):
+        """A PIL image shown at `time`, in seconds -> the same with the caption of that time below."""
+        from PIL import Image
+
+        n = max(0, bisect(self.starts, time) - 1)
+        n = n if time <= self.ends[n] else None  # a window that could not be read has no caption
+        if self.drawn[1] is None or self.drawn[0] != n:
+            texts = [] if n is None else self.texts[n]
+            self.drawn = n, panel(texts, self.size[0], self.letters, self.height)
+        canvas = Image.new("RGB", self.canvas)
+        canvas.paste(image, (0, 0))
+        canvas.paste(self.drawn[1], (0, self.size[1]))
+        return canvas
+
+
+def film(path, result, ending):
+    """A captioned clip as the bytes of a "gif" or an "mp4"; result: see `Subtitles`."""
+    return {"gif": gif, "mp4": mp4}[ending](path, result)
+
+
+def resized(picture, area, narrowest):
+    """uint8 (H, W, 3) or a PIL image -> a PIL image of about `area` pixels with even edges, at least
+    `narrowest` wide."""
+    from PIL import Image
+
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    factor = max((area / (image.width * image.height)) ** 0.5, narrowest / image.width)
+    size = [max(2, round(edge * factor / 2) * 2) for edge in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_per_second=GIF_BYTES):
+    """A clip as the bytes of a GIF that plays at the clip's speed; without `result`, without captions.
+
+    All frames share one palette: one each would cost 768 bytes and flicker. A film that does not
+    compress is made smaller, then loses every second frame. Raises VideoError.
+    """
+    rate = min(rate, GIF_FRAMES / max(video.probe(path).duration, 1e-3))
+    narrowest = NARROWEST if result else 1
+    frames = [(time, resized(p, area, narrowest)) for time, p in video.stream(path, rate)]
+    times, images = zip(*frames, strict=True)
+    limit = bytes_per_second * max(1.0, times[-1] + 1 / rate)
+
+    def encoded(first=0, count=None):
+        """The bytes of `count` frames as a GIF."""
+        draw = Subtitles(result, images[0].size) if result else lambda _, image: image
+        some = slice(first, None if count is None else first + count)
+        drawn = [draw(t, i) for t, i in zip(times[some], images[some], strict=True)]
+        return encode_gif(drawn, times[some], 1 / rate)
+
+    while True:
+        # estimate the size from a few frames: the first is stored whole, the others as differences
+        middle = max(0, len(images) // 2 - TRIAL)
+        one, few = (len(encoded(middle, count)) for count in (1, TRIAL))
+        size = one + (few - one) * (len(images) - 1) / (TRIAL - 1)
+        if size <= limit or len(images) <= TRIAL:
+            data = encoded()
+            size = len(data)
+            if size <= limit or len(images) == 1:
+                return data
+        width, height = images[0].size
+        if width <= narrowest:
+            images, times = images[::2], times[::2]
+        images = [resized(i, width * height * 0.9 * limit / size, narrowest) for i in images]
+
+
+def encode_gif(images, times, last):
+    """PIL images shown from `times` in seconds, the last for `last` seconds -> the bytes of a GIF."""
+    from PIL import Image
+
+    # one palette, from a montage of eight frames
+    few = [i.resize((i.width // 3, i.height // 3), 0) for i in images[:: -(-len(images) // 8)]]
+    montage = Image.new("RGB", (few[0].width, sum(i.height for i in few)))
+    for n, image in enumerate(few):
+        montage.paste(image, (0, n * image.height))
+    palette = montage.quantize(256, method=Image.Quantize.MEDIANCUT)
+    frames = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
+
+    # a GIF counts hundredths of a second, and browsers slow down frames of less than two
+    ends = [*times[1:], times[-1] + last]
+    spans = (min(LONGEST, b - a) for a, b in zip(times, ends, strict=True))
+    milliseconds = [max(20, 10 * round(100 * span)) for span in spans]
+
+    data = io.BytesIO()
+    table = bytes(palette.getpalette())  # without it Pillow writes a palette per frame
+    options = {"duration": milliseconds, "loop": 0, "optimize": False, "palette": table}
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], **options)
+    return data.getvalue()
+
+
+def mp4(path, result):
+    """A captioned clip as the bytes of an MP4 (H.264) with all of its frames. Raises VideoError."""
+    import av
+
+    frames = video.stream(path)
+    first = next(frames)
+    height, width = first[1].shape[:2]
+    area = max(width * height, GIF_AREA)
+    subtitles = Subtitles(result, resized(first[1], area, NARROWEST).size)
+    options = {"movflags": "+faststart"}  # plays while it downloads; needs a seekable file
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "film.mp4")
+        with av.open(str(target), "w", options=options) as container:
+            track = container.add_stream("libx264", options=H264)
+            track.pix_fmt, track.codec_context.time_base = "yuv420p", MILLISECOND
+            track.width, track.height = subtitles.canvas
+            written = -1
+            for time, picture in chain([first], frames):
+                milliseconds = round(1000 * time)
+                if milliseconds <= written:  # more than 1000 frames per second
+                    continue
+                written = milliseconds
+                image = subtitles(time, resized(picture, area, NARROWEST))
+                frame = av.VideoFrame.from_image(image)
+                frame.pts, frame.time_base = milliseconds, MILLISECOND
+                container.mux(track.encode(frame))
+            container.mux(track.encode())
+        return target.read_bytes()
