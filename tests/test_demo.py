@@ -1,4 +1,4 @@
-"""The whole chain on a small toy world, through the commands that the demo echoes."""
+"""The demo on a small toy world, through the commands that it echoes."""
 
 import importlib
 import json
@@ -6,12 +6,13 @@ import shlex
 
 import pytest
 
+from runtime.errors import UserError
 from worlds import demo
 
 
 @pytest.fixture
 def in_process(monkeypatch, quick_meteor):
-    """Run each echoed command in this process, which has imported torch already."""
+    """Run each echoed command in this process, which has already imported torch."""
     commands = []
 
     def shell(command):
@@ -24,11 +25,11 @@ def in_process(monkeypatch, quick_meteor):
 
 
 def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch):
-    """Trained on a few clips the captions already say more of their own clip than of another: real
-    minus shuffled CIDEr is over 1. A model that cannot be steered reads well and scores 0."""
+    """Trained on a few clips, captions already fit their own clip better than another one: real minus
+    shuffled CIDEr is above 1. It is 0 for a model that writes good sentences and ignores the video."""
     world = ["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")]
     world += ["--clips", "300", "--lm-steps", "200"]
-    more_steps = " --batch-size 16 --warmup-steps 30"  # to make up for the few clips
+    more_steps = " --batch-size 16 --warmup-steps 30"  # to compensate for the few clips
     monkeypatch.setattr(demo, "TRAINING", demo.TRAINING + more_steps)
     demo.main([*world, "--epochs", "6"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -39,7 +40,7 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
     assert "validation: clips never seen" in capsys.readouterr().out
     first = list(in_process)
     monkeypatch.setattr(demo, "TRAINING", demo.TRAINING + " --limit 64")
-    demo.main([*world, "--epochs", "1"])  # twice in a row works
+    demo.main([*world, "--epochs", "1"])  # a second run into the same folder
     assert len(in_process) == 2 * len(first)
     assert {c.split()[0] for c in first} == {
         *("-m", "prepare_annotations.py", "preprocess_ssv2.py", "train.py"),
@@ -48,9 +49,7 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
 
 
 def test_a_failing_script_ends_the_demo(tmp_path):
-    from runtime.errors import UserError
-
     (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "something").write_text("of the user's")
+    (tmp_path / "toy" / "something").write_text("the user's own file")
     with pytest.raises(UserError, match=r"toy_ssv2 .* ended with exit code 2"):
         demo.main(["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")])

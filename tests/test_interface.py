@@ -5,13 +5,14 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import train_flags
+from conftest import train_flags, until
 from pages import README, pages, prose
 
 from runtime import start
@@ -255,3 +256,22 @@ def test_constraints_fit_every_machine():
     assert {"torch", "transformers", "tokenizers", "huggingface_hub", "numpy"} < versions.keys()
     pinned = ranges.keys() & versions.keys()
     assert len(pinned) > 4 and all(doctor.within(versions[n], ranges[n]) for n in pinned)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_signal_during_the_imports_is_answered_in_one_line():
+    """Importing torch takes seconds, and a Ctrl-C in that time printed a traceback out of an import."""
+
+    def holds_signals(pid):
+        mask = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+        return int(mask, 16) & 1 << signal.SIGINT - 1
+
+    command = [sys.executable, HERE / "infer.py", "/nowhere.mp4"]
+    numbers = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in numbers]
+    for process, number in zip(runs, numbers, strict=True):
+        until(lambda pid=process.pid: holds_signals(pid))
+        process.send_signal(number)
+    for process, (number, name) in zip(runs, numbers.items(), strict=True):
+        assert process.communicate(timeout=60)[1] == f"infer.py: stopped by {name}\n"
+        assert process.returncode == 128 + number

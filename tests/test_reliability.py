@@ -1,4 +1,5 @@
-"""torture.py with few repetitions: real processes, real signals; and who is refused at the door."""
+"""Kills, signals, damaged files and hostile input. The torture trials run with few repetitions here, and
+with many by `pytest -m torture`, which writes results/reliability.md."""
 
 from runtime.start import ROOT
 
@@ -22,8 +23,8 @@ from runtime import files, ranks
 from runtime.errors import DONE, FAILED, UserError
 
 
-class Short(sandbox.World):
-    """Runs of 2 epochs of 10 small steps. Each epoch costs half a second in matplotlib alone."""
+class ShortRuns(sandbox.World):
+    """Trains 2 epochs of 10 small steps. Matplotlib alone takes half a second per epoch."""
 
     def train(self, output, workers=0, **kwargs):
         short = ["--epochs", 2, "--batch-size", 2, *kwargs.pop("flags", ())]
@@ -31,33 +32,45 @@ class Short(sandbox.World):
 
 
 @pytest.fixture(scope="module")
-def place(world, tmp_path_factory):
+def full(world, tmp_path_factory):
+    return sandbox.make_world(tmp_path_factory.mktemp("full"), world)
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
     """A sandbox with fewer clips: 57 intact and 3 damaged ones for training."""
-    place = sandbox.make_world(tmp_path_factory.mktemp("torture"), world)
+    small = sandbox.make_world(tmp_path_factory.mktemp("small"), world)
     for split, count in (("train", 60), ("validation", 16)):
-        path = place.annotations / f"{split}.json"
+        path = small.annotations / f"{split}.json"
         records = json.loads(path.read_text())
-        damaged = sorted(r["id"] for r in records)[: sandbox.DAMAGED]  # as make_world has it
+        damaged = sorted(r["id"] for r in records)[: sandbox.DAMAGED]  # those of make_world
         records.sort(key=lambda r: split == "train" and r["id"] not in damaged)
         path.write_text(json.dumps(records[:count]))
-    return Short(place.folder, place.toy, place.annotations, place.videos)
+    return ShortRuns(small.folder, small.toy, small.annotations, small.videos)
 
 
-TRIALS = {
-    "preprocessing is killed": lambda place, rng: checks.kill_preprocessing(place, 2, rng),
-    "training is killed": lambda place, rng: checks.kill_training(place, 2, rng),
-    "training is asked to stop": lambda place, rng: checks.stop_training(place, 1, rng),
-    "bits flip in features": lambda place, rng: checks.flip_features(place, 300, rng),
-    "bits flip in a checkpoint": lambda place, rng: checks.flip_checkpoint(place, 200, rng),
-    "the disk is full": lambda place, rng: checks.fill_the_disk(place),
-    "the second process leaves": lambda place, rng: checks.two_at_once(place),
-}
+@pytest.fixture(scope="module")
+def measured():
+    """{trial: rows} of the long runs. Once every trial is in it, the table is written."""
+    rows = {}
+    yield rows
+    if len(rows) == len(checks.TRIALS):
+        table = checks.markdown([row for trial in checks.TRIALS for row in rows[trial]])
+        files.write_atomic(ROOT / "results" / "reliability.md", table)
 
 
-@pytest.mark.parametrize("name", TRIALS)
-def test_trial(place, name):
-    rows = list(TRIALS[name](place, random.Random(1)))
-    assert rows and not [row for row in rows if not row.fine]
+ONLY_LONG = (checks.shards, checks.distributed)  # see test_two_processes_are_one
+RUNS = [("small", trial) for trial in checks.TRIALS if trial not in ONLY_LONG]
+RUNS += [pytest.param("full", trial, marks=pytest.mark.torture) for trial in checks.TRIALS]
+
+
+@pytest.mark.parametrize(("size", "trial"), RUNS)
+def test_trial(request, measured, size, trial):
+    place, rng = request.getfixturevalue(size), random.Random(trial.__name__)
+    rows = list(trial(place, checks.REPETITIONS[size], rng))
+    if size == "full":
+        measured[trial] = rows
+    assert rows and not [row for row in rows if row.problems]
 
 
 BOTH = """
@@ -74,32 +87,26 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_are_one(place, tmp_path, monkeypatch):
+def test_two_processes_are_one(small, tmp_path, monkeypatch):
     """Two processes give bit-identical features, and parameters equal up to rounding in AdamW. One torchrun
-    runs both scripts, since importing torch and transformers takes its processes 12 s."""
+    runs both scripts, since its processes take 12 s to import torch and transformers."""
     (tmp_path / "both.py").write_text(BOTH)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    (features, _), (run, _) = place.cache(), place.trained()
-    mine = tmp_path / "features", tmp_path / "run"
-    with monkeypatch.context() as patch:  # only the command lines
+    (features, _), (run, _) = small.cache(), small.trained()
+    new = tmp_path / "features", tmp_path / "run"
+    with monkeypatch.context() as patch:  # for the command lines only
         patch.setattr(sandbox, "run", lambda name, flags: [name, *map(str, flags)])
-        orders = [
-            place.preprocess(mine[0], flags=["--workers", 0]),
-            place.train(mine[1], flags=["--features", mine[0]]),
+        commands = [
+            small.preprocess(new[0], flags=["--workers", 0]),
+            small.train(new[1], flags=["--features", new[0]]),
         ]
-    ended = sandbox.run(tmp_path / "both", [json.dumps(orders)], ranks=2)
+    ended = sandbox.run(tmp_path / "both", [json.dumps(commands)], processes=2)
     sandbox.expect(ended, DONE)
-    assert not sandbox.differences(sandbox.contents(features), sandbox.contents(mine[0]))
-    row = checks.process_row("2 processes instead of 1", run, mine[1], 3e-4)
-    assert row.fine, row.found
+    assert not sandbox.differences(features, new[0])
+    assert not checks.distributed_row("2 processes instead of 1", run, new[1]).problems
 
 
-@pytest.mark.slow
-def test_two_processes_resume_what_one_began(place):
-    assert all(row.fine for row in checks.processes(place))
-
-
-# ---- who is refused at the door ----------------------------------------------------------------
+# ---- hostile input -----------------------------------------------------------------------------
 
 
 def script(name, *flags):
@@ -109,7 +116,7 @@ def script(name, *flags):
 
 def test_an_archive_is_not_read_as_json(tmp_path):
     with open(tmp_path / "train.json", "w") as file:
-        os.truncate(file.fileno(), 40 << 30)  # a hole: it takes no room on the disk
+        os.truncate(file.fileno(), 40 << 30)  # sparse: takes no space on the disk
     done = script("evaluate", "--annotations", tmp_path, "--split", "train")
     assert done.returncode == 2 and "has 42.9 GB" in done.stderr and "Traceback" not in done.stderr
 
@@ -126,7 +133,7 @@ def test_an_archive_is_not_read_as_json(tmp_path):
     ],
 )
 def test_hostile_records_are_refused(tmp_path, fields, complaint):
-    """A caption once could clear the terminal, and --num-samples copied any file of the machine."""
+    """Once a caption could clear the terminal, and --num-samples copied any file of the machine."""
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "label": "x"} | fields]))
     with pytest.raises(UserError, match=complaint):
         load_records(tmp_path, "train")
@@ -143,14 +150,14 @@ def test_control_characters_in_captions_are_not_dropped_silently(tmp_path):
 
 @pytest.fixture
 def copied(prepared, tmp_path):
-    """Features that may be spoilt."""
+    """Features that a test may corrupt."""
     return shutil.copytree(prepared / "features", tmp_path / "features")
 
 
-def spoil(kind, record):
+def corrupt(kind, record):
     if kind == "bomb":
         return checks.Bomb("bomb_went_off")
-    if kind == "scale of another kind":
+    if kind == "scale of another type":
         return record | {"scale": "large"}
     if kind == "endless offset":  # 4 bytes that claim to be terabytes
         return record | {"offset": torch.zeros(1).expand(1 << 40)}
@@ -161,18 +168,18 @@ def spoil(kind, record):
     ("kind", "complaint"),
     [
         ("bomb", "cannot be read"),
-        ("scale of another kind", "no scale and offset"),
+        ("scale of another type", "no scale and offset"),
         ("endless offset", "no scale and offset"),
         ("NaN", "contain NaN"),
     ],
 )
-def test_spoilt_features_end_training_with_their_id(
+def test_corrupt_features_end_training_with_their_id(
     world, prepared, copied, tmp_path, kind, complaint
 ):
-    """NaN behind a right checksum once reached the loss, which then skipped steps without a name."""
-
+    """Features with NaN and a valid checksum once reached the loss, and training skipped steps without
+    naming the clip."""
     path = sorted((copied / "train").iterdir())[7]
-    record = spoil(kind, files.read_torch(path))
+    record = corrupt(kind, files.read_torch(path))
     if kind == "NaN":
         record["crc32"] = dataset.checksum(path.stem, record)
     torch.save(record, path)
@@ -193,19 +200,19 @@ def test_manifests_of_the_wrong_shape_are_refused(copied, fields):
         load_manifest(copied)
 
 
-def test_what_a_kill_left_is_cleared_away_by_who_holds_the_lock(tmp_path):
+def test_files_left_by_a_kill_are_removed(tmp_path):
     for name in (".7.pt.123.tmp", ".8.pt.9.tmp", ".hidden", "7.pt"):
         (tmp_path / name).touch()
     files.remove_unfinished(tmp_path, lambda name: name == "7.pt")
     assert {p.name for p in tmp_path.iterdir()} == {".8.pt.9.tmp", ".hidden", "7.pt"}
 
 
-def test_shards_of_different_cuts_exclude_each_other_where_they_overlap(tmp_path):
-    """0/3 and 1/2 have no clip in common; 0/3 and 0/2 have."""
+def test_overlapping_shards_exclude_each_other(tmp_path):
+    """0/3 and 0/2 have clips in common, 0/3 and 1/2 have not."""
     (tmp_path / "keep").touch()
-    code = "import sys\nfrom runtime import files\nwith files.lock(sys.argv[1], 'told', 0, 2): print('in')"
+    code = "import sys\nfrom runtime import files\nwith files.lock(sys.argv[1], 'locked', 0, 2): print('in')"
     for part, parts, inside in ((0, 3, False), (1, 2, True), (2, 3, True), (0, 1, False)):
-        with files.lock(tmp_path, "alone", part, parts):
+        with files.lock(tmp_path, "locked", part, parts):
             done = subprocess.run(
                 [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
             )
@@ -216,7 +223,7 @@ def test_shards_of_different_cuts_exclude_each_other_where_they_overlap(tmp_path
 
 
 def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch):
-    """Dealt out by micro-batches: what each computes is what a single process would."""
+    """Each process reads every third micro-batch, exactly as a single process would compute it."""
     args = train.parse_args(train_flags(world, prepared, "x", "--batch-size", 8, "--grad-accum", 5))
     data, recipe = train.read_data(args), train.Recipe.of(args)
 
@@ -232,12 +239,6 @@ def test_a_process_reads_only_its_share(world, prepared, tokenizer, monkeypatch)
         parts.append(read())
     assert len(whole) > 3
     for step, (ids, micro_batches) in enumerate(whole):
-        dealt = [part[step] for part in parts]
-        assert all(said == ids for said, _ in dealt)
-        assert [mine for _, mine in dealt] == [micro_batches[rank::3] for rank in range(3)]
-
-
-def test_odd_clips(place):
-    """Each damaged clip is one line, each odd one is read, and none ends the run."""
-    rows = list(checks.odd_clips(place))
-    assert len(rows) > 15 and not [row for row in rows if not row.fine]
+        shares = [part[step] for part in parts]
+        assert all(part_ids == ids for part_ids, _ in shares)
+        assert [share for _, share in shares] == [micro_batches[rank::3] for rank in range(3)]

@@ -1,4 +1,4 @@
-"""The toy world: deterministic, in SSv2's layout, its splits as disjoint as they promise."""
+"""The toy world is deterministic, in SSv2's layout, and its splits are disjoint."""
 
 import hashlib
 import json
@@ -6,8 +6,15 @@ import shutil
 from itertools import combinations
 from pathlib import Path
 
+import av
 import pytest
 from conftest import TOY as FLAGS
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from runtime.errors import UserError
 from worlds import shapes, toy_models, toy_ssv2
@@ -17,7 +24,7 @@ SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
 
 @pytest.fixture(scope="module")
 def world(world, tmp_path_factory):
-    """A copy of the world, which these tests may damage."""
+    """A copy of the world that these tests may damage."""
     return shutil.copytree(world, tmp_path_factory.mktemp("toy") / "world")
 
 
@@ -54,7 +61,7 @@ def test_another_seed_another_world():
 
 
 @pytest.mark.parametrize("clips", [100, 6000])
-def test_splits_are_as_disjoint_as_they_promise(clips):
+def test_splits_are_disjoint(clips):
     plan = shapes.plan(clips, 0)
     train = split_of(plan, "train")
     assert len(train) == clips and len({c["id"] for c in plan}) == len(plan)
@@ -71,10 +78,10 @@ def test_splits_are_as_disjoint_as_they_promise(clips):
         assert {n.split()[part] for n in unseen} <= {n.split()[part] for n in seen}
 
 
-def test_the_language_model_learns_nothing_held_out():
+def test_the_language_model_sees_nothing_held_out():
     objects, unseen, pairs, unseen_pairs = shapes.divide_objects(0)
-    lessons = toy_models.draw_lessons(3000, 0, objects, pairs)
-    assert not objects_of(lessons) & set(unseen) and not pairs_of(lessons) & unseen_pairs
+    examples = toy_models.sample_examples(3000, 0, objects, pairs)
+    assert not objects_of(examples) & set(unseen) and not pairs_of(examples) & unseen_pairs
     assert pairs | unseen_pairs == {frozenset(p) for p in combinations(objects, 2)}
 
 
@@ -122,27 +129,23 @@ def test_paraphrases_cover_training_once_and_are_sentences(world):
                 assert all(name in text.lower() for name in clips[i]["objects"])
 
 
-def test_videos_decode_with_the_promised_frames(world):
-    av = pytest.importorskip("av")
+def test_videos_decode_to_the_rendered_frames(world):
     plan = shapes.plan(100, 0)
     assert {p.stem for p in (world / "videos").iterdir()} == {c["id"] for c in plan}
     for clip in plan[:8]:
-        drawn = toy_ssv2.render(clip, 0)
+        rendered = toy_ssv2.render(clip, 0)
         with av.open(str(world / "videos" / f"{clip['id']}.webm")) as container:
             stream = container.streams.video[0]
             assert stream.codec_context.name in ("vp9", "libvpx-vp9") and stream.average_rate == 12
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-        assert 16 < toy_ssv2.FRAMES[0] <= len(frames) == len(drawn) <= toy_ssv2.FRAMES[1]
-        assert abs(drawn.astype(float) - frames).mean() < 10
+        assert 16 < toy_ssv2.FRAMES[0] <= len(frames) == len(rendered) <= toy_ssv2.FRAMES[1]
+        assert abs(rendered.astype(float) - frames).mean() < 10
 
 
 def test_models_load_from_their_folders(world):
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers import PreTrainedTokenizerFast as Fast
-
     assert AutoModel.from_pretrained(world / "encoder").config.model_type == "vjepa2"
     tokenizer = AutoTokenizer.from_pretrained(world / "lm")
-    saved = Fast(tokenizer_file=str(world / "lm" / "tokenizer.json"))
+    saved = PreTrainedTokenizerFast(tokenizer_file=str(world / "lm" / "tokenizer.json"))
     for clip in shapes.plan(100, 0)[:50]:
         for text in (shapes.label_of(clip), *shapes.sentences_of(clip)):
             ids = tokenizer(" " + text)["input_ids"]
@@ -153,19 +156,19 @@ def test_models_load_from_their_folders(world):
     assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
 
 
-def test_second_run_keeps_and_mends(world, capsys):
+def test_second_run_keeps_files_and_adds_missing_ones(world, capsys):
     before, victim = digests(world), sorted((world / "videos").iterdir())[0]
     victim.unlink()
     written = (world / "lm" / "model.safetensors").stat().st_mtime_ns
     toy_ssv2.main([str(world), *FLAGS])
-    assert "lm/ is finished and kept" in capsys.readouterr().err
+    assert "lm/ exists and is kept" in capsys.readouterr().err
     assert digests(world) == before
     assert (world / "lm" / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_other_settings_and_foreign_folders_are_refused(world, tmp_path):
     before = digests(world)
-    with pytest.raises(UserError, match="clips = 100, but 101"):
+    with pytest.raises(UserError, match="clips = 100, not 101"):
         toy_ssv2.main([str(world), "--clips", "101", *FLAGS[2:]])
     assert digests(world) == before
     (tmp_path / "mine.txt").write_text("mine")

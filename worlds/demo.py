@@ -1,11 +1,11 @@
-"""The whole chain on the toy world: real video files, the real scripts, no GPU, no download.
+"""Run every script on the toy world: real video files, no GPU, no download.
 
     python -m worlds.demo                (8 minutes on two idle cores)
 
-Ends with results/demo/summary.json, gallery.html to be opened in a browser, and curves.png.
+Writes results/demo/summary.json, curves.png, and gallery.html, a page for the browser.
 
-Every command is echoed and can be typed by hand. The toy world shows that the pieces work together
-and that the captions come from the video; it says nothing about scores on Something-Something-V2.
+Every command is echoed and can be typed by hand. The toy world shows that the scripts work together
+and that the captions depend on the video; it says nothing about scores on Something-Something-V2.
 """
 
 import runtime.start
@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from runtime import cli, start
@@ -22,7 +23,7 @@ from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
-# What a tiny model needs that Qwen2-1.5B does not: fewer queries, a higher rate, no dropout
+# A tiny model trains with fewer queries, a higher learning rate and no dropout
 TRAINING = (
     "--num-queries 16 --num-blocks 1 --num-heads 4 --dropout 0 --lr 2e-3 --warmup-steps 100"
     " --batch-size 32 --grad-accum 1 --captions-per-clip 2"
@@ -43,17 +44,23 @@ ROWS = {
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--data", default="data/toy", help="folder of the toy world")
+    parser.add_argument(
+        "--data", default="data/toy", help="folder of the toy world, made if missing"
+    )
     parser.add_argument("--output", default="results/demo", help="run folder")
     parser.add_argument("--clips", type=cli.whole(50), default=4000, help="training clips")
-    parser.add_argument("--epochs", type=cli.whole(1), default=7, help="passes over them")
-    parser.add_argument("--lm-steps", type=cli.whole(1), help="pre-training of the toy's LM")
+    parser.add_argument(
+        "--epochs", type=cli.whole(1), default=7, help="passes over the training clips"
+    )
+    parser.add_argument(
+        "--lm-steps", type=cli.whole(1), help="pretraining steps of the toy language model"
+    )
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
     )
     parser.add_argument("--device", default="cpu", help="as in train.py")
     parser.add_argument(
-        "--table", nargs="+", metavar="FILE", help="print the README's table of these summaries"
+        "--table", nargs="+", metavar="FILE", help="only print a table of these summary.json files"
     )
     return parser.parse_args(argv)
 
@@ -63,7 +70,20 @@ def main(argv=None):
     if args.table:
         print(markdown(args.table))
         return
-    run, seconds = Path(args.output), {}
+    run, seconds = Path(args.output), Counter()
+    for phase, command in steps(args):
+        began = time.perf_counter()
+        shell(command)
+        seconds[phase] += time.perf_counter() - began
+    summary = summarise(run, {phase: round(taken, 1) for phase, taken in seconds.items()})
+    write_json(run / "summary.json", summary)
+    print(table(summary))
+    note(f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}")
+    note(f"for your own clips: python -m viz.app --checkpoint {shlex.quote(args.output)}")
+
+
+def steps(args):
+    """Yield (phase, command line) in order. Each step reads the files of the ones before it."""
     data, output, seed = shlex.quote(args.data), shlex.quote(args.output), args.seed
     lm_steps = f" --lm-steps {args.lm_steps}" if args.lm_steps else ""
     annotations = f"--annotations {data}/annotations"
@@ -74,45 +94,33 @@ def main(argv=None):
     encode += f" {device}"
     score = f"evaluate.py --checkpoint {output} --workers 0 --no-meteor {device}"
 
-    def step(name, command):
-        began = time.perf_counter()
-        shell(command)
-        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - began, 1)
-
-    step("world", f"-m worlds.toy_ssv2 {data} --clips {args.clips} --seed {seed}{lm_steps}")
-    step(
+    yield "world", f"-m worlds.toy_ssv2 {data} --clips {args.clips} --seed {seed}{lm_steps}"
+    yield (
         "annotations",
         f"prepare_annotations.py --labels {data}/labels --paraphrases {data}/paraphrases"
         f" --output {data}/annotations",
     )
     splits = "train validation validation_pairs validation_objects"
-    step("features", f"{encode} {cached} --workers 2 --splits {splits}")
-    step("features", f"{encode} {still} --workers 2 --splits validation --still")
-    step(
+    yield "features", f"{encode} {cached} --workers 2 --splits {splits}"
+    yield "features", f"{encode} {still} --workers 2 --splits validation --still"
+    yield (
         "training",
         f"train.py {cached} --lm {data}/lm --output {output} --overwrite --seed {seed} --workers 0"
         f" --epochs {args.epochs} {TRAINING} {device}",
     )
-    step("evaluation", f"{score} {cached} --split validation_pairs")
-    step("evaluation", f"{score} {cached} --split validation_objects")
-    step("evaluation", f"{score} {cached} --style sentence")
-    step("evaluation", f"{score} {still} --control still")
-    step("gallery", f"-m viz.gallery {output} {annotations} --videos {data}/videos")
-    said = read_json(run / "predictions_validation.json", "predictions")[:3]
-    clips = " ".join(f"{data}/videos/{c['image_id']}.webm" for c in said)
-    step("captions", f"infer.py {clips} --checkpoint {output} {device}")
-    step("captions", f"infer.py {clips} --checkpoint {output} {device} --style sentence")
-    summary = summarise(run, seconds)
-    write_json(run / "summary.json", summary)
-    print(table(summary))
-    note(f"written to {run / 'summary.json'}; look at {run / 'gallery.html'} in a browser and at")
-    note(
-        f"{run / 'curves.png'}; python -m viz.app --checkpoint {output} is a page for clips of your own"
-    )
+    yield "evaluation", f"{score} {cached} --split validation_pairs"
+    yield "evaluation", f"{score} {cached} --split validation_objects"
+    yield "evaluation", f"{score} {cached} --style sentence"
+    yield "evaluation", f"{score} {still} --control still"
+    yield "gallery", f"-m viz.gallery {output} {annotations} --videos {data}/videos"
+    predictions = read_json(Path(args.output) / "predictions_validation.json", "predictions")
+    clips = " ".join(f"{data}/videos/{p['image_id']}.webm" for p in predictions[:3])
+    yield "captions", f"infer.py {clips} --checkpoint {output} {device}"
+    yield "captions", f"infer.py {clips} --checkpoint {output} {device} --style sentence"
 
 
 def shell(command):
-    """Echo one script's command line and run it. Raises UserError with its exit code."""
+    """Echo a command line and run it. Raises UserError if its exit code is not 0."""
     note(f"\n$ python {command}")
     name, *args = shlex.split(command)
     name = str(start.ROOT / name) if name.endswith(".py") else name
@@ -122,7 +130,7 @@ def shell(command):
 
 
 def summarise(run, seconds):
-    """The figures of the run, from the files that the scripts wrote."""
+    """The figures of the run, from the files in its folder."""
 
     def scores(name):
         return read_json(run / f"evaluation_{name}.json", "scores")
@@ -160,7 +168,7 @@ def summarise(run, seconds):
 
 
 def table(s):
-    """What the demo ends with."""
+    """The summary as text for the terminal."""
     lines = [f"{name:<38} {s[key]:6.2f}" for key, name in ROWS.items()]
     return "\n".join(
         [
@@ -168,13 +176,13 @@ def table(s):
             *lines,
             f"template accuracy {s['template_accuracy']:.3f}, exact match {s['exact_match']:.3f},"
             f" {s['seconds']['total']:.0f} s ({s['cpu_seconds']:.0f} CPU-seconds)",
-            "A tiny world of moving shapes: no claim about Something-Something-V2.",
+            "Synthetic clips of moving shapes: this says nothing about Something-Something-V2.",
         ]
     )
 
 
 def markdown(files):
-    """Mean and range of several runs, as the README shows them."""
+    """Mean and range of several summaries, as in docs/evaluation.md."""
     runs = [read_json(f, "summary") for f in files]
 
     def cell(values, digits=2):

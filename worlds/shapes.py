@@ -1,4 +1,4 @@
-"""The toy world in words: actions, objects, what happens in which clip, labels and paraphrases."""
+"""The toy world's plan: actions, objects, what happens in each clip, labels and paraphrases."""
 
 import itertools
 import random
@@ -6,8 +6,8 @@ from collections import namedtuple
 
 from dataset import TEST, TRAIN, VALIDATION
 
-PAIRS, OBJECTS = "validation_pairs", "validation_objects"  # the two harder splits
-COLOURS = {  # all brighter than the ground: a shape's contrast has one sign, whatever its colour
+PAIRS, OBJECTS = "validation_pairs", "validation_objects"  # the two harder validation splits
+COLOURS = {  # all brighter than the background, so that contrast has the same sign for all
     "red": (255, 40, 40),
     "orange": (255, 140, 0),
     "yellow": (255, 240, 50),
@@ -22,9 +22,9 @@ COLOURS = {  # all brighter than the ground: a shape's contrast has one sign, wh
 SHAPES = ("disc", "bar", "pole", "cross", "ladder", "fence")
 SUBJECTS = ("A hand", "Someone", "A person")
 
-# One action in three lines: the keyword that stands for it in the language model's lessons, and its
-# template; what follows each of SUBJECTS; sentences of their own. {a} and {b} are the objects in
-# the template's order.
+# Three lines per action: its keyword in the language model's training data, and its template; verb
+# phrases that follow one of SUBJECTS; complete sentences. {a} and {b} are the objects in the
+# template's order.
 TABLE = """
     right | Moving [something] over to the right side
         moves {a} rightwards | takes {a} to the right
@@ -86,15 +86,15 @@ DOUBLE = [a for a in ACTIONS if a.template.count("[") == 2]
 
 
 def deck(rng, cards):
-    """Deal `cards` for ever, reshuffled after each round: everything occurs about equally often."""
+    """Yield `cards` endlessly, shuffled anew in each round, so that all are about equally frequent."""
     while True:
         yield from rng.sample(cards, len(cards))
 
 
 def divide_objects(seed):
-    """Return what training may show: (objects, held-out objects, pairs, held-out pairs).
+    """Return (objects, held-out objects, pairs, held-out pairs); training shows no held-out ones.
 
-    An object is "colour shape"; one shape of each colour is held out. A pair is a frozenset.
+    An object is "colour shape", and one shape of each colour is held out. A pair is a frozenset.
     """
     rng = random.Random(f"objects:{seed}")
     shapes = deck(rng, SHAPES)
@@ -106,10 +106,10 @@ def divide_objects(seed):
 
 
 def plan(clips, seed):
-    """Decide every clip: a list of {"id", "split", "action" (keyword), "objects" (names)}."""
+    """The clips of the world: a list of {"id", "split", "action" (keyword), "objects" (names)}."""
     objects, unseen, pairs, unseen_pairs = divide_objects(seed)
     few = max(32, clips // 24)
-    splits = {  # split: clips, actions, objects, pairs that may meet
+    splits = {  # split: clips, actions, objects, allowed pairs
         TRAIN: (clips, ACTIONS, objects, pairs),
         VALIDATION: (max(64, clips // 16), ACTIONS, objects, pairs),
         PAIRS: (few, DOUBLE, objects, unseen_pairs),
@@ -139,7 +139,7 @@ def action_of(clip):
 
 
 def label_of(clip):
-    """SSv2's label: the template in lower case, its brackets filled."""
+    """The label as in SSv2: the template in lower case with the objects filled in."""
     text = action_of(clip).template.lower()
     for name in clip["objects"]:
         text = text.replace("[something]", name, 1)
@@ -147,7 +147,7 @@ def label_of(clip):
 
 
 def sentences_of(clip):
-    """Every admissible paraphrase of the clip: eight sentences."""
+    """All eight correct paraphrases of the clip."""
     action = action_of(clip)
     names = {k: f"the {name}" for k, name in zip("ab", clip["objects"], strict=False)}
     texts = [f"{subject} {act}" for subject in SUBJECTS for act in action.acts]
@@ -156,7 +156,7 @@ def sentences_of(clip):
 
 
 def paraphrases_of(clip, seed):
-    """The sentences that the clip gets: 4 to 8, one clip in ten 1 to 3."""
+    """The clip's paraphrases: 4 to 8, but only 1 to 3 for one clip in ten."""
     rng = random.Random(f"paraphrases:{seed}:{clip['id']}")
     count = rng.randint(1, 3) if rng.random() < 0.1 else rng.randint(4, 8)
     return rng.sample(sentences_of(clip), count)

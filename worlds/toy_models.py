@@ -1,4 +1,4 @@
-"""The toy world's two models: a random V-JEPA 2, and a Qwen2 that learned to turn keywords to captions."""
+"""The toy world's models: a random V-JEPA 2, and a Qwen2 trained to turn keywords into captions."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from dataset import STYLES, encode_caption
 from worlds.shapes import ACTIONS, DOUBLE, divide_objects, label_of, sentences_of
 
-SIZE = 64  # pixels, the clips' height and width and what the encoder takes
+SIZE = 64  # pixels, height and width of the clips and of the encoder's input
 
 
 def write_encoder(folder, seed):
@@ -36,7 +36,7 @@ def write_encoder(folder, seed):
         hidden_size=192,
         num_attention_heads=3,
         num_hidden_layers=1,
-        initializer_range=0.1,  # at 0.02 the block adds next to nothing to the patches
+        initializer_range=0.1,  # at 0.02 the block adds almost nothing to the patch embeddings
         pred_hidden_size=48,
         pred_num_attention_heads=1,
         pred_num_hidden_layers=1,
@@ -46,27 +46,29 @@ def write_encoder(folder, seed):
 
 
 def train_tokenizer(folder, clips):
-    """A byte-level BPE learned through Qwen2's own pre-tokenizer, which AutoTokenizer puts back."""
+    """Train a byte-level BPE with Qwen2's own pre-tokenizer, which AutoTokenizer restores."""
     blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=800,  # enough for each word to become one token; the text has no more
+        vocab_size=800,  # enough for one token per word of the text
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     texts = [label_of(c) for c in clips] + [s for c in clips for s in sentences_of(c)]
     texts += [keywords_of(c, random.Random(i)) for i, c in enumerate(clips)] + list(STYLES.values())
     bpe.train_from_iterator([f" {text}" for text in texts], trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]
-    Qwen2Tokenizer(vocab=learned["vocab"], merges=merges).save_pretrained(folder)
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) for m in trained["merges"]]
+    Qwen2Tokenizer(vocab=trained["vocab"], merges=merges).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
 def keywords_of(clip, rng):
-    """What the soft prompts must learn to imitate: one word each for the action and for colour and
-    shape of the objects, the second object in capitals; any order, each word one to three times.
+    """The context that soft prompts learn to imitate.
+
+    One word each for the action and for the colour and shape of every object, the second object in
+    capitals, in any order and each word one to three times.
     """
     names = [clip["action"], clip["objects"][0], *(n.upper() for n in clip["objects"][1:])]
     words = [word for word in " ".join(names).split() for _ in range(rng.randint(1, 3))]
@@ -74,15 +76,16 @@ def keywords_of(clip, rng):
     return " ".join(words)
 
 
-def draw_lessons(count, seed, objects, pairs):
-    """Random (action, objects) for the language model, all different."""
-    rng, pairs = random.Random(f"lessons:{seed}"), sorted(sorted(p) for p in pairs)
-    lessons = {}
+def sample_examples(count, seed, objects, pairs):
+    """Up to `count` random {"action", "objects"} for the language model, without duplicates."""
+    rng = random.Random(f"lessons:{seed}")  # another text would change the language model
+    pairs = sorted(sorted(p) for p in pairs)
+    examples = {}
     for _ in range(count):
         action = rng.choice(ACTIONS)
         chosen = rng.sample(rng.choice(pairs), 2) if action in DOUBLE else [rng.choice(objects)]
-        lessons[action.keyword, *chosen] = {"action": action.keyword, "objects": chosen}
-    return list(lessons.values())
+        examples[action.keyword, *chosen] = {"action": action.keyword, "objects": chosen}
+    return list(examples.values())
 
 
 def build_lm(tokenizer, seed):
@@ -103,10 +106,10 @@ def build_lm(tokenizer, seed):
     return Qwen2ForCausalLM(config)
 
 
-def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
-    """Teach `<keywords><style prompt> <caption><eos>`, loss on the caption. Returns the final loss.
+def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
+    """Train on `<keywords><style prompt> <caption><eos>`, loss on the caption. Returns the final loss.
 
-    Noise on the keywords' embeddings makes the model take vectors that are near a word for it.
+    Noise on the keywords' embeddings teaches the model to accept any vector near a word's embedding.
     """
     rng, noise = random.Random(f"lm:{seed}"), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -114,12 +117,15 @@ def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
     word_ids = functools.cache(lambda w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"])
     table, losses = model.get_input_embeddings(), []
     for step in range(steps):
+        # 32 examples, each in a random style
         rows = []
-        for clip in rng.choices(lessons, k=32):
+        for clip in rng.choices(examples, k=32):
             style = rng.choice(tuple(STYLES))
             caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
             context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
             rows.append((context, *tokens(style, caption)))
+
+        # padded on the right
         length = max(sum(map(len, row)) for row in rows)
         ids = torch.zeros(32, length, dtype=torch.long)
         labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
@@ -128,12 +134,16 @@ def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
             ids[i, :end] = torch.tensor(context + prompt + target)
             labels[i, start:end] = torch.tensor(target)
             is_context[i, : len(context)] = 1
+
+        # forward, with noise on the keywords' embeddings
         embeds = table(ids)  # (B, L, D)
         sigma = 0.5 * table.weight.detach().square().mean().sqrt()
         embeds = embeds + is_context * sigma * torch.randn(embeds.shape, generator=noise)
         hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         keep = labels[:, 1:] >= 0
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep])
+
+        # backward and update; the learning rate rises linearly and falls as a cosine
         warm = min(1, (step + 1) / (0.1 * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -147,12 +157,12 @@ def pretrain_lm(model, tokenizer, lessons, steps, seed, progress, lr=2e-3):
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def check_lm(model, tokenizer, lessons, seed):
-    """Share of contexts from which greedy decoding gives the label, and an admissible sentence."""
-    rng, right = random.Random(f"check:{seed}"), {}
+def check_lm(model, tokenizer, examples, seed):
+    """{style: share of the examples for which greedy decoding writes a correct caption}."""
+    rng, accuracy = random.Random(f"check:{seed}"), {}
     for style in STYLES:
         rows = []
-        for clip in lessons:
+        for clip in examples:
             words = tokenizer(" " + keywords_of(clip, rng), add_special_tokens=False)["input_ids"]
             rows.append(words + encode_caption(tokenizer, style, "")[0])
         batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
@@ -160,30 +170,32 @@ def check_lm(model, tokenizer, lessons, seed):
         texts = tokenizer.batch_decode(
             out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        allowed = (lambda clip: [label_of(clip)]) if style == "label" else sentences_of
-        hits = sum(t.strip() in allowed(c) for t, c in zip(texts, lessons, strict=True))
-        right[style] = hits / len(lessons)
-    return right
+        correct = (lambda clip: [label_of(clip)]) if style == "label" else sentences_of
+        hits = sum(t.strip() in correct(c) for t, c in zip(texts, examples, strict=True))
+        accuracy[style] = hits / len(examples)
+    return accuracy
 
 
 def write_lm(folder, seed, steps, progress):
-    """Train tokenizer and language model. The held-out objects and pairs are not in its lessons."""
+    """Train tokenizer and language model, without the held-out objects and pairs. Returns a report."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the weights depend on it
     objects, unseen, pairs, unseen_pairs = divide_objects(seed)
-    lessons = draw_lessons(6000, seed, objects, pairs)
-    tokenizer = train_tokenizer(folder, lessons)
+    examples = sample_examples(6000, seed, objects, pairs)
+    tokenizer = train_tokenizer(folder, examples)
     model = build_lm(tokenizer, seed)
-    loss = pretrain_lm(model, tokenizer, lessons, steps, seed, progress)
+    loss = pretrain_lm(model, tokenizer, examples, steps, seed, progress)
     model.eval().save_pretrained(folder)
     tests = {
-        "unseen pairs": draw_lessons(150, seed, objects, unseen_pairs),
-        "unseen objects": draw_lessons(
+        "unseen pairs": sample_examples(150, seed, objects, unseen_pairs),
+        "unseen objects": sample_examples(
             150, seed, unseen, map(frozenset, itertools.combinations(unseen, 2))
         ),
     }
     text = []
-    for name, some in tests.items():
-        share = check_lm(model, tokenizer, some, seed)
-        text.append(f"{name}: {share['label']:.1%} of labels, {share['sentence']:.1%} of sentences")
-    return f"LM: final loss {loss:.3f}; from keywords it writes right, {'; '.join(text)}"
+    for name, held_out in tests.items():
+        accuracy = check_lm(model, tokenizer, held_out, seed)
+        text.append(
+            f"{name}: {accuracy['label']:.1%} of labels, {accuracy['sentence']:.1%} of sentences"
+        )
+    return f"LM: final loss {loss:.3f}; correct captions from keywords: {'; '.join(text)}"

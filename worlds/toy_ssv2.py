@@ -1,22 +1,22 @@
-"""Write a tiny Something-Something-V2: clips, labels, paraphrases, and two tiny models.
+"""Write a tiny data set in Something-Something-V2's layout, and the two tiny models to run on it.
 
     python -m worlds.toy_ssv2 data/toy
 
-For machines without the dataset, the weights or a GPU: with `--encoder data/toy/encoder` and
-`--lm data/toy/lm` the real scripts run on it unchanged. Plain coloured shapes move over a grey
-ground; only the motion tells the action, so one frame is not enough. It is a tiny world and
-claims nothing about SSv2. About 100 s on two idle cores (est.) and 47 MB at the defaults:
+With `--encoder data/toy/encoder` and `--lm data/toy/lm` the real scripts run on it unchanged, without
+SSv2, pretrained weights or a GPU. Coloured shapes move over a grey background, and only their motion
+tells the action, so one frame is not enough. Scores on it say nothing about SSv2. The defaults take
+about 100 s on two idle cores (est.) and 47 MB:
 
     videos/       <id>.webm, VP9, 12 frames/s, 64x64, 18-28 frames
     labels/       train, validation, test, labels (.json) and test-answers.csv as SSv2 has them, and
-                  validation_pairs    two-object clips; the two objects never met in training
-                  validation_objects  colour-shape combinations that training never shows
+                  validation_pairs    two objects that never occur together in training
+                  validation_objects  combinations of colour and shape that training never shows
     paraphrases/  ten shards of whole sentences for training, one file for validation
     encoder/      a V-JEPA 2 with random weights
-    lm/           a Qwen2 that has learned, from text alone, to turn keywords into captions. Without
-                  that, no prefix could steer a frozen language model.
+    lm/           a Qwen2 trained on text alone to turn keywords into captions. Without that, no
+                  prefix could steer it while frozen.
 
-Everything is a pure function of the flags. A second run keeps what is finished.
+All files are a pure function of the flags. A second run keeps what is finished.
 """
 
 import multiprocessing
@@ -45,9 +45,9 @@ from worlds.shapes import (
 )
 from worlds.toy_models import SIZE, write_encoder, write_lm
 
-WORLD = 1  # raise it when the same flags would give other files
+WORLD = 1  # to be raised when the same flags would give other files
 RATE = 12  # frames per second, as SSv2
-FRAMES = (18, 28)  # above the 16 that the encoder takes, so that sampling is real
+FRAMES = (18, 28)  # more than the encoder's 16, so that sampling matters
 
 
 def parse_args(argv=None):
@@ -57,10 +57,17 @@ def parse_args(argv=None):
     group.add_argument("--clips", type=whole(50), default=4000, help="clips for training")
     group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
     group.add_argument(
-        "--old-names", action="store_true", help="something-something-v2-train.json and so on"
+        "--old-names",
+        action="store_true",
+        help="name the label files something-something-v2-train.json and so on",
     )
     group = p.add_argument_group("language model")
-    group.add_argument("--lm-steps", type=whole(1), default=800, help="steps of batch 32")
+    group.add_argument(
+        "--lm-steps",
+        type=whole(1),
+        default=800,
+        help="training steps of the language model, of 32 captions each",
+    )
     group = p.add_argument_group("machine")
     add_workers(group, 2, least=1)
     return p.parse_args(argv)
@@ -93,10 +100,10 @@ def write_labels(folder, clips, old_names):
 
 
 def write_paraphrases(folder, clips, seed):
-    def shard(name, some):
+    def shard(name, clips):
         write_json(
             folder / f"ssv2_paraphrase_{name}.json",
-            {c["id"]: paraphrases_of(c, seed) for c in some},
+            {c["id"]: paraphrases_of(c, seed) for c in clips},
         )
 
     train = [c for c in clips if c["split"] == TRAIN]
@@ -109,10 +116,10 @@ def write_paraphrases(folder, clips, seed):
 
 
 def motion(action, frames, rng):
-    """Paths of a clip's objects: centres (objects, frames, 2) in x, y and radii (objects, frames).
+    """Paths of a clip's objects: centres (objects, frames, 2) as x, y and radii (objects, frames).
 
-    Where things start has one distribution for all one-object actions and one for all two-object
-    actions: the first frame gives nothing away.
+    Initial positions have one distribution for all one-object actions and one for all two-object
+    actions, so that the first frame does not tell the action.
     """
     lead, tail = rng.uniform(0.03, 0.12, 2)
     t = np.clip((np.linspace(0, 1, frames) - lead) / (1 - lead - tail), 0, 1)  # (frames,)
@@ -146,7 +153,7 @@ def motion(action, frames, rng):
     r = rng.uniform(10, 11, 2)
     gap = 2 * half - r.sum()
     hit, flight = np.clip(t / 0.45, 0, 1), np.clip((t - 0.45) / 0.45, 0, 1)
-    a, b = {  # steps of both along the axis, which points from the first to the second
+    a, b = {  # displacement of both along the axis, which points from the first to the second
         "against": (gap * ease, still),
         "leave": (-18 * ease, still),
         "together": ((half - 6) * ease, -(half - 6) * ease),
@@ -174,15 +181,19 @@ def signed_distance(shape, x, y):
 
 
 def render(clip, seed):
-    """Draw one clip: uint8 (frames, SIZE, SIZE, 3), antialiased, a function of (seed, id)."""
+    """Render one clip, antialiased: uint8 (frames, SIZE, SIZE, 3), a pure function of (seed, id)."""
     rng = np.random.default_rng([seed, int(clip["id"])])
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     centres, radii = motion(clip["action"], frames, rng)
+
+    # a grey background with a gradient and noise
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     slope = rng.uniform(-0.2, 0.2, 2)
-    ground = rng.uniform(15, 40) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
-    ground = (ground + rng.normal(0, 3, (SIZE, SIZE))).astype(np.float32)
-    video = np.repeat(ground[None], frames, 0)[None].repeat(3, 0)  # (3, frames, SIZE, SIZE)
+    background = rng.uniform(15, 40) + slope[0] * (axis - 32) + slope[1] * (axis - 32)[:, None]
+    background = (background + rng.normal(0, 3, (SIZE, SIZE))).astype(np.float32)
+    video = np.repeat(background[None], frames, 0)[None].repeat(3, 0)  # (3, frames, SIZE, SIZE)
+
+    # the objects; the first one covers the second
     for name, path, radius in reversed(list(zip(clip["objects"], centres, radii, strict=True))):
         colour, shape = name.split()
         path, radius = path.astype(np.float32), radius.astype(np.float32)[:, None]
@@ -192,6 +203,8 @@ def render(clip, seed):
         cover = np.clip(0.5 - distance, 0, 1)
         for plane, value in zip(video, COLOURS[colour], strict=True):
             plane += cover * (np.float32(value) - plane)
+
+    # brightness that changes over time
     light = rng.uniform(0.92, 1.06) + rng.uniform(-0.03, 0.03) * np.linspace(-1, 1, frames)
     video *= light.astype(np.float32)[:, None, None]
     return np.clip(video, 0, 255, out=video).astype(np.uint8).transpose(1, 2, 3, 0).copy()
@@ -203,9 +216,8 @@ def write_video(path, video):
 
     temporary = path.with_name(f".{path.name}.tmp")
     speed = {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "threads": "1"}
-    with av.open(
-        str(temporary), "w", format="webm", options={"fflags": "+bitexact"}
-    ) as container:  # without bitexact the container gets a random id
+    exact = {"fflags": "+bitexact"}  # otherwise the container gets a random id
+    with av.open(str(temporary), "w", format="webm", options=exact) as container:
         stream = container.add_stream("libvpx-vp9", rate=RATE, options=speed)
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
@@ -216,46 +228,45 @@ def write_video(path, video):
 
 
 def write_clips(folder, clips, seed):
-    """Runs in a worker: render and encode a few clips. Returns their number."""
+    """Render and encode a few clips, in a worker. Returns their number."""
     for clip in clips:
         write_video(Path(folder) / f"{clip['id']}.webm", render(clip, seed))
     return len(clips)
 
 
 def ignore_interrupt():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
-# ---- the folder ----------------------------------------------------------------------------
+# ---- the output folder ---------------------------------------------------------------------
 
 
-def claim(root, settings):
-    """Mark `root` as a world of these settings. Raises UserError if it is anything else."""
+def mark_started(root, settings):
+    """Mark `root` as a toy world with these settings. Raises UserError if it is anything else."""
     done, started = root / "toy.json", root / ".toy-started.json"
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file, not a folder")
     marker = next((m for m in (done, started) if m.is_file()), None)
     if marker is None:
         if root.exists() and any(root.iterdir()):
-            raise UserError(f"{root} is not empty and no toy world. Name another folder.")
+            raise UserError(f"{root} is not empty and not a toy world. Name another folder.")
         root.mkdir(parents=True, exist_ok=True)
         write_json(started, settings)
         return
-    there = read_json(marker, "toy world")
-    there = there if isinstance(there, dict) else {}
+    existing = read_json(marker, "toy world")
+    existing = existing if isinstance(existing, dict) else {}
     for key in settings:
-        if there.get(key) != settings[key]:
+        if existing.get(key) != settings[key]:
             raise UserError(
-                f"{root} holds a toy world made with {key} = {there.get(key)!r}, but"
-                f" {settings[key]!r} is asked for. Use the same flags, delete the folder, or name"
-                " another."
+                f"{root} has a toy world with {key} = {existing.get(key)!r}, not {settings[key]!r}."
+                " Use the same flags, delete the folder, or name another one."
             )
 
 
-def part(root, name, fill):
-    """Let `fill(folder)` make `root/name` in one step; an existing one is kept. Returns its result."""
+def make_folder(root, name, fill):
+    """Make `root/name` atomically by `fill(folder)`, or keep an existing one. Returns fill's result."""
     if (root / name).is_dir():
-        note(f"{name}/ is finished and kept")
+        note(f"{name}/ exists and is kept")
         return None
     temporary = root / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -266,14 +277,14 @@ def part(root, name, fill):
 
 
 def start_clips(pool, folder, clips, seed, bar):
-    """Hand the missing clips to the workers in small batches. Returns the futures."""
+    """Submit the missing clips to the pool in batches of 20. Returns the futures."""
     folder.mkdir(exist_ok=True)
-    have = {entry.name for entry in os.scandir(folder)}
-    missing = [c for c in clips if f"{c['id']}.webm" not in have]
+    existing = {entry.name for entry in os.scandir(folder)}
+    missing = [c for c in clips if f"{c['id']}.webm" not in existing]
     bar.update(len(clips) - len(missing))
-    bar.initial = bar.n  # or the kept clips would count as speed
+    bar.initial = bar.n  # otherwise existing clips would count towards the speed
     if len(missing) < len(clips):
-        note(f"videos/: {len(clips) - len(missing)} finished clips are kept")
+        note(f"videos/: {len(clips) - len(missing)} existing clips are kept")
 
     def count(future):
         if not future.cancelled() and not future.exception():
@@ -291,10 +302,10 @@ def main(argv=None):
     root = Path(args.output)
     settings = {"world": WORLD, "clips": args.clips, "seed": args.seed}
     settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps}
-    claim(root, settings)
+    mark_started(root, settings)
     clips = plan(args.clips, args.seed)
-    part(root, "labels", lambda folder: write_labels(folder, clips, args.old_names))
-    part(root, "paraphrases", lambda folder: write_paraphrases(folder, clips, args.seed))
+    make_folder(root, "labels", lambda folder: write_labels(folder, clips, args.old_names))
+    make_folder(root, "paraphrases", lambda folder: write_paraphrases(folder, clips, args.seed))
     interval = 0.2 if os.isatty(2) else 15
     pool = ProcessPoolExecutor(
         args.workers, multiprocessing.get_context("spawn"), initializer=ignore_interrupt
@@ -302,8 +313,8 @@ def main(argv=None):
     with tqdm(total=len(clips), desc="clips", unit=" clips", mininterval=interval) as bar:
         try:
             futures = start_clips(pool, root / "videos", clips, args.seed, bar)
-            part(root, "encoder", lambda folder: write_encoder(folder, args.seed))
-            lm = part(
+            make_folder(root, "encoder", lambda folder: write_encoder(folder, args.seed))
+            report = make_folder(
                 root,
                 "lm",
                 lambda folder: write_lm(folder, args.seed, args.lm_steps, bar.set_postfix_str),
@@ -314,8 +325,8 @@ def main(argv=None):
             raise UserError(f"cannot write to {root}: {error}", code=1) from None
         finally:
             pool.shutdown(cancel_futures=True)
-    if lm:
-        print(lm)
+    if report:
+        print(report)
     write_json(root / "toy.json", settings)
     (root / ".toy-started.json").unlink(missing_ok=True)
     counts = Counter(c["split"] for c in clips)

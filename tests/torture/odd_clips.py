@@ -1,6 +1,6 @@
-"""Damaged and odd video files, made on the spot, and what must become of each.
+"""Damaged and unusual video files, and what preprocess_ssv2.py must do with each.
 
-Used by the tests and by torture/checks.py; needs PyAV's encoders.
+Writing them needs PyAV's encoders.
 """
 
 import struct
@@ -9,25 +9,13 @@ from fractions import Fraction
 import numpy as np
 
 LOSSLESS = {"lossless": "1", "cpu-used": "8", "deadline": "realtime"}
-NOISY = {"b": "1M"}  # of noise: no part of the file is padding
+NOISY = {"b": "1M"}  # for noise, so that no part of the file is padding
 QUIET = {"x265-params": "log-level=none"}
-FLOW = [
-    0,
-    33,
-    66,
-    100,
-    800,
-    833,
-    866,
-    1500,
-    1533,
-    1566,
-    1900,
-]  # milliseconds: a recording that stalls
+STALLING = [*(0, 33, 66, 100), *(800, 833, 866), *(1500, 1533, 1566, 1900)]  # milliseconds
 
 
 def grey(i, width=64, height=48):
-    """A frame whose brightness is its number."""
+    """A frame whose brightness tells its index."""
     return np.full((height, width, 3), 20 + 4 * i, np.uint8)
 
 
@@ -36,7 +24,7 @@ def noise(i, width=64, height=48):
 
 
 def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=None, pts=None, **box):
-    """Write n frames at 12 a second, or at the milliseconds `pts`. ValueError: no such encoder."""
+    """Write n frames at 12 frames/s, or at the milliseconds `pts`. Raises ValueError without an encoder."""
     import av
 
     options = LOSSLESS if options is None and codec == "libvpx-vp9" else options or {}
@@ -57,7 +45,7 @@ def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=Non
 
 
 def damage(path, begin, end, cut=False):
-    """Zero the bytes between two fractions of a file, or cut the file at the first."""
+    """Zero the bytes between two fractions of a file, or truncate it at the first."""
     data = bytearray(path.read_bytes())
     begin, end = int(begin * len(data)), int(end * len(data))
     if cut:
@@ -69,7 +57,7 @@ def damage(path, begin, end, cut=False):
 
 
 def rotate(path, degrees):
-    """Give an MP4 the matrix of a phone that was held sideways: shown `degrees` clockwise."""
+    """Give an MP4 the matrix that a phone held sideways writes: displayed `degrees` clockwise."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
     c, s = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
@@ -105,22 +93,22 @@ def h264(path, **kwargs):
     return write(path, **({"n": 24, "codec": "libx264"} | kwargs))
 
 
-# what it is: (suffix, how it is made, status in preprocess_ssv2.py, the decoder that read it)
+# name: (suffix, function that writes it, status in preprocess_ssv2.py, decoder that reads it)
 CLIPS = {
     "VP9, as in SSv2": (".webm", lambda p: write(p, 24), "ok", "decord"),
     "empty file": (".webm", lambda p: p.touch(), "empty", None),
     "text": (".mp4", lambda p: p.write_text("not a video at all\n" * 100), "unreadable", None),
-    "cut at 10 %": (".webm", lambda p: damage(noisy(p), 0.1, 1, cut=True), "truncated", None),
-    "cut at 50 %": (".webm", lambda p: damage(noisy(p), 0.5, 1, cut=True), "truncated", None),
-    "H.264 cut at 50 %, index lost": (
+    "truncated at 10 %": (".webm", lambda p: damage(noisy(p), 0.1, 1, cut=True), "truncated", None),
+    "truncated at 50 %": (".webm", lambda p: damage(noisy(p), 0.5, 1, cut=True), "truncated", None),
+    "H.264 truncated at 50 %, index lost": (
         ".mp4",
         lambda p: damage(h264(p, frame=noise), 0.5, 1, cut=True),
         "unreadable",
         None,
     ),
     "zeroed tail": (".webm", lambda p: damage(noisy(p), 0.6, 1), "truncated", None),
-    "hole in the middle": (".webm", lambda p: damage(noisy(p), 0.4, 0.6), "truncated", None),
-    "H.264 with a hole": (
+    "zeroed middle": (".webm", lambda p: damage(noisy(p), 0.4, 0.6), "truncated", None),
+    "H.264 with a zeroed middle": (
         ".mp4",
         lambda p: damage(h264(p, frame=noise, movflags="faststart"), 0.4, 0.6),
         "truncated",
@@ -132,7 +120,12 @@ CLIPS = {
     "odd width and height": (".webm", lambda p: write(p, 24, of_size(65, 47)), "ok", "pyav"),
     "rotated by 90 degrees": (".mp4", lambda p: rotate(h264(p), 90), "ok", "pyav"),
     "10-bit": (".mp4", lambda p: h264(p, pix="yuv420p10le"), "ok", "pyav"),
-    "variable frame rate": (".webm", lambda p: write(p, len(FLOW), pts=FLOW), "ok", "decord"),
+    "variable frame rate": (
+        ".webm",
+        lambda p: write(p, len(STALLING), pts=STALLING),
+        "ok",
+        "decord",
+    ),
     "4K": (
         ".mp4",
         lambda p: h264(p, n=8, frame=of_size(3840, 2160), options={"preset": "ultrafast"}),

@@ -1,6 +1,6 @@
-"""Run the real scripts on a small toy world, end them on purpose, compare what they leave behind.
+"""Run the real scripts on a small toy world, kill or obstruct them, and compare the folders they leave.
 
-For torture/checks.py and the tests: real processes, real signals, tiny models, on the CPU.
+Real processes, real signals and tiny models, on the CPU.
 """
 
 from runtime.start import ROOT
@@ -23,16 +23,28 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import torch
+
+import prepare_annotations
 from dataset import load_records
 from runtime import cli, files
 from runtime.errors import DONE, PARTIAL, UserError
+from runtime.run_folder import CORRUPT
 
-WORK_BEGINS = {
+MAIN_LOOP = {  # script: module and name of what it calls once, when its work starts
     "train": ("runtime.run_folder", "Log"),
     "preprocess_ssv2": ("preprocess_ssv2", "encode_all"),
 }
+PRELOADED = (
+    "captioner",
+    "encoder",
+    "metrics",
+    "runtime.decode_workers",
+    "preprocess_ssv2",
+    "train",
+)
 TIMING = ("seconds", "data_seconds", "clips_per_second")
-DAMAGED = 3  # clips of the world that no run may take
+DAMAGED = 3  # training clips that cannot be decoded
 
 Ended = namedtuple("Ended", "code seconds stderr")
 
@@ -40,71 +52,64 @@ Ended = namedtuple("Ended", "code seconds stderr")
 # ---- running the scripts -------------------------------------------------------------------
 
 
-def run(script, flags, kill_after=None, signalled=None, die_in_byte=None, full_after=None, ranks=1):
-    """Run a script with flags to its end, or to the one that is arranged for it; returns `Ended`.
+def run(script, flags, kill_after=None, stop_with=None, kill_at=None, full_after=None, processes=1):
+    """Run a script with `flags` until it ends or is killed. Returns `Ended`.
 
-    kill_after: seconds of work after which SIGKILL comes, or `signalled`, a signal for the whole
-    process group. die_in_byte: it kills itself when it has written that much of what should be whole
-    files. full_after: such files after which none may have more than 10,000 bytes, by RLIMIT_FSIZE.
-    ranks: processes, by torchrun.
+    kill_after: send SIGKILL after this many seconds of work, or the signal `stop_with` to the whole
+    process group. kill_at: SIGKILL during the write of this byte, counted over all temporary files.
+    full_after: number of temporary files after which no file can exceed 10,000 bytes (RLIMIT_FSIZE).
+    processes: number of processes, started by torchrun.
     """
-    if ranks > 1:
+    flags = [*map(str, flags)]
+    if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), f"{script}.py", *map(str, flags)]
+        command += ["--nproc-per-node", str(processes), f"{script}.py", *flags]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
         return Ended(done.returncode, 0.0, done.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        talk = Path(folder)
-        orders = [script, [*map(str, flags)], folder, die_in_byte, full_after]
-        nursery().stdin.write(json.dumps(orders) + "\n")
-        nursery().stdin.flush()
-        wait_for(talk / "begun", talk / "code")
+        status = Path(folder)  # receives pid, started (when the work starts), code and stderr
+        fork_server().stdin.write(json.dumps([script, flags, folder, kill_at, full_after]) + "\n")
+        fork_server().stdin.flush()
+        wait_for(status / "started", status / "code")
         began = time.perf_counter()
-        if not wait_for(talk / "code", seconds=kill_after):
-            pid = int((talk / "pid").read_text())
+        if not wait_for(status / "code", seconds=kill_after):
+            pid = int((status / "pid").read_text())
             with suppress(ProcessLookupError):
-                os.killpg(pid, signalled) if signalled else os.kill(pid, signal.SIGKILL)
-            wait_for(talk / "code")
+                os.killpg(pid, stop_with) if stop_with else os.kill(pid, signal.SIGKILL)
+            wait_for(status / "code")
         seconds = time.perf_counter() - began
-        return Ended(int((talk / "code").read_text()), seconds, (talk / "stderr").read_text())
+        return Ended(int((status / "code").read_text()), seconds, (status / "stderr").read_text())
 
 
 def wait_for(*paths, seconds=None):
-    """Until one of the files is there, True, or the time is over, False."""
+    """Return True when one of the files exists, False after `seconds`."""
     end = math.inf if seconds is None else time.perf_counter() + seconds
     while not any(path.exists() for path in paths):
         if time.perf_counter() > end:
             return False
-        if nursery().poll() is not None:
-            raise UserError("the process that starts the scripts has died", code=1)
+        if fork_server().poll() is not None:
+            raise UserError("the fork server has died", code=1)
         time.sleep(0.005)
     return True
 
 
 def environment():
-    found = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": found}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 @cache
-def nursery():
-    """A process that has imported everything and forks the scripts: starting each takes seconds."""
-    code = "from torture import sandbox; sandbox.nurse()"
+def fork_server():
+    """A process that has imported everything and forks to run a script, since imports take seconds."""
+    code = "from torture import sandbox; sandbox.serve()"
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True
     )
 
 
-def nurse():
-    """The nursery's side: two forks for every line of orders, one to be the script, one to see it end."""
-    for name in (
-        "captioner",
-        "encoder",
-        "metrics",
-        "runtime.decode_workers",
-        "preprocess_ssv2",
-        "train",
-    ):
+def serve():
+    """Main loop of the fork server. Each request forks a parent, which waits, and the script."""
+    for name in PRELOADED:
         importlib.import_module(name)
     for name in ("qwen2", "vjepa2"):
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -113,40 +118,40 @@ def nurse():
         if os.fork():
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        orders = json.loads(line)
-        talk = Path(orders[2])
+        request = json.loads(line)
+        status = Path(request[2])
         pid = os.fork()
         if not pid:
-            be_script(*orders)
-        (talk / "pid").write_text(str(pid))
+            run_in_child(*request)
+        (status / "pid").write_text(str(pid))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with suppress(FileNotFoundError):
-            files.write_atomic(talk / "code", str(code))
+            files.write_atomic(status / "code", str(code))
         os._exit(0)
 
 
-def be_script(script, flags, talk, die_in_byte, full_after):
-    """Arrange what was ordered, then be the script."""
+def run_in_child(script, flags, status, kill_at, full_after):
+    """Run the script in this process and exit. `kill_at`, `full_after` take effect when work starts."""
     os.setsid()
-    nothing, errors = (
+    null, stderr = (
         os.open(os.devnull, os.O_RDWR),
-        os.open(f"{talk}/stderr", os.O_CREAT | os.O_WRONLY),
+        os.open(f"{status}/stderr", os.O_CREAT | os.O_WRONLY),
     )
-    for number, to in ((0, nothing), (1, nothing), (2, errors)):
-        os.dup2(to, number)
+    for target, source in enumerate((null, null, stderr)):
+        os.dup2(source, target)
     sys.argv = [f"{script}.py", *flags]
-    module, name = WORK_BEGINS[script]
+    module, name = MAIN_LOOP[script]
     work = getattr(importlib.import_module(module), name)
 
-    def begin(*args, **kwargs):
-        Path(talk, "begun").touch()
-        if die_in_byte:
-            files.open = fused(die_in_byte)
+    def start(*args, **kwargs):
+        Path(status, "started").touch()
+        if kill_at:
+            files.open = open_and_die(kill_at)
         if full_after:
-            files.open = filling(full_after)
+            files.open = open_on_full_disk(full_after)
         return work(*args, **kwargs)
 
-    setattr(sys.modules[module], name, begin)
+    setattr(sys.modules[module], name, start)
     code = 1
     try:
         cli.run(importlib.import_module(script).main)
@@ -158,20 +163,20 @@ def be_script(script, flags, talk, die_in_byte, full_after):
     os._exit(code)
 
 
-def fused(left):
-    """An `open` under which the process dies in the `left`-th byte written to temporary files."""
+def open_and_die(remaining):
+    """Return an `open` that kills the process after `remaining` bytes written to temporary files."""
 
     class File:
         def __init__(self, file):
             self.file = file
 
         def write(self, data):
-            nonlocal left
-            if len(data) >= left:
-                self.file.write(data[:left])
+            nonlocal remaining
+            if len(data) >= remaining:
+                self.file.write(data[:remaining])
                 self.file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            left -= len(data)
+            remaining -= len(data)
             return self.file.write(data)
 
         def __enter__(self):
@@ -188,21 +193,21 @@ def fused(left):
     )
 
 
-def filling(left):
-    """An `open` from whose `left`-th whole file on there is hardly any room."""
+def open_on_full_disk(remaining):
+    """Return an `open` that limits the size of files after `remaining` temporary files."""
 
-    def fill(path, mode, **kwargs):
-        nonlocal left
-        left -= mode == "wb"
-        if left < 0:
+    def open_limited(path, mode, **kwargs):
+        nonlocal remaining
+        remaining -= mode == "wb"
+        if remaining < 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         return open(path, mode, **kwargs)
 
-    return fill
+    return open_limited
 
 
 def expect(ended, *codes):
-    """Raise where a script ended otherwise: that is no finding but a broken trial."""
+    """Return `ended`. Raises UserError for another exit code, which makes the trial invalid."""
     if ended.code not in codes:
         raise UserError(f"a script ended with {ended.code}, not {codes}: {ended.stderr[-2000:]}", 1)
     return ended
@@ -234,49 +239,47 @@ class World:
         return run("train", flags, **kwargs)
 
     def cache(self):
-        """The features, made undisturbed, once; and the seconds that took."""
+        """The features of an undisturbed run, made once, and its seconds."""
         if not self.features.is_dir():
-            self.cached = expect(self.preprocess(), PARTIAL).seconds
-        return self.features, self.cached
+            self.preprocess_seconds = expect(self.preprocess(), PARTIAL).seconds
+        return self.features, self.preprocess_seconds
 
     def trained(self):
-        """The run folder of an undisturbed training, made once; and the seconds that took."""
+        """The run folder of an undisturbed training, made once, and its seconds."""
         folder = self.folder / "undisturbed"
         if not folder.is_dir():
             self.cache()
-            self.learned = expect(self.train(folder), DONE).seconds
-        return folder, self.learned
+            self.train_seconds = expect(self.train(folder), DONE).seconds
+        return folder, self.train_seconds
+
+    def new(self):
+        """The path of a folder that does not exist yet."""
+        return Path(tempfile.mkdtemp(dir=self.folder)) / "new"
 
 
-def make_world(folder, toy=None, clips=100):
-    """A toy world, three of whose clips are damaged."""
-    import prepare_annotations
-    from worlds import toy_ssv2
-
-    if toy is None:
-        toy = folder / "toy"
-        toy_ssv2.main([str(toy), "--clips", str(clips), "--lm-steps", "30"])
+def make_world(folder, toy):
+    """Return a World with the toy world's clips, of which `DAMAGED` for training are truncated."""
     annotations, videos = folder / "annotations", folder / "videos"
     flags = ["--labels", toy / "labels", "--paraphrases", toy / "paraphrases"]
     prepare_annotations.main([*map(str, flags), "--output", str(annotations)])
     shutil.copytree(toy / "videos", videos)
-    victims = sorted(r["id"] for r in load_records(annotations, "train"))[:DAMAGED]
-    for clip_id, size in zip(victims, (0, 200, 3000), strict=True):
+    damaged = sorted(r["id"] for r in load_records(annotations, "train"))[:DAMAGED]
+    for clip_id, size in zip(damaged, (0, 200, 3000), strict=True):
         os.truncate(videos / f"{clip_id}.webm", size)
     return World(folder, toy, annotations, videos)
 
 
-def contents(folder, only="*"):
-    """{name: bytes} of a folder, without what tells the time or the folder's own name."""
+def contents(folder, pattern="*"):
+    """{name: content} of a folder's files, without times and the folder's own path."""
     found = {}
-    for path in sorted(p for p in folder.rglob(only) if p.is_file()):
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         data = path.read_bytes()
-        if path.name in ("args.json", "damaged.pt", ".lock"):
+        if path.name in ("args.json", CORRUPT, ".lock"):
             continue
         if path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in data.splitlines()]
-            data = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-        if path.name in ("last.pt", "previous.pt"):  # pickle tells who shares a string with whom
+            rows = [json.loads(line) for line in data.splitlines()]
+            data = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+        if path.name in ("last.pt", "previous.pt"):  # equal values may be pickled differently
             data = files.read_torch(path)
         if path.name.startswith("evaluation_"):
             data = json.loads(data) | {"checkpoint": None}
@@ -284,14 +287,14 @@ def contents(folder, only="*"):
     return found
 
 
-def differences(one, two):
+def differences(folder, other, pattern="*"):
+    """Names of the files that two folders do not have in common, bit for bit."""
+    one, two = contents(folder, pattern), contents(other, pattern)
     return sorted(k for k in one.keys() | two.keys() if not equal(one.get(k), two.get(k)))
 
 
 def equal(a, b):
-    """Equal bit for bit, through dicts and lists."""
-    import torch
-
+    """True if two values are equal bit for bit, through dicts and lists."""
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
