@@ -16,8 +16,8 @@ from conftest import until
 
 import metrics
 import ptb
+from metrics import Templates, fill
 from runtime.errors import UserError
-from templates import Templates, fill
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 

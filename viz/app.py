@@ -21,11 +21,11 @@ import video
 import windows
 from checkpoint import load_models, read_checkpoint
 from dataset import STYLES, by_hash
+from metrics import Templates, fill
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
-from templates import Templates, fill
 from video import is_video
 from viz import attention_map, text
 from windows import Windowing
