@@ -14,8 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, VJEPA2Co
 
 import captioner
 import evaluate
+import metrics
 import optim
-import ptb
 import train
 from checkpoint import read_checkpoint
 from dataset import (
@@ -158,11 +158,11 @@ def ask_av():
 
 def look_at_java():
     """The finding on Java, where METEOR and the PTB tokenizer run: a caption goes through the latter."""
-    _, tokenizer, why = ptb.tokenize({"": ["A cup."]}, time_limit=LIMIT)
+    _, tokenizer, why = metrics.tokenize(["A cup."], time_limit=LIMIT)
     if tokenizer == "ptb":
         return Finding(OK, "Java", f"{shutil.which('java')}, runs the PTB tokenizer")
     fix = None if shutil.which("java") else "sudo apt-get install openjdk-17-jre-headless"
-    return Finding(NOTE, "Java", f"{why}: no METEOR, and Python's tokenizer for the rest", fix)
+    return Finding(NOTE, "Java", f"{why}; METEOR is skipped", fix)
 
 
 # ---- the machine ---------------------------------------------------------------------------
