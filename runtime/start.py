@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DOCTOR = "python -m tools.doctor"  # runs without the packages, to report which are missing
-NEEDED = ("torch", "numpy", "transformers", "tqdm")
+NEEDED = ("torch", "numpy", "transformers", "tqdm", "pycocoevalcap")
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
