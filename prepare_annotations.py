@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from dataset import TRAIN, VALIDATION, by_hash, is_control, why_refused
+from dataset import TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
@@ -58,7 +58,7 @@ def main(argv=None):
         splits = read_labels(args.labels)
         if args.paraphrases or Path(PARAPHRASES).is_dir():
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
-    problems = [(r["id"], why_refused(r)) for records in splits.values() for r in records]
+    problems = [(r["id"], unsafe_content(r)) for records in splits.values() for r in records]
     refuse([f"{i} {why}" for i, why in problems if why], "clips are refused")
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):

@@ -177,8 +177,8 @@ def test_a_full_shared_memory_says_how_much_is_needed(
     with pytest.raises(UserError) as error:
         train.main(flags)
     assert str(error.value) == (
-        "/dev/shm is too small: with --workers 2 it must hold 4 MB for training and then 8 MB for"
-        " validation. Use --workers 0, or enlarge it (for a container: --shm-size 9m)"
+        "/dev/shm is too small: --workers 2 needs 4 MB for training and then 8 MB for"
+        " validation. Use --workers 0 or increase it (for a container: --shm-size 9m)"
     )
     monkeypatch.setattr(evaluate, "caption", full)
     flags = [
@@ -189,7 +189,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
         "--workers",
         "2",
     ]
-    with pytest.raises(UserError, match=r"hold 8 MB for captioning\. .* --shm-size 9m"):
+    with pytest.raises(UserError, match=r"needs 8 MB for captioning\. .* --shm-size 9m"):
         evaluate.main([*flags, "--annotations", str(prepared / "annotations")])
     with pytest.raises(ZeroDivisionError), dataset.shared_memory({}, 2):
         1 / 0  # noqa: B018

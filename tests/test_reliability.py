@@ -120,9 +120,9 @@ def test_an_archive_is_not_read_as_json(tmp_path):
         ({"label": "a \x1b[2J cup"}, r"control character '\\x1b'"),
         ({"paraphrases": ["A\rB."]}, "control character"),
         ({"label": "half \ud83d"}, "control character"),
-        ({"video": "../../secret.webm"}, "outside the videos' folder"),
-        ({"video": "/etc/secret.webm"}, "outside the videos' folder"),
-        ({"id": "../../x"}, "is no record"),
+        ({"video": "../../secret.webm"}, "outside the video folder"),
+        ({"video": "/etc/secret.webm"}, "outside the video folder"),
+        ({"id": "../../x"}, "is not a valid record"),
     ],
 )
 def test_hostile_records_are_refused(tmp_path, fields, complaint):
@@ -130,7 +130,7 @@ def test_hostile_records_are_refused(tmp_path, fields, complaint):
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "label": "x"} | fields]))
     with pytest.raises(UserError, match=complaint):
         load_records(tmp_path, "train")
-    with pytest.raises(UserError, match="no plain name"):
+    with pytest.raises(UserError, match="is not a valid name"):
         load_records(tmp_path, "../train")
 
 
