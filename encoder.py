@@ -186,11 +186,11 @@ class VideoEncoder:
         def finish():
             if done:
                 done.synchronize()
-            finite = batch.pop("finite").tolist()
+            usable = batch.pop("finite").tolist()
             # Clone each clip: saving a view would write the whole batch to disk.
             return [
                 {k: v[i].clone() for k, v in batch.items()} if ok else None
-                for i, ok in enumerate(finite)
+                for i, ok in enumerate(usable)
             ]
 
         return finish
