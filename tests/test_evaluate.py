@@ -241,7 +241,7 @@ def test_infer_usage_errors(trained, args, complaint):
 
 
 def test_an_empty_folder_is_said(trained, tmp_path):
-    with pytest.raises(UserError, match="has no videos"):
+    with pytest.raises(UserError, match="contains no videos"):
         caption(trained, tmp_path)
 
 
