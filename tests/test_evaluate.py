@@ -60,7 +60,7 @@ def test_a_score_over_fewer_clips_is_asked_for_and_says_so(run, prepared, tmp_pa
     with pytest.raises(UserError, match=rf"2 of 64 clips .*first: {victims[0].stem}"):
         run("--features", features, "--allow-missing", 1)
     out = run("--features", features, "--allow-missing", 2)
-    assert "2 clips have no caption and are in no score" in capsys.readouterr().err
+    assert "2 clips have no caption and are left out of the scores" in capsys.readouterr().err
     result = load(out / "evaluation_validation_without2.json")
     assert (result["n"], result["settings"]["missing"]) == (62, 2)
     assert not (out / "evaluation_validation.json").exists()
