@@ -95,9 +95,9 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
 @pytest.mark.parametrize(
     ("flags", "processes", "complaint"),
     [
-        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
-        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
-        ([], 3, "shared equally by 3 processes: give --batch-size and --grad-accum"),
+        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* also set --grad-accum"),
+        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* also set --batch-size"),
+        ([], 3, "shared equally by 3 processes; set --batch-size and --grad-accum"),
     ],
 )
 def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, complaint):
@@ -264,7 +264,7 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
     assert capsys.readouterr().out == (
         "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
-        "validation     103.0 s for a batch of 64 clips\n"
+        "validation     103.0 s per batch of 64 clips\n"
     )
     assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], "not --batch-size"
 
