@@ -198,7 +198,7 @@ def test_a_truncated_clip_is_captioned_with_a_warning(world, trained, tmp_path, 
     (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
     assert caption(trained, tmp_path / "cut.webm", "--json") == DONE
     result = json.loads(capsys.readouterr().out)
-    assert result["caption"] and "cut short" in result["warning"]
+    assert result["caption"] and "truncated" in result["warning"]
 
 
 def test_long_clips_are_captioned_by_windows(world, trained, capsys):
@@ -229,7 +229,7 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ((), "name the clips"),
+        ((), "give either the clips"),
         (("a.mp4", "--num-samples", "2"), "not both"),
         (("/nowhere/a.mp4",), "clip not found: /nowhere/a.mp4"),
         (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),

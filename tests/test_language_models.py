@@ -47,7 +47,11 @@ HYBRID = {"layer_types": ["conv", "full_attention"]}
 REFUSED = {
     "Gemma2, capped logits": (hf.Gemma2Config, LLAMA | {"head_dim": 8}, "modifies the logits"),
     "Cohere, scaled logits": (hf.CohereConfig, LLAMA, "modifies the logits"),
-    "Granite, scaled logits": (hf.GraniteConfig, LLAMA | {"logits_scaling": 8.0}, "modifies the logits"),
+    "Granite, scaled logits": (
+        hf.GraniteConfig,
+        LLAMA | {"logits_scaling": 8.0},
+        "modifies the logits",
+    ),
     "LFM2, convolutions": (hf.Lfm2Config, LLAMA | HYBRID, "cached prefix"),
     "Mamba, no key/value cache": (hf.MambaConfig, TINY | {"hidden_size": 32}, "Mamba"),
     "BERT, sees later tokens": (hf.BertConfig, BERT, "Bert"),

@@ -165,7 +165,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         assert error.value.code == 1
         last = state(tmp_path / "run")
         assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
-        with pytest.raises(UserError, match="not finite in 5 consecutive steps"):  # as an undisturbed run would end
+        with pytest.raises(
+            UserError, match="not finite in 5 consecutive steps"
+        ):  # as an undisturbed run would end
             train.main([*flags, "--resume"])
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
