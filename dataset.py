@@ -309,7 +309,7 @@ def load_features(path, clip_id, settings):
         raise unusable(f"have shape {found} and dtype {features.dtype}, not {shape} and {dtype}")
     extra = ("scale", "offset") if settings.store == "int8" else ()
     if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
-        raise unusable("lack the scale and offset of each channel")
+        raise unusable("do not have a valid scale and offset for each channel")
     stored = {k: record[k] for k in ("features", *extra)}
     if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
         raise unusable("are corrupt (wrong checksum)")

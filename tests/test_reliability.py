@@ -163,8 +163,8 @@ def spoil(kind, record):
     ("kind", "complaint"),
     [
         ("bomb", "cannot be read"),
-        ("scale of another kind", "no scale and offset"),
-        ("endless offset", "no scale and offset"),
+        ("scale of another kind", "valid scale and offset"),
+        ("endless offset", "valid scale and offset"),
         ("NaN", "contain NaN"),
     ],
 )
