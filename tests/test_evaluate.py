@@ -57,7 +57,7 @@ def test_a_score_over_fewer_clips_is_asked_for_and_says_so(run, prepared, tmp_pa
     victims = sorted(p for p in (features / "validation").iterdir())[:2]
     for path in victims:
         path.unlink()
-    with pytest.raises(UserError, match=rf"2 of 64 clips .*first: {victims[0].stem}"):
+    with pytest.raises(UserError, match=rf"2 of 64 clips .*for example {victims[0].stem}"):
         run("--features", features, "--allow-missing", 1)
     out = run("--features", features, "--allow-missing", 2)
     assert "2 clips have no caption and are left out of the scores" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_a_split_without_captions_gets_template_accuracy_only(run, world, prepar
 
 
 def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
-    with pytest.raises(UserError, match="sampling = 'bin_centres', but 'still'"):
+    with pytest.raises(UserError, match="sampling = 'bin_centres', but this command needs 'still'"):
         run("--control", "still")
     still = tmp_path / "still"
     preprocess(world, prepared, "--splits", "validation", "--still", features=still)
