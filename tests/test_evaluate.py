@@ -138,7 +138,7 @@ def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
         run("--control", "still")
     still = tmp_path / "still"
     preprocess(world, prepared, "--splits", "validation", "--still", features=still)
-    with pytest.raises(UserError, match="sampling = 'still', but 'bin_centres'"):
+    with pytest.raises(UserError, match="sampling = 'still', but this command needs 'bin_centres'"):
         run("--features", still)
     out = run("--features", still, "--control", "still")
     assert (out / "evaluation_validation_still.json").is_file()
