@@ -1,9 +1,10 @@
-"""VideoCaptioner: a Q-Former writes soft prompts for a frozen language model.
+"""VideoCaptioner: a Q-Former maps video features to soft prompts for a frozen language model.
 
+The language model reads
     [Q soft prompts][style prompt][ caption][eos]
 
-Shapes: B clips, K captions per clip, Q queries, D width and V vocabulary of the language model,
-L text tokens.
+Shapes: B clips, K captions per clip, Q queries, L text tokens, M tokens with a loss. D is the width
+and V the vocabulary size of the language model.
 """
 
 import copy
@@ -21,17 +22,19 @@ from qformer import QFormer
 from runtime import devices, hub
 from runtime.errors import UserError, out_of_memory
 
-READ_CHUNK = 16  # clips the Q-Former reads at a time in inference: features in float32, 268 MB
-TEXTS_CHUNK = 32  # texts compared at a time: a key/value cache each
+READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
+TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
 MAX_NEW_TOKENS = 50  # of a generated caption
-LOGITS_CHUNK = 256  # labelled tokens at a time: 256 x V floats are 156 MB for Qwen2
+LOGITS_CHUNK = 256  # target tokens at a time; 256 x V floats take 156 MB for Qwen2
 
 
 class VideoCaptioner(nn.Module):
-    """Q-Former + frozen language model.
+    """A Q-Former and a frozen language model.
 
-    qformer: a `QFormer` whose width is the language model's; lm: a causal LM of transformers;
-    tokenizer: its tokenizer, with an eos token; bos: id of a token before the soft prompts, or None.
+    qformer: a `QFormer` with the width of the language model.
+    lm: a causal language model of transformers.
+    tokenizer: the tokenizer of `lm`. It must have an eos token.
+    bos: the id of a token to put before the soft prompts, or None.
     """
 
     def __init__(self, qformer, lm, tokenizer, bos=None):
@@ -41,7 +44,7 @@ class VideoCaptioner(nn.Module):
         self.train(self.training)
 
     def train(self, mode=True):
-        """Frozen means frozen: the language model stays in eval mode, without dropout."""
+        """Set the mode of the Q-Former. The frozen language model stays in eval mode, without dropout."""
         super().train(mode)
         self.lm.eval()
         return self
@@ -51,7 +54,7 @@ class VideoCaptioner(nn.Module):
         return self.qformer.queries.device
 
     def soft_prompts(self, features, scale, offset):
-        """Stored features of B clips -> soft prompts (B, Q, D)."""
+        """Map the stored features of B clips to soft prompts (B, Q, D)."""
         clips = features, scale, offset
         with devices.autocast(self.device):
             if torch.is_grad_enabled():
@@ -60,22 +63,23 @@ class VideoCaptioner(nn.Module):
             return torch.cat([self.qformer(*group) for group in groups])
 
     def prefix(self, features, scale, offset):
-        """Stored features -> the LM's key/value cache over the soft prompts of B clips.
+        """Compute the language model's key/value cache over the soft prompts of B clips.
 
-        Computed once per clip: every caption, loss and generation of the clip continues from it.
+        This is done once per clip. The losses of all its captions and generation continue from it.
         """
         return self.read(self.soft_prompts(features, scale, offset))[0]
 
     def read(self, soft):
-        """Soft prompts (B, Q, D) -> the LM's key/value cache over them and its hidden states (B, Q, D).
+        """Run the language model on soft prompts (B, Q, D).
 
-        With a bos, both start with one more position.
+        Returns its key/value cache and hidden states (B, Q, D). If there is a bos token, both have one
+        more position at the start.
         """
         cache = DynamicCache(config=self.lm.config)
         return cache, self.run_lm(cache, inputs_embeds=self.embedded(soft)).last_hidden_state
 
     def embedded(self, soft):
-        """Input embeddings of the prefix: bos, if there is one, and the soft prompts, in the LM's dtype."""
+        """Convert soft prompts to the LM's dtype and prepend the embedding of bos, if there is one."""
         soft = soft.to(self.lm.dtype)
         if self.bos is None:
             return soft
@@ -85,9 +89,10 @@ class VideoCaptioner(nn.Module):
     def run_lm(self, cache=None, input_ids=None, inputs_embeds=None, **kwargs):
         """Run the frozen language model on B rows of L tokens that follow the contents of `cache`.
 
-        All calls of the base model go through here. Appends the tokens to the cache in place. Returns
-        transformers' output, with `last_hidden_state` (B, L, D). Raises UserError if the cache did not
-        grow: the model would ignore the prefix and write the same caption for every clip.
+        All calls of the base model go through here. The tokens are appended to the cache in place.
+        Returns the output of transformers, with `last_hidden_state` (B, L, D). Raises UserError if the
+        cache did not grow, because then the model ignores the prefix and writes the same caption for
+        every clip.
         """
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if cache is None:
@@ -103,19 +108,19 @@ class VideoCaptioner(nn.Module):
         return out
 
     def continued(self, cache, input_ids):
-        """Hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L).
+        """Compute the hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L).
 
-        cache: the prefixes of B clips, which the texts follow. It is consumed.
+        cache: the prefixes of the B clips, from `prefix`. It is modified and cannot be used again.
         """
         cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))  # B -> B*K, differentiable
         return self.run_lm(cache, input_ids).last_hidden_state
 
     def loss(self, cache, input_ids, positions, targets):
-        """Summed cross-entropy of K captions per clip, a float32 scalar.
+        """Compute the summed cross-entropy of K captions per clip, a float32 scalar.
 
-        cache: of `prefix`, consumed by the call; input_ids (B*K, L), positions and targets (M,): see
-        `dataset.collate`. Rows are padded on the right, which causal attention never looks at, so
-        no mask is needed.
+        cache: from `prefix`. It is modified and cannot be used again.
+        input_ids (B*K, L), positions (M,), targets (M,): see `dataset.collate`. Rows are padded on the
+        right, where causal attention does not look, so no attention mask is needed.
         """
         hidden = self.continued(cache, input_ids)  # (B*K, L, D)
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (M, D)
@@ -123,15 +128,19 @@ class VideoCaptioner(nn.Module):
 
     @torch.inference_mode()
     def generate(self, cache, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
-        """Caption B clips from their `prefix` cache, which is consumed. Returns B strings."""
+        """Caption B clips from their `prefix` cache and return B strings.
+
+        The cache is modified and cannot be used again. Raises UserError if `max_new_tokens` exceeds
+        the context length of the language model.
+        """
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
         ids = ids.expand(clips_of(cache), -1)  # (B, L)
         room = max_positions(self.lm) - cache.get_seq_length() - ids.shape[1]
         if max_new_tokens > room:
             raise UserError(
-                f"--max-new-tokens {max_new_tokens}: {self.lm.config.name_or_path} has room for {room}"
-                " tokens after the prompt"
+                f"--max-new-tokens {max_new_tokens} is too large: {self.lm.config.name_or_path} has room"
+                f" for {room} tokens after the prompt"
             )
         if num_beams == 1:
             rows = self._greedy(cache, ids, max_new_tokens)
@@ -156,13 +165,14 @@ class VideoCaptioner(nn.Module):
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
-        """Beam search of transformers, behind the same prefix."""
+        """Run the beam search of transformers after the cached prefix."""
         past = cache.get_seq_length()
-        cache.batch_repeat_interleave(num_beams)  # generate() repeats the ids only
-        # it wants ids for the cached positions too, and strips them with the prompt
+        cache.batch_repeat_interleave(num_beams)  # generate() only repeats the ids
+        # generate() also needs ids for the cached positions; they are removed with the prompt below
         filler = ids.new_full((len(ids), past), self.tokenizer.eos_token_id)
         full = torch.cat([filler, ids], 1)
-        self.lm.generation_config = GenerationConfig()  # a model may bring sampling or penalties
+        # The model's own generation config may enable sampling or penalties.
+        self.lm.generation_config = GenerationConfig()
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
@@ -179,15 +189,15 @@ class VideoCaptioner(nn.Module):
 
     @torch.inference_mode()
     def log_likelihoods(self, cache, style, texts):
-        """How likely each text is as the caption of B clips: float32 (B, len(texts)), at most 0.
+        """Score each text as a caption of each of B clips: float32 (B, len(texts)), at most 0.
 
-        The mean log-probability of its tokens and eos, so that a long text does not lose by its
-        length. cache: of `prefix`; it is left as it is.
+        The score is the mean log-probability of the text's tokens and eos. It is a mean so that long
+        texts are not penalised. cache: from `prefix`. It is not modified.
         """
         clips, scores = clips_of(cache), []
         for start in range(0, len(texts), TEXTS_CHUNK):
-            some = texts[start : start + TEXTS_CHUNK]
-            pairs = [encode_caption(self.tokenizer, style, text) for text in some]
+            chunk = texts[start : start + TEXTS_CHUNK]
+            pairs = [encode_caption(self.tokenizer, style, text) for text in chunk]
             text = {k: v.to(self.device) for k, v in collate_text(pairs * clips).items()}
             hidden = self.continued(copy.deepcopy(cache), text["input_ids"])  # (B*K, L, D)
             hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
@@ -195,35 +205,38 @@ class VideoCaptioner(nn.Module):
             head = self.lm.get_output_embeddings()
             log_p = [-F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks]
             rows = text["positions"] // text["input_ids"].shape[1]  # (M,)
-            sums = torch.zeros(clips * len(some), device=self.device)
+            sums = torch.zeros(clips * len(chunk), device=self.device)
             sums.index_add_(0, rows, torch.cat(log_p))
             scores.append((sums / rows.bincount()).unflatten(0, (clips, -1)))  # (B, K)
         return torch.cat(scores, 1)
 
     @torch.inference_mode()
     def captions(self, batch, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
-        """Caption B clips given as `features` (B, N, E), `scale` and `offset` (B, E)."""
+        """Caption B clips and return B strings.
+
+        batch: their stored features, `features` (B, N, E), `scale` (B, E) and `offset` (B, E).
+        """
         cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
         return self.generate(cache, style, max_new_tokens, num_beams)
 
     def validation(self, batch, style, max_new_tokens, num_beams=1):
-        """Loss and captions of B clips behind one prefix pass.
+        """Compute the loss and the captions of B clips, with one pass over the prefix.
 
-        Returns (summed loss, number of tokens, B strings); the loss is None unless each clip has one
-        reference.
+        Returns (summed loss, number of tokens, B strings). The loss is None unless each clip has
+        exactly one reference.
         """
         with torch.inference_mode():
             cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
             total = None
             tokens = len(batch["targets"])
-            if len(batch["input_ids"]) == len(batch["ids"]):  # every clip has its reference
+            if len(batch["input_ids"]) == len(batch["ids"]):  # one reference per clip
                 text = batch["input_ids"], batch["positions"], batch["targets"]
                 total = self.loss(copy.deepcopy(cache), *text).item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
 
 
 def cache_name(lm):
-    """The name of the key/value cache among the arguments of a language model's forward.
+    """Return the name of the argument of a language model's forward that takes the key/value cache.
 
     It is "cache" since transformers 5.24 and "past_key_values" before. From 5.40 on, models silently
     ignore the old name. Raises UserError if the model has no such argument.
@@ -236,26 +249,26 @@ def cache_name(lm):
 
 
 def clips_of(cache):
-    """The number of clips in a key/value cache."""
+    """Return the number of clips in a key/value cache."""
     return cache.layers[0].keys.shape[0]
 
 
 def max_positions(lm):
-    """The largest number of tokens that a language model can read."""
+    """Return the context length of a language model, in tokens."""
     return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def chunked_cross_entropy(head, hidden, targets):
-    """Summed cross-entropy of head(hidden), hidden (M, D), targets (M,), at least in float32.
+    """Compute the summed cross-entropy of head(hidden), in float32 or wider.
 
-    Logits exist a chunk at a time and are computed again on the way back: V is 99 times D in Qwen2,
-    so all of them at once would be the largest thing in memory.
+    hidden: (M, D), targets: (M,). Logits are computed in chunks and recomputed in the backward pass.
+    V is 99 times D in Qwen2, so the logits of all tokens would be the largest tensor in memory.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
     def cross_entropy(h, t):
-        # On a GPU autograd repeats this in a thread of its own. The clone is the first thing that thread
-        # does with CUDA; if it were the matrix product, torch would warn of a missing CUDA context.
+        # On a GPU, autograd repeats this in another thread. If the first CUDA call of that thread were
+        # the matrix product instead of this clone, torch would warn about a missing CUDA context.
         return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="sum")
 
     total = hidden.new_zeros((), dtype=dtype)
@@ -267,16 +280,20 @@ def chunked_cross_entropy(head, hidden, targets):
 
 
 def build(manifest, lm_name, device, dtype, captions=(), **sizes):
-    """A new captioner over the features of `manifest`. Returns it and the LM's fingerprint.
+    """Build a new captioner for the features of `manifest`. Returns it and the LM's fingerprint.
 
-    captions: the training captions; sizes: num_queries, num_blocks, num_heads, dropout of `QFormer`.
+    captions: the training captions, to check that the longest one fits.
+    sizes: num_queries, num_blocks, num_heads and dropout of `QFormer`.
     Raises UserError if the language model cannot be loaded or is not supported, if the longest caption
-    does not fit, or if the sizes do not divide.
+    does not fit, or if num_heads does not divide the width of the language model.
     """
     lm, tokenizer, fingerprint = load_lm(lm_name, device, dtype)
     embeddings = embedding_table(lm)  # (V, D)
     if embeddings.shape[1] % sizes["num_heads"]:
-        raise UserError(f"--num-heads {sizes['num_heads']} does not divide {embeddings.shape[1]}")
+        raise UserError(
+            f"--num-heads {sizes['num_heads']} does not divide the width {embeddings.shape[1]} of the"
+            " language model"
+        )
     qformer = QFormer(
         width=embeddings.shape[1],
         video_width=manifest.settings.width,
@@ -291,63 +308,71 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
 
 
 def embedding_table(lm):
-    """The output (V, D) of the language model's embedding layer; some layers scale their weight."""
+    """Return the embeddings (V, D) of all tokens.
+
+    This is the output of the embedding layer, not its weight, because some layers scale their weight.
+    """
     layer = lm.get_input_embeddings()
     with torch.inference_mode():
         return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
 
 
 def first_token(tokenizer):
-    """The beginning-of-text token if the tokenizer puts it before every text, else None."""
+    """Return the id of the bos token if the tokenizer puts it before every text, else None."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def largest_id(tokenizer):
-    """The largest token id that a tokenizer returns for ordinary text, or at its end.
+    """Return the largest token id that a tokenizer uses for ordinary text and eos.
 
-    Added tokens do not count: Gemma 3's text models do not embed the image token of their tokenizer.
+    Added tokens are ignored, because Gemma 3's text models do not embed the tokenizer's image token.
     """
     added = tokenizer.added_tokens_decoder.keys()
     return max(tokenizer.eos_token_id, *(tokenizer.get_vocab().values() - added))
 
 
 def load_lm(name, device, dtype):
-    """Return (causal LM on the device, tokenizer, fingerprint) for a folder or Hub id."""
+    """Load a causal language model from a folder or Hub id.
+
+    Returns (model on the device, tokenizer, fingerprint). Raises UserError if it cannot be loaded, is
+    quantised, or does not match its tokenizer.
+    """
     folder = hub.find_model(name, "--lm")
     if hub.is_quantised(folder):
-        raise UserError(f"--lm {name} is quantised; use the original model")
+        raise UserError(f"--lm {name} is quantised, which is not supported; use the original model")
     lm = hub.load_model(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
     tokenizer = hub.load(AutoTokenizer, folder, "--lm")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--lm {name}: its tokenizer has no end-of-text token")
+        raise UserError(f"--lm {name}: the tokenizer has no end-of-text token")
     word = "moving"
     ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
     if not ids or word not in tokenizer.batch_decode([ids])[0].lower():
         raise UserError(
-            f"--lm {name}: its tokenizer cannot encode {word!r}; are its files complete?"
+            f"--lm {name}: the tokenizer cannot encode {word!r}; check that its files are complete"
         )
     rows = lm.get_input_embeddings().num_embeddings
     if largest_id(tokenizer) >= rows:
         raise UserError(
-            f"--lm {name}: its tokenizer has token ids up to {largest_id(tokenizer)}, its model embeds"
-            f" {rows:,} tokens; these are not files of one model"
+            f"--lm {name}: the tokenizer has token ids up to {largest_id(tokenizer)}, but the model"
+            f" embeds only {rows:,} tokens; the files are from different models"
         )
     return lm, tokenizer, hub.fingerprint(folder)
 
 
-# Largest difference between the logits after a cached prefix and those of one full pass, relative to
-# their standard deviation. Kernels round differently for different shapes.
+# Largest allowed difference between the logits after a cached prefix and those of one full pass,
+# relative to their standard deviation. It is not zero because kernels for different shapes round
+# differently.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 @torch.inference_mode()
 def check_lm(model, name):
-    """Raise UserError unless our two shortcuts give the logits of the language model's own forward.
+    """Raise UserError unless `VideoCaptioner` computes the same logits as the model's own forward.
 
-    The shortcuts are applying the head to the labelled tokens only, and running K texts after one cached
-    prefix. They silently compute the wrong loss for models that scale or cap their logits, have another
-    kind of cache or attend to later tokens.
+    It takes two shortcuts: it applies the head to the target tokens only, and it runs K texts after one
+    cached prefix. For models that scale or cap their logits, use another kind of cache or attend to
+    later tokens, the loss would be wrong without an error.
     """
     lm, device = model.lm, model.device
     rng = torch.Generator().manual_seed(0)
@@ -360,11 +385,13 @@ def check_lm(model, name):
         wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
         found = head(model.run_lm(input_ids=text).last_hidden_state).double()
         if not wanted.isfinite().all():
-            raise UserError(f"--lm {name}: its logits are not finite in {lm.dtype}; see --dtype")
+            raise UserError(
+                f"--lm {name}: the logits are not finite in {lm.dtype}; try another --dtype"
+            )
         if not torch.equal(wanted, found):
             raise UserError(
-                f"--lm {name}: {type(lm).__name__} does more to its logits than apply its head,"
-                " which is not supported; use another model"
+                f"--lm {name}: {type(lm).__name__} modifies the logits after its output head (for"
+                " example by scaling them), which is not supported; use another model"
             )
         soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
         found = head(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
@@ -381,8 +408,8 @@ def check_lm(model, name):
         difference = f"{type(error).__name__}: {str(error).strip()[:200]}"
     if isinstance(difference, str) or not difference <= TOLERANCE[lm.dtype]:
         raise UserError(
-            f"--lm {name}: {type(lm).__name__} gives other logits after a cached prefix than in one full"
-            f" pass ({difference}); use another model"
+            f"--lm {name}: {type(lm).__name__} computes different logits with a cached prefix than in"
+            f" one full pass ({difference}), which is not supported; use another model"
         )
 
 
@@ -395,15 +422,15 @@ def check_room(model, name, captions):
     style = max(STYLES, key=prompt_length)
     queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
     room = max_positions(model.lm) - queries - prompt_length(style)
-    # a token is at least one byte of text, so texts with few bytes need not be tokenised
+    # A token is at least one byte of text, so short texts fit and need not be tokenised.
     long = [text for text in captions if len(text.encode()) + 2 > room]
     lengths = {text: len(encode_caption(model.tokenizer, style, text)[1]) for text in long}
     longest = max([MAX_NEW_TOKENS, *lengths.values()])
     if longest > room:
         text = next((text for text in long if lengths[text] == longest), None)
-        what = "generation may take" if text is None else f"{text[:60]!r} takes"
+        what = "generation may need" if text is None else f"{text[:60]!r} needs"
         raise UserError(
-            f"--lm {name} reads {max_positions(model.lm)} tokens: {queries} soft prompts and the prompt"
-            f" leave {room} for a caption, but {what} {longest}; use another model, fewer --num-queries"
-            " or shorter captions"
+            f"--lm {name} has a context of {max_positions(model.lm)} tokens: {queries} soft prompts and"
+            f" the prompt leave {room} for a caption, but {what} {longest}; use another model, fewer"
+            " --num-queries or shorter captions"
         )

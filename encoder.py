@@ -1,7 +1,7 @@
-"""V-JEPA 2: uint8 frames -> normalised pixels -> features -> what is stored.
+"""V-JEPA 2 encoder: uint8 frames -> normalised pixels -> features -> stored (int8 or float16) form.
 
-One set of `settings` (the manifest's) decides all of it, so that preprocessing and inference cannot
-differ. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
+Every step is determined by the `Settings` in the manifest, so preprocessing and inference always
+agree. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
 """
 
 from functools import cache
@@ -14,16 +14,19 @@ from dataset import Settings
 from runtime import devices, hub
 from runtime.errors import UserError
 
-# ImageNet statistics, V-JEPA 2's (Assran et al. 2025, arXiv:2506.09985) and most others'
+# ImageNet mean and standard deviation, used by V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def transform(frames, size, resize):
     """Resize and normalise one clip on its device: uint8 (F, H, W, 3) -> float32 (F, 3, size, size).
 
-    resize: "squash" keeps the whole field of view and gives up the aspect ratio; "crop" is V-JEPA 2's
-    published transform (shortest edge to size * 256/224, central crop); "pad" keeps both and fills
-    with the mean colour, which is zero after normalisation.
+    resize:
+        "squash" keeps the whole picture and loses the aspect ratio.
+        "crop" is the published transform of V-JEPA 2: it scales the shorter edge to size * 256/224 and
+        takes the central crop.
+        "pad" keeps the whole picture and the aspect ratio, and fills the rest with the mean colour,
+        which is zero after normalisation.
     """
     x = frames.permute(0, 3, 1, 2).float()  # (F, 3, H, W)
     height, width = x.shape[-2:]
@@ -34,7 +37,9 @@ def transform(frames, size, resize):
     }[resize]
     if new != (height, width):
         x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
-    x = x.round().clamp(0, 255) / 255  # the published transform resizes 8-bit images
+    x = (
+        x.round().clamp(0, 255) / 255
+    )  # rounded because the published transform resizes 8-bit images
     mean, std = constants(x.device)
     x = (x - mean) / std
     top, left = (round((edge - size) / 2) for edge in new)
@@ -47,7 +52,10 @@ def transform(frames, size, resize):
 
 @cache
 def constants(device):
-    """Mean and std (3, 1, 1) on a device, made once: a new tensor per clip would wait for all that the GPU still has to do."""
+    """Return MEAN and STD as tensors (3, 1, 1) on a device.
+
+    They are cached because creating them again for each clip would synchronise with the GPU.
+    """
     return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
 
 
@@ -56,27 +64,28 @@ def _scaled(height, width, target, edge):
 
 
 def quantise(features):
-    """Affine int8 per clip and channel: float32 (..., N, E) -> {"features" int8 (..., N, E),
-    "scale" and "offset" (..., E)}.
+    """Quantise features (..., N, E) to int8, with an affine map per clip and channel.
 
-    x = scale * q + offset with offset = (min + max) / 2, so a channel far from zero keeps its detail.
+    Returns {"features": int8 (..., N, E), "scale": (..., E), "offset": (..., E)}, where
+    x = scale * features + offset. The offset is (min + max) / 2, so that channels whose values are far
+    from zero keep their precision.
     """
     low, high = features.aminmax(dim=-2)  # (..., E)
     offset, scale = (low + high) / 2, (high - low) / 254
-    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a constant channel: q = 0
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # no division by 0 if max = min
     q = ((features - offset.unsqueeze(-2)) / scale.unsqueeze(-2)).round().clamp(-127, 127)
     return {"features": q.to(torch.int8), "scale": scale, "offset": offset}
 
 
 def pool_space(features, grid, pool):
-    """Mean over squares of pool x pool tokens, never over time: (B, T*H*W, E) -> (B, N / pool^2, E)."""
+    """Average over squares of pool x pool tokens, but not over time: (B, N, E) -> (B, N / pool^2, E)."""
     t, h, w = grid
     x = features.unflatten(1, (t, h // pool, pool, w // pool, pool))
     return x.mean((3, 5)).flatten(1, 3)
 
 
 class VideoEncoder:
-    """A frozen V-JEPA 2 with the settings under which its features are kept."""
+    """A frozen V-JEPA 2 model and the settings with which it computes features."""
 
     def __init__(self, model, settings, device):
         self.model = model.to(device).eval().requires_grad_(False)
@@ -84,7 +93,11 @@ class VideoEncoder:
 
     @classmethod
     def from_pretrained(cls, name, device, dtype, num_frames, sampling, resize, pool, store):
-        """Load `name` (folder or Hub id). Raises UserError if sizes do not go together."""
+        """Load a model from `name`, a folder or Hub id.
+
+        Raises UserError if it cannot be loaded, is not V-JEPA 2, or is incompatible with `num_frames`
+        or `pool`.
+        """
         model, fingerprint = _load(name, dtype)
         config = model.config
         patch, tubelet = config.patch_size, config.tubelet_size
@@ -109,27 +122,33 @@ class VideoEncoder:
 
     @classmethod
     def from_manifest(cls, manifest, device, name=None):
-        """Load the encoder that made a cache; `name` says where it lies now, if elsewhere."""
+        """Load the encoder that computed a cache.
+
+        name: its folder or Hub id, if it is no longer the one in the manifest. Raises UserError if it is
+        another model.
+        """
         settings = manifest.settings
         name = name or manifest.info["encoder"]
         model, fingerprint = _load(name, getattr(torch, settings.compute_dtype))
         if fingerprint != settings.encoder_fingerprint:
             raise UserError(
-                f"--encoder {name} has fingerprint {fingerprint}, but the checkpoint was trained on"
-                f" features of {manifest.info['encoder']} ({settings.encoder_fingerprint})"
+                f"--encoder {name} is a different model (fingerprint {fingerprint}): the checkpoint was"
+                f" trained on features of {manifest.info['encoder']} ({settings.encoder_fingerprint})"
             )
         c, patch = model.config, model.config.patch_size
         side = c.crop_size // (patch if isinstance(patch, int) else patch[0]) // settings.pool
         if settings.grid != (settings.num_frames // c.tubelet_size, side, side):
-            raise UserError(f"--encoder {name} does not make a grid of {settings.grid} tokens")
+            raise UserError(f"--encoder {name} does not produce a grid of {settings.grid} tokens")
         return cls(model, settings, device)
 
     @torch.inference_mode()
     def encode(self, clips, together=None):
-        """B clips, uint8 arrays (F, H, W, 3) of any size -> features (B, N, E), float32, on the device.
+        """Compute float32 features (B, N, E), on the device, of B clips.
 
-        together: in one batch; by default on a GPU only. On a CPU one by one, though a
-        batch is faster: matmul kernels, and so the last bits, may depend on its size.
+        clips: uint8 arrays (F, H, W, 3), each with its own H and W.
+        together: whether the clips are encoded in one batch. The default is True on a GPU and False on
+        a CPU. A batch is faster, but the last bits of the result may depend on the batch size, because
+        it selects the matmul kernels.
         """
         s, dtype = self.settings, next(self.model.parameters()).dtype
         pixels = [transform(self._upload(c), s.size, s.resize) for c in clips]
@@ -150,15 +169,16 @@ class VideoEncoder:
 
     @torch.inference_mode()
     def launch(self, clips):
-        """Start B clips; the function returned waits for them and gives what `stored` gives.
+        """Start to encode B clips. Returns a function that waits and returns the result of `stored`.
 
-        On a GPU all is queued, the copy back included, so the next batch can be prepared meanwhile.
+        On a GPU, all work is queued, including the copy back to the host, so the caller can prepare the
+        next batch in the meantime.
         """
         x = self.encode(clips)  # (B, N, E)
         batch = quantise(x) if self.settings.store == "int8" else {"features": x.half()}
         finite = batch["features"] if self.settings.store == "fp16" else x
         batch["finite"] = finite.isfinite().flatten(1).all(1)  # (B,)
-        batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # pinned there
+        batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # into pinned memory
         done = torch.cuda.Event() if devices.on_gpu(self.device) else None
         if done:
             done.record()
@@ -166,17 +186,20 @@ class VideoEncoder:
         def finish():
             if done:
                 done.synchronize()
-            fine = batch.pop("finite").tolist()
-            # a copy each: a view of the batch would write the whole batch to disk
+            usable = batch.pop("finite").tolist()
+            # Clone each clip: saving a view would write the whole batch to disk.
             return [
                 {k: v[i].clone() for k, v in batch.items()} if ok else None
-                for i, ok in enumerate(fine)
+                for i, ok in enumerate(usable)
             ]
 
         return finish
 
     def stored(self, clips):
-        """B clips -> B dicts in stored form (see `dataset.save_features`), None where not finite."""
+        """Encode B clips and return B dicts in the stored form of `dataset.save_features`.
+
+        The entry of a clip is None if its features contain NaN or infinity.
+        """
         return self.launch(clips)()
 
 

@@ -1,12 +1,12 @@
-"""Caption a split from its cached features and score the captions, with controls beside each score.
+"""Caption a split from its cached features and compute metrics, with control scores beside them.
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
-    torchrun --nproc-per-node 4 evaluate.py   (a share of the clips on each of four GPUs)
+    torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
-Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json; the table goes to
-stdout. Needs features of the split: preprocess_ssv2.py --splits <split>. For a page that shows every
-clip with its caption and score: python -m viz.gallery RUN.
+Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
+the scores. The features must exist: preprocess_ssv2.py --splits <split>. To create an HTML page that
+shows each clip with its caption and score, run python -m viz.gallery RUN.
 """
 
 import runtime.start
@@ -39,42 +39,64 @@ from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import in_shard, read_json, write_json
 
-BATCH = 64  # clips captioned at once, here and in train.py's validation
+BATCH = 64  # clips captioned at once, here and in the validation of train.py
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("what to score")
     group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
-    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
     group.add_argument(
-        "--predictions", nargs="+", help="score these files (the parts of a sharded run) instead"
+        "--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py"
     )
-    group.add_argument("--split", default=VALIDATION, help="which split")
-    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
+    )
+    group.add_argument(
+        "--predictions",
+        nargs="+",
+        help="score these prediction files instead of a checkpoint (several: the parts of a sharded run)",
+    )
+    group.add_argument("--split", default=VALIDATION, help="split to caption and score")
+    group.add_argument("--style", choices=STYLES, default="label", help="caption style")
     group.add_argument(
         "--control",
         choices=["none", "still"],
         default="none",
-        help="still: --features holds a cache made with preprocess_ssv2.py --still",
+        help="still: --features is a cache computed with preprocess_ssv2.py --still",
     )
     group.add_argument(
-        "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
+        "--allow-missing",
+        type=cli.whole(0),
+        default=0,
+        help="maximum number of clips without features; they are skipped",
     )
-    group.add_argument("--lm", help="where the checkpoint's language model lies, if elsewhere")
-    group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
+    group.add_argument("--lm", help="folder of the checkpoint's language model, if it has moved")
+    group.add_argument(
+        "--shard",
+        type=cli.shard,
+        default="0/1",
+        help="i/n: process part i (from 0) of n; 0/1 is everything",
+    )
     group.add_argument(
         "--output",
-        help="folder of the results (default: the checkpoint's; results/<name> for an export or a Hub id)",
+        help="folder for the results (default: that of the checkpoint, or results/<name> for an exported"
+        " folder or a Hub id)",
     )
     group.add_argument(
-        "--no-meteor", action="store_true", help="leave METEOR out: it needs 10 s to start"
+        "--no-meteor", action="store_true", help="skip METEOR, which takes 10 s to start"
     )
     group = parser.add_argument_group("generation")
-    group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips at once")
-    group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
-    group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
+    group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
+    group.add_argument(
+        "--num-beams", type=cli.whole(1), default=1, help="beams of beam search; 1 is greedy search"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=cli.whole(1),
+        default=50,
+        help="maximum length of a caption, in tokens",
+    )
     cli.add_common(parser)
     return parser.parse_args(argv)
 
@@ -82,18 +104,20 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.predictions and args.shard != (0, 1):
-        raise UserError("--predictions scores all parts of a run together: leave --shard out")
+        raise UserError(
+            "--shard cannot be used with --predictions, which scores all parts together"
+        )
     records = load_records(args.annotations, args.split)
-    everything = records
+    all_records = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
     if not records:
-        raise UserError(f"there are no clips in split {args.split!r}, or in this --shard of it")
+        raise UserError(f"split {args.split!r} contains no clips, or none in this --shard")
     if args.style == "sentence" and not any(r["paraphrases"] for r in records):
         raise UserError(
-            f"split {args.split!r} has no paraphrases: --style sentence has no references"
+            f"split {args.split!r} has no paraphrases, which --style sentence needs as references"
         )
-    scored = args.predictions[0] if args.predictions else args.checkpoint
-    output = cli.output_folder(args.output or default_output(scored), "--output")
+    source = args.predictions[0] if args.predictions else args.checkpoint
+    output = cli.output_folder(args.output or default_output(source), "--output")
     if args.predictions:
         predictions, settings = read_predictions(args.predictions), {}
     else:
@@ -102,23 +126,27 @@ def main(argv=None):
     if ranks.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
-    lacking = len(missing) if len(missing) <= args.allow_missing else 0  # more is an error, below
-    if lacking:
+    # If more are missing than allowed, `score` raises the error.
+    skipped = len(missing) if len(missing) <= args.allow_missing else 0
+    if skipped:
         records = [r for r in records if r["id"] in predictions]
-        note(f"{lacking} clips have no caption and are in no score: {', '.join(missing[:5])}")
+        note(
+            f"{skipped} clips have no caption and are left out of the scores, for example"
+            f" {', '.join(missing[:5])}"
+        )
     output.mkdir(parents=True, exist_ok=True)
-    name = result_name(args, lacking)
+    name = result_name(args, skipped)
     if not args.predictions:
         write_predictions(output / f"predictions_{name}.json", predictions)
         note(f"captions written to {output / f'predictions_{name}.json'}")
     if args.shard != (0, 1):
-        note("a part only: score all parts together with --predictions PART PART …")
+        note("this is one part; score all parts together with --predictions PART PART …")
         return
 
     result, _ = score(
         predictions,
         records,
-        everything,
+        all_records,
         args.annotations,
         args.style,
         args.seed,
@@ -126,7 +154,7 @@ def main(argv=None):
     )
     result |= {
         "checkpoint": args.predictions or args.checkpoint,
-        "settings": {"split": args.split, "style": args.style, "missing": lacking} | settings,
+        "settings": {"split": args.split, "style": args.style, "missing": skipped} | settings,
     }
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
@@ -134,30 +162,39 @@ def main(argv=None):
 
 
 def default_output(path):
-    """The folder of a file or folder; for what is shared, a Hub id or an exported folder, results/<name>,
-    unless that is a run of one's own."""
+    """Return the default folder for the results of a checkpoint or prediction file.
+
+    This is the folder it is in. For a Hub id or an exported folder it is results/<name>, so that a
+    shared folder is not modified. Raises UserError if results/<name> is the folder of a training run.
+    """
     if not (hub.is_id(path) or is_export(Path(path))):
         path = Path(path)
         return path if path.is_dir() else path.parent
     folder = Path("results", Path(path).name)
-    if (folder / "best.pt").exists():  # its scores would become those of another model
-        raise UserError(f"{folder} holds a run: name the folder of these results with --output")
+    if (folder / "best.pt").exists():
+        # The scores of that run would be replaced by those of another model.
+        raise UserError(
+            f"{folder} already contains a training run; choose another folder with --output"
+        )
     return folder
 
 
-def result_name(args, lacking):
-    """The split and whatever is not the default, so that no result replaces another kind's."""
+def result_name(args, skipped):
+    """Build the suffix of the result files from the split and all settings that are not the default.
+
+    Results with different settings therefore do not replace each other.
+    """
     parts = [args.split]
     parts += [args.style] if args.style != "label" else []
     parts += [args.control] if args.control != "none" else []
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [f"beams{args.num_beams}"] if args.num_beams != 1 else []
     parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens != 50 else []
-    parts += [f"without{lacking}"] if lacking else []
+    parts += [f"without{skipped}"] if skipped else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
     path = Path(args.checkpoint)
     if args.predictions:
-        parts += ["rescored"]  # of whatever file: it must not replace what a checkpoint scored
+        parts += ["rescored"]  # the result of the checkpoint must not be replaced
     elif path.suffix == ".pt" and path.stem != "best":
         parts += [path.stem]
     return "_".join(parts)
@@ -193,10 +230,10 @@ def predict(args, records):
 
 
 def clip_batches(captioner, features, settings, split, records, style, batch_size, workers):
-    """A loader over cached clips, each with its one reference of the style, if it has one.
+    """Make a loader over cached clips, each with one reference in the given style if there is one.
 
-    features, settings: the cache and its manifest's settings. Of several processes each gets its share,
-    in the very batches that a single one would make.
+    features, settings: the cache folder and the settings in its manifest. If there are several
+    processes, each gets a share of the batches, which are the same as in a single process.
     """
     groups = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     records = [r for group in ranks.share(groups) for r in group]
@@ -206,7 +243,7 @@ def clip_batches(captioner, features, settings, split, records, style, batch_siz
 
 
 def reference(record, style):
-    """[(style, text)] to measure the loss on, or [] where the clip has no caption of the style."""
+    """Return [(style, text)] for computing the loss, or [] if the clip has no caption in this style."""
     texts = {"label": [record["label"]], "sentence": record["paraphrases"]}[style][:1]
     return [(style, text) for text in texts if text]
 
@@ -214,8 +251,9 @@ def reference(record, style):
 def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     """Caption every clip of a loader. Returns {id: caption} and the mean loss per reference token.
 
-    The loss is None where a clip has no reference, or where it is not finite. Leaves the captioner in the mode it was in. Of
-    several processes each brings its own loader, and has the captions of all afterwards.
+    The loss is None if any clip has no reference or if it is not finite. The captioner is returned to
+    its previous mode (train or eval). If there are several processes, each passes its own loader, and
+    all return the captions of all clips. Raises UserError if two processes captioned the same clip.
     """
     mode = captioner.training
     captioner.eval()
@@ -230,28 +268,29 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
                 bar.update(len(texts))
     finally:
         captioner.train(mode)
-    *sums, without = distributed.sums(total or 0.0, tokens, total is None)
+    *sums, without_loss = distributed.sums(total or 0.0, tokens, total is None)
     predictions = [
         item for part in distributed.all_gather(list(predictions.items())) for item in part
     ]
-    if twice := len(predictions) - len(dict(predictions)):
-        raise UserError(f"{twice} clips were captioned by two processes", code=1)
-    mean = sums[0] / sums[1] if sums[1] and not without else math.nan
+    if duplicates := len(predictions) - len(dict(predictions)):
+        raise UserError(f"{duplicates} clips were captioned by more than one process", code=1)
+    mean = sums[0] / sums[1] if sums[1] and not without_loss else math.nan
     return dict(predictions), mean if math.isfinite(mean) else None
 
 
 def to_device(batch, device):
-    """Move a batch's tensors; from pinned memory the copy overlaps with work on the GPU."""
+    """Move the tensors of a batch to a device. Copies from pinned memory to a GPU are asynchronous."""
     return {k: v if k == "ids" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def score(predictions, records, everything, annotations, style="label", seed=0, **kwargs):
-    """`metrics.score` with what it needs from the annotations.
+    """Call `metrics.score` with the facts that it needs from the annotations.
 
-    everything: all records of the split; CIDEr's document frequencies come from them, so that a part
-    of a split is scored as in the whole. Templates and the commonest caption come from training.
+    everything: all records of the split. They set the document frequencies of CIDEr, so that a clip
+    gets the same score in a part of the split as in the whole. The templates and the most frequent
+    caption are those of the training split.
     """
-    templates, commonest = training_facts(str(annotations), style)
+    templates, most_frequent = training_facts(str(annotations), style)
     templates = templates | {r["template"] for r in everything} - {None}
     return metrics.score(
         predictions,
@@ -259,7 +298,7 @@ def score(predictions, records, everything, annotations, style="label", seed=0, 
         style=style,
         templates=sorted(templates),
         all_records=everything,
-        most_frequent=commonest,
+        most_frequent=most_frequent,
         seed=seed,
         **kwargs,
     )
@@ -267,29 +306,33 @@ def score(predictions, records, everything, annotations, style="label", seed=0, 
 
 @cache
 def training_facts(annotations, style):
-    """The training clips' templates and commonest caption; none without a training split.
+    """Return the templates and the most frequent caption of the training split.
 
-    Read once: training asks after each epoch, and the file is large.
+    Without a training split there are no templates, and the caption is None. The result is cached,
+    because the file is large and train.py needs it after each epoch.
     """
     path = Path(annotations, f"{TRAIN}.json")
-    known = load_records(annotations, TRAIN) if path.is_file() else []
+    records = load_records(annotations, TRAIN) if path.is_file() else []
     texts = [
-        t for r in known for t in ([r["label"]] if style == "label" else r["paraphrases"]) if t
+        t for r in records for t in ([r["label"]] if style == "label" else r["paraphrases"]) if t
     ]
-    commonest = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
-    return frozenset(r["template"] for r in known) - {None}, commonest
+    most_frequent = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
+    return frozenset(r["template"] for r in records) - {None}, most_frequent
 
 
 def write_predictions(path, predictions):
-    """COCO result format: [{"image_id": id, "caption": text}, …]"""
+    """Write captions in the COCO result format, [{"image_id": id, "caption": text}, …]."""
     write_json(path, [{"image_id": i, "caption": text} for i, text in predictions.items()])
 
 
 def read_predictions(paths):
-    """{id: caption} of files in COCO result format. Raises UserError; an id may occur once only."""
+    """Read files in the COCO result format. Returns {id: caption}.
+
+    Raises UserError if a file is not valid or an id occurs more than once.
+    """
     files = [read_json(path, "predictions") for path in paths]
     if not all(isinstance(entries, list) for entries in files):
-        raise UserError(f"predictions {', '.join(paths)} must hold JSON lists")
+        raise UserError(f"predictions {', '.join(paths)} must contain a JSON list in each file")
     return metrics.predictions_by_id(list(chain.from_iterable(files)))
 
 

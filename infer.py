@@ -1,11 +1,12 @@
-"""Caption video files: any container, any length, no data set needed.
+"""Caption video files of any format and length. No dataset is needed.
 
     python infer.py clip.webm other.mp4 folder/ --checkpoint results/ssv2/best.pt
-    python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (of SSv2's test split)
+    python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (clips of the SSv2 test split)
 
-One line per clip on stdout, `path<TAB>caption`; clips longer than --window seconds are cut into windows,
-`path<TAB>start-end<TAB>caption` each. Exit code 3 if some clips failed, 1 if all did. With --output
-FOLDER also FOLDER/captions.json, which python -m viz.films turns into films with captions.
+Prints one line per clip, `path<TAB>caption`. Clips longer than --window seconds are split into windows,
+with one line `path<TAB>start-end<TAB>caption` for each. The exit code is 3 if some clips failed and 1 if
+all failed. With --output FOLDER, the captions are also written to FOLDER/captions.json, from which
+python -m viz.films makes captioned videos.
 """
 
 import runtime.start
@@ -26,24 +27,39 @@ from windows import Windowing, add_flags, caption_files
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("clips", nargs="*", help="video files, or folders of them (recursive)")
+    parser.add_argument(
+        "clips", nargs="*", help="video files, or folders that are searched recursively"
+    )
     cli.add_models(parser.add_argument_group("model"))
     group = parser.add_argument_group("captions")
-    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
-    group.add_argument("--num-beams", type=cli.whole(1), default=1, help="1 is greedy")
-    group.add_argument("--max-new-tokens", type=cli.whole(1), default=50, help="longest caption")
+    group.add_argument(
+        "--num-beams", type=cli.whole(1), default=1, help="beams of beam search; 1 is greedy search"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=cli.whole(1),
+        default=50,
+        help="maximum length of a caption, in tokens",
+    )
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="a JSON object per line instead of text")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object per file instead of text"
+    )
     group.add_argument(
         "--output", help="folder for captions.json (default with --num-samples: results/samples)"
     )
-    group = parser.add_argument_group("clips of a data set")
+    group = parser.add_argument_group("clips of a dataset")
     group.add_argument(
-        "--num-samples", type=cli.whole(1), help="sample N clips of the test split, and copy them"
+        "--num-samples",
+        type=cli.whole(1),
+        help="caption N random clips of the test split and copy them to --output",
     )
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
+    )
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
 
@@ -51,7 +67,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if bool(args.clips) == bool(args.num_samples):
-        raise UserError("name the clips to caption, or sample some with --num-samples N (not both)")
+        raise UserError("give either the clips to caption or --num-samples N, but not both")
     if args.num_samples:
         paths = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
     else:
@@ -63,16 +79,16 @@ def main(argv=None):
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
-    how = args.style, args.max_new_tokens, args.num_beams
+    generation = args.style, args.max_new_tokens, args.num_beams
     results = []
     try:
-        for result in caption_files(paths, encoder, captioner, Windowing.of(args), *how):
+        for result in caption_files(paths, encoder, captioner, Windowing.of(args), *generation):
             results.append(result)
             if problem := result.get("error") or result.get("warning"):
                 note(f"{result['path']}: {problem}")
             for line in [json.dumps(result)] if args.json else text_lines(result):
                 print(line, flush=True)
-    finally:  # also what there is when it is stopped
+    finally:  # if the script is stopped, write the results so far
         if output:
             save_results(output, results, copy_clips=bool(args.num_samples))
     failed = sum("error" in r for r in results)
@@ -82,9 +98,14 @@ def main(argv=None):
 
 
 def sample_clips(count, videos, annotations, seed):
-    """Files of `count` clips of the test split, sampled with a seed. Raises UserError."""
+    """Sample `count` clips of the test split and return the paths of their files.
+
+    Raises UserError if fewer clips have a file in `videos`.
+    """
     records = {r["id"]: r for r in load_records(annotations, TEST)}
-    videos = cli.existing(videos, "--videos", "It is the folder of the dataset's clips.")
+    videos = cli.existing(
+        videos, "--videos", "This must be the folder that contains the clips of the dataset."
+    )
     paths = []
     for clip_id in by_hash(records, seed):
         files = (videos / name for name in file_names(records[clip_id]))
@@ -100,8 +121,8 @@ def sample_clips(count, videos, annotations, seed):
 
 
 def text_lines(result):
-    """The stdout lines of one file; none for one that failed."""
-    path = cli.printable(result["path"], keep="")  # a line stays a line
+    """Yield the stdout lines for one file. There are none if it failed."""
+    path = cli.printable(result["path"], keep="")  # escape line breaks in the file name
     if "windows" in result:
         for w in result["windows"]:
             yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
@@ -110,7 +131,7 @@ def text_lines(result):
 
 
 def save_results(output, results, copy_clips):
-    """Write captions.json, and the clips beside it."""
+    """Write captions.json and, if `copy_clips`, copy the captioned clips into the same folder."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "captions.json", results)
     for path in [Path(r["path"]) for r in results if copy_clips and "error" not in r]:

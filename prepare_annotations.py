@@ -1,8 +1,8 @@
-"""Turn captions into the records that every other script reads: <output>/<split>.json.
+"""Convert captions to the annotation files that all other scripts read: <output>/<split>.json.
 
-Something-Something-V2, its labels folder in the old layout or the new, with or without paraphrases:
+Something-Something-V2, with the file names of the first or the current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
-Your own clips, a CSV or JSON-lines file with video,caption[,split]; more rows, more captions:
+Your own clips, from a CSV or JSON-lines file with video,caption[,split] (a clip may have several rows):
     python prepare_annotations.py --captions mine.csv
 """
 
@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from dataset import TRAIN, VALIDATION, by_hash, is_control, why_refused
+from dataset import TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
@@ -29,21 +29,28 @@ PREFIX = "something-something-v2-"  # file names of the first release
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("Something-Something-V2")
-    group.add_argument("--labels", default=cli.LABELS, help="folder with train.json, …")
+    group.add_argument(
+        "--labels", default=cli.LABELS, help="folder with train.json, validation.json, …"
+    )
     group.add_argument(
         "--paraphrases",
-        help=f'file, folder or glob of {{"id": ["sentence", …]}} (default: {PARAPHRASES}, if there)',
+        help='file, folder or glob of JSON files {"id": ["sentence", …]}'
+        f" (default: {PARAPHRASES}, if it exists)",
     )
     group = parser.add_argument_group("your own clips")
-    group.add_argument("--captions", help="CSV with a header, or .jsonl: video, caption[, split]")
+    group.add_argument(
+        "--captions", help="CSV with a header, or .jsonl, with the columns video,caption[,split]"
+    )
     group.add_argument(
         "--validation-share",
         type=cli.number(least=0, below=1),
         default=0.1,
-        help="share of clips held out for validation when there is no split column",
+        help="fraction of the clips to hold out for validation if there is no split column",
     )
     parser.add_argument("--output", default=cli.ANNOTATIONS, help="folder for <split>.json")
-    parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the held-out clips")
+    parser.add_argument(
+        "--seed", type=cli.whole(0), default=0, help="random seed for choosing the validation clips"
+    )
     return parser.parse_args(argv)
 
 
@@ -52,24 +59,27 @@ def main(argv=None):
     output = cli.output_folder(args.output, "--output")
     if args.captions:
         if args.paraphrases:
-            raise UserError("--paraphrases belongs to --labels; in --captions, repeat the row")
+            raise UserError(
+                "--paraphrases can only be used with --labels; in a --captions file, add one row per"
+                " caption"
+            )
         splits = read_captions(args.captions, args.validation_share, args.seed)
     else:
         splits = read_labels(args.labels)
         if args.paraphrases or Path(PARAPHRASES).is_dir():
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
-    problems = [(r["id"], why_refused(r)) for records in splits.values() for r in records]
-    refuse([f"{i} {why}" for i, why in problems if why], "clips are refused")
+    problems = [(r["id"], unsafe_content(r)) for records in splits.values() for r in records]
+    refuse([f"{i} {why}" for i, why in problems if why], "clips have unsafe values")
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):
-        note(f"note: {output} also holds splits of an earlier run: {', '.join(stale)}")
+        note(f"note: {output} also contains splits of an earlier run: {', '.join(stale)}")
     for split, records in splits.items():
         write_json(output / f"{split}.json", records)
     print(describe(splits, output))
 
 
 def describe(splits, output):
-    """What was read, a line per split, and three samples."""
+    """Return a summary of the splits, one line each, and three sample records."""
     lines = []
     for split, records in splits.items():
         labelled = sum(r["label"] is not None for r in records)
@@ -92,10 +102,10 @@ def describe(splits, output):
 
 
 def refuse(problems, what):
-    """Raise UserError if there are problems: how many, and the first three."""
+    """Raise UserError if there are problems, with their number and the first three."""
     if problems:
         first = "; ".join(str(p)[:160] for p in problems[:3])
-        raise UserError(f"{len(problems)} {what}, for example {first}. Nothing was written.")
+        raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
 
 
 def record(clip_id, video=None, label=None, template=None, placeholders=(), paraphrases=()):
@@ -110,8 +120,10 @@ def record(clip_id, video=None, label=None, template=None, placeholders=(), para
 
 
 def clean(text):
-    """One line of text: white space collapsed, invisible characters dropped. Control characters
-    stay, and are refused by name in the end."""
+    """Collapse white space and remove invisible characters, except for control characters.
+
+    Control characters are kept, so that `unsafe_content` can report them.
+    """
     if not isinstance(text, str):
         return ""
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or is_control(c))
@@ -121,17 +133,22 @@ def clean(text):
 
 
 def read_labels(folder):
-    """{split: records} of an SSv2 labels folder, old names or new. Raises UserError."""
+    """Read an SSv2 labels folder, with old or new file names. Returns {split: records}.
+
+    Raises UserError if a file is missing or not valid, or an id occurs twice.
+    """
     folder = cli.existing(
-        folder, "--labels", "It is the folder of SSv2's train.json, validation.json, labels.json."
+        folder,
+        "--labels",
+        "This must be the SSv2 folder that contains train.json, validation.json and labels.json.",
     )
     files = {p.stem.removeprefix(PREFIX): p for p in sorted(folder.glob("*.json"))}
     files.pop("labels", None)
     if TRAIN not in files or VALIDATION not in files:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"--labels {folder} needs train.json and validation.json (or {PREFIX}train.json, …);"
-            f" found {found}"
+            f"--labels {folder} must contain train.json and validation.json (or {PREFIX}train.json,"
+            f" …); found {found}"
         )
     order = [TRAIN, VALIDATION, *sorted(files.keys() - {TRAIN, VALIDATION})]
     splits = {split: read_split(files[split]) for split in order}
@@ -141,7 +158,7 @@ def read_labels(folder):
             if r["id"] in owner:
                 twice.append(f"{r['id']} ({owner[r['id']]} and {split})")
             owner[r["id"]] = split
-    refuse(twice, "ids occur twice")
+    refuse(twice, "ids occur more than once")
     for name in ("test-answers.csv", f"{PREFIX}test-answers.csv"):
         if (folder / name).is_file() and "test" in splits:
             add_answers(splits, folder / name)
@@ -149,12 +166,12 @@ def read_labels(folder):
 
 
 def read_split(path):
-    """The records of one SSv2 label file; clips of the test split have an id only."""
+    """Read one SSv2 label file and return its records. Clips of the test split only have an id."""
     entries = read_json(path, "labels")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise UserError(f"labels {path} must hold a JSON list of objects with an id")
+        raise UserError(f"labels {path} must contain a JSON list of objects with an id")
     ids = [str(e["id"]) if isinstance(e.get("id"), str | int) else None for e in entries]
-    refuse([repr(i) for i in ids if not is_clip_id(i)], f"ids in {path} are no plain file names")
+    refuse([repr(i) for i in ids if not is_clip_id(i)], f"ids in {path} are not valid file names")
     refuse(
         [i for i, e in zip(ids, entries, strict=True) if "label" in e and not clean(e["label"])],
         f"clips in {path} have an empty label",
@@ -183,32 +200,39 @@ def without_brackets(template):
 
 
 def add_answers(splits, path):
-    """Give test clips the class template of test-answers.csv, `id;template without brackets`."""
+    """Add the class templates in test-answers.csv to the records of the test split.
+
+    A row of the file is `id;template`, where the template has no brackets.
+    """
     known = {r["template"] for records in splits.values() for r in records if r["template"]}
     bracketed = {without_brackets(t).lower(): t for t in known}
     rows = csv.reader(io.StringIO(read_text(path, "answers", "utf-8-sig")), delimiter=";")
     try:
         answers = {row[0]: row[1] for row in rows if len(row) == 2}
     except csv.Error as error:
-        raise UserError(f"answers {path} are no readable CSV: {error}") from None
+        raise UserError(f"answers {path} is not a valid CSV file: {error}") from None
     for r in splits["test"]:
         r["template"] = bracketed.get(clean(answers.get(r["id"])).lower())
-    if lost := sum(r["template"] is None for r in splits["test"]):
-        note(f"note: {lost} of {len(splits['test'])} test clips have no known class in {path}")
+    if unknown := sum(r["template"] is None for r in splits["test"]):
+        note(f"note: {unknown} of {len(splits['test'])} test clips have no known class in {path}")
 
 
 def add_paraphrases(splits, pattern):
-    """Fill `paraphrases` from every JSON file that a file name, folder or glob stands for."""
+    """Fill in `paraphrases` from the JSON files given by a file name, folder or glob pattern."""
     path = Path(pattern)
     files = sorted(path.glob("*.json")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
     if not files:
-        raise UserError(f"--paraphrases {pattern}: no such file, no .json in such a folder")
+        raise UserError(
+            f"--paraphrases {pattern} does not match a file or a folder that contains .json files"
+        )
     records = {r["id"]: r for split in splits.values() for r in split}
     twice, unknown = [], 0
     for file in files:
         table = read_json(file, "paraphrases")
         if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
-            raise UserError(f'paraphrases {file} must hold a JSON object {{"id": ["sentence", …]}}')
+            raise UserError(
+                f'paraphrases {file} must contain a JSON object {{"id": ["sentence", …]}}'
+            )
         for clip_id, texts in table.items():
             if clip_id not in records:
                 unknown += 1
@@ -216,9 +240,9 @@ def add_paraphrases(splits, pattern):
                 twice.append(f"{clip_id} ({file.name})")
             else:
                 records[clip_id]["paraphrases"] = [t for t in map(clean, texts) if t]
-    refuse(twice, "ids have paraphrases twice")
+    refuse(twice, "ids have paraphrases in more than one file")
     if unknown:
-        note(f"note: paraphrases of {unknown} ids that no split has were left out")
+        note(f"note: skipped the paraphrases of {unknown} ids that are in no split")
     note(f"read paraphrases from {len(files)} files")
 
 
@@ -226,8 +250,13 @@ def add_paraphrases(splits, pattern):
 
 
 def read_captions(path, validation_share, seed):
-    """{split: records} of a caption file. The first caption of a clip is its label. Raises UserError."""
-    path = cli.existing(path, "--captions", "It needs the columns video,caption[,split].")
+    """Read a caption file. Returns {split: records}.
+
+    The first caption of a clip becomes its label, the others its paraphrases. If there is no split
+    column, `validation_share` of the clips are sampled for validation. Raises UserError if a row is
+    not valid.
+    """
+    path = cli.existing(path, "--captions", "It must have the columns video,caption[,split].")
     rows = read_rows(path)
     bad = [
         n
@@ -235,12 +264,12 @@ def read_captions(path, validation_share, seed):
         if not (clean(r.get("video")) and PurePosixPath(r["video"].strip()).name)
         or not clean(r.get("caption"))
     ]
-    refuse([f"line {n}" for n in bad], f"rows of {path} lack a video or a caption")
+    refuse([f"line {n}" for n in bad], f"rows of {path} have no video or no caption")
     bad = [n for n, r in rows if None in r or not isinstance(r.get("split") or "", str)]
     refuse(
         [f"line {n}" for n in bad],
-        f"rows of {path} have more cells than the header (quote a caption with commas) or a split that"
-        " is no text",
+        f"rows of {path} have more cells than the header (captions with commas need quotes) or a split"
+        " that is not a string",
     )
     clips = {}  # video -> record, in order of appearance
     split_of, clash = {}, []
@@ -251,19 +280,20 @@ def read_captions(path, validation_share, seed):
         else:
             clips[video]["paraphrases"].append(clean(row["caption"]))
             clash += [f"{video} (line {n})"] if split_of[video] != split else []
-    refuse(clash, "clips are in two splits")
+    refuse(clash, "clips are in more than one split")
     name_clips(clips)
     given = {s for s in split_of.values() if s}
-    refuse([s for s in given if not is_clip_id(s)], "split names are no plain names")
+    refuse([s for s in given if not is_clip_id(s)], "split names are not valid")
     if given and None in split_of.values():
-        refuse([v for v, s in split_of.items() if s is None], "clips have no split, others do")
+        refuse([v for v, s in split_of.items() if s is None], "clips have no split, but others do")
     if not given:
         held_out = by_hash((r["id"] for r in clips.values()), seed)
-        least = 2 if validation_share else 0  # one clip alone has no CIDEr
+        least = 2 if validation_share else 0  # CIDEr needs at least two clips
         held_out = set(held_out[: max(least, round(validation_share * len(clips)))])
         if len(held_out) == len(clips):
             raise UserError(
-                f"--captions {path} has too few clips to hold two out: add a split column"
+                f"--captions {path} has too few clips to hold out two for validation; add more clips or"
+                " a split column"
             )
         for video, r in clips.items():
             split_of[video] = VALIDATION if r["id"] in held_out else TRAIN
@@ -275,16 +305,16 @@ def read_captions(path, validation_share, seed):
 
 
 def read_rows(path):
-    """[(line number, row)] of a CSV or JSON-lines file."""
+    """Read a CSV or JSON-lines file. Returns [(line number, row)], where a row is a dict."""
     text = read_text(path, "--captions", "utf-8-sig")
     if path.suffix.lower() in (".jsonl", ".json"):
         try:
             rows = [(n, json.loads(t)) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--captions {path} is not JSON lines: {error}") from None
+            raise UserError(f"--captions {path} is not a valid JSON-lines file: {error}") from None
         refuse(
             [f"line {n}" for n, r in rows if not isinstance(r, dict)],
-            f"lines of {path} are no object",
+            f"lines of {path} are not JSON objects",
         )
     else:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -293,7 +323,7 @@ def read_rows(path):
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as error:
             raise UserError(
-                f"--captions {path} is no readable CSV, line {reader.line_num}: {error}"
+                f"--captions {path} is not a valid CSV file, line {reader.line_num}: {error}"
             ) from None
         if not {"video", "caption"} <= set(names):
             raise UserError(
@@ -301,22 +331,23 @@ def read_rows(path):
                 f" its first line is {','.join(names or ['empty'])[:100]!r}"
             )
     if not rows:
-        raise UserError(f"--captions {path} holds no rows")
+        raise UserError(f"--captions {path} contains no rows")
     return rows
 
 
 def name_clips(clips):
-    """Give each clip its file's stem as id, or its whole path where two clips share a stem."""
+    """Set the id of each clip to the stem of its file name, or to its path if the stem is not unique."""
     stems = Counter(PurePosixPath(video).stem for video in clips)
     for video, r in clips.items():
         stem = PurePosixPath(video).stem
         path = "__".join(PurePosixPath(video).with_suffix("").parts).replace("/", "")
         r["id"] = stem if stems[stem] == 1 else path
     refuse(
-        [repr(v) for v, r in clips.items() if not is_clip_id(r["id"])], "videos have unusable names"
+        [repr(v) for v, r in clips.items() if not is_clip_id(r["id"])],
+        "videos have names that are not valid",
     )
     twice = [i for i, n in Counter(r["id"] for r in clips.values()).items() if n > 1]
-    refuse(twice, "videos differ in their extension only")
+    refuse(twice, "videos have the same id, because their names differ only in the extension")
 
 
 if __name__ == "__main__":

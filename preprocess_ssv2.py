@@ -56,41 +56,67 @@ MANIFEST = "manifest.json"
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
-    group.add_argument("--features", default=cli.FEATURES, help="folder of the cache")
-    group.add_argument("--splits", nargs="+", default=[TRAIN, VALIDATION], help="splits to encode")
-    group.add_argument("--shard", type=cli.shard, default=(0, 1), help="i/n: part i (from 0) of n")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
+    )
+    group.add_argument("--features", default=cli.FEATURES, help="folder of the feature cache")
+    group.add_argument(
+        "--splits",
+        nargs="+",
+        help=f"splits to encode (default: {TRAIN} {VALIDATION})",
+    )
+    group.add_argument(
+        "--shard",
+        type=cli.shard,
+        default="0/1",
+        help="i/n: process part i (from 0) of n; 0/1 is everything",
+    )
     group = parser.add_argument_group("encoder")
-    group.add_argument("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2")
+    group.add_argument(
+        "--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model"
+    )
     group.add_argument("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
     group.add_argument(
         "--resize",
         choices=["squash", "crop", "pad"],
         default="squash",
-        help="whole view, aspect ratio lost; V-JEPA 2's central crop; whole view with bars",
+        help="squash: whole picture, aspect ratio lost; crop: V-JEPA 2's central crop; pad: whole picture"
+        " with bars",
     )
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips encoded at once")
+    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
     group = parser.add_argument_group("storage")
-    group.add_argument("--store", choices=["int8", "fp16"], default="int8", help="stored numbers")
     group.add_argument(
-        "--pool", type=int, choices=[1, 2, 4], default=1, help="spatial mean pooling"
+        "--store", choices=["int8", "fp16"], default="int8", help="data type of stored features"
     )
     group.add_argument(
-        "--still", action="store_true", help="the first frame repeated: a control without motion"
+        "--pool",
+        type=int,
+        choices=[1, 2, 4],
+        default=1,
+        help="average the features over squares of POOL x POOL tokens",
+    )
+    group.add_argument(
+        "--still",
+        action="store_true",
+        help="repeat the first frame of each clip, as a control without motion",
     )
     group = parser.add_argument_group("modes")
     group.add_argument(
-        "--dry-run", action="store_true", help="count clips, bytes and time, then stop"
+        "--dry-run", action="store_true", help="estimate disk space and time, then exit"
     )
     group.add_argument(
-        "--verify", action="store_true", help="check the cache instead of filling it"
+        "--verify",
+        action="store_true",
+        help="check an existing cache instead of computing features",
     )
     group.add_argument(
-        "--timeout", type=cli.whole(1), default=60, help="seconds to decode one clip"
+        "--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode one clip"
     )
     cli.add_common(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.splits = args.splits or [TRAIN, VALIDATION]
+    return args
 
 
 def main(argv=None):

@@ -1,13 +1,13 @@
-"""Train a Q-Former on cached features, so that a frozen language model captions videos.
+"""Train a Q-Former on cached V-JEPA 2 features to caption videos with a frozen language model.
 
-    python train.py               (SSv2 with its defaults; --dry-run prints the plan and stops)
-    python train.py --resume      (continues exactly where a run was stopped)
+    python train.py               (trains on SSv2; add --dry-run to print the plan and time a few steps)
+    python train.py --resume      (continues a stopped run exactly where it ended)
 
-    torchrun --nproc-per-node 4 train.py     (the same run on four GPUs: the same clips per step)
+    torchrun --nproc-per-node 4 train.py     (the same run on four GPUs, with the same clips per step)
 
-Needs a GPU with 14 GB. Writes to --output: last.pt and previous.pt to resume from, best.pt (best
-validation CIDEr), curves.png, metrics.jsonl, validation_epoch_N.json, predictions_validation.json,
-evaluation_validation.json, args.json.
+Needs a GPU with 14 GB of memory. Writes to --output: last.pt and previous.pt (to resume from), best.pt
+(highest validation CIDEr), curves.png, metrics.jsonl, validation_epoch_N.json,
+predictions_validation.json, evaluation_validation.json and args.json.
 """
 
 import runtime.start
@@ -52,36 +52,36 @@ from runtime.files import write_json
 from runtime.run_folder import BEST
 from viz import curves
 
-STATISTICS_CLIPS = 1000  # for the channels' mean and standard deviation
-TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; the first steps also start workers
+STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
+TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; warm-up steps also start the workers
 STEP = 64  # clips per step, unless both --batch-size and --grad-accum are given
-MAX_BAD_STEPS = 5  # in a row, without a finite loss and gradient
-SAMPLES = 20  # captions in validation_epoch_N.json, to look at
+MAX_BAD_STEPS = 5  # consecutive steps without a finite loss and gradient
+SAMPLES = 20  # example captions in validation_epoch_N.json
 
 
 @dataclass(frozen=True)
 class Data:
-    """Records of the clips that have a label and features, and where these are."""
+    """The records of all clips with a label and features, and the folders they come from."""
 
     features: str
     annotations: str
     manifest: Manifest
     train: list
     validation: list
-    subset: list  # of validation, scored after each epoch
-    split: list  # all validation records: their references set CIDEr's document frequencies
+    subset: list  # the part of `validation` that is scored after each epoch
+    split: list  # all labelled validation records, which set the document frequencies of CIDEr
     workers: int
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the steps of a run, besides data and model."""
+    """The hyperparameters of optimisation and sampling."""
 
     epochs: int
     batch_size: int  # clips per micro-batch
-    grad_accum: int  # micro-batches per step, over all processes
+    grad_accum: int  # micro-batches per step, summed over all processes
     captions_per_clip: int
-    lr: float  # peak
+    lr: float  # peak learning rate
     weight_decay: float
     warmup_steps: int
     clip_grad: float
@@ -98,20 +98,42 @@ class Recipe:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--features", default=cli.FEATURES, help="cache of preprocess_ssv2.py")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, help="of prepare_annotations.py")
+    group.add_argument(
+        "--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py"
+    )
+    group.add_argument(
+        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
+    )
     group.add_argument("--output", default="results/ssv2", help="run folder")
     group.add_argument(
-        "--allow-missing", type=cli.whole(0), default=0, help="clips that may lack features"
+        "--allow-missing",
+        type=cli.whole(0),
+        default=0,
+        help="maximum number of clips per split without features; they are skipped",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
-    group.add_argument("--num-queries", type=cli.whole(1), default=64, help="soft prompts")
-    group.add_argument("--num-blocks", type=cli.whole(1), default=1, help="Q-Former blocks")
-    group.add_argument("--num-heads", type=cli.whole(1), default=4, help="attention heads")
-    group.add_argument("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout")
+    group.add_argument(
+        "--lm", default=cli.LM, help="Hub id or folder of the frozen causal language model"
+    )
+    group.add_argument(
+        "--num-queries", type=cli.whole(1), default=64, help="number of queries, or soft prompts"
+    )
+    group.add_argument(
+        "--num-blocks", type=cli.whole(1), default=1, help="number of Q-Former blocks"
+    )
+    group.add_argument(
+        "--num-heads", type=cli.whole(1), default=4, help="attention heads of the Q-Former"
+    )
+    group.add_argument(
+        "--dropout",
+        type=cli.number(least=0, below=1),
+        default=0.1,
+        help="dropout rate in the Q-Former",
+    )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.whole(1), default=6, help="passes over the clips")
+    group.add_argument(
+        "--epochs", type=cli.whole(1), default=6, help="passes over the training clips"
+    )
     group.add_argument(
         "--batch-size",
         type=cli.whole(1),
@@ -120,27 +142,44 @@ def parse_args(argv=None):
     group.add_argument(
         "--grad-accum",
         type=cli.whole(1),
-        help=f"micro-batches per step, over all processes (default: {STEP} / --batch-size; with neither"
-        " flag, the number of processes, but at least 2)",
+        help=f"micro-batches per step, summed over all processes (default: {STEP} / --batch-size; if"
+        " neither flag is given, the number of processes, but at least 2)",
     )
-    group.add_argument("--captions-per-clip", type=cli.whole(1), default=2, help="per pass")
+    group.add_argument(
+        "--captions-per-clip", type=cli.whole(1), default=2, help="captions per clip and epoch"
+    )
     group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
-    group.add_argument("--weight-decay", type=cli.number(least=0), default=0.03, help="of AdamW")
-    group.add_argument("--warmup-steps", type=cli.whole(0), default=500, help="linear warm-up")
-    group.add_argument("--clip-grad", type=cli.number(above=0), default=1.0, help="gradient norm")
+    group.add_argument(
+        "--weight-decay", type=cli.number(least=0), default=0.03, help="weight decay of AdamW"
+    )
+    group.add_argument(
+        "--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up"
+    )
+    group.add_argument(
+        "--clip-grad", type=cli.number(above=0), default=1.0, help="maximum norm of the gradient"
+    )
     group = parser.add_argument_group("run")
-    group.add_argument("--eval-clips", type=cli.whole(1), default=2000, help="scored each epoch")
+    group.add_argument(
+        "--eval-clips",
+        type=cli.whole(1),
+        default=2000,
+        help="validation clips to score after each epoch",
+    )
     group.add_argument(
         "--no-meteor",
         action="store_true",
-        help="leave METEOR out at the end: it needs 10 s to start",
+        help="skip METEOR in the final evaluation; it takes 10 s to start",
     )
-    group.add_argument("--save-every", type=cli.whole(1), default=500, help="steps between saves")
-    group.add_argument("--resume", action="store_true", help="continue the run in --output")
-    group.add_argument("--overwrite", action="store_true", help="start over in --output")
-    group.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps")
     group.add_argument(
-        "--report-to", choices=dashboard.NAMES, default="none", help="a dashboard to log to as well"
+        "--save-every", type=cli.whole(1), default=500, help="steps between checkpoints"
+    )
+    group.add_argument("--resume", action="store_true", help="continue the run in --output")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the plan, time a few steps and exit"
+    )
+    group.add_argument(
+        "--report-to", choices=dashboard.NAMES, default="none", help="dashboard to also log to"
     )
     cli.add_common(parser)
     args = parser.parse_args(argv)
@@ -151,17 +190,18 @@ def parse_args(argv=None):
 
 
 def split_step(batch_size, grad_accum, processes):
-    """Fill in what is None of (clips per micro-batch, micro-batches per step) for a step of 64 clips.
+    """Return (clips per micro-batch, micro-batches per step), with defaults for values that are None.
 
-    If both are None, each process gets one micro-batch, and a single one gets two: 32 clips at once need
-    14 GB on a GPU, 64 need 23. Raises UserError if the numbers do not divide 64.
+    The defaults make a step of 64 clips. If both values are None, each process gets one micro-batch, or
+    two if there is only one process: on a GPU, 32 clips at once need 14 GB and 64 need 23 GB. Raises
+    UserError if 64 is not divisible.
     """
     if batch_size and grad_accum:
         return batch_size, grad_accum
     if batch_size:
         if STEP % batch_size:
             raise UserError(
-                f"--batch-size {batch_size} does not divide {STEP} clips per step: give --grad-accum too"
+                f"--batch-size {batch_size} does not divide {STEP} clips per step; also set --grad-accum"
             )
         return batch_size, STEP // batch_size
     count = grad_accum or max(2, processes)
@@ -169,10 +209,10 @@ def split_step(batch_size, grad_accum, processes):
         return STEP // count, count
     if grad_accum:
         raise UserError(
-            f"--grad-accum {grad_accum} does not divide {STEP} clips per step: give --batch-size too"
+            f"--grad-accum {grad_accum} does not divide {STEP} clips per step; also set --batch-size"
         )
     raise UserError(
-        f"{STEP} clips per step cannot be shared equally by {processes} processes: give --batch-size and"
+        f"{STEP} clips per step cannot be shared equally by {processes} processes; set --batch-size and"
         " --grad-accum"
     )
 
@@ -181,15 +221,18 @@ def main(argv=None):
     args = parse_args(argv)
     if ranks.world_size() > args.grad_accum:
         raise UserError(
-            f"--grad-accum {args.grad_accum} leaves some of {ranks.world_size()} processes without a"
-            " micro-batch: raise it and lower --batch-size (the same step), or start fewer"
+            f"--grad-accum {args.grad_accum} leaves some of the {ranks.world_size()} processes without a"
+            " micro-batch; increase it and decrease --batch-size by the same factor, or start fewer"
+            " processes"
         )
     dashboard.check(args.report_to)
     folder = run_folder.check(args.output, args.resume, args.overwrite, args.dry_run)
     data = read_data(args)
     recipe = Recipe.of(args)
     device, dtype = devices.resolve(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix("torch.")  # resolved, for --resume to compare
+    args.dtype = str(dtype).removeprefix(
+        "torch."
+    )  # --resume compares this, so store the actual dtype
     state = build(args, data, recipe, device, dtype)
     memory = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
     with (
@@ -208,20 +251,20 @@ def main(argv=None):
         run_folder.write_args(folder, vars(args), args.overwrite, device, **facts)
         with run_folder.Run(folder, state.progress.step, total, board) as run:
             if not resumed:
-                run.save(state.last())  # from here on, a folder without last.pt has lost it
+                run.save(state.last())  # from now on, a missing last.pt means that it was deleted
             train(state, data, recipe, run, args.save_every)
         if stopped := run.stopping():
-            note(f"stopped after step {state.progress.step:,}; continue with --resume")
+            note(f"stopped after step {state.progress.step:,}; use --resume to continue")
             return SIGNALLED + stopped
         return finish(state.model, data, recipe, folder, with_meteor=not args.no_meteor)
 
 
 def train(state, data, recipe, run, save_every):
-    """The training loop, up to the last step or a signal."""
+    """Run the training loop until the last step or a signal."""
     model, optimizer, progress = state.model.train(), state.optimizer, state.progress
     per_epoch = recipe.steps_per_epoch(len(data.train))
     if progress.step and progress.step % per_epoch == 0 and progress.step > progress.evaluated:
-        end_epoch(state, data, recipe, run)  # it was interrupted, or its best.pt is lost
+        end_epoch(state, data, recipe, run)  # it was interrupted, or best.pt is missing
     for epoch, ids, micro_batches in training_steps(
         data, recipe, model.tokenizer, model.device, progress.step
     ):
@@ -232,7 +275,7 @@ def train(state, data, recipe, run, save_every):
         seed = dropout_seed(recipe.seed, progress.step)
         loss, tokens = accumulate(model, micro_batches, seed)
 
-        # average over the step's tokens, clip, and update the weights if all is finite
+        # average over the tokens of the step, clip, and update the weights if all values are finite
         norm = average_and_clip(model.qformer, tokens, recipe.clip_grad)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -245,7 +288,7 @@ def train(state, data, recipe, run, save_every):
         if progress.bad_steps == MAX_BAD_STEPS:
             raise not_finite(run.folder)
 
-        # save; at the end of an epoch also evaluate, and keep the best
+        # save; at the end of an epoch also evaluate, and keep the best checkpoint
         run.writer.check()
         stopping, epoch_ends = run.stopping(), progress.step % per_epoch == 0
         if epoch_ends or stopping or progress.step % save_every == 0:
@@ -257,7 +300,7 @@ def train(state, data, recipe, run, save_every):
 
 
 def end_epoch(state, data, recipe, run):
-    """Evaluate on the validation subset; write best.pt if it is the best so far."""
+    """Evaluate on the validation subset, and write best.pt if the score is the best so far."""
     progress = state.progress
     with run.evaluating():
         result, predictions, loss = evaluate(state.model, data, recipe, data.subset)
@@ -269,7 +312,7 @@ def end_epoch(state, data, recipe, run):
     run.log.evaluation(progress.step, epoch, loss, result, samples)
     if not ranks.rank():
         curves.update(run.folder)
-    # without CIDEr, the loss decides
+    # if there is no CIDEr, the lowest loss is the best
     score = result["metrics"].get("CIDEr", -math.inf if loss is None else -loss)
     if score > progress.best_score or not progress.evaluated:
         progress.best_score = score
@@ -280,15 +323,15 @@ def end_epoch(state, data, recipe, run):
 
 def not_finite(folder):
     return UserError(
-        f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient (their clips are in"
-        f" {folder / 'metrics.jsonl'}); they changed nothing in last.pt. Try a lower --lr, and"
-        " preprocess_ssv2.py --verify.",
+        f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps, which did not change"
+        f" the weights (their clips are listed in {folder / 'metrics.jsonl'}). Check the features with"
+        " preprocess_ssv2.py --verify, or use a lower --lr.",
         code=1,
     )
 
 
 def build(args, data, recipe, device, dtype):
-    """A `TrainingState` with a new model."""
+    """Build a new model and return its `TrainingState`."""
     torch.manual_seed(args.seed)
     model, lm_fingerprint = captioner.build(
         data.manifest,
@@ -311,7 +354,10 @@ def build(args, data, recipe, device, dtype):
 
 
 def start_or_resume(state, data, recipe, folder, resume, dry_run):
-    """Load the newest checkpoint, or standardise a new model's features; True if it was resumed."""
+    """Load the newest checkpoint, or compute the feature statistics of a new run.
+
+    Returns True if a checkpoint was loaded.
+    """
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     saved = checkpoint.read_newest(folder, dry_run) if resume else None
     if saved:
@@ -324,18 +370,23 @@ def start_or_resume(state, data, recipe, folder, resume, dry_run):
 
 
 def read_data(args):
-    """The `Data` of a run. Raises UserError if clips are missing."""
+    """Read the `Data` of a run.
+
+    Raises UserError if the annotations or features are missing, or too few clips have both.
+    """
 
     def labelled(split):
         records = [r for r in load_records(args.annotations, split)[: args.limit] if r["label"]]
         if not records:
             raise UserError(f"split {split!r} in {args.annotations} has no captions")
         if split == VALIDATION and len(records) < 2:
-            raise UserError(f"split {split!r} needs two captioned clips: CIDEr compares clips")
-        have = require_features(args.features, split, records, args.allow_missing)
-        if len(have) < (2 if split == VALIDATION else 1):
-            raise UserError(f"split {split!r}: {len(have)} of {len(records)} clips have features")
-        return records, have
+            raise UserError(f"split {split!r} needs at least two captioned clips to compute CIDEr")
+        usable = require_features(args.features, split, records, args.allow_missing)
+        if len(usable) < (2 if split == VALIDATION else 1):
+            raise UserError(
+                f"split {split!r} has too few clips with features: {len(usable)} of {len(records)}"
+            )
+        return records, usable
 
     manifest = load_manifest(args.features)
     _, train = labelled(TRAIN)
@@ -347,7 +398,7 @@ def read_data(args):
 
 
 def statistics(data, seed):
-    """Per-channel mean and standard deviation (E,) over a seeded sample of the training clips."""
+    """Compute the mean and standard deviation (E,) per channel over a sample of the training clips."""
     ids = by_hash((r["id"] for r in data.train), seed)[:STATISTICS_CLIPS]
     return channel_statistics(data.features, TRAIN, ids, data.manifest.settings, data.workers)
 
@@ -357,14 +408,14 @@ def split_into(items, size):
 
 
 def training_steps(data, recipe, tokenizer, device, step):
-    """Yield (epoch from 0, clip ids, micro-batches) of each step, from `step` to the last.
+    """Yield (epoch from 0, clip ids, micro-batches) for each step, starting at `step`.
 
-    Of several processes each reads its share of the micro-batches; the ids are the whole step's. The
-    last step of an epoch has as many clips as are left.
+    If there are several processes, each gets a share of the micro-batches, while the ids are those of
+    the whole step. The last step of an epoch contains the remaining clips and may be shorter.
 
     The micro-batches of a step are a `Timed` iterator, which must be exhausted before the next step.
-    They are read one at a time: a batch from a worker holds one file descriptor per tensor, and 256
-    batches exceed the limit of a process.
+    They are read one at a time because a batch from a worker keeps one file descriptor open per tensor,
+    and 256 batches would exceed the limit of a process.
     """
     first, done = divmod(step, recipe.steps_per_epoch(len(data.train)))
     for epoch in range(first, recipe.epochs):
@@ -384,9 +435,9 @@ def training_steps(data, recipe, tokenizer, device, step):
 
 
 class Timed:
-    """An iterator that adds up the `seconds` its user waits for items.
+    """An iterator that measures the total time spent waiting for items, in `seconds`.
 
-    A GPU may compute meanwhile, so this is an upper bound on the time lost.
+    A GPU may be computing in the meantime, so this is an upper bound on the time lost.
     """
 
     def __init__(self, items):
@@ -404,12 +455,12 @@ class Timed:
 
 
 def accumulate(model, micro_batches, seed=0):
-    """Forward and backward of each micro-batch on summed losses, then their sums over all processes.
+    """Run forward and backward for each micro-batch, then sum the gradients over all processes.
 
-    One exchange per step: what DistributedDataParallel does behind `no_sync`, but without dividing by
-    the number of processes, and a process whose share of a short step is empty adds zero. The
-    Q-Former's gradient is the last that a backward pass computes, so no computation is left that an
-    earlier exchange could overlap with. Returns (summed loss, number of tokens).
+    Returns (summed loss, number of tokens) over all processes. There is one all-reduce per step. This is
+    like DistributedDataParallel with `no_sync`, except that gradients are summed and not averaged, and
+    that a process without a micro-batch in a short step contributes zeros. An earlier all-reduce would
+    not overlap with any computation, because the backward pass reaches the Q-Former last.
     """
     loss, tokens = torch.zeros((), device=model.device), 0
     for n, batch in enumerate(micro_batches):
@@ -424,7 +475,7 @@ def accumulate(model, micro_batches, seed=0):
             assert not tokens, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     distributed.all_reduce(p.grad for p in model.qformer.parameters())
-    # the only wait for the GPU in a step, with the gradient's norm
+    # apart from the gradient norm, this is the only synchronisation with the GPU in a step
     loss, tokens = distributed.sums(loss.item(), tokens)
     return loss, int(tokens)
 
@@ -432,7 +483,7 @@ def accumulate(model, micro_batches, seed=0):
 def evaluate(model, data, recipe, records, with_meteor=False):
     """Caption validation clips in label style. Returns (result, {id: caption}, loss per token).
 
-    Every process captions its share; only rank 0 has scores.
+    Each process captions its share of the clips. Only rank 0 computes scores.
     """
     predictions, loss = caption(model, validation_batches(model, data, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
@@ -450,7 +501,7 @@ def evaluate(model, data, recipe, records, with_meteor=False):
 
 
 def validation_batches(model, data, records):
-    """This process's share of the validation clips, in batches of the same size as in evaluate.py."""
+    """Make a loader over this process's share of the clips, with the batch size of evaluate.py."""
     source = data.features, data.manifest.settings
     return clip_batches(
         model, *source, VALIDATION, records, "label", VALIDATION_BATCH, data.workers
@@ -458,8 +509,8 @@ def validation_batches(model, data, records):
 
 
 def finish(model, data, recipe, folder, with_meteor):
-    """Score the best checkpoint on all validation clips."""
-    distributed.all_gather(None)  # rank 0 may still have been writing it
+    """Evaluate the best checkpoint on all validation clips and write the results."""
+    distributed.all_gather(None)  # wait until rank 0 has written best.pt
     best = checkpoint.read_checkpoint(folder / BEST)
     model.qformer.load_state_dict(best["qformer"])
     result, predictions, loss = evaluate(model, data, recipe, data.validation, with_meteor)
@@ -476,7 +527,7 @@ def finish(model, data, recipe, folder, with_meteor):
 
 
 def print_plan(model, data, recipe):
-    """Print the derived facts, once."""
+    """Print the sizes of the model, the data and the run."""
     settings, k = data.manifest.settings, recipe.captions_per_clip
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
@@ -487,7 +538,7 @@ def print_plan(model, data, recipe):
         f"clips        {clips:,} training, {len(data.validation):,} validation"
         f" ({len(data.subset):,} scored each epoch)\n"
         f"captions     {clips:,} labels, {paraphrases:,} paraphrases,"
-        f" {k} per clip and pass, {k * recipe.epochs} caption passes\n"
+        f" {k} per clip and epoch, {k * recipe.epochs} per clip in total\n"
         f"step         {recipe.batch_size} x {recipe.grad_accum} x {k} = {step * k} captions,"
         f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
@@ -496,7 +547,7 @@ def print_plan(model, data, recipe):
 
 
 def time_steps(model, data, recipe):
-    """--dry-run: time a few steps and a validation batch without changing anything."""
+    """Time a few steps and a validation batch for --dry-run, without updating weights or writing files."""
     model.train()
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     computing, waiting = [], []
@@ -513,7 +564,7 @@ def time_steps(model, data, recipe):
             waiting.append(micro_batches.seconds)
     if count > WARM_UP_STEPS:
         computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
-    # several workers deliver batches in bursts: a median would miss the few steps that wait
+    # Workers deliver batches in bursts, so only a few steps wait. A median would ignore them.
     wait = fmean(waiting)
     step = median(computing) + wait
     print(
@@ -524,10 +575,10 @@ def time_steps(model, data, recipe):
     began = time.perf_counter()
     caption(model, validation_batches(model, data, clips), "label")
     seconds = time.perf_counter() - began
-    print(f"validation     {seconds:.1f} s for a batch of {len(ranks.share(clips))} clips")
+    print(f"validation     {seconds:.1f} s per batch of {len(ranks.share(clips))} clips")
     if devices.on_gpu(model.device):
         used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
-        print(f"GPU memory     {used:.1f} GB at most, {reserved:.1f} GB reserved by torch")
+        print(f"GPU memory     {used:.1f} GB peak, {reserved:.1f} GB reserved by torch")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""A clip on disk -> F upright uint8 RGB frames, evenly spread over what can really be decoded.
+"""Decode a video file into F upright uint8 RGB frames, evenly spread over the frames it contains.
 
-decord reads what it is good at (short VP9 clips, which is what SSv2 consists of), PyAV everything
-else; on VP9 both give the same bytes. Damage is reported, never papered over: decord alone would
-return concealed or repeated frames, and every decoder returns half a file without an error.
+decord decodes short VP9 clips, such as those of SSv2, because it is faster there. PyAV decodes
+everything else. On VP9 both return the same bytes. Corrupt and truncated files are detected and
+reported, which decoders do not do by themselves: decord conceals or repeats corrupt frames, and every
+decoder returns the first half of a half-downloaded file without an error.
+
 Shapes: F frames, H and W the upright height and width. Times are seconds from the first frame.
 """
 
@@ -19,14 +21,15 @@ from runtime.errors import UserError, VideoError
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 
-# Shorter edge, in pixels, above twice of which a picture is reduced by a whole factor: 32 frames of 4K
-# would take 0.8 GB, and V-JEPA 2 looks at 256
+# Frames whose shorter edge is at least 2 x ENOUGH pixels are downscaled by an integer factor. 32 frames
+# of 4K would take 0.8 GB, and V-JEPA 2 only needs 256 x 256.
 ENOUGH = 512
 
-# Times as wide as high, or the reverse: no picture, and enlarged by its shorter edge it fills memory
+# Largest accepted aspect ratio. Scaling the shorter edge of a longer strip to the encoder's size would
+# run out of memory.
 STRIP = 32
 
-# decord decodes in the background without bound, so it only gets clips that fit here as a whole.
+# Largest clip, in bytes of all its decoded frames, that decord gets: it decodes ahead without a limit.
 DECORD_BYTES = 256 * 2**20
 
 
@@ -34,18 +37,21 @@ DECORD_BYTES = 256 * 2**20
 
 
 def file_names(record):
-    """The names that the file of an annotated clip may have, inside the videos' folder."""
+    """Return the possible file names of an annotated clip, relative to the video folder."""
     return [*filter(None, (record["video"], f"{record['id']}.webm", f"{record['id']}.mp4"))]
 
 
 def find_clips(names):
-    """The clips meant by names of files and folders, recursively. Raises UserError if one is missing."""
+    """Return the paths of all videos in a list of files and folders, which are searched recursively.
+
+    Raises UserError if a path does not exist or a folder contains no videos.
+    """
     paths = []
     for path in map(Path, names):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and is_video(p))
             if not inside:
-                raise UserError(f"folder {path} has no videos ({' '.join(VIDEO_EXTENSIONS)})")
+                raise UserError(f"folder {path} contains no videos ({' '.join(VIDEO_EXTENSIONS)})")
             paths += inside
         elif path.is_file():
             paths.append(path)
@@ -59,19 +65,20 @@ def is_video(path):
 
 
 def find_files(videos, records):
-    """The files of annotated clips. Returns ({key: path}, [keys without a file]).
+    """Find the files of annotated clips. Returns ({key: path}, [keys without a file]).
 
-    videos: their folder; records: {key: record}. Raises UserError if none is there.
+    videos: the video folder; records: {key: record}. Raises UserError if no clip has a file.
     """
     if not videos.is_dir():
         raise UserError(
-            f"--videos not found: {videos}. It is the folder of the clips, <id>.webm or <id>.mp4."
+            f"--videos not found: {videos}. This must be the folder that contains the clips,"
+            " <id>.webm or <id>.mp4."
         )
     names = {entry.name for entry in os.scandir(videos)}
     paths, missing = {}, []
     for key, record in records.items():
         for name in file_names(record):
-            # one listing instead of 220,847 stat calls; sub-folders are asked for one by one
+            # SSv2 would need 220,847 stat calls, so the folder is listed once. Subfolders are not listed.
             if name in names or ("/" in name and (videos / name).is_file()):
                 paths[key] = videos / name
                 break
@@ -81,8 +88,12 @@ def find_files(videos, records):
         first = records[missing[0]]["id"]
         raise UserError(
             f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
-            f" {first}.mp4, …; the folder has {len(names)} files, for example"
-            f" {', '.join(sorted(names)[:3]) or 'none'}"
+            f" {first}.mp4, …, but the folder "
+            + (
+                f"contains {len(names)} other files, for example {', '.join(sorted(names)[:3])}"
+                if names
+                else "is empty"
+            )
         )
     return paths, missing
 
@@ -92,10 +103,14 @@ def find_files(videos, records):
 
 @dataclass(frozen=True)
 class Clip:
-    """`frames` uint8 (F, H, W, 3); `decoder` decord or pyav; `duration` of the video in seconds.
+    """The decoded frames of a video, or of a part of it.
 
-    Pictures whose shorter edge is 2 x `ENOUGH` and more come reduced by a whole factor.
-    `truncated`: the file ends early or a frame inside is damaged; `frames` show what is there.
+    frames: uint8 (F, H, W, 3), downscaled by an integer factor if the shorter edge is at least
+        2 x `ENOUGH` pixels.
+    decoder: decord or pyav.
+    duration: the length of the whole video in seconds.
+    truncated: True if the file ends early or contains corrupt frames. `frames` are then taken from the
+        frames that could be decoded.
     """
 
     frames: np.ndarray
@@ -106,8 +121,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Info:
-    """What a file says of itself: seconds (unless absurd: of what is there), frames per second,
-    upright size in pixels, degrees."""
+    """Properties of a video from its header.
+
+    duration: seconds; if the header's value is implausible, the length of the data in the file.
+    rate: frames per second. width, height: pixels, upright. rotation: degrees.
+    """
 
     duration: float
     rate: float
@@ -118,18 +136,18 @@ class Info:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a pass over the packets, without decoding, finds out. Frames may yet be fewer."""
+    """The result of a pass over the packets without decoding. There may be fewer frames than packets."""
 
     times: np.ndarray  # seconds from the first frame, ascending
     keys: list  # pts of keyframes, ascending
-    first: int | None  # pts of the first frame; None: the file has no timestamps, count frames
+    first: int | None  # pts of the first frame, or None if the file has no timestamps
     tick: Fraction  # seconds per pts unit
-    rate: float
-    covered: float  # seconds from the first frame to the end of the last
-    damaged: bool
-    claimed: float | None  # duration in the header
-    plain_vp9: bool  # what decord decodes to the same bytes as PyAV, or fails on
-    size: int  # bytes of one frame in RGB
+    rate: float  # frames per second
+    covered: float  # seconds from the start of the first frame to the end of the last
+    corrupt: bool
+    claimed: float | None  # seconds, according to the header
+    plain_vp9: bool  # True if decord returns the same bytes as PyAV, or an error
+    size: int  # bytes of one RGB frame
 
     @property
     def duration(self):
@@ -142,9 +160,10 @@ class _Scan:
 
 
 def frame_indices(num_decoded, num_frames):
-    """Choose F of n frames: the centres of F equal bins, int64 (F,).
+    """Return the indices of the frames at the centres of F equal bins, int64 (F,).
 
-    Every frame once, in order, at n = F; repeats when n < F. Raises ValueError if n or F < 1.
+    If there are exactly F frames, each is returned once. If there are fewer, some are repeated. Raises
+    ValueError if a number is less than 1.
     """
     if num_decoded < 1 or num_frames < 1:
         raise ValueError(f"cannot choose {num_frames} of {num_decoded} frames")
@@ -152,12 +171,12 @@ def frame_indices(num_decoded, num_frames):
 
 
 def windows(duration, window, stride):
-    """Cut a video of `duration` seconds into a list of (start, end), each about `window` long.
+    """Split a video of `duration` seconds into windows, a list of (start, end) in seconds.
 
-    Windows start every `stride` seconds; with stride <= window they leave no gap. The last one ends
-    at `duration`. A rest shorter than half a window would be a sliver: the window before it is
-    stretched over it instead. If a stride above `window` leaves a longer rest, one whole window
-    is put at the end. Raises ValueError unless window and stride are positive.
+    Each window is `window` seconds long, and one starts every `stride` seconds. If stride <= window
+    there are no gaps. The last window always ends at `duration`. If less than half a window remains at
+    the end, the window before it is extended. If more remains, which happens only if stride > window,
+    a full window is added at the end. Raises ValueError unless window and stride are positive.
     """
     if not (window > 0 and stride > 0):
         raise ValueError(f"window {window} and stride {stride} must be positive")
@@ -179,60 +198,67 @@ def windows(duration, window, stride):
 
 
 def probe(path):
-    """Read a file's header and first frame into an `Info`.
+    """Return the `Info` of a file, from its header, packets and first frame.
 
-    Raises VideoError: unreadable, no_video or empty.
+    Raises VideoError with the reason unreadable, no_video or empty.
     """
     with _open(path) as (container, stream):
         frame = next((f for f in _frames(container, stream) if f is not None), None)
         if frame is None:
-            raise VideoError("empty", f"{path} has no frame that can be decoded")
+            raise VideoError("empty", f"{path} has no decodable frame")
         width, height = frame.width, frame.height
         if frame.rotation % 180 == 90:
             width, height = height, width
         duration = _claimed_duration(container, stream)
         rate = float(stream.average_rate or 0)
     covered = _scan(path).covered
-    if duration is None or duration > 60 + 2 * covered:  # a header may claim a thousand years
+    if duration is None or duration > 60 + 2 * covered:  # a corrupt header can say a thousand years
         duration = covered
     return Info(duration, rate, width, height, frame.rotation % 360)
 
 
 def decode(path, num_frames, start=None, end=None, backend="auto"):
-    """Decode `num_frames` frames, evenly spread over those shown in [start, end), into a `Clip`.
+    """Decode `num_frames` frames, evenly spread over the frames in [start, end), into a `Clip`.
 
-    A window in which no new frame appears gives the frame that is on screen. backend: auto, decord
-    or pyav. Raises VideoError: unreadable, no_video, empty or truncated.
+    start, end: seconds; None means the start or end of the file. If no frame starts in this window, the
+    frame before it is used.
+    backend: auto, decord or pyav.
+    Raises VideoError with the reason unreadable, no_video, empty or truncated.
     """
     scan = _scan(path)
     low, high = _bounds(path, scan, start, end)
     chosen = np.flatnonzero((scan.times >= low) & (scan.times < high))
-    frames, decoder, damaged = None, "decord", scan.damaged
-    # On other codecs decord shows concealed damage as if it were intact; on VP9 it raises.
-    suits = scan.plain_vp9 and not damaged and len(scan.times) * scan.size <= DECORD_BYTES
-    if backend == "decord" or (backend == "auto" and suits):
+    frames, decoder, corrupt = None, "decord", scan.corrupt
+    # decord raises an error for corrupt VP9 frames, but conceals them in other codecs.
+    use_decord = scan.plain_vp9 and not corrupt and len(scan.times) * scan.size <= DECORD_BYTES
+    if backend == "decord" or (backend == "auto" and use_decord):
         picks = chosen[frame_indices(len(chosen), num_frames)]
         frames = _decode_decord(path, picks, len(scan.times))
         if frames is None and backend == "decord":
-            raise VideoError("unreadable", f"{path} cannot be decoded by decord")
+            raise VideoError("unreadable", f"decord cannot decode {path}")
     if frames is None:
         decoder = "pyav"
-        frames, broken = _decode_pyav(path, scan, low, high, len(chosen), num_frames)
-        damaged = damaged or broken
-    # Not frames against duration x rate: that condemns intact clips of variable frame rate.
+        frames, corrupt_frames = _decode_pyav(path, scan, low, high, len(chosen), num_frames)
+        corrupt = corrupt or corrupt_frames
+    # Comparing the frame count to duration x rate would reject intact clips of variable frame rate.
     short = scan.covered < scan.duration - max(0.25, 0.05 * scan.duration)
     reaches_gap = min(high, scan.duration) > scan.covered + 0.25
     height, width = frames.shape[1:3]
     if max(height, width) > STRIP * min(height, width):
-        raise VideoError("unreadable", f"{path} shows a strip of {width} x {height} pixels")
-    return Clip(frames, decoder, scan.duration, bool(damaged or (short and reaches_gap)))
+        raise VideoError(
+            "unreadable",
+            f"{path} has frames of {width} x {height} pixels; the aspect ratio may not exceed"
+            f" {STRIP}:1",
+        )
+    return Clip(frames, decoder, scan.duration, bool(corrupt or (short and reaches_gap)))
 
 
 def stream(path, rate=None):
-    """A file from its beginning to its end: yields (seconds, uint8 (H, W, 3)) in the order of display.
+    """Yield all frames of a file in display order, as (seconds, uint8 (H, W, 3)).
 
-    rate: at most so many frames a second. Damaged frames are left out, large pictures reduced as by
-    `decode`. Raises VideoError: unreadable, no_video or empty.
+    rate: the maximum number of frames per second, or None for all. Corrupt frames are skipped, and
+    large frames are downscaled as in `decode`. Raises VideoError with the reason unreadable, no_video
+    or empty.
     """
     scan, upright, due = _scan(path), _Upright(), None
     with _open(path) as (container, track):
@@ -243,7 +269,7 @@ def stream(path, rate=None):
                 due = max(due or 0.0, time - 1 / rate) + 1 / rate if rate else 0.0
                 yield time, upright(frame)
     if due is None:
-        raise VideoError("empty", f"{path} has no frame that can be decoded")
+        raise VideoError("empty", f"{path} has no decodable frame")
 
 
 @contextmanager
@@ -252,20 +278,21 @@ def _open(path):
 
     path = Path(path)
     try:
-        # Reading takes several passes, so a pipe will not do, and opening one might wait for ever.
+        # A file is read several times, which a pipe does not allow, and opening a pipe could block.
         if not path.is_file():
             what = "is not a regular file" if path.exists() else "does not exist"
             raise VideoError("unreadable", f"{path} {what}")
         if path.stat().st_size == 0:
             raise VideoError("empty", f"{path} is an empty file")
-        # "file:" keeps ffmpeg from taking a colon in the name for a protocol.
+        # Without "file:", ffmpeg would parse a name that contains a colon as a protocol.
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             streams = _video_streams(container)
             if not streams:
                 raise VideoError("no_video", f"{path} has no video stream")
             if streams[0].codec_context is None:
-                raise VideoError("unreadable", f"{path} has a codec this build cannot decode")
-            streams[0].codec_context.thread_count = 1  # parallel over clips; AUTO is 5x slower
+                raise VideoError("unreadable", f"{path} uses a codec that this build of PyAV lacks")
+            # Clips are decoded in parallel, so one thread per clip is 5x faster than AUTO.
+            streams[0].codec_context.thread_count = 1
             streams[0].codec_context.thread_type = "NONE"
             yield container, streams[0]
     except (av.FFmpegError, OSError) as error:
@@ -280,7 +307,7 @@ def _video_streams(container):
 
 
 def _claimed_duration(container, stream):
-    """Seconds from first frame to end that the file claims for its video stream, or None."""
+    """Duration in seconds of the video stream according to the file's headers, or None."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
@@ -288,37 +315,37 @@ def _claimed_duration(container, stream):
     if not seconds and len(container.streams) == 1 and container.duration:
         seconds = container.duration / 1_000_000
     if seconds and "matroska" in container.format.name and (stream.start_time or 0) > 0:
-        seconds -= float(stream.start_time * stream.time_base)  # Matroska counts from zero
+        seconds -= float(stream.start_time * stream.time_base)  # Matroska includes the start time
     return seconds or None
 
 
 def _scan(path):
     import av
 
-    pts, keys, damaged, shown = [], [], False, {}
+    pts, keys, corrupt, shown = [], [], False, {}
     with _open(path) as (container, stream):
         try:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     pts.append(packet.pts)
                     shown[packet.pts] = packet.duration or 0
-                    damaged |= packet.is_corrupt
+                    corrupt |= packet.is_corrupt
                     if packet.is_keyframe:
                         keys.append(packet.pts)
         except av.FFmpegError:
-            damaged = True
+            corrupt = True
         if not pts:
-            raise VideoError("empty", f"{path} has no frame that can be decoded")
+            raise VideoError("empty", f"{path} has no decodable frame")
         rate, tick = float(stream.average_rate or 25), stream.time_base
         context = stream.codec_context
-        if None in pts:  # AVI and raw streams
+        if None in pts:  # AVI and raw streams have no timestamps
             times, keys, first, last = np.arange(len(pts)) / rate, [], None, 1 / rate
         else:
             first = min(pts)
             times = np.array([float((p - first) * tick) for p in sorted(pts)])
             last = max(float(shown[max(pts)] * tick), times[-1] / max(1, len(pts) - 1))
         covered = float(times[-1] + last)
-        # At odd heights the two scale chroma apart; of several streams it might take another.
+        # decord and PyAV differ in chroma scaling at odd heights, and may choose different streams.
         plain_vp9 = (
             (context.codec.canonical_name, context.pix_fmt) == ("vp9", "yuv420p")
             and context.height % 2 == 0
@@ -326,7 +353,7 @@ def _scan(path):
             and len(_video_streams(container)) == 1
         )
         claimed, size = _claimed_duration(container, stream), context.width * context.height * 3
-    return _Scan(times, sorted(keys), first, tick, rate, covered, damaged, claimed, plain_vp9, size)
+    return _Scan(times, sorted(keys), first, tick, rate, covered, corrupt, claimed, plain_vp9, size)
 
 
 def _bounds(path, scan, start, end):
@@ -339,87 +366,95 @@ def _bounds(path, scan, start, end):
 
 
 def _decode_decord(path, picks, count):
-    """uint8 (F, H, W, 3), or None where decord is missing, fails or sees other frames than PyAV."""
+    """Decode with decord into uint8 (F, H, W, 3).
+
+    Returns None if decord is not installed, fails, or finds another number of frames than PyAV.
+    """
     try:
         import decord
-    except (ImportError, OSError):  # no wheel for macOS and Linux on ARM
+    except (ImportError, OSError):  # there is no wheel for macOS or Linux on ARM
         return None
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        # fault_tol: raise as soon as one frame would be replaced by its neighbour
+        # fault_tol: raise an error instead of replacing a corrupt frame with its neighbour
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
         return reader.get_batch(picks).asnumpy() if len(reader) == count else None
-    except Exception:  # decord documents no exceptions; whatever it is, PyAV has the last word
+    except (
+        Exception
+    ):  # decord does not document its exceptions; PyAV tries again and reports errors
         return None
 
 
 def _decode_pyav(path, scan, low, high, count, num_frames):
-    """Decode until packets and frames agree on the number of frames in [low, high)."""
+    """Decode with PyAV. Repeats the pass if [low, high) contains another number of frames than `count`."""
     before = [key for key in scan.keys if (key - scan.first) * scan.tick <= low]
     seek = before[-1] if before and before[-1] > scan.first else None
     while True:
-        frames, found, damaged = _pyav_pass(path, scan, low, high, count, num_frames, seek)
+        frames, found, corrupt = _pyav_pass(path, scan, low, high, count, num_frames, seek)
         if found == count:
-            return frames, damaged
-        if seek is not None:  # the seek may have landed behind `low`
+            return frames, corrupt
+        if seek is not None:  # the seek may have gone past `low`
             seek = None
-        elif found:  # packets without a frame of their own (VP8 alt-ref), or damaged ones
+        elif found:  # some packets contain no frame (VP8 alt-ref), or are corrupt
             count = found
         else:
-            raise VideoError("empty", f"{path} has no frame that can be decoded")
+            raise VideoError("empty", f"{path} has no decodable frame")
 
 
 def _pyav_pass(path, scan, low, high, count, num_frames, seek):
-    """Keep only the frames that `frame_indices(count, F)` asks for: a 4K clip does not fit whole."""
+    """Decode [low, high) and keep only the selected frames, because a whole 4K clip does not fit."""
     picks, upright = frame_indices(count, num_frames), _Upright()
-    output, found, damaged = None, 0, False
+    output, found, corrupt = None, 0, False
     with _open(path) as (container, stream):
         if seek is not None:
             container.seek(seek, stream=stream)
         for ordinal, frame in enumerate(_frames(container, stream)):
             if frame is None:
-                damaged = True
+                corrupt = True
                 continue
             time = scan.time(frame, ordinal)
             if time >= high:
                 break
             if time < low:
                 continue
-            damaged |= frame.is_corrupt
+            corrupt |= frame.is_corrupt
             if found in picks:
                 rgb = upright(frame)
                 if output is None:
                     output = np.empty((num_frames, *rgb.shape), np.uint8)
                 output[picks == found] = rgb
             found += 1
-    return output, found, damaged
+    return output, found, corrupt
 
 
 class _Upright:
-    """Turns frames into uint8 (H, W, 3), upright, all of the size of the first, reduced if large."""
+    """Converts the frames of a file to upright uint8 (H, W, 3).
+
+    All are scaled to the size of the first, which is downscaled if it is large (see `ENOUGH`).
+    """
 
     def __init__(self):
         from av.video.reformatter import VideoReformatter
 
-        self.convert = VideoReformatter().reformat  # frame.to_ndarray would build one per frame
+        self.convert = VideoReformatter().reformat  # frame.to_ndarray creates a new one each time
         self.size = None
 
     def __call__(self, frame):
         from av.video.reformatter import Interpolation
 
-        if self.size is None:  # it may change within a file
+        if self.size is None:  # set once, because the frame size can change within a file
             k = max(1, min(frame.width, frame.height) // ENOUGH)
             self.size = {"width": frame.width // k, "height": frame.height // k}
             if k > 1:
                 self.size["interpolation"] = Interpolation.AREA
         rgb = self.convert(frame, format="rgb24", **self.size).to_ndarray()  # (H, W, 3)
         if frame.rotation % 90 == 0:
-            rgb = np.rot90(rgb, frame.rotation // 90)  # counter-clockwise, both of them
+            rgb = np.rot90(rgb, frame.rotation // 90)  # PyAV and NumPy both count counter-clockwise
         return rgb
 
 
 def _frames(container, stream):
-    """Yield the frames in the order of display, and None where the file is damaged."""
+    """Yield the frames in display order, and None for each decoding error."""
     import av
 
     packets = container.demux(stream)
@@ -428,7 +463,7 @@ def _frames(container, stream):
             frames = next(packets).decode()
         except (StopIteration, av.EOFError):
             return
-        except av.FFmpegError:  # of the decoder: go on behind the packet; of the container: the end
+        except av.FFmpegError:  # after a decoder error, the next packet follows; otherwise the end
             yield None
             continue
         yield from frames

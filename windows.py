@@ -1,6 +1,7 @@
-"""Any video files -> windows of a few seconds -> features as training saw them -> captions.
+"""Caption video files of any length: split them into windows, then encode and caption each window.
 
-Shapes: B windows, F frames, H and W of the picture, N video tokens, E video width.
+Windows are decoded and encoded exactly like the training clips.
+Shapes: B windows, F frames, H and W height and width, N video tokens, E video width.
 """
 
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
 
-MAX_WINDOWS = 100_000  # per file: 28 hours, a window per second
-STEM_BYTES = 100  # of the 255 that a file's name may have
+MAX_WINDOWS = 100_000  # per file; 28 hours with one window per second
+STEM_BYTES = 100  # of the 255 bytes of a file name, to leave room for suffixes
 
 
 @dataclass
 class Window:
-    """`start` and `end` in seconds of file number `file`; `alone`: it is the whole file.
+    """A window of a video file, with its frames and features.
 
-    Either `error`, a VideoError, or `frames` uint8 (F, H, W, 3) and `stored`, the features in stored
-    form; `truncated`: the file is cut short, and this is what there is.
+    file: index of the file. start, end: seconds. alone: True if the window is the whole file.
+    error: a VideoError if the window could not be decoded or encoded, else None.
+    truncated: True if the file ends early or is corrupt, so that some of the window may be missing.
+    frames: uint8 (F, H, W, 3). stored: the features in the form of `dataset.save_features`.
     """
 
     file: int
@@ -39,12 +42,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Windowing:
-    """How files are cut into windows and decoded: the values of the flags of `add_flags`."""
+    """Settings for splitting files into windows and decoding them, with the flags of `add_flags`."""
 
-    window: float = 6.0  # seconds captioned at once
-    stride: float = 6.0  # seconds between the starts of windows
-    batch_size: int = 8  # windows encoded at once
-    timeout: float = 60.0  # seconds to decode a window
+    window: float = 6.0  # length of a window in seconds
+    stride: float = 6.0  # seconds between the starts of consecutive windows
+    batch_size: int = 8  # windows per batch
+    timeout: float = 60.0  # seconds allowed to decode a window
     workers: int = 0
 
     @classmethod
@@ -53,24 +56,28 @@ class Windowing:
 
 
 def add_flags(group):
-    """Add the flags of a `Windowing`, but --workers, which `cli.add_common` adds."""
+    """Add the flags of `Windowing`, except --workers, which `cli.add_common` adds."""
     group.add_argument(
-        "--window", type=cli.number(above=0), default=6.0, help="seconds captioned at once"
+        "--window", type=cli.number(above=0), default=6.0, help="length of a window in seconds"
     )
     group.add_argument(
-        "--stride", type=cli.number(above=0), default=6.0, help="seconds between windows' starts"
+        "--stride",
+        type=cli.number(above=0),
+        default=6.0,
+        help="seconds between the starts of consecutive windows",
     )
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows at once")
+    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows per batch")
     group.add_argument(
-        "--timeout", type=cli.whole(1), default=60, help="seconds to decode a window"
+        "--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode a window"
     )
 
 
 def read(paths, encoder, how, limit=None):
-    """Decode and encode every window of every file; yields lists of at most `how.batch_size` `Window`s.
+    """Decode and encode all windows of all files. Yields lists of up to `how.batch_size` `Window`s.
 
-    In the order of files and of time, at most `limit` windows of a file. how: a `Windowing`. A file that
-    fails, hangs or crashes its decoder costs only itself.
+    how: a `Windowing`. limit: the maximum number of windows per file, or None for all.
+    The windows are ordered by file and time. A file that cannot be decoded, or makes the decoder hang
+    or crash, does not affect the other files. Raises UserError if a file has too many windows.
     """
     pool = WorkerPool(how.workers, how.timeout)
     num_frames = encoder.settings.num_frames
@@ -78,23 +85,23 @@ def read(paths, encoder, how, limit=None):
 
     def jobs():
         for n, path in enumerate(paths):
-            info = pool.call(video.probe, path)  # a header, too, may make a decoder hang
-            # if the length is unknown, decoding will report why
+            info = pool.call(video.probe, path)  # in a worker, because reading a header can hang
+            # If the length is unknown, use one window. Decoding it reports the error.
             length = how.window if isinstance(info, VideoError) else info.duration
             if length / how.stride > MAX_WINDOWS:
                 raise UserError(
-                    f"{path} has {length:.0f} s: at --stride {how.stride:g} that is more than"
-                    f" {MAX_WINDOWS:,} windows; use a larger one"
+                    f"{path} is {length:.0f} s long, which is more than {MAX_WINDOWS:,} windows at"
+                    f" --stride {how.stride:g}; use a larger --stride"
                 )
             spans[n] = video.windows(length, how.window, how.stride)
             alone = len(spans[n]) == 1
             spans[n] = spans[n][:limit]
             for span in spans[n]:
-                # a short clip is decoded as a whole, as preprocess_ssv2.py did
+                # a clip with one window is decoded as a whole, as in preprocess_ssv2.py
                 yield Window(n, *span, alone), path, num_frames, *(() if alone else span)
 
     def total():
-        """The number of windows, with one for each file that was not yet opened."""
+        """Return the number of windows, counting one for each file that is not open yet."""
         return sum(map(len, spans.values())) + len(paths) - len(spans)
 
     clips = pool.map(video.decode, jobs(), ahead=how.batch_size + 2 * how.workers)
@@ -117,13 +124,15 @@ def read(paths, encoder, how, limit=None):
 
 
 def features(batch, device):
-    """Stack the stored features of windows without error: {"features" (B, N, E), "scale" (B, E),
-    "offset" (B, E)} on the device."""
+    """Stack the stored features of windows without errors, on the device.
+
+    Returns {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}.
+    """
     return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
 
 
 def caption_files(paths, encoder, captioner, how, style, max_new_tokens=50, num_beams=1):
-    """Caption every window of every file; yields the `description` of each file, in order."""
+    """Caption all windows of all files. Yields the `description` of each file, in order."""
 
     def captioned():
         for batch in read(paths, encoder, how):
@@ -133,7 +142,7 @@ def caption_files(paths, encoder, captioner, how, style, max_new_tokens=50, num_
                 clips = features(decoded, captioner.device)
                 texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
             for w in batch:
-                w.frames = w.stored = None  # a long film has many windows
+                w.frames = w.stored = None  # free the memory, because a long film has many windows
                 yield w, None if w.error else next(texts)
 
     for n, group in groupby(captioned(), key=lambda pair: pair[0].file):
@@ -141,10 +150,12 @@ def caption_files(paths, encoder, captioner, how, style, max_new_tokens=50, num_
 
 
 def description(path, pairs):
-    """One file's result from its [(`Window`, caption or None where it failed)].
+    """Return the result of one file as a dict.
 
-    {"path", "caption"} or {"path", "windows": [{"start", "end", "caption"}]}, with "warning" if part of
-    the file could not be read, or {"path", "error"}.
+    pairs: its [(`Window`, caption)], where the caption is None if the window failed.
+    The result is {"path", "caption"} for a single window, {"path", "windows": [{"start", "end",
+    "caption"}]} for several, and {"path", "error"} if all failed. It also has a "warning" if part of the
+    file could not be decoded.
     """
     captioned = [(w, text) for w, text in pairs if text is not None]
     if not captioned:
@@ -157,13 +168,16 @@ def description(path, pairs):
     if failed := len(pairs) - len(captioned):
         result["warning"] = f"{failed} of {len(pairs)} windows could not be decoded"
     elif any(w.truncated for w, _ in pairs):
-        result["warning"] = "the file is cut short; what is there was captioned"
+        result["warning"] = "the file is truncated or corrupt; the caption covers the readable part"
     return result
 
 
 def output_names(paths):
-    """A distinct name for what is written about each file: its own without the ending, numbered if
-    another file has it, printable, and short enough for a suffix."""
+    """Return a distinct base name for the output of each file.
+
+    This is the name of the file without its extension, made printable and shortened. A number is added
+    if another file has the same name.
+    """
     names, taken = [], {path.stem for path in paths}
     for path in paths:
         stem = cli.printable(path.stem).encode()[:STEM_BYTES].decode(errors="ignore")

@@ -168,7 +168,10 @@ def test_a_clip_that_is_cut_short_gets_a_message(look, tmp_path):
     path = film(tmp_path / "cut.webm", 1)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     message, label, *_ = look(path)
-    assert message == "the file is cut short; what is there was captioned" and label
+    assert (
+        message == "the file is truncated or corrupt; the caption covers the readable part"
+        and label
+    )
 
 
 def test_a_message_hides_the_folder_of_uploads(look, tmp_path):

@@ -99,7 +99,7 @@ def test_another_clips_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"not \(36, 5\)"):
         dataset.load_features(path, "7", replace(SETTINGS, grid=(3, 3, 4)))
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="not a feature file"):
+    with pytest.raises(UserError, match="not a valid feature file"):
         dataset.load_features(path, "7", SETTINGS)
 
 
@@ -171,7 +171,7 @@ def test_missing_features_are_counted_and_named(tmp_path):
     (tmp_path / "train").mkdir()
     write(tmp_path / "train" / "7.pt")
     records = [{"id": i} for i in ("7", "8", "9")]
-    with pytest.raises(UserError, match=r"2 of 3 clips .*first: 8, 9.*--splits train"):
+    with pytest.raises(UserError, match=r"2 of 3 clips .*for example 8, 9.*--splits train"):
         dataset.require_features(tmp_path, "train", records)
     assert dataset.require_features(tmp_path, "train", records, 2) == records[:1]
 
@@ -206,7 +206,7 @@ def test_wrong_manifests_are_refused(tmp_path, content):
 
 def test_a_manifest_of_another_version_is_told_as_such(tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {"format_version": 9, "new": 1}}')
-    with pytest.raises(UserError, match="has format version 9, this code reads 1"):
+    with pytest.raises(UserError, match="has format version 9, but this code reads version 1"):
         dataset.load_manifest(tmp_path)
 
 

@@ -57,10 +57,10 @@ def test_a_score_over_fewer_clips_is_asked_for_and_says_so(run, prepared, tmp_pa
     victims = sorted(p for p in (features / "validation").iterdir())[:2]
     for path in victims:
         path.unlink()
-    with pytest.raises(UserError, match=rf"2 of 64 clips .*first: {victims[0].stem}"):
+    with pytest.raises(UserError, match=rf"2 of 64 clips .*for example {victims[0].stem}"):
         run("--features", features, "--allow-missing", 1)
     out = run("--features", features, "--allow-missing", 2)
-    assert "2 clips have no caption and are in no score" in capsys.readouterr().err
+    assert "2 clips have no caption and are left out of the scores" in capsys.readouterr().err
     result = load(out / "evaluation_validation_without2.json")
     assert (result["n"], result["settings"]["missing"]) == (62, 2)
     assert not (out / "evaluation_validation.json").exists()
@@ -134,11 +134,11 @@ def test_a_split_without_captions_gets_template_accuracy_only(run, world, prepar
 
 
 def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
-    with pytest.raises(UserError, match="sampling = 'bin_centres', but 'still'"):
+    with pytest.raises(UserError, match="sampling = 'bin_centres', but this command needs 'still'"):
         run("--control", "still")
     still = tmp_path / "still"
     preprocess(world, prepared, "--splits", "validation", "--still", features=still)
-    with pytest.raises(UserError, match="sampling = 'still', but 'bin_centres'"):
+    with pytest.raises(UserError, match="sampling = 'still', but this command needs 'bin_centres'"):
         run("--features", still)
     out = run("--features", still, "--control", "still")
     assert (out / "evaluation_validation_still.json").is_file()
@@ -198,7 +198,7 @@ def test_a_truncated_clip_is_captioned_with_a_warning(world, trained, tmp_path, 
     (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
     assert caption(trained, tmp_path / "cut.webm", "--json") == DONE
     result = json.loads(capsys.readouterr().out)
-    assert result["caption"] and "cut short" in result["warning"]
+    assert result["caption"] and "truncated" in result["warning"]
 
 
 def test_long_clips_are_captioned_by_windows(world, trained, capsys):
@@ -229,7 +229,7 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ((), "name the clips"),
+        ((), "give either the clips"),
         (("a.mp4", "--num-samples", "2"), "not both"),
         (("/nowhere/a.mp4",), "clip not found: /nowhere/a.mp4"),
         (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),
@@ -241,7 +241,7 @@ def test_infer_usage_errors(trained, args, complaint):
 
 
 def test_an_empty_folder_is_said(trained, tmp_path):
-    with pytest.raises(UserError, match="has no videos"):
+    with pytest.raises(UserError, match="contains no videos"):
         caption(trained, tmp_path)
 
 

@@ -137,7 +137,9 @@ def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, m
         scores.unlink()
     assert sorted(p.name for p in (tmp_path / "out" / "toy").iterdir()) == sorted(share_order())
     (tmp_path / "results" / "toy" / "best.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"results/toy holds a run: .* --output"):
+    with pytest.raises(
+        UserError, match=r"results/toy already contains a training run; .* --output"
+    ):
         evaluate.main([*flags, "me/toy"])
 
 

@@ -62,7 +62,7 @@ def test_help_names_the_command_that_was_typed(name):
     ("command", "code", "sentence"),
     [
         ("infer /nowhere.mp4 --checkpoint x", 2, "infer.py: clip not found: /nowhere.mp4"),
-        ("infer", 2, "infer.py: name the clips to caption"),
+        ("infer", 2, "infer.py: give either the clips to caption"),
         ("train --features /nowhere", 2, "train.py: no feature cache: /nowhere/manifest.json"),
         (
             "evaluate --annotations /nowhere",

@@ -45,9 +45,13 @@ GOOD = {
 }
 HYBRID = {"layer_types": ["conv", "full_attention"]}
 REFUSED = {
-    "Gemma2, capped logits": (hf.Gemma2Config, LLAMA | {"head_dim": 8}, "more to its logits"),
-    "Cohere, scaled logits": (hf.CohereConfig, LLAMA, "more to its logits"),
-    "Granite, scaled logits": (hf.GraniteConfig, LLAMA | {"logits_scaling": 8.0}, "to its logits"),
+    "Gemma2, capped logits": (hf.Gemma2Config, LLAMA | {"head_dim": 8}, "modifies the logits"),
+    "Cohere, scaled logits": (hf.CohereConfig, LLAMA, "modifies the logits"),
+    "Granite, scaled logits": (
+        hf.GraniteConfig,
+        LLAMA | {"logits_scaling": 8.0},
+        "modifies the logits",
+    ),
     "LFM2, convolutions": (hf.Lfm2Config, LLAMA | HYBRID, "cached prefix"),
     "Mamba, no key/value cache": (hf.MambaConfig, TINY | {"hidden_size": 32}, "Mamba"),
     "BERT, sees later tokens": (hf.BertConfig, BERT, "Bert"),
@@ -138,7 +142,7 @@ def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
 def test_weights_that_overflow_are_named(tokenizer):
     model = make(*GOOD["Qwen2"], tokenizer)
     model.lm.base_model.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match="its logits are not finite"):
+    with pytest.raises(UserError, match="the logits are not finite"):
         check_lm(model, "tiny")
 
 
@@ -211,9 +215,9 @@ def test_captions_fit_the_positions(tokenizer):
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 100}, tokenizer)
     room = 100 - 6 - len(STYLES["sentence"])  # one token a character
     check_room(model, "tiny", ["a" * (room - 2)])  # a space before it, eos behind
-    with pytest.raises(UserError, match=f"leave {room} for a caption, but 'a+' takes {room + 1}"):
+    with pytest.raises(UserError, match=f"leave {room} for a caption, but 'a+' needs {room + 1}"):
         check_room(model, "tiny", ["short", "a" * (room - 1)])
-    with pytest.raises(UserError, match="generation may take 50"):
+    with pytest.raises(UserError, match="generation may need 50"):
         check_room(make(hf.GPT2Config, GPT2 | {"n_positions": 50}, tokenizer), "tiny", [])
 
 
@@ -221,7 +225,7 @@ def test_no_more_is_written_than_fits(tokenizer, make_clips):
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 60}, tokenizer)
     room = 60 - 6 - len(STYLES["label"])
     clips = [t.double() for t in make_clips(1)]
-    with pytest.raises(UserError, match=f"--max-new-tokens {room + 1}: .* room for {room} "):
+    with pytest.raises(UserError, match=f"--max-new-tokens {room + 1} is .* room for {room} "):
         model.generate(model.prefix(*clips), "label", room + 1)
     model.generate(model.prefix(*clips), "label", room)
 
@@ -286,10 +290,10 @@ def another_eos(folder):
 
 
 FOLDERS = {
-    "an id too many": (hf.Qwen2Config, another_eos, "token ids up to .* not files of one model"),
+    "an id too many": (hf.Qwen2Config, another_eos, "token ids up to .* from different models"),
     "a config without a number": (hf.Qwen2Config, unset_positions, "max_position_embeddings"),
-    "Gemma2": (hf.Gemma2Config, lambda f: None, "more to its logits"),
-    "no room": (hf.GPT2Config, lambda f: None, r"reads 40 tokens: .* for a caption"),
+    "Gemma2": (hf.Gemma2Config, lambda f: None, "modifies the logits"),
+    "no room": (hf.GPT2Config, lambda f: None, r"context of 40 tokens: .* for a caption"),
     "quantised": (hf.Qwen2Config, quantise, "is quantised"),
     "damaged": (
         hf.Qwen2Config,

@@ -95,9 +95,9 @@ def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, pro
 @pytest.mark.parametrize(
     ("flags", "processes", "complaint"),
     [
-        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* give --grad-accum too"),
-        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* give --batch-size too"),
-        ([], 3, "shared equally by 3 processes: give --batch-size and --grad-accum"),
+        (["--batch-size", "7"], 1, "--batch-size 7 does not divide 64.* also set --grad-accum"),
+        (["--grad-accum", "24"], 1, "--grad-accum 24 does not divide 64.* also set --batch-size"),
+        ([], 3, "shared equally by 3 processes; set --batch-size and --grad-accum"),
     ],
 )
 def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, complaint):
@@ -177,8 +177,8 @@ def test_a_full_shared_memory_says_how_much_is_needed(
     with pytest.raises(UserError) as error:
         train.main(flags)
     assert str(error.value) == (
-        "/dev/shm is too small: with --workers 2 it must hold 4 MB for training and then 8 MB for"
-        " validation. Use --workers 0, or enlarge it (for a container: --shm-size 9m)"
+        "/dev/shm is too small: --workers 2 needs 4 MB for training and then 8 MB for"
+        " validation. Use --workers 0 or increase it (for a container: --shm-size 9m)"
     )
     monkeypatch.setattr(evaluate, "caption", full)
     flags = [
@@ -189,7 +189,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
         "--workers",
         "2",
     ]
-    with pytest.raises(UserError, match=r"hold 8 MB for captioning\. .* --shm-size 9m"):
+    with pytest.raises(UserError, match=r"needs 8 MB for captioning\. .* --shm-size 9m"):
         evaluate.main([*flags, "--annotations", str(prepared / "annotations")])
     with pytest.raises(ZeroDivisionError), dataset.shared_memory({}, 2):
         1 / 0  # noqa: B018
@@ -264,7 +264,7 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
     assert capsys.readouterr().out == (
         "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
-        "validation     103.0 s for a batch of 64 clips\n"
+        "validation     103.0 s per batch of 64 clips\n"
     )
     assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], "not --batch-size"
 

@@ -127,9 +127,9 @@ def test_an_archive_is_not_read_as_json(tmp_path):
         ({"label": "a \x1b[2J cup"}, r"control character '\\x1b'"),
         ({"paraphrases": ["A\rB."]}, "control character"),
         ({"label": "half \ud83d"}, "control character"),
-        ({"video": "../../secret.webm"}, "outside the videos' folder"),
-        ({"video": "/etc/secret.webm"}, "outside the videos' folder"),
-        ({"id": "../../x"}, "is no record"),
+        ({"video": "../../secret.webm"}, "outside the video folder"),
+        ({"video": "/etc/secret.webm"}, "outside the video folder"),
+        ({"id": "../../x"}, "is not a valid record"),
     ],
 )
 def test_hostile_records_are_refused(tmp_path, fields, complaint):
@@ -137,14 +137,16 @@ def test_hostile_records_are_refused(tmp_path, fields, complaint):
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "label": "x"} | fields]))
     with pytest.raises(UserError, match=complaint):
         load_records(tmp_path, "train")
-    with pytest.raises(UserError, match="no plain name"):
+    with pytest.raises(UserError, match="is not a valid name"):
         load_records(tmp_path, "../train")
 
 
 def test_control_characters_in_captions_are_not_dropped_silently(tmp_path):
     (tmp_path / "mine.csv").write_text("video,caption\na.mp4,good\nb.mp4,a\x07bell\nc.mp4,good\n")
     done = script("prepare_annotations", "--captions", tmp_path / "mine.csv", "--output", tmp_path)
-    assert done.returncode == 2 and "1 clips are refused, for example b has" in done.stderr
+    assert (
+        done.returncode == 2 and "1 clips have unsafe values, for example b contains" in done.stderr
+    )
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -168,8 +170,8 @@ def corrupt(kind, record):
     ("kind", "complaint"),
     [
         ("bomb", "cannot be read"),
-        ("scale of another type", "no scale and offset"),
-        ("endless offset", "no scale and offset"),
+        ("scale of another type", "valid scale and offset"),
+        ("endless offset", "valid scale and offset"),
         ("NaN", "contain NaN"),
     ],
 )

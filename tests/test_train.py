@@ -137,7 +137,7 @@ def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
     flags = train_flags(world, prepared, tmp_path / "new", "--dry-run", "--limit", 30)
     assert not train.main(flags)
     printed = capsys.readouterr()
-    assert "waiting for data" in printed.out and "for a batch of 10 clips" in printed.out
+    assert "waiting for data" in printed.out and "per batch of 10 clips" in printed.out
     assert "4 steps in 2 epochs" in printed.err
     assert not (tmp_path / "new").exists()
 
@@ -160,12 +160,14 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     flags = train_flags(world, prepared, tmp_path / "run", "--grad-accum", 1, "--save-every", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train, "average_and_clip", lambda *_: float("nan"))
-        with pytest.raises(UserError, match="5 steps in a row") as error:
+        with pytest.raises(UserError, match="not finite in 5 consecutive steps") as error:
             train.main(flags)
         assert error.value.code == 1
         last = state(tmp_path / "run")
         assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
-        with pytest.raises(UserError, match="5 steps in a row"):  # as an undisturbed run would end
+        with pytest.raises(
+            UserError, match="not finite in 5 consecutive steps"
+        ):  # as an undisturbed run would end
             train.main([*flags, "--resume"])
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
