@@ -148,7 +148,7 @@ def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
     ("flags", "complaint"),
     [
         (("--split", "nowhere"), "no annotations for split 'nowhere'"),
-        (("--checkpoint", "/nowhere/best.pt"), "does not exist. Run train.py"),
+        (("--checkpoint", "/nowhere/best.pt"), "does not exist"),
         (("--features", "/nowhere"), "no feature cache"),
         (("--split", "validation_objects", "--style", "sentence"), "has no paraphrases"),
         (("--lm", "/nowhere"), "neither a folder nor a Hub id"),
