@@ -137,12 +137,12 @@ def main(argv=None):
 
 
 def in_part(keys, part):
-    """Those of the (split, id) that are in part i of n."""
+    """Return the keys (split, id) that are in part i of n."""
     return [key for key in keys if in_shard(key[1], *part)]
 
 
 def complete(features, paths):
-    """The keys of `paths` whose feature file is there: a file under its final name is complete."""
+    """Return the keys of `paths` that have a feature file. Files get their name when complete."""
     have = {}
     for split in {split for split, _ in paths}:
         folder = features / split
@@ -151,7 +151,7 @@ def complete(features, paths):
 
 
 def fill(args, part, paths, missing, device, dtype):
-    """Encode what the cache lacks of a part: of --shard, or of this process's share of it."""
+    """Encode the clips that the cache lacks of one part: this process's share of --shard."""
     features = cli.output_folder(args.features, "--features")
     busy = f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
     with nullcontext() if args.dry_run else lock(features, busy, *part):
@@ -181,7 +181,10 @@ def clear(features, splits, part):
 
 
 def matching_encoder(args, features, device, dtype, needed):
-    """The encoder, with the settings of the cache if there is one; None if not needed. UserError."""
+    """Load the encoder and check it against the cache's settings; None if it is not needed.
+
+    Raises UserError, where possible before the encoder is loaded.
+    """
     wanted = {
         "num_frames": args.num_frames,
         "sampling": "still" if args.still else "bin_centres",
@@ -192,8 +195,8 @@ def matching_encoder(args, features, device, dtype, needed):
     existing = load_manifest(features).settings if (features / MANIFEST).is_file() else None
     if not existing and any(features.glob("*/*.pt")):
         raise UserError(
-            f"{features} contains features and no {MANIFEST}, which says how they were made: put it"
-            " back, or use another folder"
+            f"{features} contains features but no {MANIFEST}, which records how they were made: restore"
+            " it, or use another folder"
         )
     if existing:  # compare what is known without the encoder, before it is loaded
         known = wanted | {
@@ -206,10 +209,10 @@ def matching_encoder(args, features, device, dtype, needed):
 
     encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **wanted)
     if not existing and not args.dry_run:
-        # no date: equal caches have equal bytes
+        # no date, so that equal caches are byte-identical
         versions = {name: version(name) for name in ("torch", "transformers", "av")}
         manifest = Manifest(encoder.settings, {"encoder": args.encoder, "versions": versions})
-        # of shards that start together the first one decides, and the others compare
+        # if shards start together, the first writes the manifest and the others compare
         write_new(features / MANIFEST, json_bytes(manifest.as_dict()))
         existing = load_manifest(features).settings
     if existing:
@@ -239,7 +242,7 @@ def encode(encoder, todo, features, batch_size, pool):
         save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
 
     def launch(batch):
-        names = [(key, clip.decoder) for key, clip in batch]  # and not the frames
+        names = [(key, clip.decoder) for key, clip in batch]  # without the frames, to free memory
         return names, encoder.launch([clip.frames for _, clip in batch])
 
     def collect(names, finish):
@@ -252,7 +255,7 @@ def encode(encoder, todo, features, batch_size, pool):
     def written(limit):
         while len(writes) > limit:
             key, write = writes.pop(0)
-            write.result()  # a full disk surfaces here
+            write.result()  # raises if the write failed
             yield key, None
 
     batch, running, writes = [], [], []
@@ -337,7 +340,7 @@ def report(ok, failed, missing):
     if not ok and (failed or missing):
         return FAILED
     if ranks.launched():
-        return DONE  # torchrun would take another code for a crash, and end the other processes
+        return DONE  # torchrun treats any other code as a crash and kills the other processes
     return PARTIAL if failed or missing else DONE
 
 

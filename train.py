@@ -261,41 +261,45 @@ def main(argv=None):
 
 def train(state, data, recipe, run, save_every):
     """Run the training loop until the last step or a signal."""
-    model, optimizer, progress = state.model.train(), state.optimizer, state.progress
+    model, optimizer, progress = state.model, state.optimizer, state.progress
     per_epoch = recipe.steps_per_epoch(len(data.train))
-    if progress.step and progress.step % per_epoch == 0 and progress.step > progress.evaluated:
-        end_epoch(state, data, recipe, run)  # it was interrupted, or best.pt is missing
+    model.train()
+    # the run may have stopped between an epoch's last step and its evaluation, or have lost best.pt
+    epoch_ended = progress.step > 0 and progress.step % per_epoch == 0
+    if epoch_ended and progress.step > progress.evaluated:
+        end_epoch(state, data, recipe, run)
     for epoch, ids, micro_batches in training_steps(
         data, recipe, model.tokenizer, model.device, progress.step
     ):
         lr = lr_at(progress.step, recipe.epochs * per_epoch, recipe.lr, recipe.warmup_steps)
         set_lr(optimizer, lr)
 
-        # forward and backward; afterwards every process holds the gradient of the summed loss
+        # forward and backward; afterwards .grad is that of the loss summed over all processes
         seed = dropout_seed(recipe.seed, progress.step)
         loss, tokens = accumulate(model, micro_batches, seed)
 
         # average over the tokens of the step, clip, and update the weights if all values are finite
-        norm = average_and_clip(model.qformer, tokens, recipe.clip_grad)
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        grad_norm = average_and_clip(model.qformer, tokens, recipe.clip_grad)  # before clipping
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
-        run.log.step(progress.step, epoch, lr, loss, norm, tokens, ids, micro_batches.seconds)
+        waited = micro_batches.seconds
+        run.log.step(progress.step, epoch, lr, loss, grad_norm, tokens, ids, waited)
         if progress.bad_steps == MAX_BAD_STEPS:
-            raise not_finite(run.folder)
+            raise not_finite_error(run.folder)
 
         # save; at the end of an epoch also evaluate, and keep the best checkpoint
-        run.writer.check()
-        stopping, epoch_ends = run.stopping(), progress.step % per_epoch == 0
-        if epoch_ends or stopping or progress.step % save_every == 0:
+        run.writer.raise_if_failed()
+        stopping, epoch_ended = run.stopping(), progress.step % per_epoch == 0
+        if epoch_ended or stopping or progress.step % save_every == 0:
             run.save(state.last())
         if stopping:
-            break
-        if epoch_ends:
+            break  # if an epoch has just ended, the resumed run evaluates it
+        if epoch_ended:
             end_epoch(state, data, recipe, run)
 
 
@@ -318,10 +322,10 @@ def end_epoch(state, data, recipe, run):
         progress.best_score = score
         run.save_best(state.best())
     progress.evaluated = progress.step
-    run.save(state.last())
+    run.save(state.last())  # again, since what counts as evaluated and best has changed
 
 
-def not_finite(folder):
+def not_finite_error(folder):
     return UserError(
         f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps, which did not change"
         f" the weights (their clips are listed in {folder / 'metrics.jsonl'}). Check the features with"

@@ -79,7 +79,10 @@ def parse_args(argv=None):
         "--output", metavar="DIR", default="results/bench", help="parent of the result folder"
     )
     parser.add_argument(
-        "--table", nargs="+", metavar="FILE", help="print the README's table of these bench.json"
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="print the table of docs/speed.md of these bench.json",
     )
     parser.add_argument(
         "--device",

@@ -1,4 +1,4 @@
-"""bench.md of one benchmark result, and the README's table over several."""
+"""bench.md of one benchmark result, and the table of docs/speed.md over several."""
 
 NOTES = {  # figures that only some rows have; committed results have more than are measured today
     "ms_per_clip": "{:.1f} ms per clip",

@@ -268,7 +268,7 @@ class Writer:
     """Writes checkpoints in a background thread, one at a time and in order, on rank 0 only.
 
     Training waits for serialisation but not for the disk. An error in the thread is raised by the next
-    call of `check`, `write`, `wait` or `close`.
+    call of `raise_if_failed`, `write`, `wait` or `close`.
     """
 
     def __init__(self):
@@ -283,7 +283,7 @@ class Writer:
             # raising here would hide the exception that ended the run
             note(f"WARNING: the last checkpoint was not written: {self.pending.exception()}")
 
-    def check(self):
+    def raise_if_failed(self):
         """Raise the error of a failed write now, rather than at the next checkpoint."""
         if self.pending and self.pending.done():
             self.pending.result()
