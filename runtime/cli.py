@@ -41,12 +41,7 @@ def run(main):
 
     def on_signals(handler):
         for number in start.SIGNALS:
-            # leave SIGHUP ignored under `nohup`
-            if (
-                number != getattr(signal, "SIGHUP", None)
-                or signal.getsignal(number) != signal.SIG_IGN
-            ):
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def stop(number, frame):
         on_signals(signal.SIG_DFL)  # a second signal ends the process at once

@@ -244,11 +244,7 @@ class Stop:
 
     def __init__(self):
         self.signal, self.saved = 0, False
-        self.before = {
-            number: signal.signal(number, self.request)
-            for number in SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN  # such as SIGHUP under nohup
-        }
+        self.before = {number: signal.signal(number, self.request) for number in SIGNALS}
 
     def restore(self):
         for number, handler in self.before.items():

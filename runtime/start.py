@@ -14,7 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DOCTOR = "python -m tools.doctor"  # runs without the packages, to report which are missing
 NEEDED = ("torch", "numpy", "transformers", "tqdm", "pycocoevalcap")
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+# The signals that stop a run. `nohup` starts a process with SIGHUP ignored, and so it must stay.
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    SIGNALS.append(signal.SIGHUP)
 
 
 def program():

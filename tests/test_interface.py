@@ -268,7 +268,12 @@ def test_a_signal_during_the_imports_is_answered_in_one_line():
 
     command = [sys.executable, HERE / "infer.py", "/nowhere.mp4"]
     numbers = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
-    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in numbers]
+
+    def hang_up():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
+    how = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hang_up}
+    runs = [subprocess.Popen(command, **how) for _ in numbers]
     for process, number in zip(runs, numbers, strict=True):
         until(lambda pid=process.pid: holds_signals(pid))
         process.send_signal(number)
