@@ -88,15 +88,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("generation")
     group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
-    group.add_argument(
-        "--num-beams", type=cli.whole(1), default=1, help="beams of beam search; 1 is greedy search"
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=cli.whole(1),
-        default=50,
-        help="maximum length of a caption, in tokens",
-    )
+    cli.add_generation(group)
     cli.add_common(parser)
     return parser.parse_args(argv)
 

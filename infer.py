@@ -34,15 +34,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("captions")
     group.add_argument("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
-    group.add_argument(
-        "--num-beams", type=cli.whole(1), default=1, help="beams of beam search; 1 is greedy search"
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=cli.whole(1),
-        default=50,
-        help="maximum length of a caption, in tokens",
-    )
+    cli.add_generation(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--json", action="store_true", help="print one JSON object per file instead of text"

@@ -142,6 +142,14 @@ def add_models(group):
     group.add_argument("--lm", help="folder of the checkpoint's language model, if it has moved")
 
 
+def add_generation(group):
+    """Add the flags of caption generation."""
+    text = "beams of beam search; 1 is greedy search"
+    group.add_argument("--num-beams", type=whole(1), default=1, help=text)
+    text = "maximum length of a caption, in tokens"
+    group.add_argument("--max-new-tokens", type=whole(1), default=50, help=text)
+
+
 def add_workers(group, most, least=0):
     """Add --workers to a group of flags. The default is `most`, or the number of CPUs if lower."""
     text = f"worker processes; the default is {most}, or the number of available CPUs if lower"

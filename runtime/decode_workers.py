@@ -142,7 +142,7 @@ class WorkerPool:
 
 
 def exchange(process, call):
-    """Send a call to a worker and return its result."""
+    """Send a call to a worker and return its result. Only this process and its worker use the pipes."""
     pickle.dump(call, process.stdin)
     process.stdin.flush()
     return pickle.load(process.stdout)

@@ -58,7 +58,7 @@ def test_shards_make_the_whole(world, prepared, few):
 
 
 def test_damaged_and_missing_clips_are_counted_and_named(world, prepared, few, capsys):
-    """ok + failed + missing = asked for; and a clip that was mended is tried again."""
+    """ok + failed + missing = asked for; and a clip that was repaired is tried again."""
     ids = [r["id"] for r in load_records(few / "annotations", "train")]
     videos = few / "videos"
     videos.mkdir()
