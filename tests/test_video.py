@@ -388,7 +388,7 @@ def test_look_ahead_is_bounded_and_closing_kills_the_workers():
     workers = list(pool.all)
     clips.close()
     assert time.monotonic() - begin < 2
-    assert len(workers) == 2 and all(process.poll() is not None for process in workers)
+    assert workers and all(process.poll() is not None for process in workers)
 
 
 def test_a_worker_imports_neither_torch_nor_the_script(tmp_path, monkeypatch):
