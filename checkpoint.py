@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from captioner import VideoCaptioner, load_lm
-from dataset import STYLES, Manifest, is_count
+from dataset import STYLES
 from encoder import VideoEncoder
+from feature_cache import Manifest, is_count
 from qformer import QFormer
 from runtime import devices, distributed, hub, ranks
 from runtime.cli import note

@@ -1,34 +1,27 @@
-"""The on-disk formats of annotations and features, and the data loaders that read them.
+"""Annotations, style prompts and captions, and the data loaders that combine them with features.
 
 data/annotations/<split>.json        a list of records, see `load_records`
-data/features/manifest.json          how the features were computed, see `Manifest`
-data/features/<split>/<id>.pt        the features of one clip, see `save_features`
 """
 
 from runtime.start import SIGNALS
 
 import hashlib
 import math
-import os
 import random
 import signal
 import unicodedata
 import warnings
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
-from runtime.errors import UserError, out_of_files, out_of_memory
-from runtime.files import is_clip_id, read_json, read_torch, torch_bytes, write_atomic
+from runtime.errors import UserError
+from runtime.files import is_clip_id, read_json
 
-FORMAT_VERSION = 1
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 # The text prompt between the soft prompts and the caption. One model writes captions in both styles,
@@ -138,222 +131,7 @@ def encode_caption(tokenizer, style, caption):
     return prompt, [*target, tokenizer.eos_token_id]
 
 
-# ---- features ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How features were computed. Two caches are compatible only if all fields are equal."""
-
-    format_version: int = FORMAT_VERSION
-    encoder_fingerprint: str = ""
-    num_frames: int = 32
-    sampling: str = "bin_centres"  # or still: the first frame, repeated
-    resize: str = "squash"  # or crop, pad
-    size: int = 256  # pixels; frames are size x size
-    pool: int = 1  # the encoder's tokens are averaged over squares of pool x pool
-    grid: tuple = (16, 16, 16)  # number of tokens along (T, H, W)
-    width: int = 1024  # E
-    store: str = "int8"  # or fp16
-    compute_dtype: str = "float32"  # or bfloat16
-
-    @property
-    def num_tokens(self):
-        return math.prod(self.grid)
-
-    @property
-    def clip_bytes(self):
-        """Size in bytes of one clip's features, including the scale and offset of each channel."""
-        size = {"int8": 1, "fp16": 2}[self.store]
-        return self.width * (self.num_tokens * size + 2 * 4)
-
-    def check_same(self, other, what):
-        """Raise UserError if `other` differs, naming the first field that does.
-
-        what: a description of where `other` comes from, with which the message starts.
-        """
-        for field in fields(self):
-            wanted, found = getattr(self, field.name), getattr(other, field.name)
-            if wanted != found:
-                raise UserError(
-                    f"{what} has {field.name} = {found!r}, but this command needs {wanted!r}. Use the"
-                    " same setting, or a different folder."
-                )
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of manifest.json.
-
-    `settings` must be the same wherever the features are used. `info` (the encoder's name and the
-    versions of packages) is for reference only.
-    """
-
-    settings: Settings
-    info: dict
-
-    @classmethod
-    def parse(cls, value):
-        """Convert a JSON value to a `Manifest`. Raises ValueError if it is not a valid manifest."""
-        settings = value.get("settings") if isinstance(value, dict) else None
-        if not _are_settings(settings) or not isinstance(value.get("info"), dict):
-            raise ValueError("it is not a manifest written by preprocess_ssv2.py")
-        return cls(Settings(**settings | {"grid": tuple(settings["grid"])}), value["info"])
-
-    def as_dict(self):
-        settings = asdict(self.settings) | {"grid": list(self.settings.grid)}
-        return {"settings": settings, "info": self.info}
-
-
-def load_manifest(features):
-    """Read `<features>/manifest.json`. Raises UserError if it is missing or not valid."""
-    path = Path(features) / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
-    value = read_json(path, "manifest")
-    settings = value.get("settings") if isinstance(value, dict) else None
-    version = settings.get("format_version") if isinstance(settings, dict) else None
-    # Checked before parsing: another version may have other fields.
-    if type(version) is int and version != FORMAT_VERSION:
-        raise UserError(
-            f"manifest {path} has format version {version}, but this code reads version"
-            f" {FORMAT_VERSION}. Run preprocess_ssv2.py with a new folder."
-        )
-    try:
-        return Manifest.parse(value)
-    except ValueError:
-        raise UserError(f"manifest {path} was not written by preprocess_ssv2.py") from None
-
-
-def is_count(value):
-    """True for a positive int up to 2**20, the largest plausible size of a model or a grid."""
-    return type(value) is int and 0 < value <= 1 << 20
-
-
-def _are_settings(value):
-    """True if a JSON value has exactly the fields of `Settings`, with valid types and values."""
-    counts = ("format_version", "num_frames", "size", "pool", "width")
-    words = ("encoder_fingerprint", "sampling", "resize", "store", "compute_dtype")
-    return (
-        isinstance(value, dict)
-        and value.keys() == {field.name for field in fields(Settings)}
-        and all(is_count(value[k]) for k in counts)
-        and all(isinstance(value[k], str) for k in words)
-        and isinstance(value["grid"], list)
-        and len(value["grid"]) == 3
-        and all(map(is_count, value["grid"]))
-        and value["store"] in ("int8", "fp16")
-        and value["resize"] in ("squash", "crop", "pad")
-        and value["sampling"] in ("bin_centres", "still")
-        and value["compute_dtype"] in ("float32", "bfloat16")
-    )
-
-
-def checksum(clip_id, stored):
-    """Compute the crc32 of a clip's features, scale, offset, shape and id."""
-    value = 0
-    for key in ("features", "scale", "offset"):
-        if stored.get(key) is not None:
-            value = zlib.crc32(stored[key].numpy(), value)
-    return zlib.crc32(f"{tuple(stored['features'].shape)}{clip_id}".encode(), value)
-
-
-def save_features(path, clip_id, stored, decoder):
-    """Write the features of one clip atomically.
-
-    stored: `features` int8 or float16 (N, E) and, for int8, `scale` and `offset` float32 (E,), where
-    x = scale * features + offset. No tensor may be a view, because torch would save its whole base.
-    decoder: the name of the library that decoded the clip.
-    """
-    record = {**stored, "crc32": checksum(clip_id, stored), "decoder": decoder}
-    write_atomic(path, torch_bytes(record))
-
-
-def load_features(path, clip_id, settings):
-    """Read one clip: a dict with `id`, `features` (N, E), and `scale` and `offset` (E,).
-
-    For float16 features, scale is 1 and offset is 0. Raises UserError (exit code 1) with the id of the
-    clip if the file is missing, truncated, corrupt or of another format, or contains NaN or infinity.
-    """
-
-    def is_tensor(value, dtype, shape):
-        return (
-            type(value) is torch.Tensor
-            and (value.dtype, tuple(value.shape)) == (dtype, shape)
-            and (value.layout, value.device.type) == (torch.strided, "cpu")
-            and value.is_contiguous()
-            and not (value.requires_grad or value.is_neg() or value.is_nested)
-        )
-
-    def unusable(why):
-        return UserError(
-            f"features of clip {clip_id} ({path}) {why}."
-            " Delete the file and run preprocess_ssv2.py again.",
-            code=1,
-        )
-
-    try:
-        record = read_torch(path, verify=False, mmap=True)  # the crc32 is compared below
-    except FileNotFoundError:
-        raise unusable("are missing") from None
-    except (OSError, ValueError) as error:  # a disk error, or a truncated or foreign file
-        if out_of_memory(error) or out_of_files(error):
-            raise
-        raise unusable(f"cannot be read ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
-        raise unusable("are not a valid feature file")
-    features, shape = record["features"], (settings.num_tokens, settings.width)
-    dtype = {"int8": torch.int8, "fp16": torch.float16}[settings.store]
-    if not is_tensor(features, dtype, shape):
-        found = "nested" if features.is_nested else tuple(features.shape)
-        raise unusable(f"have shape {found} and dtype {features.dtype}, not {shape} and {dtype}")
-    extra = ("scale", "offset") if settings.store == "int8" else ()
-    if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
-        raise unusable("do not have a valid scale and offset for each channel")
-    stored = {k: record[k] for k in ("features", *extra)}
-    if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
-        raise unusable("are corrupt (wrong checksum)")
-    if not all(stored[k].isfinite().all() for k in extra or ("features",)):
-        raise unusable("contain NaN or infinity")
-    return {"id": clip_id, **with_scale(stored)}
-
-
-def with_scale(stored):
-    """Return the features of a stored clip with scale and offset, which are 1 and 0 for float16."""
-    width = stored["features"].shape[1]
-    return {
-        "features": stored["features"],
-        "scale": stored.get("scale", torch.ones(width)),
-        "offset": stored.get("offset", torch.zeros(width)),
-    }
-
-
-def stack_stored(clips):
-    """Stack B stored clips: {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}."""
-    clips = [with_scale(c) for c in clips]
-    return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
-
-
-def channel_statistics(features, split, ids, settings, workers):
-    """Mean and standard deviation (E,) of each channel over the clips `ids`.
-
-    The sums are float64, the results float32. The standard deviation is at least 1e-6.
-    """
-
-    def sums(clip_id):
-        item = load_features(Path(features) / split / f"{clip_id}.pt", clip_id, settings)
-        x = item["features"].double() * item["scale"].double() + item["offset"].double()
-        return x.sum(0), x.square().sum(0)
-
-    total = square = 0.0
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for s, q in tqdm(
-            pool.map(sums, ids), total=len(ids), unit="clip", desc="statistics", leave=False
-        ):
-            total, square = total + s, square + q
-    mean = total / (len(ids) * settings.num_tokens)
-    variance = square / (len(ids) * settings.num_tokens) - mean.square()
-    return mean.float(), variance.clamp(min=1e-12).sqrt().float()
+# ---- batches ----------------------------------------------------------------------------
 
 
 class FeatureDataset(Dataset):
@@ -380,21 +158,6 @@ class FeatureDataset(Dataset):
             return error  # `batches` raises it; raised in a worker, it would become a traceback
         item["captions"] = [encode_caption(self.tokenizer, *c) for c in self.choose(record)]
         return item
-
-
-def require_features(features, split, records, allow_missing=0):
-    """Return the records that have features. Raises UserError if more than `allow_missing` do not."""
-    root = Path(features) / split
-    existing = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
-    missing = [r["id"] for r in records if f"{r['id']}.pt" not in existing]
-    if len(missing) > allow_missing:
-        raise UserError(
-            f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
-            f" (for example {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
-            " or skip up to N such clips with --allow-missing N."
-        )
-    skipped = set(missing)
-    return [r for r in records if r["id"] not in skipped]
 
 
 def collate(items):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
-from dataset import Settings
+from feature_cache import Settings
 from runtime import devices, hub
 from runtime.errors import UserError
 
@@ -196,7 +196,7 @@ class VideoEncoder:
         return finish
 
     def stored(self, clips):
-        """Encode B clips and return B dicts in the stored form of `dataset.save_features`.
+        """Encode B clips and return B dicts in the stored form of `feature_cache.save_features`.
 
         The entry of a clip is None if its features contain NaN or infinity.
         """

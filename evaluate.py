@@ -22,18 +22,9 @@ from tqdm import tqdm
 
 import metrics
 from checkpoint import is_export, load_captioner, read_checkpoint, weights_digest
-from dataset import (
-    STYLES,
-    TRAIN,
-    VALIDATION,
-    FeatureDataset,
-    load_manifest,
-    load_records,
-    loader,
-    require_features,
-    shared_memory,
-)
+from dataset import STYLES, TRAIN, VALIDATION, FeatureDataset, load_records, loader, shared_memory
 from dataset import batches as read_batches
+from feature_cache import load_manifest, require_features
 from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import UserError

@@ -26,16 +26,9 @@ import torch
 from tqdm import tqdm
 
 import video
-from dataset import (
-    TRAIN,
-    VALIDATION,
-    Manifest,
-    load_features,
-    load_manifest,
-    load_records,
-    save_features,
-)
+from dataset import TRAIN, VALIDATION, load_records
 from encoder import VideoEncoder
+from feature_cache import CHOICES, STORES, Manifest, load_features, load_manifest, save_features
 from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
@@ -79,7 +72,7 @@ def parse_args(argv=None):
     group.add_argument("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
     group.add_argument(
         "--resize",
-        choices=["squash", "crop", "pad"],
+        choices=CHOICES["resize"],
         default="squash",
         help="squash: whole picture, aspect ratio lost; crop: V-JEPA 2's central crop; pad: whole picture"
         " with bars",
@@ -87,7 +80,7 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
     group = parser.add_argument_group("storage")
     group.add_argument(
-        "--store", choices=["int8", "fp16"], default="int8", help="data type of stored features"
+        "--store", choices=CHOICES["store"], default="int8", help="data type of stored features"
     )
     group.add_argument(
         "--pool",
@@ -287,7 +280,7 @@ def dry_run(encoder, todo, features, batch_size, pool):
     """Print what the run would need, from a few timed clips."""
     sample = dict(list(todo.items())[: 2 * batch_size])
     shape = encoder.settings.num_tokens, encoder.settings.width
-    dtype = {"int8": torch.int8, "fp16": torch.float16}[encoder.settings.store]
+    dtype = STORES[encoder.settings.store]
     features_of_one = {
         "features": torch.zeros(shape, dtype=dtype),
         "scale": torch.zeros(2 * shape[1]),

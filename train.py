@@ -31,20 +31,26 @@ from dataset import (
     TRAIN,
     VALIDATION,
     FeatureDataset,
-    Manifest,
     batches,
     by_hash,
-    channel_statistics,
     choose_captions,
-    load_manifest,
     load_records,
     loader,
-    require_features,
     shared_memory,
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_batches, score, to_device, write_predictions
-from optim import average_and_clip, dropout_seed, epoch_order, lr_at, make_optimizer, set_lr
+from feature_cache import Manifest, channel_statistics, load_manifest, require_features
+from optim import (
+    CLIPS_PER_STEP,
+    average_and_clip,
+    dropout_seed,
+    epoch_order,
+    lr_at,
+    make_optimizer,
+    set_lr,
+    split_step,
+)
 from runtime import cli, dashboard, devices, distributed, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import SIGNALLED, UserError
@@ -54,7 +60,6 @@ from viz import curves
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; warm-up steps also start the workers
-STEP = 64  # clips per step, unless both --batch-size and --grad-accum are given
 MAX_BAD_STEPS = 5  # consecutive steps without a finite loss and gradient
 SAMPLES = 20  # example captions in validation_epoch_N.json
 
@@ -97,124 +102,63 @@ class Recipe:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py"
-    )
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
-    )
-    group.add_argument("--output", default="results/ssv2", help="run folder")
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
+    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    add("--output", default="results/ssv2", help="run folder")
+    add(
         "--allow-missing",
         type=cli.whole(0),
         default=0,
         help="maximum number of clips per split without features; they are skipped",
     )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--lm", default=cli.LM, help="Hub id or folder of the frozen causal language model"
-    )
-    group.add_argument(
-        "--num-queries", type=cli.whole(1), default=64, help="number of queries, or soft prompts"
-    )
-    group.add_argument(
-        "--num-blocks", type=cli.whole(1), default=1, help="number of Q-Former blocks"
-    )
-    group.add_argument(
-        "--num-heads", type=cli.whole(1), default=4, help="attention heads of the Q-Former"
-    )
-    group.add_argument(
-        "--dropout",
-        type=cli.number(least=0, below=1),
-        default=0.1,
-        help="dropout rate in the Q-Former",
-    )
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--epochs", type=cli.whole(1), default=6, help="passes over the training clips"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--lm", default=cli.LM, help="Hub id or folder of the frozen causal language model")
+    add("--num-queries", type=cli.whole(1), default=64, help="number of queries, or soft prompts")
+    add("--num-blocks", type=cli.whole(1), default=1, help="number of Q-Former blocks")
+    add("--num-heads", type=cli.whole(1), default=4, help="attention heads of the Q-Former")
+    add("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout rate")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=cli.whole(1), default=6, help="passes over the training clips")
+    add(
         "--batch-size",
         type=cli.whole(1),
-        help=f"clips per micro-batch (default: {STEP} / --grad-accum)",
+        help=f"clips per micro-batch (default: {CLIPS_PER_STEP} / --grad-accum)",
     )
-    group.add_argument(
+    add(
         "--grad-accum",
         type=cli.whole(1),
-        help=f"micro-batches per step, summed over all processes (default: {STEP} / --batch-size; if"
+        help=f"micro-batches per step, summed over all processes (default: {CLIPS_PER_STEP} / --batch-size; if"
         " neither flag is given, the number of processes, but at least 2)",
     )
-    group.add_argument(
-        "--captions-per-clip", type=cli.whole(1), default=2, help="captions per clip and epoch"
-    )
-    group.add_argument("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
-    group.add_argument(
-        "--weight-decay", type=cli.number(least=0), default=0.03, help="weight decay of AdamW"
-    )
-    group.add_argument(
-        "--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up"
-    )
-    group.add_argument(
-        "--clip-grad", type=cli.number(above=0), default=1.0, help="maximum norm of the gradient"
-    )
-    group = parser.add_argument_group("run")
-    group.add_argument(
+    add("--captions-per-clip", type=cli.whole(1), default=2, help="captions per clip and epoch")
+    add("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
+    add("--weight-decay", type=cli.number(least=0), default=0.03, help="weight decay of AdamW")
+    add("--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up")
+    add("--clip-grad", type=cli.number(above=0), default=1.0, help="maximum norm of the gradient")
+    add = parser.add_argument_group("run").add_argument
+    add(
         "--eval-clips",
         type=cli.whole(1),
         default=2000,
         help="validation clips to score after each epoch",
     )
-    group.add_argument(
+    add(
         "--no-meteor",
         action="store_true",
         help="skip METEOR in the final evaluation; it takes 10 s to start",
     )
-    group.add_argument(
-        "--save-every", type=cli.whole(1), default=500, help="steps between checkpoints"
-    )
-    group.add_argument("--resume", action="store_true", help="continue the run in --output")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    group.add_argument(
-        "--dry-run", action="store_true", help="print the plan, time a few steps and exit"
-    )
-    group.add_argument(
-        "--report-to", choices=dashboard.NAMES, default="none", help="dashboard to also log to"
-    )
+    add("--save-every", type=cli.whole(1), default=500, help="steps between checkpoints")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--dry-run", action="store_true", help="print the plan, time a few steps and exit")
+    add("--report-to", choices=dashboard.NAMES, default="none", help="dashboard to also log to")
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.batch_size, args.grad_accum = split_step(
         args.batch_size, args.grad_accum, ranks.world_size()
     )
     return args
-
-
-def split_step(batch_size, grad_accum, processes):
-    """Return (clips per micro-batch, micro-batches per step), with defaults for values that are None.
-
-    The defaults make a step of 64 clips. If both values are None, each process gets one micro-batch, or
-    two if there is only one process: on a GPU, 32 clips at once need 14 GB and 64 need 23 GB. Raises
-    UserError if 64 is not divisible.
-    """
-    if batch_size and grad_accum:
-        return batch_size, grad_accum
-    if batch_size:
-        if STEP % batch_size:
-            raise UserError(
-                f"--batch-size {batch_size} does not divide {STEP} clips per step; also set --grad-accum"
-            )
-        return batch_size, STEP // batch_size
-    count = grad_accum or max(2, processes)
-    if STEP % count == 0:
-        return STEP // count, count
-    if grad_accum:
-        raise UserError(
-            f"--grad-accum {grad_accum} does not divide {STEP} clips per step; also set --batch-size"
-        )
-    raise UserError(
-        f"{STEP} clips per step cannot be shared equally by {processes} processes; set --batch-size and"
-        " --grad-accum"
-    )
 
 
 def main(argv=None):
@@ -230,9 +174,7 @@ def main(argv=None):
     data = read_data(args)
     recipe = Recipe.of(args)
     device, dtype = devices.resolve(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix(
-        "torch."
-    )  # --resume compares this, so store the actual dtype
+    args.dtype = str(dtype).removeprefix("torch.")  # --resume compares the actual dtype, not "auto"
     state = build(args, data, recipe, device, dtype)
     memory = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
     with (
@@ -253,9 +195,9 @@ def main(argv=None):
             if not resumed:
                 run.save(state.last())  # from now on, a missing last.pt means that it was deleted
             train(state, data, recipe, run, args.save_every)
-        if stopped := run.stopping():
+        if signal := run.stop_signal():
             note(f"stopped after step {state.progress.step:,}; use --resume to continue")
-            return SIGNALLED + stopped
+            return SIGNALLED + signal
         return finish(state.model, data, recipe, folder, with_meteor=not args.no_meteor)
 
 
@@ -288,16 +230,16 @@ def train(state, data, recipe, run, save_every):
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
         waited = micro_batches.seconds
-        run.log.step(progress.step, epoch, lr, loss, grad_norm, tokens, ids, waited)
+        run.log.step(progress.step, epoch, ids, loss, tokens, lr, grad_norm, waited)
         if progress.bad_steps == MAX_BAD_STEPS:
             raise not_finite_error(run.folder)
 
         # save; at the end of an epoch also evaluate, and keep the best checkpoint
         run.writer.raise_if_failed()
-        stopping, epoch_ended = run.stopping(), progress.step % per_epoch == 0
-        if epoch_ended or stopping or progress.step % save_every == 0:
+        stop, epoch_ended = run.stop_signal(), progress.step % per_epoch == 0
+        if epoch_ended or stop or progress.step % save_every == 0:
             run.save(state.last())
-        if stopping:
+        if stop:
             break  # if an epoch has just ended, the resumed run evaluates it
         if epoch_ended:
             end_epoch(state, data, recipe, run)
@@ -417,7 +359,7 @@ def training_steps(data, recipe, tokenizer, device, step):
     If there are several processes, each gets a share of the micro-batches, while the ids are those of
     the whole step. The last step of an epoch contains the remaining clips and may be shorter.
 
-    The micro-batches of a step are a `Timed` iterator, which must be exhausted before the next step.
+    The micro-batches of a step are a `TimedIterator`, which must be exhausted before the next step.
     They are read one at a time because a batch from a worker keeps one file descriptor open per tensor,
     and 256 batches would exceed the limit of a process.
     """
@@ -434,11 +376,11 @@ def training_steps(data, recipe, tokenizer, device, step):
         reader = batches(loader(dataset, recipe.batch_size, data.workers, device))
         for micro_batches in steps:
             ids = [r["id"] for m in micro_batches for r in m]
-            yield epoch, ids, Timed(islice(reader, len(ranks.share(micro_batches))))
+            yield epoch, ids, TimedIterator(islice(reader, len(ranks.share(micro_batches))))
         done = 0
 
 
-class Timed:
+class TimedIterator:
     """An iterator that measures the total time spent waiting for items, in `seconds`.
 
     A GPU may be computing in the meantime, so this is an upper bound on the time lost.
@@ -459,29 +401,31 @@ class Timed:
 
 
 def accumulate(model, micro_batches, seed=0):
-    """Run forward and backward for each micro-batch, then sum the gradients over all processes.
+    """Run forward and backward for each micro-batch of a step, and sum over micro-batches and processes.
 
-    Returns (summed loss, number of tokens) over all processes. There is one all-reduce per step. This is
-    like DistributedDataParallel with `no_sync`, except that gradients are summed and not averaged, and
-    that a process without a micro-batch in a short step contributes zeros. An earlier all-reduce would
-    not overlap with any computation, because the backward pass reaches the Q-Former last.
+    Sums the gradients into .grad, and returns the summed loss and the number of tokens. There is one
+    all-reduce per step. This is like DistributedDataParallel with `no_sync`, except that gradients are
+    summed and not averaged, and that a process without a micro-batch in a short step contributes zeros.
+    An earlier all-reduce would not overlap with any computation, because the backward pass reaches the
+    Q-Former last.
     """
-    loss, tokens = torch.zeros((), device=model.device), 0
+    total_loss, total_tokens = torch.zeros((), device=model.device), 0
     for n, batch in enumerate(micro_batches):
         torch.manual_seed(seed + ranks.rank() + n * ranks.world_size())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
-        total = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
-        total.backward()
-        loss, tokens = loss + total.detach(), tokens + len(b["targets"])
+        loss = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
+        loss.backward()
+        total_loss += loss.detach()
+        total_tokens += len(b["targets"])
     for name, p in model.qformer.named_parameters():
         if p.grad is None:
-            assert not tokens, f"the loss has no gradient for {name}"
+            assert not total_tokens, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     distributed.all_reduce(p.grad for p in model.qformer.parameters())
     # apart from the gradient norm, this is the only synchronisation with the GPU in a step
-    loss, tokens = distributed.sums(loss.item(), tokens)
-    return loss, int(tokens)
+    total_loss, total_tokens = distributed.sums(total_loss.item(), total_tokens)
+    return total_loss, int(total_tokens)
 
 
 def evaluate(model, data, recipe, records, with_meteor=False):

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 import video
-from dataset import stack_stored
+from feature_cache import stack_stored
 from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
@@ -27,7 +27,7 @@ class Window:
     file: index of the file. start, end: seconds. alone: True if the window is the whole file.
     error: a VideoError if the window could not be decoded or encoded, else None.
     truncated: True if the file ends early or is corrupt, so that some of the window may be missing.
-    frames: uint8 (F, H, W, 3). stored: the features in the form of `dataset.save_features`.
+    frames: uint8 (F, H, W, 3). stored: the features in the form of `feature_cache.save_features`.
     """
 
     file: int

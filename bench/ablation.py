@@ -32,7 +32,7 @@ import evaluate
 import train
 from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
-from dataset import load_manifest
+from feature_cache import load_manifest
 from runtime import cli, run_folder
 from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json

@@ -11,16 +11,9 @@ import torch
 import video
 from bench.inputs import Words, dequantised, make_clips, make_encoder, write_clip
 from bench.timing import check, compare, difference, left_out, measure, rate, rates
-from dataset import (
-    FeatureDataset,
-    Settings,
-    batches,
-    collate,
-    load_features,
-    loader,
-    save_features,
-)
+from dataset import FeatureDataset, batches, collate, loader
 from encoder import pool_space, quantise
+from feature_cache import Settings, load_features, save_features
 from runtime import devices
 from runtime.decode_workers import WorkerPool
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
-from dataset import Settings
 from encoder import VideoEncoder
+from feature_cache import Settings
 from qformer import QFormer
 from runtime import devices
 from worlds.toy_ssv2 import write_video

@@ -22,8 +22,9 @@ import torch
 
 import windows
 from checkpoint import load_captioner, load_models, read_checkpoint
-from dataset import VALIDATION, load_manifest, load_records, require_features
+from dataset import VALIDATION, load_records
 from evaluate import default_output
+from feature_cache import load_manifest, require_features
 from research import embeddings, retrieval, scenes
 from research.words import Corpus, sample_labels
 from research.words import draw as draw_words

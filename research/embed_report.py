@@ -22,9 +22,10 @@ import torch
 import video
 from captioner import VideoCaptioner
 from checkpoint import load_models, read_checkpoint
-from dataset import VALIDATION, load_manifest, load_records
+from dataset import VALIDATION, load_records
 from encoder import VideoEncoder
 from evaluate import score
+from feature_cache import load_manifest
 from metrics import derangement
 from qformer import QFormer
 from research import embeddings, retrieval, scenes, words

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import windows
 from checkpoint import weights_digest
-from dataset import STYLES, FeatureDataset, Settings, batches, loader
+from dataset import STYLES, FeatureDataset, batches, loader
+from feature_cache import Settings
 from runtime.cli import note, printable
 from runtime.errors import UserError
 from runtime.files import temporary_name

@@ -54,9 +54,7 @@ def locked(folder, resume, overwrite, dry_run=False):
         yield
         return
     with lock(folder, f"another train.py is running in {folder}: wait for it, or stop it first"):
-        check(
-            folder, resume, overwrite
-        )  # again, because a run may have started and ended meanwhile
+        check(folder, resume, overwrite)  # again: a run may have started and ended meanwhile
         remove_unfinished(folder)
         yield
 
@@ -116,8 +114,11 @@ class Run:
     def save_best(self, state):
         self.writer.write(self.folder / BEST, state)
 
-    def stopping(self):
-        """The number of a stop signal that any of the processes has received, or 0."""
+    def stop_signal(self):
+        """Return the number of a stop signal that any process has received, or 0.
+
+        All processes must call this at the same point, because they exchange their signals.
+        """
         return distributed.maximum(self.stop.signal)
 
     @contextmanager
@@ -159,11 +160,11 @@ class Log:
         if not self.quiet:
             os.fsync(self.metrics.fileno())
 
-    def step(self, step, epoch, lr, loss, norm, tokens, ids, data_seconds):
+    def step(self, step, epoch, ids, loss, tokens, lr, grad_norm, data_seconds):
         """Log one training step.
 
-        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. norm: the gradient's
-        norm before clipping. data_seconds: the part of the step's duration spent waiting for data.
+        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. grad_norm: before
+        clipping. data_seconds: the part of the step's duration spent waiting for data.
         """
         if self.quiet:
             return
@@ -174,7 +175,7 @@ class Log:
             "epoch": epoch + 1,
             "loss": mean if math.isfinite(mean) else None,
             "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": tokens,
             "seconds": round(seconds, 4),
             "data_seconds": round(data_seconds, 4),

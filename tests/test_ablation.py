@@ -13,6 +13,7 @@ from pages import prose
 
 import dataset
 import evaluate
+import feature_cache
 import train
 from bench import ablation, ablation_table
 from bench.ablation_changes import CHANGES, any_caption, changed
@@ -82,7 +83,7 @@ def test_positions_on_keys_only_match_a_naive_loop(make_qformer, make_clips, num
 
 
 def test_without_standardisation():
-    data = SimpleNamespace(manifest=SimpleNamespace(settings=dataset.Settings(width=5)))
+    data = SimpleNamespace(manifest=SimpleNamespace(settings=feature_cache.Settings(width=5)))
     with changed("no_standardisation"):
         mean, std = train.statistics(data, seed=0)
     assert mean.tolist() == [0] * 5 and std.tolist() == [1] * 5
@@ -111,7 +112,7 @@ def test_captions_are_sampled_uniformly():
 
 def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokenizer):
     """All of its changes act at once: one prompt, pads with loss, a constant rate."""
-    settings = dataset.load_manifest(prepared / "features").settings
+    settings = feature_cache.load_manifest(prepared / "features").settings
     texts = {True: [("label", "ab")], False: [("sentence", "abcdef")]}
     records = dataset.load_records(prepared / "annotations", "train")[:2]
     with changed("original"):

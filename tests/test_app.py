@@ -182,7 +182,8 @@ def test_a_message_hides_the_folder_of_uploads(look, tmp_path):
 
 def test_templates_are_ranked_by_likelihood(look, world, prepared):
     """Best first, and by what the model says of this clip: another order for another clip."""
-    from dataset import load_features, load_records, stack_stored
+    from dataset import load_records
+    from feature_cache import load_features, stack_stored
 
     settings, ranks = look.encoder.settings, []
     for record in load_records(prepared / "annotations", "validation")[:2]:

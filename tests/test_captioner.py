@@ -9,7 +9,8 @@ import optim
 import train
 from captioner import VideoCaptioner
 from checkpoint import fixed_state, load_captioner, read_checkpoint
-from dataset import STYLES, Manifest, encode_caption
+from dataset import STYLES, encode_caption
+from feature_cache import Manifest
 from runtime.errors import UserError
 
 CAPTIONS = [

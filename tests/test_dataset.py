@@ -10,29 +10,30 @@ import pytest
 import torch
 
 import dataset
+import feature_cache
 from encoder import quantise
 from runtime import files
 from runtime.errors import UserError
 
-SETTINGS = dataset.Settings(grid=(2, 3, 4), width=5)
+SETTINGS = feature_cache.Settings(grid=(2, 3, 4), width=5)
 RECORD = {"id": "7", "label": "moving it", "paraphrases": ["One.", "Two.", "Three."]}
 
 
 def write(path, clip_id="7"):
-    dataset.save_features(path, clip_id, quantise(torch.randn(24, 5)), "decord")
+    feature_cache.save_features(path, clip_id, quantise(torch.randn(24, 5)), "decord")
     return path
 
 
 def test_features_round_trip(tmp_path):
     stored = quantise(torch.randn(24, 5))
-    dataset.save_features(tmp_path / "7.pt", "7", stored, "decord")
-    item = dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
+    feature_cache.save_features(tmp_path / "7.pt", "7", stored, "decord")
+    item = feature_cache.load_features(tmp_path / "7.pt", "7", SETTINGS)
     assert all(torch.equal(item[k], stored[k]) for k in stored)
     raw = torch.load(str(tmp_path / "7.pt"), weights_only=True, mmap=True)
     assert raw.keys() == {"features", "scale", "offset", "crc32", "decoder"}
     half = {"features": torch.randn(24, 5).half()}
-    dataset.save_features(tmp_path / "8.pt", "8", half, "pyav")
-    item = dataset.load_features(tmp_path / "8.pt", "8", replace(SETTINGS, store="fp16"))
+    feature_cache.save_features(tmp_path / "8.pt", "8", half, "pyav")
+    item = feature_cache.load_features(tmp_path / "8.pt", "8", replace(SETTINGS, store="fp16"))
     assert torch.equal(item["features"], half["features"])
     assert (item["scale"] == 1).all() and (item["offset"] == 0).all()
 
@@ -50,10 +51,12 @@ def test_a_feature_file_is_read_ahead_of_its_mmap(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append("load") or load(*a, **k))
-    item = dataset.load_features(path, "7", SETTINGS)
+    item = feature_cache.load_features(path, "7", SETTINGS)
     assert calls == [(0, 0, os.POSIX_FADV_WILLNEED), "load"]
     monkeypatch.delattr(os, "posix_fadvise")
-    assert torch.equal(dataset.load_features(path, "7", SETTINGS)["features"], item["features"])
+    assert torch.equal(
+        feature_cache.load_features(path, "7", SETTINGS)["features"], item["features"]
+    )
 
 
 def test_bytes_depend_on_the_content_only(tmp_path):
@@ -77,30 +80,30 @@ def test_damaged_files_are_named(tmp_path, damage, complaint):
     path = write(tmp_path / "7.pt")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=f"clip 7 .*{complaint}"):
-        dataset.load_features(path, "7", SETTINGS)
+        feature_cache.load_features(path, "7", SETTINGS)
 
 
 def test_flipped_bytes_are_found(tmp_path):
     """torch.load notices no flipped byte of a tensor; the checksum does."""
     path = write(tmp_path / "7.pt")
     whole = path.read_bytes()
-    at = whole.index(bytes(dataset.load_features(path, "7", SETTINGS)["features"][0].numpy()))
+    at = whole.index(bytes(feature_cache.load_features(path, "7", SETTINGS)["features"][0].numpy()))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
     with pytest.raises(UserError, match="checksum"):
-        dataset.load_features(path, "7", SETTINGS)
+        feature_cache.load_features(path, "7", SETTINGS)
 
 
 def test_another_clips_file_is_refused(tmp_path):
     path = write(tmp_path / "7.pt", clip_id="8")
     with pytest.raises(UserError, match="checksum"):
-        dataset.load_features(path, "7", SETTINGS)
+        feature_cache.load_features(path, "7", SETTINGS)
     with pytest.raises(UserError, match="are missing"):
-        dataset.load_features(tmp_path / "9.pt", "9", SETTINGS)
+        feature_cache.load_features(tmp_path / "9.pt", "9", SETTINGS)
     with pytest.raises(UserError, match=r"not \(36, 5\)"):
-        dataset.load_features(path, "7", replace(SETTINGS, grid=(3, 3, 4)))
+        feature_cache.load_features(path, "7", replace(SETTINGS, grid=(3, 3, 4)))
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="not a valid feature file"):
-        dataset.load_features(path, "7", SETTINGS)
+        feature_cache.load_features(path, "7", SETTINGS)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -172,8 +175,8 @@ def test_missing_features_are_counted_and_named(tmp_path):
     write(tmp_path / "train" / "7.pt")
     records = [{"id": i} for i in ("7", "8", "9")]
     with pytest.raises(UserError, match=r"2 of 3 clips .*for example 8, 9.*--splits train"):
-        dataset.require_features(tmp_path, "train", records)
-    assert dataset.require_features(tmp_path, "train", records, 2) == records[:1]
+        feature_cache.require_features(tmp_path, "train", records)
+    assert feature_cache.require_features(tmp_path, "train", records, 2) == records[:1]
 
 
 @pytest.mark.parametrize(
@@ -201,13 +204,13 @@ def test_wrong_annotations_are_refused(tmp_path, content):
 def test_wrong_manifests_are_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="manifest"):
-        dataset.load_manifest(tmp_path)
+        feature_cache.load_manifest(tmp_path)
 
 
 def test_a_manifest_of_another_version_is_told_as_such(tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {"format_version": 9, "new": 1}}')
     with pytest.raises(UserError, match="has format version 9, but this code reads version 1"):
-        dataset.load_manifest(tmp_path)
+        feature_cache.load_manifest(tmp_path)
 
 
 def test_a_bad_sector_is_named_and_a_lack_of_memory_is_not_blamed_on_the_file(
@@ -217,14 +220,14 @@ def test_a_bad_sector_is_named_and_a_lack_of_memory_is_not_blamed_on_the_file(
         def read(*_, **__):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(dataset, "read_torch", read)
+        monkeypatch.setattr(feature_cache, "read_torch", read)
 
     fail(errno.EIO)
     with pytest.raises(UserError, match=r"features of clip 7 .*cannot be read"):
-        dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
+        feature_cache.load_features(tmp_path / "7.pt", "7", SETTINGS)
     fail(errno.ENOMEM)
     with pytest.raises(OSError, match="Cannot allocate memory"):
-        dataset.load_features(tmp_path / "7.pt", "7", SETTINGS)
+        feature_cache.load_features(tmp_path / "7.pt", "7", SETTINGS)
 
 
 def test_channel_statistics(tmp_path):
@@ -233,10 +236,10 @@ def test_channel_statistics(tmp_path):
     for i in range(7):
         x = torch.randn(24, 5) * torch.arange(5) + 1000
         stored = quantise(x)
-        dataset.save_features(tmp_path / "train" / f"{i}.pt", str(i), stored, "decord")
+        feature_cache.save_features(tmp_path / "train" / f"{i}.pt", str(i), stored, "decord")
         clips.append(stored["features"].double() * stored["scale"] + stored["offset"])
         ids.append(str(i))
-    mean, std = dataset.channel_statistics(tmp_path, "train", ids, SETTINGS, workers=2)
+    mean, std = feature_cache.channel_statistics(tmp_path, "train", ids, SETTINGS, workers=2)
     every = torch.cat(clips)
     torch.testing.assert_close(mean, every.mean(0).float())
     torch.testing.assert_close(std[1:], every.std(0, correction=0).float()[1:], rtol=1e-4, atol=0)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset import Manifest
 from encoder import MEAN, STD, VideoEncoder, quantise, transform
+from feature_cache import Manifest
 from runtime import hub
 from runtime.errors import UserError
 

@@ -18,8 +18,9 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
     from captioner import VideoCaptioner
-    from dataset import Settings, collate, encode_caption
+    from dataset import collate, encode_caption
     from encoder import VideoEncoder
+    from feature_cache import Settings
     from qformer import QFormer
 
     args = train.parse_args([])

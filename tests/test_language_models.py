@@ -13,8 +13,9 @@ import captioner as module
 import train
 from captioner import VideoCaptioner, check_lm, check_room
 from checkpoint import fixed_state
-from dataset import STYLES, Manifest, Settings
+from dataset import STYLES
 from encoder import VideoEncoder
+from feature_cache import Manifest, Settings
 from research import embeddings, words
 from runtime import devices, hub
 from runtime.errors import UserError

@@ -14,6 +14,7 @@ from conftest import train_flags
 import captioner
 import dataset
 import evaluate
+import feature_cache
 import infer
 import preprocess_ssv2
 import train
@@ -65,13 +66,13 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
         kind = OSError if where == "builtins.open" else RuntimeError
         raise kind(f"unable to open file <{path}>: Too many open files (24)")
 
-    settings = dataset.Settings(grid=(2, 3, 4), width=5, store="fp16")
+    settings = feature_cache.Settings(grid=(2, 3, 4), width=5, store="fp16")
     stored = {"features": torch.randn(24, 5).half()}
-    dataset.save_features(tmp_path / "7.pt", "7", stored, "decord")
+    feature_cache.save_features(tmp_path / "7.pt", "7", stored, "decord")
     with monkeypatch.context() as patch:
         patch.setattr(where, too_many)
         with pytest.raises((OSError, RuntimeError), match="Too many open files"):
-            dataset.load_features(tmp_path / "7.pt", "7", settings)
+            feature_cache.load_features(tmp_path / "7.pt", "7", settings)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
 
 
 def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
-    settings = dataset.Settings()
+    settings = feature_cache.Settings()
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
     monkeypatch.setattr("runtime.ranks.local_world_size", lambda: 4)
@@ -241,7 +242,7 @@ def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsy
     On this test's clock, reading a clip takes 1.5 s, and longer in the first two steps. Computing a step
     of two clips takes 1 s, except for one slow step. Captioning a batch takes 7 s."""
     clock, steps, validated = [0.0], [], []
-    load, validate = dataset.load_features, captioner.VideoCaptioner.validation
+    load, validate = feature_cache.load_features, captioner.VideoCaptioner.validation
 
     def read(*args):
         clock[0] += 1.5 if len(steps) >= 2 else 60
@@ -278,13 +279,13 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
     reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
     with closing(run_folder.Log(tmp_path, 0, 2, reporter)) as log:
         log.start_time -= 100
-        log.step(1, 0, 1e-3, 3.0, 1.0, 6, ["a", "b"], 25.0)
+        log.step(1, 0, ["a", "b"], loss=3.0, tokens=6, lr=1e-3, grad_norm=1.0, data_seconds=25.0)
         assert log.bar.postfix.endswith("data 25 %")
     assert figures["train/data_seconds"] == 25.0
 
 
 def test_shared_memory_that_nccl_lacks_is_not_the_loaders():
-    settings = dataset.Settings(grid=(2, 3, 4), width=5, store="fp16")
+    settings = feature_cache.Settings(grid=(2, 3, 4), width=5, store="fp16")
     for workers, text in ((4, "NCCL error: creating shared memory segment"), (0, "shared memory")):
         shared = dataset.shared_memory(settings, workers, training=8)
         with pytest.raises(RuntimeError, match="shared memory"), shared:

@@ -9,7 +9,8 @@ from conftest import train_flags
 import captioner
 import train
 from captioner import VideoCaptioner
-from dataset import by_hash, load_features, load_manifest
+from dataset import by_hash
+from feature_cache import load_features, load_manifest
 from runtime import devices
 
 STEPS, STATISTICS = 5, 20

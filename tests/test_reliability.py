@@ -16,9 +16,10 @@ import torch
 from conftest import train_flags
 from torture import checks, sandbox
 
-import dataset
+import feature_cache
 import train
-from dataset import load_manifest, load_records
+from dataset import load_records
+from feature_cache import load_manifest
 from runtime import files, ranks
 from runtime.errors import DONE, FAILED, UserError
 
@@ -183,7 +184,7 @@ def test_corrupt_features_end_training_with_their_id(
     path = sorted((copied / "train").iterdir())[7]
     record = corrupt(kind, files.read_torch(path))
     if kind == "NaN":
-        record["crc32"] = dataset.checksum(path.stem, record)
+        record["crc32"] = feature_cache.checksum(path.stem, record)
     torch.save(record, path)
     with pytest.raises(UserError, match=f"clip {path.stem} .*{complaint}") as error:
         train.main(train_flags(world, prepared, tmp_path / "run", "--features", copied))

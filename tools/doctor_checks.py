@@ -18,19 +18,9 @@ import metrics
 import optim
 import train
 from checkpoint import read_checkpoint
-from dataset import (
-    TRAIN,
-    VALIDATION,
-    Settings,
-    encode_caption,
-    load_manifest,
-    load_records,
-    loader,
-    require_features,
-    shared_bytes,
-    with_scale,
-)
+from dataset import TRAIN, VALIDATION, encode_caption, load_records, loader, shared_bytes
 from encoder import VideoEncoder
+from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
 from runtime.errors import UserError

@@ -18,7 +18,7 @@ from pathlib import Path
 from shutil import copytree
 
 from checkpoint import read_checkpoint
-from dataset import load_features, load_manifest
+from feature_cache import load_features, load_manifest
 from runtime import files
 from runtime.errors import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError
 from torture.odd_clips import CLIPS

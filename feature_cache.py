@@ -1,0 +1,257 @@
+"""The feature cache on disk: the format of one clip's file and of the manifest, and how to read them.
+
+data/features/manifest.json          how the features were computed, see `Manifest`
+data/features/<split>/<id>.pt        the features of one clip, see `save_features`
+
+Shapes: N video tokens, E video width, B clips.
+"""
+
+import math
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from runtime.errors import UserError, out_of_files, out_of_memory
+from runtime.files import read_json, read_torch, torch_bytes, write_atomic
+
+FORMAT_VERSION = 1
+STORES = {"int8": torch.int8, "fp16": torch.float16}
+CHOICES = {
+    "sampling": ("bin_centres", "still"),  # still: the first frame, repeated
+    "resize": ("squash", "crop", "pad"),  # see `encoder.transform`
+    "store": tuple(STORES),
+    "compute_dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How features were computed. Two caches are compatible only if all fields are equal.
+
+    `CHOICES` lists the values of the fields that have a fixed set of them.
+    """
+
+    format_version: int = FORMAT_VERSION
+    encoder_fingerprint: str = ""
+    num_frames: int = 32
+    sampling: str = "bin_centres"
+    resize: str = "squash"
+    size: int = 256  # pixels; frames are size x size
+    pool: int = 1  # the encoder's tokens are averaged over squares of pool x pool
+    grid: tuple = (16, 16, 16)  # number of tokens along (T, H, W)
+    width: int = 1024  # E
+    store: str = "int8"
+    compute_dtype: str = "float32"
+
+    @property
+    def num_tokens(self):
+        return math.prod(self.grid)
+
+    @property
+    def clip_bytes(self):
+        """Size in bytes of one clip's features, including the scale and offset of each channel."""
+        return self.width * (self.num_tokens * STORES[self.store].itemsize + 2 * 4)
+
+    def check_same(self, other, what):
+        """Raise UserError if `other` differs, naming the first field that does.
+
+        what: a description of where `other` comes from, with which the message starts.
+        """
+        for field in fields(self):
+            wanted, found = getattr(self, field.name), getattr(other, field.name)
+            if wanted != found:
+                raise UserError(
+                    f"{what} has {field.name} = {found!r}, but this command needs {wanted!r}. Use the"
+                    " same setting, or a different folder."
+                )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    `settings` must be the same wherever the features are used. `info` (the encoder's name and the
+    versions of packages) is for reference only.
+    """
+
+    settings: Settings
+    info: dict
+
+    @classmethod
+    def parse(cls, value):
+        """Convert a JSON value to a `Manifest`. Raises ValueError if it is not a valid manifest."""
+        settings = value.get("settings") if isinstance(value, dict) else None
+        if not _are_settings(settings) or not isinstance(value.get("info"), dict):
+            raise ValueError("it is not a manifest written by preprocess_ssv2.py")
+        return cls(Settings(**settings | {"grid": tuple(settings["grid"])}), value["info"])
+
+    def as_dict(self):
+        settings = asdict(self.settings) | {"grid": list(self.settings.grid)}
+        return {"settings": settings, "info": self.info}
+
+
+def load_manifest(features):
+    """Read `<features>/manifest.json`. Raises UserError if it is missing or not valid."""
+    path = Path(features) / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
+    value = read_json(path, "manifest")
+    settings = value.get("settings") if isinstance(value, dict) else None
+    version = settings.get("format_version") if isinstance(settings, dict) else None
+    # Checked before parsing: another version may have other fields.
+    if type(version) is int and version != FORMAT_VERSION:
+        raise UserError(
+            f"manifest {path} has format version {version}, but this code reads version"
+            f" {FORMAT_VERSION}. Run preprocess_ssv2.py with a new folder."
+        )
+    try:
+        return Manifest.parse(value)
+    except ValueError:
+        raise UserError(f"manifest {path} was not written by preprocess_ssv2.py") from None
+
+
+def is_count(value):
+    """True for a positive int up to 2**20, the largest plausible size of a model or a grid."""
+    return type(value) is int and 0 < value <= 1 << 20
+
+
+def _are_settings(value):
+    """True if a JSON value has exactly the fields of `Settings`, with valid types and values."""
+    counts = ("format_version", "num_frames", "size", "pool", "width")
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in fields(Settings)}
+        and all(is_count(value[k]) for k in counts)
+        and isinstance(value["encoder_fingerprint"], str)
+        and isinstance(value["grid"], list)
+        and len(value["grid"]) == 3
+        and all(map(is_count, value["grid"]))
+        and all(value[k] in choices for k, choices in CHOICES.items())
+    )
+
+
+def checksum(clip_id, stored):
+    """Compute the crc32 of a clip's features, scale, offset, shape and id."""
+    value = 0
+    for key in ("features", "scale", "offset"):
+        if stored.get(key) is not None:
+            value = zlib.crc32(stored[key].numpy(), value)
+    return zlib.crc32(f"{tuple(stored['features'].shape)}{clip_id}".encode(), value)
+
+
+def save_features(path, clip_id, stored, decoder):
+    """Write the features of one clip atomically.
+
+    stored: `features` int8 or float16 (N, E) and, for int8, `scale` and `offset` float32 (E,), where
+    x = scale * features + offset. No tensor may be a view, because torch would save its whole base.
+    decoder: the name of the library that decoded the clip.
+    """
+    record = {**stored, "crc32": checksum(clip_id, stored), "decoder": decoder}
+    write_atomic(path, torch_bytes(record))
+
+
+def load_features(path, clip_id, settings):
+    """Read one clip: a dict with `id`, `features` (N, E), and `scale` and `offset` (E,).
+
+    For float16 features, scale is 1 and offset is 0. Raises UserError (exit code 1) with the id of the
+    clip if the file is missing, truncated, corrupt or of another format, or contains NaN or infinity.
+    """
+
+    def is_tensor(value, dtype, shape):
+        return (
+            type(value) is torch.Tensor
+            and (value.dtype, tuple(value.shape)) == (dtype, shape)
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
+            and value.is_contiguous()
+            and not (value.requires_grad or value.is_neg() or value.is_nested)
+        )
+
+    def unusable(why):
+        return UserError(
+            f"features of clip {clip_id} ({path}) {why}."
+            " Delete the file and run preprocess_ssv2.py again.",
+            code=1,
+        )
+
+    try:
+        record = read_torch(path, verify=False, mmap=True)  # the crc32 is compared below
+    except FileNotFoundError:
+        raise unusable("are missing") from None
+    except (OSError, ValueError) as error:  # a disk error, or a truncated or foreign file
+        if out_of_memory(error) or out_of_files(error):
+            raise
+        raise unusable(f"cannot be read ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("features"), torch.Tensor):
+        raise unusable("are not a valid feature file")
+    features, shape = record["features"], (settings.num_tokens, settings.width)
+    dtype = STORES[settings.store]
+    if not is_tensor(features, dtype, shape):
+        found = "nested" if features.is_nested else tuple(features.shape)
+        raise unusable(f"have shape {found} and dtype {features.dtype}, not {shape} and {dtype}")
+    extra = ("scale", "offset") if settings.store == "int8" else ()
+    if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
+        raise unusable("do not have a valid scale and offset for each channel")
+    stored = {k: record[k] for k in ("features", *extra)}
+    if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
+        raise unusable("are corrupt (wrong checksum)")
+    if not all(stored[k].isfinite().all() for k in extra or ("features",)):
+        raise unusable("contain NaN or infinity")
+    return {"id": clip_id, **with_scale(stored)}
+
+
+def with_scale(stored):
+    """Return the features of a stored clip with scale and offset, which are 1 and 0 for float16."""
+    width = stored["features"].shape[1]
+    return {
+        "features": stored["features"],
+        "scale": stored.get("scale", torch.ones(width)),
+        "offset": stored.get("offset", torch.zeros(width)),
+    }
+
+
+def stack_stored(clips):
+    """Stack B stored clips: {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}."""
+    clips = [with_scale(c) for c in clips]
+    return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
+
+
+def channel_statistics(features, split, ids, settings, workers):
+    """Mean and standard deviation (E,) of each channel over the clips `ids`.
+
+    The sums are float64, the results float32. The standard deviation is at least 1e-6.
+    """
+
+    def sums(clip_id):
+        item = load_features(Path(features) / split / f"{clip_id}.pt", clip_id, settings)
+        x = item["features"].double() * item["scale"].double() + item["offset"].double()
+        return x.sum(0), x.square().sum(0)
+
+    total = square = 0.0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for s, q in tqdm(
+            pool.map(sums, ids), total=len(ids), unit="clip", desc="statistics", leave=False
+        ):
+            total, square = total + s, square + q
+    mean = total / (len(ids) * settings.num_tokens)
+    variance = square / (len(ids) * settings.num_tokens) - mean.square()
+    return mean.float(), variance.clamp(min=1e-12).sqrt().float()
+
+
+def require_features(features, split, records, allow_missing=0):
+    """Return the records that have features. Raises UserError if more than `allow_missing` do not."""
+    root = Path(features) / split
+    existing = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
+    missing = [r["id"] for r in records if f"{r['id']}.pt" not in existing]
+    if len(missing) > allow_missing:
+        raise UserError(
+            f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
+            f" (for example {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
+            " or skip up to N such clips with --allow-missing N."
+        )
+    skipped = set(missing)
+    return [r for r in records if r["id"] not in skipped]
