@@ -1,9 +1,17 @@
 """Checkpoints: their content, reading and validating them, rebuilding a captioner, resuming a run.
 
-A checkpoint contains the Q-Former's weights and sizes and what is needed to rebuild the captioner: the
-manifest of the features, the names and fingerprints of the frozen models, and the style prompts. last.pt
-also contains the optimizer's state and the training counters. An exported folder (tools/export.py) has
-the content of best.pt as config.json and model.safetensors.
+best.pt is a dict of tensors and plain types with
+    qformer, sizes       the Q-Former's weights {name: float32} and constructor arguments
+    manifest             of the features it was trained on, with the encoder's name and fingerprint
+    lm, styles           name and fingerprint of the language model; the style prompts
+    templates            the action templates of the training clips
+    step, best           optimizer steps done; validation CIDEr, or -loss if there is none
+    checkpoint_version
+last.pt also has what a resumed run needs
+    optimizer            its state
+    scored, bad          step of the last evaluation; consecutive steps that were not finite
+    args, data           flags, and a hash of the training clips and captions
+An exported folder (tools/export.py) has the content of best.pt as config.json and model.safetensors.
 """
 
 import hashlib
@@ -33,9 +41,7 @@ VERSION = 1
 # Files of an exported folder, and the keys in its config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
-WEIGHTS_BYTES = (
-    4 << 30
-)  # limit, since the file is read into memory; the default Q-Former has 0.16 GB
+WEIGHTS_BYTES = 4 << 30  # limit: the file is read into memory; the default Q-Former has 0.16 GB
 
 # Flags that a resumed run may change because they do not affect the trained weights
 MAY_CHANGE = {
