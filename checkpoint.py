@@ -6,11 +6,13 @@ best.pt is a dict of tensors and plain types with
     lm, styles           name and fingerprint of the language model; the style prompts
     templates            the action templates of the training clips
     step, best           optimizer steps done; validation CIDEr, or -loss if there is none
+    best_loss            validation loss per token
     checkpoint_version
 last.pt also has what a resumed run needs
     optimizer            its state
     scored, bad          step of the last evaluation; consecutive steps that were not finite
-    args, data           flags, and a hash of the training clips and captions
+    args                 flags
+    data, validation     hashes of the training and validation clips and captions
 An exported folder (tools/export.py) has the content of best.pt as config.json and model.safetensors.
 """
 
@@ -241,6 +243,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     best_score: float = -math.inf  # of best.pt: validation CIDEr, or -loss if CIDEr is not computed
+    best_loss: float = math.inf  # of best.pt: validation loss per token, which decides between ties
     evaluated: int = 0  # the step of the last evaluation that best_score includes
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
 
@@ -260,8 +263,9 @@ class TrainingState:
 
     def best(self):
         """The content of best.pt."""
-        weights = {"qformer": self.model.qformer.state_dict()}
-        return self.fixed | weights | {"step": self.progress.step, "best": self.progress.best_score}
+        p, weights = self.progress, {"qformer": self.model.qformer.state_dict()}
+        best = {"step": p.step, "best": p.best_score, "best_loss": p.best_loss}
+        return self.fixed | weights | best
 
     def last(self):
         """The content of last.pt."""
@@ -270,11 +274,23 @@ class TrainingState:
         return self.best() | self.identity | counters | optimizer
 
 
-def run_identity(flags, records):
-    """What must match to resume a run: its flags and a hash of the training clips and captions."""
-    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
-    flags = {k: v for k, v in flags.items() if k not in MAY_CHANGE}
-    return {"args": flags, "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
+def run_identity(flags, train, validation):
+    """Return what must match to resume a run: its flags, and hashes of its clips and captions.
+
+    train: records. validation: the records that are scored after each epoch, and all records of the
+    split, on which CIDEr counts document frequencies.
+    """
+    train = [(r["id"], r["label"], r["paraphrases"]) for r in train]
+    validation = [[(r["id"], r["label"]) for r in records] for records in validation]
+    return {
+        "args": {k: v for k, v in flags.items() if k not in MAY_CHANGE},
+        "data": json_digest(train),
+        "validation": json_digest(validation),
+    }
+
+
+def json_digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_newest(folder, dry_run=False):
@@ -319,6 +335,10 @@ def resume(state, saved, folder, total):
     fixed, identity = state.fixed, state.identity
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
+    # runs of earlier versions have neither of these
+    added = {"best_loss": math.inf, "validation": identity["validation"]}
+    kinds |= {"best_loss": float, "validation": str}
+    saved = added | saved
     if not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise UserError(
             f"--resume: {folder / LAST} has no training state (is it a copy of best.pt?)"
@@ -331,6 +351,11 @@ def resume(state, saved, folder, total):
         raise UserError(f"--resume: --lm {name} is not the model the run was started with")
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
+    if saved["validation"] != identity["validation"]:
+        raise UserError(
+            "--resume: the validation clips or their captions have changed, so new scores could not be"
+            f" compared with that of {folder / BEST}; restore them, or start over with --overwrite"
+        )
     if saved["step"] > total:
         raise UserError(f"--resume: {folder / LAST} is at step {saved['step']} of {total}")
     load_weights(state.model.qformer, saved["qformer"])
@@ -344,7 +369,8 @@ def resume(state, saved, folder, total):
             f"--resume: the run was started on {before} and continues on {device}; results may differ"
             " slightly"
         )
-    progress = Progress(saved["step"], saved["best"], saved["scored"], saved["bad"])
+    progress = Progress(saved["step"], saved["best"], saved["best_loss"])
+    progress.evaluated, progress.bad_steps = saved["scored"], saved["bad"]
     state.progress = progress
     if progress.best_score > -math.inf:
         try:
@@ -352,7 +378,7 @@ def resume(state, saved, folder, total):
         except UserError as error:
             note(f"WARNING: {error}")
             note("WARNING: the best checkpoint is lost; the next evaluation writes a new best.pt")
-            progress.best_score, progress.evaluated = -math.inf, 0
+            progress.best_score, progress.best_loss, progress.evaluated = -math.inf, math.inf, 0
 
 
 def check_same_flags(now, before, folder):

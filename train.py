@@ -256,12 +256,15 @@ def end_epoch(state, data, recipe, run):
     ]
     epoch = progress.step // recipe.steps_per_epoch(len(data.train))
     run.log.evaluation(progress.step, epoch, loss, result, samples)
+    if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0 and not progress.evaluated:
+        note(f"note: {metrics.ALL_ZERO}; the validation loss chooses {BEST}")
     if not ranks.rank():
         curves.update(run.folder)
-    # if there is no CIDEr, the lowest loss is the best
-    score = result["metrics"].get("CIDEr", -math.inf if loss is None else -loss)
-    if score > progress.best_score or not progress.evaluated:
-        progress.best_score = score
+    # the highest CIDEr is the best; between equal ones, or without CIDEr, the lowest loss
+    loss = math.inf if loss is None else loss
+    score = result["metrics"].get("CIDEr", -loss)
+    if (score, -loss) > (progress.best_score, -progress.best_loss) or not progress.evaluated:
+        progress.best_score, progress.best_loss = score, loss
         run.save_best(state.best())
     progress.evaluated = progress.step
     run.save(state.last())  # again, since what counts as evaluated and best has changed
@@ -295,7 +298,7 @@ def build(args, data, recipe, device, dtype):
         model,
         make_optimizer(model.qformer, recipe.lr, recipe.weight_decay),
         fixed=checkpoint.fixed_state(model, data.manifest, args.lm, lm_fingerprint, templates),
-        identity=checkpoint.run_identity(vars(args), data.train),
+        identity=checkpoint.run_identity(vars(args), data.train, (data.subset, data.split)),
     )
 
 
