@@ -25,7 +25,7 @@ class EmulatedGPU(TorchFunctionMode):
     """Patches torch so that this process uses its CPU as a GPU.
 
     The device "cpu" as a string, or no device, is the host. Any torch.device is the GPU. As a
-    TorchFunctionMode it sees every operation and records which memory each tensor is in.
+    TorchFunctionMode it intercepts every operation and records which memory each tensor is in.
     most_in_flight: the largest number of recorded events that were not yet synchronised.
     """
 

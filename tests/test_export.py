@@ -107,7 +107,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(run, shared, tmp_path, monkeypatch
     ["results/ssv3", "nowhere/best.pt", "results/a/b", "/results/ssv3", "x", "./x", "a--b/c"],
 )
 def test_a_mistyped_path_never_reaches_the_network(name, tmp_path, monkeypatch):
-    """Names of this form were looked up on the Hub, with an error message about the network."""
+    """Such names could be taken for Hub ids, with an error message about the network."""
     (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "find_model", lambda *_: pytest.fail("the Hub was queried"))

@@ -133,7 +133,7 @@ COMMANDS = [(path.name, command) for path, text in pages().items() for command i
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_readme_commands_parse(page, command):
-    """8 of 21 admired repositories have a README command that cannot run."""
+    """8 of 21 repositories that were examined have a README command that cannot run."""
     _, *args = shlex.split(command)
     name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
     args = args[2:] if args[0] == "-m" else args[1:]
