@@ -274,7 +274,7 @@ def test_nearest_is_by_cosine_in_order(monkeypatch):
 
 
 def test_retrieval_is_leave_one_out():
-    """Four clips on a line; the query itself is not a neighbour."""
+    """Of four clips on a line, the query itself is not a neighbour."""
     angles = np.array([0.0, 0.1, 0.3, 0.6])
     vectors = retrieval.unit(np.stack([np.cos(angles), np.sin(angles)], 1))
     templates, objects = ["a", "b", "a", "b"], [{"x"}, {"y"}, {"x", "z"}, {"w"}]

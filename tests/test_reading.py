@@ -107,7 +107,7 @@ def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, 
         train.parse_args(flags)
 
 
-def test_any_number_of_processes_takes_the_same_clips_a_step(
+def test_any_number_of_processes_takes_the_same_clips_per_step(
     world, prepared, tokenizer, monkeypatch
 ):
     """One, two, four and eight processes without flags; each gets the same number of micro-batches."""
@@ -168,7 +168,7 @@ FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left
 def test_full_shared_memory_is_reported_with_the_size_needed(
     world, prepared, trained, tmp_path, monkeypatch
 ):
-    """The message did not contain the largest possible --workers, nor that validation needs more.
+    """The message did not state how far to lower --workers, nor that validation needs more later.
 
     A clip has 26,112 bytes: 128 tokens of 192 int8, and 8 bytes per channel."""
 
