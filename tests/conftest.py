@@ -1,4 +1,4 @@
-"""Tiny models in place of the real ones: the architectures are the same, the sizes are not."""
+"""Fixtures: tiny models of the real architectures, a toy world, a trained run and a browser."""
 
 import logging
 import os
@@ -7,9 +7,9 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor run on a GPU by accident
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one test per core
 
 import pytest
 import torch
@@ -24,9 +24,8 @@ LONGEST = (
     *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
     *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_films.py"),
 )
-torch.set_num_threads(
-    1
-)  # worlds/toy_ssv2.py sets it in the worker that builds `world`; sums depend on it
+# worlds/toy_ssv2.py sets it in the worker that builds `world`, and sums depend on it
+torch.set_num_threads(1)
 
 WIDTH, VOCABULARY = 32, 130
 TOY = ["--clips", "100", "--lm-steps", "30"]  # flags of worlds/toy_ssv2.py for `world`
@@ -71,11 +70,13 @@ def one_seed():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A CPU that behaves like a GPU, see `PretendedGPU`."""
-    from gpu import PretendedGPU
+    """A CPU that behaves like a GPU, see `EmulatedGPU`."""
+    from gpu import EmulatedGPU
 
-    encoder.constants(torch.device("cpu"))  # cached, for clips on either side
-    with monkeypatch.context() as patch, PretendedGPU(patch) as gpu:
+    encoder.constants(
+        torch.device("cpu")
+    )  # cached before the emulation, so that it fits clips on host and GPU
+    with monkeypatch.context() as patch, EmulatedGPU(patch) as gpu:
         yield gpu
 
 
@@ -96,7 +97,7 @@ def lm():
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,  # far from uniform logits, so that argmax has no near ties
-        attention_dropout=0.1,  # must never act
+        attention_dropout=0.1,  # must never be active
     )
     return Qwen2ForCausalLM(config)
 
@@ -159,14 +160,14 @@ def make_batch(make_clips, tokenizer):
 
 
 def built_once(tmp_path_factory, name, build):
-    """The folder that `build(folder)` makes. One worker of pytest-xdist builds it, the others wait."""
+    """Return a folder filled by `build(folder)`. One pytest-xdist worker builds it, the others wait."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder is inside a shared one
         root = root.parent
     folder = root / name
     with FileLock(f"{folder}.lock"):
         if not Path(f"{folder}.done").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker whose build failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker whose build failed
             build(folder)
             Path(f"{folder}.done").touch()
     return folder
@@ -174,7 +175,7 @@ def built_once(tmp_path_factory, name, build):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small toy world, written by the real script; nobody may write into it."""
+    """A small toy world, written by worlds/toy_ssv2.py. Tests must not write into it."""
     from worlds import toy_ssv2
 
     def build(folder):
@@ -198,7 +199,7 @@ def prepared(world, tmp_path_factory):
 
 
 def preprocess(world, folder, *flags, videos=None, features=None):
-    """Run preprocess_ssv2.py on the world, as a user would; returns its exit code."""
+    """Run preprocess_ssv2.py on the world and return its exit code."""
     import preprocess_ssv2
 
     return (
@@ -216,7 +217,7 @@ def preprocess(world, folder, *flags, videos=None, features=None):
 
 
 def train_flags(world, prepared, output, *flags):
-    """Flags of a training run of a few seconds."""
+    """Return the flags of a training run that takes a few seconds."""
     return [
         *["--features", str(prepared / "features"), "--output", str(output)],
         *["--annotations", str(prepared / "annotations"), "--lm", str(world / "lm")],
@@ -228,7 +229,7 @@ def train_flags(world, prepared, output, *flags):
 
 @pytest.fixture(scope="session")
 def trained(world, prepared, tmp_path_factory):
-    """A run folder of the real train.py: 2 epochs of 5 steps, the last of each with 4 clips."""
+    """A run folder of train.py: 2 epochs of 5 steps. The last step of each has 4 clips."""
     import train
 
     def build(output):
@@ -242,20 +243,20 @@ def trained(world, prepared, tmp_path_factory):
 
 @pytest.fixture
 def quick_meteor(monkeypatch):
-    """METEOR reads its paraphrases for 10 s each time; test_metrics.py tests it for itself."""
+    """Replace METEOR, which takes 10 s to load its paraphrases. test_metrics.py tests it."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
 
 
 @pytest.fixture
 def browser(chromium):
-    """A headless Chromium; after the test it shows nothing, for clips that play cost a processor."""
+    """A headless Chromium. It shows an empty page after each test, since playing clips use CPU time."""
     yield chromium
     chromium.get("about:blank")
 
 
-@pytest.fixture(scope="module")  # not longer: even an empty page may keep a processor busy
+@pytest.fixture(scope="module")  # not session: even an empty page may use CPU time
 def chromium():
-    """Debian's packages chromium and chromium-driver."""
+    """Chromium and its driver, Debian's packages chromium and chromium-driver."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -272,10 +273,10 @@ def chromium():
     page.quit()
 
 
-def until(true, seconds=60):
-    """Wait until a function returns something true, and return that."""
+def until(condition, seconds=60):
+    """Wait until `condition()` returns a true value, and return that value."""
     end = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < end, "it did not come to pass"
+    while not (value := condition()):
+        assert time.monotonic() < end, f"still false after {seconds} s"
         time.sleep(0.1)
     return value

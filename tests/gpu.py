@@ -1,5 +1,5 @@
-"""A model of a GPU on the CPU, to test the GPU branches. It raises where a GPU raises, and results are
-not available before they would be on a GPU.
+"""An emulated GPU on the CPU, to test the GPU branches. It raises errors where a GPU does, and results
+are not available earlier than on a GPU.
 
 It models:
 - the argument checks of `torch.cuda.set_device` and `Event`
@@ -7,7 +7,7 @@ It models:
 - non-blocking copies to the GPU, which need pinned memory, and the DataLoader's pinning
 - operations that mix tensors in host and GPU memory, which fail
 
-It does not model kernels that run late, nor several GPUs.
+It models neither asynchronous kernels nor several GPUs.
 """
 
 import torch
@@ -21,11 +21,11 @@ INT_GARBAGE, FLOAT_GARBAGE = 85, float("nan")
 HOST, PINNED, GPU = "host", "pinned", "gpu"
 
 
-class PretendedGPU(TorchFunctionMode):
+class EmulatedGPU(TorchFunctionMode):
     """Patches torch so that this process uses its CPU as a GPU.
 
     The device "cpu" as a string, or no device, is the host. Any torch.device is the GPU. As a
-    TorchFunctionMode it sees every operation and records which memory each tensor is in.
+    TorchFunctionMode it intercepts every operation and records which memory each tensor is in.
     most_in_flight: the largest number of recorded events that were not yet synchronised.
     """
 
@@ -65,7 +65,7 @@ class PretendedGPU(TorchFunctionMode):
             "max_memory_allocated": lambda device: self.index(device, optional=True) + 7,
             "max_memory_reserved": lambda device: self.index(device, optional=True) + 9,
             "set_device": self.set_device,
-            "get_device_name": lambda device=None: f"pretended GPU {self.index(device, True)}",
+            "get_device_name": lambda device=None: f"emulated GPU {self.index(device, True)}",
             "synchronize": lambda device=None: self.finish(self.copies),
             "Event": lambda *args, **kwargs: Event(self, *args, **kwargs),
         }
@@ -133,7 +133,7 @@ class PretendedGPU(TorchFunctionMode):
         if non_blocking and self.current is None:
             raise RuntimeError("a copy to or from a GPU before set_device")
         if non_blocking and place == GPU and self.place(tensor) != PINNED:
-            raise RuntimeError("a copy that does not block, from memory that is not pinned")
+            raise RuntimeError("a non-blocking copy from memory that is not pinned")
         copy = torch.Tensor.to(tensor, *args, **kwargs)
         copy = copy.clone() if copy is tensor and self.place(tensor) != place else copy
         if non_blocking and place == HOST:
@@ -158,7 +158,7 @@ class Event:
 
     def record(self, stream=None):
         if stream is not None:
-            raise TypeError("the pretended GPU has one stream")
+            raise TypeError("the emulated GPU has one stream")
         self.copies = list(self.gpu.copies)
         self.gpu.waiting.append(self)
         self.gpu.most_in_flight = max(self.gpu.most_in_flight, len(self.gpu.waiting))

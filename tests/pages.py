@@ -1,4 +1,4 @@
-"""README.md and docs/*.md, which the tests hold to the code and to the files in results/."""
+"""README.md and docs/*.md, which tests compare with the code and the files in results/."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ README = ROOT / "README.md"
 
 
 def pages():
-    """{path: text} of every page for users."""
+    """Return {path: text} of README.md and docs/*.md."""
     return {path: path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
 
 
 def prose():
-    """All pages as one line, so that a sentence is found however it is wrapped."""
+    """Return all pages as one line, so that a sentence is found wherever its lines break."""
     return " ".join(" ".join(pages().values()).split())

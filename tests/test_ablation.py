@@ -1,4 +1,4 @@
-"""Each change does what its row says, and the table shows what the runs measured."""
+"""The ablation: the effect of each change, its runs and the table of results."""
 
 import json
 import statistics
@@ -26,7 +26,9 @@ def double(clips):
     return features, scale.double(), offset.double()
 
 
-def test_without_positions_a_clip_is_its_mirror_image(make_qformer, make_clips):
+def test_without_positions_a_clip_and_its_mirror_image_give_the_same_prompts(
+    make_qformer, make_clips
+):
     x, scale, offset = make_clips(1, tokens=24)
     mirrored = x.view(1, 2, 3, 4, 24).flip(3).reshape(1, 24, 24)
     with changed("no_positions"):
@@ -82,20 +84,20 @@ def test_positions_on_keys_only_match_a_naive_loop(make_qformer, make_clips, num
     assert (got - qformer(x, scale, offset)).abs().max() > 1e-3  # positions on values matter
 
 
-def test_without_standardisation():
+def test_no_standardisation_means_mean_0_and_std_1():
     data = SimpleNamespace(manifest=SimpleNamespace(settings=feature_cache.Settings(width=5)))
     with changed("no_standardisation"):
         mean, std = train.statistics(data, seed=0)
     assert mean.tolist() == [0] * 5 and std.tolist() == [1] * 5
 
 
-def test_without_the_gain_prompts_start_with_a_layer_norms_norm(make_qformer, make_clips):
+def test_without_the_gain_prompts_have_the_norm_of_a_layer_norm(make_qformer, make_clips):
     with changed("no_gain"):
         out = make_qformer(output_norm=0.9)(*make_clips(2))
     torch.testing.assert_close(out.norm(dim=-1), torch.full((2, 6), 32**0.5), rtol=1e-3, atol=0)
 
 
-def test_one_prompt_reaches_the_tokens(tokenizer):
+def test_without_style_prompts_both_styles_have_the_same_tokens(tokenizer):
     one = dataset.encode_caption(tokenizer, "label", "x")
     assert dataset.encode_caption(tokenizer, "sentence", "x") != one
     with changed("no_style_prompts"):
@@ -110,8 +112,8 @@ def test_captions_are_sampled_uniformly():
     assert any_caption(record, 1, 0, 3) == any_caption(record, 1, 0, 3)
 
 
-def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokenizer):
-    """All of its changes act at once: one prompt, pads with loss, a constant rate."""
+def test_the_original_trains_on_padding_and_validates_without_it(prepared, tokenizer):
+    """All its changes apply together: one prompt, loss on padding, a constant learning rate."""
     settings = feature_cache.load_manifest(prepared / "features").settings
     texts = {True: [("label", "ab")], False: [("sentence", "abcdef")]}
     records = dataset.load_records(prepared / "annotations", "train")[:2]
@@ -138,7 +140,7 @@ def test_the_original_trains_on_pads_and_validates_without_them(prepared, tokeni
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_ends_with_its_run(change):
+def test_a_change_is_undone_after_its_run(change):
     styles = dict(dataset.STYLES)
     places = [(o, n) for o, n, _ in CHANGES[change]() if not isinstance(o, dict)]
     originals = [getattr(o, n) for o, n in places]
@@ -150,7 +152,7 @@ def test_a_change_ends_with_its_run(change):
 
 @pytest.fixture
 def study(prepared, world, tmp_path, monkeypatch):
-    """A small ablation whose world is prepared, except for the base's features."""
+    """A small ablation that has all of its data except the features of `base`."""
     data = tmp_path / "data"
     data.mkdir()
     for name in ("lm", "toy.json"):
@@ -161,9 +163,9 @@ def study(prepared, world, tmp_path, monkeypatch):
     return ablation.Study(data, tmp_path / "runs", clips=64, seeds=1)
 
 
-def test_a_run_is_the_real_training_and_is_not_repeated(study, monkeypatch, capsys):
-    """The original's recipe goes through train.py and evaluate.py. The base then fails because its
-    features are missing: it is reported with its log, and the finished run is left alone."""
+def test_a_run_uses_the_real_scripts_and_is_not_repeated(study, monkeypatch, capsys):
+    """The row `original` runs train.py and evaluate.py. `base` then fails because its features are
+    missing: its log is reported, and the finished run is not repeated."""
     short = ablation.ROWS["original"]._replace(flags="--captions-per-clip 1 --epochs 2 --lr 1e-3")
     monkeypatch.setattr(ablation, "ROWS", {"base": ablation.ROWS["base"], "original": short})
     where = ["--data", str(study.data), "--runs", str(study.runs), "--clips", "64", "--seeds", "1"]
@@ -188,18 +190,20 @@ def test_a_run_is_the_real_training_and_is_not_repeated(study, monkeypatch, caps
     assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
     assert "Run python -m bench.ablation." in log.read_text()
     assert study.result("original", 0) == result
-    assert replace(study, clips=65).result("original", 0) is None, "other flags are another run"
+    assert replace(study, clips=65).result("original", 0) is None, (
+        "a result with other flags is not reused"
+    )
 
 
-def test_the_table_is_made_of_the_committed_results():
+def test_the_table_matches_the_committed_results():
     results = json.loads((RESULTS / "ablation.json").read_text())
     assert (RESULTS / "ablation.md").read_text() == ablation_table.markdown(results)
     assert list(results["rows"]) == list(ablation.ROWS)
     assert all(len(row["runs"]) == 3 for row in results["rows"].values())
 
 
-def test_what_is_more_than_noise_is_bold():
-    """Standard deviation 0.1 in every row: 0.15 above the base is noise, 0.5 below it is not."""
+def test_differences_larger_than_the_noise_are_bold():
+    """The standard deviation is 0.1 in every row: 0.15 above the base is noise, 0.5 below it is not."""
 
     def row(text, centre):
         runs = [
@@ -218,8 +222,8 @@ def test_what_is_more_than_noise_is_bold():
     assert "(noise 0.10). Below the base: loss. Above the base: none. Within noise: tie." in text
 
 
-def test_the_pages_quote_the_table():
-    """A number in README.md or docs/ has a file in results/ behind it."""
+def test_the_docs_quote_the_committed_results():
+    """The ablation's numbers in README.md and docs/ are those of results/ablation.json."""
     rows = json.loads((RESULTS / "ablation.json").read_text())["rows"]
     mean = {name: statistics.fmean(r["cider"] for r in row["runs"]) for name, row in rows.items()}
     loss = {name: mean["base"] - value for name, value in mean.items()}

@@ -1,4 +1,4 @@
-"""prepare_annotations.py: SSv2's layouts, one's own clips, and everything it refuses."""
+"""prepare_annotations.py: both SSv2 layouts, the user's own clips and invalid input."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ VALIDATION = [
 
 @pytest.fixture
 def labels(tmp_path):
-    """Writes a labels folder and returns it."""
+    """A function that writes a labels folder and returns it."""
 
     def write(prefix="", train=TRAIN, validation=VALIDATION):
         folder = tmp_path / "labels"
@@ -97,7 +97,7 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    ("train", "complaint"),
+    ("train", "message"),
     [
         ([*TRAIN, TRAIN[0]], "1 ids occur more than once"),
         ([*TRAIN, VALIDATION[0]], r"3 \(train and validation\)"),
@@ -108,8 +108,8 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
         ({"1": "x"}, "must contain a JSON list"),
     ],
 )
-def test_bad_labels_are_refused(labels, tmp_path, train, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_bad_labels_are_refused(labels, tmp_path, train, message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path, "--labels", labels(train=train))
     assert not (tmp_path / "out").exists()
 
@@ -117,19 +117,19 @@ def test_bad_labels_are_refused(labels, tmp_path, train, complaint):
 def test_bad_paraphrases_are_refused(labels, tmp_path):
     """The original dumped str(list), which is not JSON."""
     file = tmp_path / "p.json"
-    for content, complaint in [
+    for content, message in [
         ("{'1': ['a']}", "as JSON"),
         ('{"1": "a"}', "must contain"),
         ("[]", "must contain"),
     ]:
         file.write_text(content)
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=message):
             run(tmp_path, "--labels", labels(), "--paraphrases", file)
     with pytest.raises(UserError, match="does not match a file"):
         run(tmp_path, "--labels", labels(), "--paraphrases", tmp_path / "none*.json")
 
 
-def test_missing_labels_say_what_was_found(tmp_path):
+def test_missing_labels_are_reported_with_the_files_found(tmp_path):
     with pytest.raises(UserError, match="not found"):
         run(tmp_path, "--labels", tmp_path / "nowhere")
     (tmp_path / "labels").mkdir()
@@ -147,10 +147,12 @@ ROWS = [
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_own_captions(tmp_path, kind):
-    """Repeated rows are more captions of the same clip."""
+    """Several rows of one clip give it several captions."""
     path = tmp_path / f"mine.{kind}"
     if kind == "csv":
-        with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet saves it
+        with open(
+            path, "w", newline="", encoding="utf-8-sig"
+        ) as file:  # with a BOM, as spreadsheets save it
             csv.writer(file).writerows([("video", "caption", "split"), *ROWS])
     else:
         keys = ("video", "caption", "split")
@@ -162,8 +164,8 @@ def test_own_captions(tmp_path, kind):
     assert validation["id"] == "c" and validation["video"] == "b/c.mp4"
 
 
-def test_file_names_and_line_breaks_survive(tmp_path):
-    """Two spaces in a file name became one, and a line break in a quoted caption glued its words."""
+def test_file_names_keep_spaces_and_line_breaks_separate_words(tmp_path):
+    """Two spaces in a file name became one, and a line break in a quoted caption joined two words."""
     path = tmp_path / "mine.csv"
     path.write_text('video,caption,split\na  b.mp4,"picking\nup",train\n')
     (record,) = load_records(run(tmp_path, "--captions", path), "train")
@@ -175,7 +177,7 @@ def test_file_names_and_line_breaks_survive(tmp_path):
     assert record["label"] == "one two"
 
 
-def test_own_captions_without_splits_hold_some_out(tmp_path):
+def test_own_captions_without_splits_get_a_validation_split(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("video,caption\n" + "".join(f"clips/{i}.mp4,clip {i}\n" for i in range(40)))
     out = run(tmp_path, "--captions", path, "--validation-share", 0.25)
@@ -184,7 +186,7 @@ def test_own_captions_without_splits_hold_some_out(tmp_path):
     assert not {r["id"] for r in train} & {r["id"] for r in validation}
 
 
-def test_clips_of_the_same_name_get_their_folders(tmp_path):
+def test_ids_of_clips_with_the_same_name_contain_their_folders(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("video,caption,split\nx/1.mp4,one,train\ny/1.mp4,other,train\n")
     assert [r["id"] for r in load_records(run(tmp_path, "--captions", path), "train")] == [
@@ -194,7 +196,7 @@ def test_clips_of_the_same_name_get_their_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("", "needs a header"),
         ("clip,text\na.mp4,hi\n", "needs a header"),
@@ -207,15 +209,15 @@ def test_clips_of_the_same_name_get_their_folders(tmp_path):
         ("video,caption\na.mp4,hi\na.webm,ho\n", "differ only in the extension"),
     ],
 )
-def test_bad_captions_are_refused(tmp_path, text, complaint):
+def test_bad_captions_are_refused(tmp_path, text, message):
     path = tmp_path / "mine.csv"
     path.write_text(text)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         run(tmp_path, "--captions", path)
     assert not (tmp_path / "out").exists()
 
 
-def test_help_says_what_the_columns_are(capsys):
+def test_help_lists_the_columns(capsys):
     with pytest.raises(SystemExit):
         prepare_annotations.parse_args(["--help"])
     assert "video,caption[,split]" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The web demo, in a real browser, beside infer.py."""
+"""The web demo in a real browser, compared with infer.py."""
 
 import os
 import signal
@@ -22,16 +22,18 @@ LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
 
 @pytest.fixture(scope="module")
 def address(trained, world, tmp_path_factory):
-    """The address of a running viz/app.py, stopped by Ctrl-C, after which no upload is left."""
+    """The address of a running viz/app.py. It is stopped by Ctrl-C, which must remove all uploads."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    kept = tmp_path_factory.mktemp("kept")
+    uploads_folder = tmp_path_factory.mktemp("uploads_folder")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     flags = ["--checkpoint", trained / "best.pt", "--examples", world / "videos", "--port", port]
     flags += [flag for pair in LIMITS.items() for flag in pair]
     command = [sys.executable, "-m", "viz.app", *map(str, flags)]
-    process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | {"TMPDIR": str(kept)})
+    process = subprocess.Popen(
+        command, text=True, cwd=HERE, env=os.environ | {"TMPDIR": str(uploads_folder)}
+    )
 
     def answers():
         assert process.poll() is None, "app.py ended"
@@ -42,7 +44,7 @@ def address(trained, world, tmp_path_factory):
 
     until(answers, seconds=120)
     yield f"http://127.0.0.1:{port}"
-    uploads = [path for path in kept.rglob("*") if path.is_file()]
+    uploads = [path for path in uploads_folder.rglob("*") if path.is_file()]
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert uploads and not any(path.exists() for path in uploads)
@@ -65,7 +67,7 @@ def value(page, name):
     )
 
 
-def test_an_upload_comes_back_with_the_caption_of_infer(page, world, trained, capsys):
+def test_an_upload_gets_the_same_captions_as_with_infer(page, world, trained, capsys):
     clip = sorted((world / "videos").glob("*.webm"))[0]
     captions = {}
     for style in ("label", "sentence"):
@@ -80,7 +82,7 @@ def test_an_upload_comes_back_with_the_caption_of_infer(page, world, trained, ca
     until(lambda: (page.execute_script(picture) or 0) > 500)
 
 
-def test_a_text_file_comes_back_with_a_sentence(page, tmp_path):
+def test_a_text_file_gets_an_error_message(page, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("not a film")
     upload(page, text)
@@ -94,21 +96,21 @@ def test_a_text_file_comes_back_with_a_sentence(page, tmp_path):
     assert message.startswith("notes.mp4 cannot be read as a video") and not value(page, "label")
 
 
-def test_too_large_an_upload_is_refused(page, tmp_path):
+def test_an_upload_that_is_too_large_is_refused(page, tmp_path):
     large = tmp_path / "large.mp4"
     large.write_bytes(bytes(2 * 2**20))
     upload(page, large)
     until(lambda: "exceed the maximum allowed size" in page.find_element("tag name", "body").text)
 
 
-def test_no_file_of_the_server_is_given_away(address, world, trained):
+def test_files_of_the_server_cannot_be_downloaded(address, world, trained):
     for path in ("/etc/hostname", trained / "args.json", world / "toy.json", HERE / "README.md"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
 
 
-def test_the_examples_are_of_the_toy_world(page):
-    """Clicked by script: while the examples' clips load, the page moves under the mouse."""
+def test_an_example_clip_can_be_captioned(page):
+    """The click is scripted because the layout shifts while the example clips load."""
     items = until(lambda: page.find_elements("css selector", ".gallery-item"))
     page.execute_script("arguments[0].click()", items[0])
     until(lambda: value(page, "label"))
@@ -116,7 +118,7 @@ def test_the_examples_are_of_the_toy_world(page):
 
 @pytest.fixture(scope="module")
 def look(trained):
-    """What the page calls, without the page."""
+    """The object that the page calls to caption a clip."""
     import torch
 
     from checkpoint import load_captioner, read_checkpoint
@@ -163,8 +165,8 @@ def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):
     assert label == ""
 
 
-def test_a_clip_that_is_cut_short_gets_a_message(look, tmp_path):
-    """The page captioned half a film without a message, unlike infer.py."""
+def test_a_truncated_clip_gets_a_message(look, tmp_path):
+    """The page captioned the readable half without a message, unlike infer.py."""
     path = film(tmp_path / "cut.webm", 1)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     message, label, *_ = look(path)
@@ -174,14 +176,14 @@ def test_a_clip_that_is_cut_short_gets_a_message(look, tmp_path):
     )
 
 
-def test_a_message_hides_the_folder_of_uploads(look, tmp_path):
+def test_messages_do_not_show_the_upload_folder(look, tmp_path):
     path = tmp_path / "silent.mp4"
     path.write_bytes(b"")
     assert look(path)[0] == "silent.mp4 is an empty file"
 
 
 def test_templates_are_ranked_by_likelihood(look, world, prepared):
-    """Best first, and by what the model says of this clip: another order for another clip."""
+    """The best template comes first, and the scores depend on the clip."""
     from dataset import load_records
     from feature_cache import load_features, stack_stored
 
@@ -198,5 +200,5 @@ def test_templates_are_ranked_by_likelihood(look, world, prepared):
     assert app.nearest(look.captioner, batch, record["label"], []) == []
 
 
-def test_listens_to_this_machine_only():
+def test_the_default_host_is_localhost():
     assert app.parse_args([]).host == "127.0.0.1"

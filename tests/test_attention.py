@@ -1,4 +1,4 @@
-"""Where the queries look: the weights, and the picture of them."""
+"""Attention maps: the weights and their pictures."""
 
 import io
 
@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 GRID = (4, 3, 5)
 
 
-def test_weights_are_those_of_the_textbook(make_qformer, make_clips):
-    """softmax(q k / sqrt(d)) with keys written out, for two blocks."""
+def test_weights_equal_textbook_attention(make_qformer, make_clips):
+    """softmax(q k / sqrt(d)) with explicit keys, for two blocks."""
     qformer, clips = make_qformer(grid=GRID, num_blocks=2).eval(), make_clips(3)
     weights = qformer.attention(*clips)
     assert weights.shape == (3, 2, 4, 6, *GRID)
@@ -40,8 +40,8 @@ def test_reading_the_weights_changes_nothing(make_qformer, make_clips):
     assert torch.equal(before, qformer(*clips))
 
 
-def test_the_mass_is_on_what_the_queries_match(make_qformer, make_clips):
-    """A token along every query's key gets nearly all of the weight, at its own place."""
+def test_the_mass_is_at_the_token_that_matches_the_queries(make_qformer, make_clips):
+    """A token in the direction of all queries' keys gets most of the weight, at its own position."""
     qformer = make_qformer(grid=GRID).eval()
     with torch.no_grad():
         for table in qformer.pos:
@@ -61,7 +61,7 @@ def test_the_mass_is_on_what_the_queries_match(make_qformer, make_clips):
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_the_picture_shows_what_the_encoder_saw(resize):
-    """A square in the top left corner of a wide frame: cropped away, or there."""
+    """A square in the top left corner of a wide frame is visible unless the frame is cropped."""
     frames = np.zeros((8, 60, 120, 3), np.uint8)
     frames[:, :20, :20, 0] = 255
     settings = Settings(size=64, resize=resize)
@@ -75,16 +75,19 @@ def test_the_picture_shows_what_the_encoder_saw(resize):
     assert picture.width > 400 and picture.height > 200
 
 
-def test_weight_is_drawn_in_its_place():
-    """Of 2 moments of 3 x 5 places: the last column of the first row, in the first moment's panel."""
+def test_weight_is_drawn_at_its_position():
+    """The grid has 2 moments of 3 x 5 positions, and most of the weight is in the last column of the
+    first row of the first moment."""
     frames = np.full((4, 64, 64, 3), 250, np.uint8)
     here, there = (np.full((2, 3, 5), 0.001) for _ in range(2))
     here[0, 0, 4] = there[1, 2, 0] = 1 - 0.029
     plain, peaked = drawn(frames, there), drawn(frames, here)
-    row = plain[len(plain) // 4]  # through both frames, which are not as white as the paper
+    row = plain[
+        len(plain) // 4
+    ]  # crosses both frames, which are slightly darker than the background
     columns = np.flatnonzero((row == 250).all(-1))
-    columns = columns[: np.argmax(np.diff(columns) > 1) + 1]  # of the first
-    above = slice(len(plain) * 2 // 5, len(plain) * 18 // 25)  # the attention, not the bars
+    columns = columns[: np.argmax(np.diff(columns) > 1) + 1]  # those of the first frame
+    above = slice(len(plain) * 2 // 5, len(plain) * 18 // 25)  # the attention panels, not the bars
     changed = np.abs(plain - peaked).sum(-1)[above, columns[0] : columns[-1] + 1] > 60
     y, x = (np.flatnonzero(changed.any(axis)) / changed.shape[1 - axis] for axis in (1, 0))
     assert x.min() > 0.75 and y.max() < 0.5 and changed.mean() > 0.02
@@ -100,7 +103,7 @@ def test_each_moment_shows_its_own_frames():
 
 
 def test_a_caption_with_dollar_signs_is_text():
-    """Between two of them matplotlib reads mathematics, and this one raised an error."""
+    """matplotlib reads text between dollar signs as mathematics, and this text raised an error."""
     frames = np.zeros((4, 64, 64, 3), np.uint8)
     assert drawn(frames, np.full((2, 4, 4), 1 / 32), r"a $\foo$ b").any()
 
@@ -111,8 +114,8 @@ def drawn(frames, weights, title=""):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
 
 
-def test_a_picture_of_each_window(trained, tmp_path, capsys):
-    """Of a clip of two windows and a broken one: two pictures, one line about the other."""
+def test_each_window_gets_a_picture(trained, tmp_path, capsys):
+    """A clip of two windows and a broken clip give two pictures and one error message."""
     with av.open(str(tmp_path / "film.webm"), "w") as container:
         stream = container.add_stream("libvpx-vp9", rate=12)
         stream.width = stream.height = 64

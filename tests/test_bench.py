@@ -1,4 +1,4 @@
-"""The benchmark's variants compute the same, its groups run, and README and docs quote the results."""
+"""The benchmark: equal results of its variants, its groups, and the results quoted in the docs."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def setup(tmp_path):
 
 
 def test_optimised_code_equals_the_reference():
-    """Values and gradients in float64: the Q-Former to 1e-10, K captions behind one prefix to 1e-6."""
+    """Values and gradients in float64: the Q-Former to 1e-10, K captions after one prefix to 1e-6."""
     lines = equality.equalities()
     assert [line["allowed"] for line in lines] == [1e-10, 1e-10, 1e-6, 1e-6]
     assert all(line["found"] <= line["allowed"] for line in lines)
@@ -45,8 +45,8 @@ def test_the_reference_is_multi_head_attention(setup):
 
 
 @pytest.mark.parametrize("mistake", ["offset", "position", "loss"])
-def test_a_difference_ends_the_run(monkeypatch, mistake):
-    """A variant that computes something else is not timed."""
+def test_a_variant_with_another_result_ends_the_run(monkeypatch, mistake):
+    """A variant whose result differs from the reference is not timed."""
     if mistake == "loss":
         exact = captioner.chunked_cross_entropy
         monkeypatch.setattr(captioner, "chunked_cross_entropy", lambda *a: 1.0001 * exact(*a))
@@ -117,18 +117,18 @@ def test_missing_tokens_are_noticed_in_bfloat16(setup, monkeypatch, bench_gpu):
         list(speed.bench_train(setup))
 
 
-def test_batched_encoding_is_one_by_one(setup):
+def test_batched_encoding_equals_one_by_one(setup):
     clips = [torch.randint(0, 256, (16, 90, 120, 3), dtype=torch.uint8).numpy() for _ in range(3)]
     encoder = inputs.make_encoder(setup.shapes, CPU)
     rows = {row["name"]: row for row in data.encode_rows(setup, encoder, clips)}
     assert rows["batched_encode"]["max_abs_diff"] < 1e-5
 
 
-def test_peak_bytes_are_those_held_at_once():
+def test_peak_bytes_count_what_is_allocated_at_the_same_time():
     def run():
         for _ in range(5):
             torch.ones(1000)  # freed at once
-        return torch.ones(500) + torch.ones(500)  # three of 2,000 bytes
+        return torch.ones(500) + torch.ones(500)  # three tensors of 2,000 bytes
 
     assert timing.inspect(run, CPU) == (0, 6000)
     assert timing.inspect(lambda: torch.ones(3, 4) @ torch.ones(4, 5), CPU)[0] == 2 * 3 * 4 * 5
@@ -155,8 +155,8 @@ def test_committed_results_are_complete():
 
 
 def test_flops_of_attention_with_fewer_key_heads():
-    """They count as if the heads were repeated. On a GPU transformers leaves grouped heads to the
-    kernel, and torch's counter raised."""
+    """They are counted as if the key heads were repeated. On a GPU, transformers leaves grouped heads
+    to the kernel, and torch's counter raised an error."""
     op = torch.ops.aten._scaled_dot_product_flash_attention
     q, few, many = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2, 4))
     count = timing.attention_formulas()[op]

@@ -34,7 +34,7 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def loss_and_gradient(captioner, batch):
-    """Summed loss and the Q-Former's gradient through one shared prefix."""
+    """Compute the summed loss and the Q-Former's gradient through one shared prefix."""
     batch = double(batch)
     captioner.zero_grad()
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
@@ -44,7 +44,7 @@ def loss_and_gradient(captioner, batch):
 
 
 def plain_loss(captioner, features, scale, offset, style, text):
-    """One caption in one pass, all logits, cross-entropy from its definition."""
+    """Compute the cross-entropy of one caption from its definition, in one pass over all logits."""
     soft = captioner.qformer(features, scale.double(), offset.double())  # (1, Q, D)
     prompt = captioner.tokenizer(STYLES[style])["input_ids"]
     target = [*captioner.tokenizer(" " + text)["input_ids"], captioner.tokenizer.eos_token_id]
@@ -55,9 +55,9 @@ def plain_loss(captioner, features, scale, offset, style, text):
     return -log_probs[torch.arange(len(target)), torch.tensor(target)].sum()
 
 
-def test_shared_prefix_is_separate_passes(captioner, make_batch, make_clips):
-    """K captions behind one prefix give the loss and gradient of K full passes; so pads, style
-    prompt and prefix carry no loss, and no row sees another's text."""
+def test_shared_prefix_equals_separate_passes(captioner, make_batch, make_clips):
+    """K captions after one prefix give the loss and gradient of K full passes. So padding, style prompt
+    and prefix have no loss, and no row depends on another row's text."""
     clips = make_clips(3)
     batch = make_batch(CAPTIONS, clips)
     total, grads = loss_and_gradient(captioner, batch)
@@ -69,13 +69,13 @@ def test_shared_prefix_is_separate_passes(captioner, make_batch, make_clips):
     )
     plain.backward()
     torch.testing.assert_close(total, plain.detach(), **EXACT)
-    for ours, p in zip(grads, captioner.qformer.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-5)
+    for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
     lengths = [len(text) + 2 for texts in CAPTIONS for _, text in texts]  # leading space, eos
     assert len(batch["targets"]) == sum(lengths)
 
 
-def test_chunked_logits_are_all_logits(captioner, make_batch, monkeypatch):
+def test_chunked_logits_give_the_same_loss(captioner, make_batch, monkeypatch):
     batch = make_batch(CAPTIONS)
     whole = loss_and_gradient(captioner, batch)
     monkeypatch.setattr(module, "LOGITS_CHUNK", 7)
@@ -83,8 +83,8 @@ def test_chunked_logits_are_all_logits(captioner, make_batch, monkeypatch):
     torch.testing.assert_close(whole, chunked, **EXACT)
 
 
-def test_a_neighbours_longer_caption_changes_nothing(captioner, make_batch, make_clips):
-    """The original trained on pads, so a caption's loss depended on the longest in its batch."""
+def test_the_loss_does_not_depend_on_other_captions_in_the_batch(captioner, make_batch, make_clips):
+    """The original trained on padding, so a loss depended on the longest caption in the batch."""
     clips = make_clips(2)
 
     def loss_of_first(second):
@@ -97,8 +97,8 @@ def test_a_neighbours_longer_caption_changes_nothing(captioner, make_batch, make
     torch.testing.assert_close(loss_of_first("down"), loss_of_first("d" * 60), **EXACT)
 
 
-def test_frozen_stays_frozen(captioner, make_batch):
-    """`.train()` must not wake the language model's dropout, nor a step move its weights."""
+def test_the_language_model_stays_frozen(captioner, make_batch):
+    """`.train()` must not activate its dropout, and a step must not change its weights."""
     captioner.train()
     assert captioner.qformer.training and not captioner.lm.training
     assert not any(m.training for m in captioner.lm.modules())
@@ -112,7 +112,7 @@ def test_frozen_stays_frozen(captioner, make_batch):
     assert a[0] != b[0]
 
 
-def test_generate_is_a_naive_argmax_loop(captioner, make_clips):
+def test_generate_equals_a_naive_argmax_loop(captioner, make_clips):
     x, scale, offset = make_clips(5)
     batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
     fast = captioner.captions(batch, "sentence", max_new_tokens=12)
@@ -134,9 +134,8 @@ def test_generate_is_a_naive_argmax_loop(captioner, make_clips):
     assert len(set(fast)) > 1, "the video must matter for this test to mean anything"
 
 
-def test_beams_take_nothing_from_the_models_own_settings(captioner, make_clips):
-    """A model may bring sampling and penalties in its generation_config: beams then differed with
-    the seed."""
+def test_beams_ignore_the_models_generation_config(captioner, make_clips):
+    """A model's generation_config may enable sampling and penalties. Beams then depended on the seed."""
     x, scale, offset = make_clips(3)
     batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
     plain = captioner.captions(batch, "label", 10, 3)
@@ -146,9 +145,11 @@ def test_beams_take_nothing_from_the_models_own_settings(captioner, make_clips):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batched_is_one_by_one(captioner, make_clips, num_beams, monkeypatch):
-    """Also for beams: the cache has to be repeated per beam, not the ids alone. In inference the
-    Q-Former reads a few clips at a time, here three and one."""
+def test_batched_captions_equal_those_of_single_clips(
+    captioner, make_clips, num_beams, monkeypatch
+):
+    """Beams need the cache repeated per beam, not only the ids. In inference the Q-Former reads a few
+    clips at a time, here three and then one."""
     monkeypatch.setattr(module, "READ_CHUNK", 3)
     x, scale, offset = make_clips(4)
     batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
@@ -161,7 +162,7 @@ def test_batched_is_one_by_one(captioner, make_clips, num_beams, monkeypatch):
 
 
 def test_generation_stops_at_eos(captioner, make_clips):
-    """A finished row stays finished while its neighbours go on."""
+    """A finished row stays finished while other rows continue."""
     head = captioner.lm.get_output_embeddings()
     x, scale, offset = make_clips(2)
     batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
@@ -173,7 +174,7 @@ def test_generation_stops_at_eos(captioner, make_clips):
 
 
 def test_validation_shares_the_prefix(captioner, make_batch):
-    """Generating after the loss must not continue from the loss's text."""
+    """Generation after the loss must continue from the prefix, not from the text of the loss."""
     batch = double(make_batch([[c[0]] for c in CAPTIONS]))
     total, tokens, texts = captioner.validation(batch, "label", 9)
     assert texts == captioner.captions(batch, "label", 9)
@@ -218,14 +219,14 @@ def test_checkpoint_round_trip(captioner, lm, tokenizer, tmp_path, monkeypatch, 
 
 
 class Bomb:
-    """Pickled, it would run a command when loaded."""
+    """Unpickling it would create a file."""
 
     def __reduce__(self):
         return (open, ("bomb_went_off", "w"))
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "text", "cut", "foreign", "bomb"])
-def test_foreign_checkpoints_are_refused(captioner, tmp_path, content, monkeypatch):
+def test_invalid_checkpoints_are_refused(captioner, tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "best.pt"
     torch.save(checkpoint_of(captioner), path)
@@ -241,9 +242,11 @@ def test_foreign_checkpoints_are_refused(captioner, tmp_path, content, monkeypat
     assert not (tmp_path / "bomb_went_off").exists()
 
 
-def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make_clips):
-    """8 x 2 = 1 x 16 after a whole optimizer step, also when the last window is ragged and when
-    captions differ in length. The original divided by 16 whatever the group's size."""
+def test_accumulated_micro_batches_equal_one_batch(
+    make_qformer, lm, tokenizer, make_batch, make_clips
+):
+    """8 x 2 clips equal 1 x 16 after an optimizer step, also with an incomplete last step and with
+    captions of different lengths. The original always divided by 16."""
     import copy
 
     for clips in (16, 11):
@@ -254,16 +257,16 @@ def test_accumulation_is_one_batch(make_qformer, lm, tokenizer, make_batch, make
         captioner = VideoCaptioner(make_qformer(), copy.deepcopy(lm), tokenizer).double()
         after = []
         for size in (2, 16):
-            ours = copy.deepcopy(captioner).train()
-            optimizer = torch.optim.AdamW(optim.parameter_groups(ours.qformer, 0.03), lr=1e-2)
+            model = copy.deepcopy(captioner).train()
+            optimizer = torch.optim.AdamW(optim.parameter_groups(model.qformer, 0.03), lr=1e-2)
             window = [
                 double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
                 for i in range(0, clips, size)
             ]
-            loss, tokens = train.accumulate(ours, window)
-            optim.average_and_clip(ours.qformer, tokens, 1.0)
+            loss, tokens = train.accumulate(model, window)
+            optim.average_and_clip(model.qformer, tokens, 1.0)
             optimizer.step()
-            after.append((loss, tokens, [p.detach() for p in ours.qformer.parameters()]))
+            after.append((loss, tokens, [p.detach() for p in model.qformer.parameters()]))
         assert after[0][1] == after[1][1]
         assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
         # Adam's first step is lr * g/|g|: compare gradients' signs through the parameters
@@ -285,8 +288,8 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
 
 
 def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
-    """A process without a micro-batch has zero gradients. Zeros also replaced missing gradients in other
-    processes, which hid a broken graph."""
+    """A process without a micro-batch has zero gradients. Zeros also replaced missing gradients in
+    other processes, which hid a broken graph."""
 
     batch = double(make_batch(CAPTIONS))
     train.accumulate(captioner, iter([]))
@@ -297,14 +300,14 @@ def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_ba
         train.accumulate(captioner, [batch])
 
 
-def test_a_clip_without_reference_is_captioned_all_the_same(captioner, make_batch):
-    """One clip without a paraphrase among those of its batch ended the evaluation of sentences."""
+def test_a_clip_without_reference_is_still_captioned(captioner, make_batch):
+    """One clip without a paraphrase in its batch ended the evaluation of sentences."""
     batch = double(make_batch([[CAPTIONS[0][1]], []]))
     total, _, texts = captioner.validation(batch, "sentence", 9)
     assert total is None and len(texts) == 2
 
 
-def test_log_likelihoods_are_those_of_each_text_alone(captioner, make_clips, tokenizer):
+def test_log_likelihoods_equal_those_of_each_text_alone(captioner, make_clips, tokenizer):
     """The mean log-probability of a text's tokens and eos, from one pass over the whole sequence."""
     clips, texts = make_clips(2), ["a cup", "putting a rather long thing down", "x"] * 20
     batch = double(dict(zip(("features", "scale", "offset"), clips, strict=True)))
@@ -322,16 +325,16 @@ def test_log_likelihoods_are_those_of_each_text_alone(captioner, make_clips, tok
                 x = torch.cat([soft[clip : clip + 1], embed(ids)], 1)
                 log_p = captioner.lm(inputs_embeds=x).logits.log_softmax(-1)[0]
                 first = soft.shape[1] + len(prompt) - 1  # predicts the caption's first token
-                told = [log_p[first + i, t] for i, t in enumerate(target)]
-                expected[clip, n] = torch.stack(told).mean()
+                log_probs = [log_p[first + i, t] for i, t in enumerate(target)]
+                expected[clip, n] = torch.stack(log_probs).mean()
     assert torch.allclose(got, expected.repeat(1, 20), atol=1e-5)
-    assert cache.get_seq_length() == length  # it can be gone on from
+    assert cache.get_seq_length() == length  # the cache can still be used
     assert captioner.generate(cache, "label") == captioner.captions(batch, "label")
 
 
-def test_reading_a_checkpoint_leaves_it_as_it_is(captioner, make_qformer, tmp_path):
-    """The check of its sizes made a later load of it replace a model's parameters, so that a resumed
-    run trained on with an optimizer of parameters that nothing used any more."""
+def test_reading_a_checkpoint_does_not_affect_loading_it(captioner, make_qformer, tmp_path):
+    """The check of the sizes made a later load replace a model's parameters. The optimizer of a resumed
+    run then updated parameters that were no longer in use."""
     torch.save(checkpoint_of(captioner.float()), tmp_path / "best.pt")
     weights = read_checkpoint(tmp_path)["qformer"]
     qformer = make_qformer()

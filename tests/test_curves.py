@@ -20,8 +20,8 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_the_picture_needs_nothing_but_the_folder(run, capsys):
-    """Byte for byte what training drew."""
+def test_the_picture_can_be_redrawn_from_the_run_folder(run, capsys):
+    """The new picture equals the one that training drew, byte for byte."""
     drawn = (run / "curves.png").read_bytes()
     (run / "curves.png").unlink()
     curves.main([str(run)])
@@ -29,8 +29,8 @@ def test_the_picture_needs_nothing_but_the_folder(run, capsys):
     assert capsys.readouterr().out.split() == [str(run / "curves.png")]
 
 
-def test_every_curve_reaches_the_picture(run):
-    """Another loss, score or rate draws another picture."""
+def test_every_value_changes_the_picture(run):
+    """Another loss, score or learning rate gives another picture."""
     steps, evaluations = curves.read(run)
     before = curves.draw(steps, evaluations)
     for change in (
@@ -55,7 +55,7 @@ def test_skipped_steps_and_missing_scores_leave_gaps(run):
     assert curves.draw([], [])
 
 
-def test_without_matplotlib_training_goes_on(run, monkeypatch, capsys):
+def test_training_continues_without_matplotlib(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     curves.report_once.cache_clear()
     (run / "curves.png").unlink()
@@ -67,16 +67,16 @@ def test_without_matplotlib_training_goes_on(run, monkeypatch, capsys):
         curves.main([str(run)])
 
 
-def test_a_picture_that_fails_ends_no_training(run, monkeypatch, capsys):
-    """A matplotlib that cannot be imported for another reason, or that the user's settings break, ended
-    training before its best.pt was written, at every --resume again."""
+def test_a_picture_that_fails_does_not_stop_training(run, monkeypatch, capsys):
+    """If importing matplotlib failed for another reason, or the user's settings broke it, training
+    stopped before best.pt was written, and so did every --resume."""
     monkeypatch.setattr("viz.curves.draw", lambda *_: 1 / 0)
     curves.report_once.cache_clear()
     curves.update(run)
     assert "no curves.png: division by zero" in capsys.readouterr().err
 
 
-def test_the_users_settings_of_matplotlib_do_not_matter(run):
+def test_the_users_matplotlib_settings_are_ignored(run):
     import matplotlib
 
     plain = curves.write(run).read_bytes()
@@ -84,7 +84,7 @@ def test_the_users_settings_of_matplotlib_do_not_matter(run):
         assert curves.write(run).read_bytes() == plain
 
 
-def test_a_line_cut_by_a_crash_is_left_out(run):
+def test_a_line_truncated_by_a_crash_is_ignored(run):
     whole = curves.read(run)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('[1]\n{"step": 99, "epo')
@@ -100,7 +100,7 @@ def test_no_run_folder(tmp_path):
 
 
 def interrupted_and_resumed(world, prepared, output, dashboard):
-    """A run that is killed after its 8th step, two steps after its last save, and then resumed."""
+    """Kill a run after its 8th step, two steps after its last save, resume it and return its logs."""
     flags = train_flags(world, prepared, output, "--report-to", dashboard, "--save-every", "3")
     log = run_folder.Log.step
 
@@ -124,8 +124,8 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
     return [json.loads(line) for line in lines], scores
 
 
-def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_meteor):
-    """Each step and evaluation is on the dashboard once, though steps 7 and 8 were logged twice."""
+def test_a_resumed_run_continues_its_curve(world, prepared, tmp_path, quick_meteor):
+    """Each step and evaluation is on the dashboard once, although steps 7 and 8 were logged twice."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_in_its_curve(world, prepared, tmp_path, quick_met
 
 
 def stand_in(name, init, error=RuntimeError):
-    """A stand-in for a library that needs a server."""
+    """Return a stand-in for a library that needs a server."""
     library = types.ModuleType(name)
     library.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=name)
     library.init, library.errors = init, types.SimpleNamespace(Error=error)
@@ -151,10 +151,9 @@ def stand_in(name, init, error=RuntimeError):
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
-    begun, logged, ended = [], [], []
-    monkeypatch.setattr(
-        "viz.curves.draw", lambda *_: b""
-    )  # matplotlib takes longer than the training
+    started, logged, ended = [], [], []
+    # matplotlib takes longer than the training
+    monkeypatch.setattr("viz.curves.draw", lambda *_: b"")
 
     class Run:
         def log(self, values, step):
@@ -164,28 +163,28 @@ def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor,
             ended.append(self)
 
     def init(*args, **kwargs):
-        begun.append(kwargs)
+        started.append(kwargs)
         return Run()
 
     library = stand_in(name, init)
     library.finish = lambda: ended.append(None)
     monkeypatch.setitem(sys.modules, name, library)
     steps, scores = interrupted_and_resumed(world, prepared, tmp_path / "run", name)
-    ids = [kwargs["id" if name == "wandb" else "name"] for kwargs in begun]
+    ids = [kwargs["id" if name == "wandb" else "name"] for kwargs in started]
     assert len(ids) == 2 and ids[0] == ids[1] and ids[0].startswith("run-")
-    assert len(ended) == 2  # also of the run that was killed
+    assert len(ended) == 2  # the killed run was finished too
     losses = {step: values["train/loss"] for step, values in logged if "train/loss" in values}
     assert losses == {s["step"]: s["loss"] for s in steps}
     assert [v["validation/CIDEr"] for _, v in logged if "validation/CIDEr" in v] == scores
     short = ("--report-to", name, "--limit", 8, "--epochs", 1)
     train.main(train_flags(world, prepared, tmp_path / "run", "--overwrite", *short))
-    assert begun[2]["id" if name == "wandb" else "name"] != ids[0]  # another run, another curve
+    assert started[2]["id" if name == "wandb" else "name"] != ids[0]  # a new run gets a new curve
 
 
 def test_a_dashboard_that_cannot_be_opened_creates_no_folder(
     world, prepared, tmp_path, monkeypatch
 ):
-    """Without a login the run folder was taken all the same, and the next try was refused."""
+    """Without a login the run folder was created anyway, and the next attempt was refused."""
 
     class Error(Exception):
         pass

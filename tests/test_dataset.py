@@ -1,4 +1,4 @@
-"""The on-disk formats, caption choice, collation."""
+"""On-disk formats, the choice of captions and collation."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def test_features_round_trip(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise on this system")
 def test_a_feature_file_is_read_ahead_of_its_mmap(tmp_path, monkeypatch):
     """Through an mmap, a file that was not in memory was read in small pieces, which took 1.5 times as
-    long. Reading still works if the file system rejects the advice or the system has no posix_fadvise."""
+    long. Reading still works if the file system rejects the advice or posix_fadvise is missing."""
     path, calls, load = write(tmp_path / "7.pt"), [], torch.load
 
     def advise(fd, offset, length, advice):
@@ -60,7 +60,7 @@ def test_a_feature_file_is_read_ahead_of_its_mmap(tmp_path, monkeypatch):
 
 
 def test_bytes_depend_on_the_content_only(tmp_path):
-    """torch.save(path) writes the file's name into the bytes: two equal caches would differ."""
+    """torch.save(path) writes the file's name into the bytes, so equal caches would differ."""
     torch.manual_seed(3)
     a = write(tmp_path / "a.pt").read_bytes()
     torch.manual_seed(3)
@@ -69,22 +69,22 @@ def test_bytes_depend_on_the_content_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "message"),
     [
         (lambda b: b[: len(b) // 2], "cannot be read"),
         (lambda b: b"", "cannot be read"),
         (lambda b: b"#!/bin/sh", "cannot be read"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, damage, complaint):
+def test_damaged_files_are_named(tmp_path, damage, message):
     path = write(tmp_path / "7.pt")
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"clip 7 .*{complaint}"):
+    with pytest.raises(UserError, match=f"clip 7 .*{message}"):
         feature_cache.load_features(path, "7", SETTINGS)
 
 
 def test_flipped_bytes_are_found(tmp_path):
-    """torch.load notices no flipped byte of a tensor; the checksum does."""
+    """torch.load does not detect a flipped byte in a tensor, but the checksum does."""
     path = write(tmp_path / "7.pt")
     whole = path.read_bytes()
     at = whole.index(bytes(feature_cache.load_features(path, "7", SETTINGS)["features"][0].numpy()))
@@ -93,7 +93,7 @@ def test_flipped_bytes_are_found(tmp_path):
         feature_cache.load_features(path, "7", SETTINGS)
 
 
-def test_another_clips_file_is_refused(tmp_path):
+def test_a_file_of_another_clip_is_refused(tmp_path):
     path = write(tmp_path / "7.pt", clip_id="8")
     with pytest.raises(UserError, match="checksum"):
         feature_cache.load_features(path, "7", SETTINGS)
@@ -147,17 +147,17 @@ def test_collate_puts_loss_on_caption_and_eos_only(tokenizer):
     batch = dataset.collate(items)
     for row, (style, text) in enumerate([("label", "up"), ("sentence", "Go up.")]):
         length = batch["input_ids"].shape[1]
-        mine = batch["positions"] // length == row
-        targets = batch["targets"][mine]
+        of_row = batch["positions"] // length == row
+        targets = batch["targets"][of_row]
         assert targets.tolist() == [*map(ord, " " + text), tokenizer.eos_token_id]
-        after = batch["positions"][mine] % length + 1  # a token is predicted one place before it
+        after = batch["positions"][of_row] % length + 1  # a token is predicted one place before it
         assert torch.equal(batch["input_ids"][row, after], targets)
         prompt = dataset.STYLES[style]
         assert batch["input_ids"][row, : len(prompt)].tolist() == [*map(ord, prompt)]
         assert after.min() == len(prompt)
 
 
-def test_ids_are_plain_file_names():
+def test_ids_must_be_valid_file_names():
     good = ["1", "78687", "a b", "clip.final", "ä"]
     bad = ["", "..", "../../x", "a/b", "a\\b", ".hidden", "a\nb", "c:x", "x" * 300, None, 7]
     assert [i for i in good + bad if files.is_clip_id(i)] == good
@@ -207,15 +207,13 @@ def test_wrong_manifests_are_refused(tmp_path, content):
         feature_cache.load_manifest(tmp_path)
 
 
-def test_a_manifest_of_another_version_is_told_as_such(tmp_path):
+def test_a_manifest_of_another_version_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {"format_version": 9, "new": 1}}')
     with pytest.raises(UserError, match="has format version 9, but this code reads version 1"):
         feature_cache.load_manifest(tmp_path)
 
 
-def test_a_bad_sector_is_named_and_a_lack_of_memory_is_not_blamed_on_the_file(
-    tmp_path, monkeypatch
-):
+def test_io_errors_name_the_clip_and_memory_errors_do_not(tmp_path, monkeypatch):
     def fail(number):
         def read(*_, **__):
             raise OSError(number, os.strerror(number))

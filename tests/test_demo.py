@@ -1,4 +1,4 @@
-"""The demo on a small toy world, through the commands that it echoes."""
+"""worlds/demo.py on a small toy world."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def in_process(monkeypatch, quick_meteor):
 
 
 def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch):
-    """Trained on a few clips, captions already fit their own clip better than another one: real minus
+    """After training on a few clips, captions fit their own clip better than another one: real minus
     shuffled CIDEr is above 1. It is 0 for a model that writes good sentences and ignores the video."""
     world = ["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "run")]
     world += ["--clips", "300", "--lm-steps", "200"]

@@ -33,15 +33,15 @@ def under_torchrun(monkeypatch, rank, count):
 @pytest.mark.parametrize(
     ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
 )
-def test_a_gpu_has_its_index(cuda, capsys, name, index):
-    """torch.cuda.set_device(torch.device("cuda")) raises ValueError. Every script died there with --device
-    auto or cuda, and no CPU test ran that line."""
+def test_a_gpu_device_has_an_index(cuda, capsys, name, index):
+    """torch.cuda.set_device(torch.device("cuda")) raises ValueError. Every script failed there with
+    --device auto or cuda, and no CPU test ran that line."""
     device, dtype = devices.resolve(name, "auto")
     assert (device, dtype) == (torch.device("cuda", index), torch.bfloat16)
     assert cuda == [index] and f"cuda:{index} (a GPU), bfloat16" in capsys.readouterr().err
 
 
-def test_each_process_of_torchrun_has_its_gpu(cuda, monkeypatch):
+def test_each_process_of_torchrun_has_its_own_gpu(cuda, monkeypatch):
     under_torchrun(monkeypatch, 1, 2)
     assert devices.resolve("auto", "float32")[0] == torch.device("cuda", 1) and cuda == [1]
     with pytest.raises(UserError, match="need a GPU each"):
@@ -54,20 +54,21 @@ def test_each_process_of_torchrun_has_its_gpu(cuda, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["cuda:2", "cuda:99", "cuda:256", "cuda:-1", "gpu", "mps", "cpu:x", ""]
 )
-def test_no_such_device(cuda, name):
+def test_invalid_devices_are_refused(cuda, name):
     with pytest.raises(UserError, match=re.escape(f"--device {name}")):
         devices.resolve(name, "auto")
 
 
-def test_only_one_place_knows_what_a_gpu_is():
-    """Tests cannot enter a GPU branch that does not call `on_gpu`, see gpu.py."""
-    asks = re.compile(r"""["']cuda["']|\.is_cuda|\.type\s*[!=]=""")
+def test_only_devices_py_checks_for_cuda():
+    """Tests cannot run a GPU branch that does not call `on_gpu`, see gpu.py."""
+    check = re.compile(r"""["']cuda["']|\.is_cuda|\.type\s*[!=]=""")
+    # doctor_checks.py queries torch in a child process
     found = {
         f"{path.name}: {line.strip()}"
         for path in Path(devices.__file__).parent.parent.glob("**/*.py")
         if not {"tests", ".venv"} & set(path.parts)
         for line in path.read_text().splitlines()
-        if asks.search(line) and path.name != "doctor_checks.py"  # it asks torch in a child process
+        if check.search(line) and path.name != "doctor_checks.py"
     }
     assert found == {
         'devices.py: GPU = "cuda"  # torch\'s device type',
@@ -96,8 +97,8 @@ def unusable(monkeypatch):
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_that_torch_cannot_use_is_an_error(unusable, monkeypatch, name):
-    """With a driver too old for the wheel, auto silently fell back to the CPU and filled a float32 cache
-    at minutes per clip."""
+    """With a driver too old for the wheel, auto silently used the CPU and filled a float32 cache at
+    minutes per clip."""
     with pytest.raises(UserError, match=r"13\.0.* too old; .*older CUDA.* pass --device cpu"):
         devices.resolve(name, "auto")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -105,7 +106,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(unusable, monkeypatch, name):
         devices.resolve(name, "auto")
 
 
-def test_a_gpu_that_is_not_wanted_is_no_error(unusable, monkeypatch):
+def test_an_unusable_gpu_is_no_error_unless_it_is_requested(unusable, monkeypatch):
     cpu = torch.device("cpu"), torch.float32
     assert devices.resolve("cpu", "auto") == cpu
     for hidden in ("", "-1", "NoDevFiles", " "):
@@ -118,15 +119,15 @@ def test_a_gpu_that_is_not_wanted_is_no_error(unusable, monkeypatch):
     assert devices.resolve("auto", "auto") == cpu
 
 
-def test_a_number_that_no_gpu_has_is_not_blamed_on_the_driver(unusable, monkeypatch):
+def test_an_invalid_cuda_visible_devices_is_named(unusable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=7 leaves no GPU"):
         devices.resolve("auto", "auto")
 
 
-def test_nvidia_smi_alone_is_no_gpu(monkeypatch, tmp_path):
-    """Machines without a card may have driver packages installed."""
+def test_nvidia_smi_may_exist_without_a_gpu(monkeypatch, tmp_path):
+    """Machines without a GPU may have driver packages installed."""
     smi = tmp_path / "nvidia-smi"
     monkeypatch.setattr(devices, "Path", lambda path: tmp_path)  # no /dev/nvidia0
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

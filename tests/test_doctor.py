@@ -1,4 +1,4 @@
-"""doctor.py on machines that lack things: findings with a command, never a traceback."""
+"""doctor.py on incomplete machines: findings with a command and no traceback."""
 
 from runtime.start import ROOT
 
@@ -30,7 +30,7 @@ def names(folder):
 
 
 def hub_copy(cache, name, files):
-    """A model in the Hub's cache, as huggingface_hub lays it out."""
+    """Create a model in a Hub cache with huggingface_hub's layout."""
     folder = cache / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("a" * 40)
@@ -42,13 +42,13 @@ def hub_copy(cache, name, files):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A Python without any package."""
+    """A Python interpreter without packages."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder / "venv", with_pip=False)
     return folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
-def test_without_any_package_each_is_a_line_with_its_command(bare, tmp_path):
+def test_each_missing_package_has_a_line_with_a_command(bare, tmp_path):
     done = run(bare, tmp_path)
     assert done.returncode == 1 and done.stderr == ""
     for package in ("torch", "transformers", "av", "numpy"):
@@ -60,16 +60,16 @@ def test_without_any_package_each_is_a_line_with_its_command(bare, tmp_path):
     assert re.search(r"^note     data +not checked: install", done.stdout, re.MULTILINE)
 
 
-def test_a_script_without_its_packages_names_them_and_the_command(bare, tmp_path):
-    """It was a traceback: No module named 'numpy'."""
+def test_a_script_lists_its_missing_packages_and_a_command(bare, tmp_path):
+    """It ended in a traceback: No module named 'numpy'."""
     done = subprocess.run([bare, ROOT / "train.py"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: not installed in") and "torch, numpy" in done.stderr
     assert ". .venv/bin/activate" in done.stderr or "pip install" in done.stderr
 
 
-def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
-    """One run on this machine, with one model whole in the Hub's cache and one half downloaded."""
+def test_complete_and_incomplete_models_are_reported_and_nothing_is_written(tmp_path):
+    """One model in the Hub's cache is complete, the other is only partly downloaded."""
     cache = tmp_path / "hub"
     hub_copy(cache, "some/encoder", ["config.json", "model.safetensors"])
     hub_copy(cache, "some/lm", ["config.json", "tokenizer.json"])
@@ -79,15 +79,15 @@ def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
     done = run(sys.executable, tmp_path, *flags, **here)
     assert done.returncode == 0, done.stdout + done.stderr
     assert names(tmp_path) == before
-    said = json.loads(done.stdout)
-    findings = {f["what"]: f for f in said["findings"]}
+    report = json.loads(done.stdout)
+    findings = {f["what"]: f for f in report["findings"]}
     assert all(findings[name]["state"] == "ok" for name in ("Python", "torch", "transformers"))
     assert findings["encoder"]["state"] == "ok"
     assert findings["lm"]["state"] == "missing"
     assert "incomplete: model.safetensors is missing" in findings["lm"]["found"]
     assert findings["lm"]["fix"] == "hf download some/lm"
-    assert said["lacks"]["worlds.demo"] == []
-    assert said["lacks"]["train.py"] == ["lm", "annotations", "features"]
+    assert report["lacks"]["worlds.demo"] == []
+    assert report["lacks"]["train.py"] == ["lm", "annotations", "features"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_is_here_what_is_half_here_and_nothing_is_written(tmp_path):
         ("print('hello'); raise SystemExit(3)", "ended with 3"),
     ],
 )
-def test_a_package_that_is_installed_and_broken(code, why, tmp_path, monkeypatch):
+def test_a_broken_package_is_reported(code, why, tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     finding = doctor.check_package("torch", RANGE, "packages")
@@ -106,7 +106,7 @@ def test_a_package_that_is_installed_and_broken(code, why, tmp_path, monkeypatch
     assert finding.fix == f"{sys.executable} -m pip install --force-reinstall 'torch{RANGE}'"
 
 
-def test_a_package_that_talks_when_imported_is_well(tmp_path, monkeypatch):
+def test_a_package_that_prints_when_imported_is_ok(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("print('hello')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert doctor.check_package("torch", "", "packages").state == "ok"
@@ -128,7 +128,7 @@ def test_a_version_in_range(version):
     assert doctor.within(version, RANGE)
 
 
-def test_only_signs_that_are_understood_are_in_pyproject():
+def test_version_ranges_in_pyproject_have_the_supported_form():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -137,9 +137,9 @@ def test_only_signs_that_are_understood_are_in_pyproject():
         assert re.fullmatch(r"((>=|<)[\d.]+(,(?=.)|$))*", limits), limits
 
 
-def test_too_old_a_python_is_named_in_one_sentence():
-    """On 3.9 a name of itertools that is newer gave a traceback in place of the sentence: start.py and
-    what comes before it must run on the Pythons that it refuses, and it must come first."""
+def test_a_python_that_is_too_old_gets_one_message():
+    """On Python 3.9 the import of a newer itertools function gave a traceback instead of the message.
+    start.py must run on the versions that it refuses, and scripts must import it first."""
     tree = ast.parse((ROOT / "runtime" / "start.py").read_text(), feature_version=(3, 8))
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {getattr(n, "module", None) or n.names[0].name for n in imports}
@@ -155,7 +155,7 @@ def test_too_old_a_python_is_named_in_one_sentence():
     assert "Python 3.11 or newer is needed" in done.stderr and "\n" not in done.stderr[:-1]
 
 
-def test_an_nvidia_gpu_beside_a_torch_for_cpus(tmp_path, monkeypatch):
+def test_an_nvidia_gpu_with_a_cpu_build_of_torch(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: a card\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -168,7 +168,7 @@ def test_an_nvidia_gpu_beside_a_torch_for_cpus(tmp_path, monkeypatch):
     assert "--force-reinstall 'torch>=2.10'" in finding.fix
 
 
-def test_data_that_is_not_there_comes_with_the_command_for_these_folders(tmp_path):
+def test_missing_data_has_a_command_with_its_folders(tmp_path):
     annotations, features = tmp_path / "my annotations", tmp_path / "features"
     flags = ["--annotations", str(annotations), "--features", str(features)]
     args = doctor.parse_args([*flags, "--checkpoint", str(tmp_path / "run")])
@@ -192,8 +192,8 @@ def test_a_damaged_checkpoint_and_a_model_with_a_damaged_config(tmp_path):
     assert "not a valid checkpoint" in found["checkpoint"].found
 
 
-def test_a_checkpoint_wants_the_models_it_was_trained_with(trained, world):
-    """They lie where the checkpoint says, or where the flags say; elsewhere infer.py would refuse."""
+def test_the_models_of_a_checkpoint_are_found(trained, world):
+    """Like infer.py, doctor.py takes their folders from the flags or from the checkpoint."""
 
     def look(*flags):
         args = doctor.parse_args(["--checkpoint", str(trained), *map(str, flags)])
@@ -201,13 +201,12 @@ def test_a_checkpoint_wants_the_models_it_was_trained_with(trained, world):
 
     here = look("--encoder", world / "encoder", "--lm", world / "lm")
     assert here == dict.fromkeys(("encoder", "lm", "checkpoint"), "ok")
-    said = look("--lm", world / "encoder")
-    assert said["checkpoint's lm"] == said["checkpoint's encoder"] == "ok"
+    states = look("--lm", world / "encoder")
+    assert states["checkpoint's lm"] == states["checkpoint's encoder"] == "ok"
 
 
-def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp_path, monkeypatch):
+def test_a_missing_local_model_has_no_download_command(trained, tmp_path, monkeypatch):
     """A relative folder such as toy/lm looks like a Hub id."""
-
     state = checkpoint.read_checkpoint(trained)
     state["lm"]["name"] = "toy/lm"
     monkeypatch.setattr(doctor_checks, "read_checkpoint", lambda path: state)
@@ -218,11 +217,11 @@ def test_a_checkpoint_whose_models_moved_is_no_matter_of_a_download(trained, tmp
 
 
 def test_a_step_on_the_gpu(gpu, monkeypatch):
-    """doctor.py reported "ok" on machines where every script died on its first CUDA line."""
+    """doctor.py reported "ok" on machines where every script failed at its first CUDA call."""
     seconds, peak = doctor_checks.try_step("auto")
     assert 0 < seconds < 60 and peak == 7
-    asked = {"name": "a card", "count": 1, "bytes": 24e9, "bf16": True, "built_for": "13.0"}
-    answers = {"gpu_properties": (asked, None), "try_step": ([1.26, 34.2e6], None)}
+    properties = {"name": "a card", "count": 1, "bytes": 24e9, "bf16": True, "built_for": "13.0"}
+    answers = {"gpu_properties": (properties, None), "try_step": ([1.26, 34.2e6], None)}
     monkeypatch.setattr(doctor_checks, "in_child", lambda function, *_: answers[function.__name__])
     finding = doctor_checks.check_gpu("torch>=2.10")
     assert finding.state == "ok" and "took 1.3 s and 34 MB" in finding.found

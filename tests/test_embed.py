@@ -55,7 +55,7 @@ def clips(prepared):
     return stack_stored([load_features(root / f"{i}.pt", i, settings) for i in ids])
 
 
-# ---- one vector a clip ---------------------------------------------------------------------
+# ---- one vector per clip -------------------------------------------------------------------
 
 
 def test_a_vector_does_not_depend_on_its_batch(captioner, clips, monkeypatch):
@@ -161,8 +161,8 @@ def test_queries_are_answered_in_order_and_errors_reported(flags, written, world
     first, second = (str(world / "videos" / f"{i}.webm") for i in ids[[3, 9]])
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nonsense")
-    ask = [*flags, "--output", str(written), "--batch-size", "2", "--json", "--query"]
-    assert embed.main([*ask, first, str(bad), second]) == 3
+    query = [*flags, "--output", str(written), "--batch-size", "2", "--json", "--query"]
+    assert embed.main([*query, first, str(bad), second]) == 3
     printed = capsys.readouterr()
     answers = [json.loads(line) for line in printed.out.splitlines()]
     assert [(a["path"], a["found"][0]["id"]) for a in answers] == [
@@ -170,8 +170,8 @@ def test_queries_are_answered_in_order_and_errors_reported(flags, written, world
         (second, ids[9]),
     ]
     assert all(f["label"] for a in answers for f in a["found"]) and str(bad) in printed.err
-    assert embed.main([*ask, str(bad)]) == 1
-    embed.main([*ask, first, "--window", "1", "--stride", "1"])
+    assert embed.main([*query, str(bad)]) == 1
+    embed.main([*query, first, "--window", "1", "--stride", "1"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) > 1 and (answers[0]["start"], answers[0]["end"]) == (0, 1)
 
@@ -190,7 +190,7 @@ def test_allow_missing(flags, prepared, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", [[], ["--text", "red cup"]])
 def test_another_cache_is_refused_before_a_model_is_loaded(flags, mode, prepared, tmp_path):
-    """Loading Qwen2 first took a minute."""
+    """Qwen2 was loaded before the check, which took a minute."""
     features = shutil.copytree(prepared / "features", tmp_path / "features")
     manifest = json.loads((features / "manifest.json").read_text())
     manifest["settings"]["num_frames"] = 64
@@ -224,9 +224,8 @@ def test_objects_do_not_help_without_shared_objects():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     rows = retrieval.score_kinds(by_kind, records, 0)
     assert rows["objects"]["all"]["R@1"] == 1 and rows["objects"]["all"]["n"] == 9
-    assert (
-        rows["objects"]["no shared object"]["n"] == 6
-    )  # no other object has the green box's template
+    # no other object has the green box's template
+    assert rows["objects"]["no shared object"]["n"] == 6
     assert rows["chance"] != rows["objects"]
     plain = retrieval.score_kinds(by_kind, [r | {"placeholders": []} for r in records], 0)
     assert plain["objects"]["no shared object"] is None and "nan" in retrieval.format_scores(plain)
@@ -276,7 +275,7 @@ def test_nearest_is_by_cosine_in_order(monkeypatch):
 
 
 def test_retrieval_is_leave_one_out():
-    """Four clips on a line; the query itself is not a neighbour."""
+    """Of four clips on a line, the query itself is not a neighbour."""
     angles = np.array([0.0, 0.1, 0.3, 0.6])
     vectors = retrieval.unit(np.stack([np.cos(angles), np.sin(angles)], 1))
     templates, objects = ["a", "b", "a", "b"], [{"x"}, {"y"}, {"x", "z"}, {"w"}]
@@ -292,7 +291,7 @@ def test_retrieval_is_leave_one_out():
         retrieval.score(vectors, list("abcd"))
 
 
-def test_retrieval_in_blocks_is_the_same(monkeypatch):
+def test_retrieval_in_blocks_gives_the_same_scores(monkeypatch):
     rng = np.random.default_rng(0)
     vectors = retrieval.unit(rng.normal(size=(90, 8)))
     templates = rng.choice(list("abc"), 90).tolist()
@@ -346,7 +345,8 @@ def test_scenes_are_found_in_another_order():
 
 
 def test_a_still_shot_does_not_hide_other_scenes():
-    """It matches backwards as well as forwards and is longer than the scenes: none of them beat it."""
+    """It also matches with film b reversed and is longer than the scenes, so that no scene exceeded
+    the threshold."""
     rng = np.random.default_rng(0)
     one, two, other = (rng.normal(size=(12, 32)) for _ in range(3))
     still = np.repeat(rng.normal(size=(1, 32)), 40, 0)
@@ -369,7 +369,7 @@ def test_compare_subtracts_the_mean():
 
 
 def test_windows_that_fail_are_nan_in_every_kind(models, world, tmp_path, capsys):
-    """The gap was as wide as the last kind of vector: a traceback, since widths differ."""
+    """They had the width of the last kind of vector. Widths differ, so this ended in a traceback."""
     film = joined(world, tmp_path / "film.webm", 4)
     cut = tmp_path / "cut.webm"
     cut.write_bytes(film.read_bytes()[: len(film.read_bytes()) * 6 // 10])
@@ -381,7 +381,7 @@ def test_windows_that_fail_are_nan_in_every_kind(models, world, tmp_path, capsys
 
 
 def test_scenes_end_within_the_film():
-    """The last window may be shorter: a scene ended 0.2 s after its film."""
+    """The last window may be shorter. A scene ended 0.2 s after its film."""
     a = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.2)]
     b = [(0.0, 2.0), (0.5, 2.5), (1.0, 3.0), (1.5, 3.5), (2.0, 4.0)]
     assert scenes.times_of((0, 1, 4), a, b) == pytest.approx((0, 3.2, 0.5, 3.85))
@@ -390,8 +390,8 @@ def test_scenes_end_within_the_film():
 
 
 def test_unrelated_films_have_few_scenes():
-    """Before a run had to beat the best one with film b reversed, unrelated films had as many scenes as
-    related ones."""
+    """Unrelated films had as many scenes as related ones before scenes had to exceed the best run
+    with film b reversed."""
     reported, before = 0, 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -405,7 +405,7 @@ def test_unrelated_films_have_few_scenes():
 
 
 def test_a_window_without_a_vector_ends_a_scene():
-    """It was removed, which joined the windows before and after it."""
+    """Such windows were removed, which joined the windows before and after them."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=(9, 8))
     b = a.copy()
@@ -420,7 +420,7 @@ def test_a_window_without_a_vector_ends_a_scene():
 
 
 def test_a_scene_lasts_at_least_a_window():
-    """Windows of 2 s every 0.5 s: runs of three windows were two of three scenes reported."""
+    """With windows of 2 s every 0.5 s, two of three reported scenes had only three windows."""
     similarity = np.zeros((12, 12))
     similarity[range(2, 5), range(7, 10)] = 0.9
     similarity[range(6, 11), range(1, 6)] = 0.9
@@ -431,7 +431,7 @@ def test_a_scene_lasts_at_least_a_window():
 
 
 def test_match(flags, models, world, tmp_path, capsys):
-    """Film b is film a after one more clip."""
+    """Film b is film a with one more clip at the beginning."""
     ids = sorted(p.stem for p in (world / "videos").glob("*.webm"))[:5]
     a, b, picture = tmp_path / "a.webm", tmp_path / "b.webm", tmp_path / "m.png"
     embed_report.write_film(a, [[i] for i in ids[1:]], world / "videos")
@@ -450,7 +450,7 @@ def test_match(flags, models, world, tmp_path, capsys):
 
 
 def joined(world, path, count):
-    """A film of some clips of the world, one after the other."""
+    """Write a film of `count` clips of the world, one after the other, and return its path."""
     ids = sorted(p.stem for p in (world / "videos").glob("*.webm"))[:count]
     embed_report.write_film(path, [[i] for i in ids], world / "videos")
     return path
@@ -560,7 +560,7 @@ def test_words(flags, world, tmp_path, capsys):
     assert all(token in text for q in result["queries"] for token, _, text in q["context"])
     assert output.read_bytes().startswith(b"\x89PNG")
     embed.main([*flags, "--words", clip, "--output", str(output)])
-    assert len(capsys.readouterr().out.splitlines()) == 5  # the clip, then a line a query
+    assert len(capsys.readouterr().out.splitlines()) == 5  # the clip, then a line per query
 
 
 def test_sample_labels(prepared, monkeypatch):
@@ -593,7 +593,7 @@ def test_limit(flags, written, world, trained, tmp_path, capsys):
 
 
 def test_report(prepared, world, trained, tmp_path, monkeypatch):
-    """Every part of it, on few films and with two tokens."""
+    """All parts run, on few films and with two tokens."""
     few = {"pairs": 1, "scenes": 1, "apart": 1, "clips_a_scene": 1}
     monkeypatch.setattr(embed_report, "FILMS", embed_report.FILMS | few)
     monkeypatch.setattr(embed_report, "TOPS", (1, 2))
@@ -626,7 +626,7 @@ def test_the_report_checks_its_input_first(tmp_path):
 
 
 def test_match_films_scores_known_films(tmp_path, monkeypatch):
-    """Vectors that identify the clip find all shared scenes, and few where none is shared."""
+    """With vectors that identify the clip, all shared scenes are found, and few if none is shared."""
     monkeypatch.setattr(embed_report, "FILMS", embed_report.FILMS | {"pairs": 3})
     shown, rng = {}, np.random.default_rng(0)
     looks = {str(n): rng.normal(size=64) for n in range(120)}
@@ -715,6 +715,6 @@ def test_the_documentation_matches_the_figures():
         (["--output", "best.pt"], "--output best.pt must be a file name that ends in .npz"),
     ],
 )
-def test_mistakes(flags, more, sentence):
+def test_usage_errors(flags, more, sentence):
     with pytest.raises(UserError, match=sentence):
         embed.main([*flags, *more])

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def make(folder, **settings):
-    asked = {
+    defaults = {
         "num_frames": 8,
         "sampling": "bin_centres",
         "resize": "squash",
@@ -40,7 +40,7 @@ def make(folder, **settings):
         "store": "int8",
     }
     return VideoEncoder.from_pretrained(
-        str(folder), torch.device("cpu"), torch.float32, **asked | settings
+        str(folder), torch.device("cpu"), torch.float32, **defaults | settings
     )
 
 
@@ -70,9 +70,9 @@ def test_crop_is_the_published_transform(height, width):
     torch.testing.assert_close(transform(frames, 256, "crop"), want, rtol=0, atol=1e-5)
 
 
-def test_transforms_show_what_they_promise():
-    """squash keeps the borders that crop cuts off; pad keeps the aspect ratio and fills with the
-    mean. The original squashed, enlarged and then cropped a fifth of the picture away."""
+def test_squash_crop_and_pad():
+    """squash keeps the borders that crop cuts off. pad keeps the aspect ratio and fills with the mean.
+    The original squashed, enlarged and then cropped a fifth of the picture away."""
     frames = torch.zeros(1, 64, 128, 3, dtype=torch.uint8)
     frames[:, :, :8] = 255  # a white left edge
     white, black = ((v - torch.tensor(MEAN)) / torch.tensor(STD) for v in (1, 0))
@@ -84,8 +84,8 @@ def test_transforms_show_what_they_promise():
     torch.testing.assert_close(pad[:, 32, 0], white)
 
 
-def test_quantise_is_close_also_far_from_zero():
-    """Symmetric int8 loses 14 % on a channel far from zero, affine 1 %."""
+def test_quantise_is_accurate_far_from_zero():
+    """Symmetric int8 has an error of 14 % on a channel far from zero, affine int8 of 1 %."""
     x = torch.randn(500, 6) * torch.tensor([1, 0.01, 5, 1, 1, 0]) + torch.tensor(
         [0, 3, 90, -7, 0, 4.5]
     )
@@ -107,7 +107,7 @@ def test_features_do_not_depend_on_the_batch(folder):
         assert alone["features"].untyped_storage().nbytes() == alone["features"].numel()
 
 
-def test_features_are_the_models(folder):
+def test_features_equal_those_of_the_model(folder):
     from transformers import AutoModel
 
     encoder = make(folder)
@@ -119,7 +119,7 @@ def test_features_are_the_models(folder):
     assert want.shape == (1, 4 * 4 * 4, 48)
 
 
-def test_pooling_is_over_space_never_time(folder):
+def test_pooling_is_over_space_only(folder):
     whole, pooled = make(folder).encode(clips(1)), make(folder, pool=2).encode(clips(1))
     want = whole.view(1, 4, 2, 2, 2, 2, 48).mean((3, 5)).reshape(1, 16, 48)
     torch.testing.assert_close(pooled, want)
@@ -127,11 +127,11 @@ def test_pooling_is_over_space_never_time(folder):
 
 def test_still_shows_the_first_frame_only(folder):
     encoder, moving = make(folder, sampling="still"), clips(1)[0]
-    frozen = np.repeat(moving[:1], 8, axis=0)
-    assert torch.equal(encoder.encode([moving]), make(folder).encode([frozen]))
+    repeated = np.repeat(moving[:1], 8, axis=0)
+    assert torch.equal(encoder.encode([moving]), make(folder).encode([repeated]))
 
 
-def test_features_that_are_not_finite_are_told(folder):
+def test_features_that_are_not_finite_are_replaced_by_none(folder):
     encoder = make(folder)
     with torch.no_grad():
         encoder.model.encoder.layernorm.bias[3] = float("nan")
@@ -139,11 +139,11 @@ def test_features_that_are_not_finite_are_told(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("settings", "message"),
     [({"num_frames": 7}, "multiple of 2"), ({"pool": 3}, "does not divide")],
 )
-def test_sizes_that_do_not_fit_are_refused(folder, settings, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_sizes_that_do_not_fit_are_refused(folder, settings, message):
+    with pytest.raises(UserError, match=message):
         make(folder, **settings)
 
 
@@ -159,8 +159,8 @@ def test_another_model_is_refused(folder, tmp_path):
         VideoEncoder.from_manifest(manifest, torch.device("cpu"), str(tmp_path))
 
 
-def test_fingerprint_is_of_the_content(folder, tmp_path):
-    """A model downloaded into a folder is the same model as the Hub's copy in the cache."""
+def test_the_fingerprint_depends_on_the_content_only(folder, tmp_path):
+    """A model downloaded into a folder has the fingerprint of the copy in the Hub's cache."""
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -174,7 +174,7 @@ def test_fingerprint_is_of_the_content(folder, tmp_path):
 
 
 def test_the_hubs_cache_is_tried_first(folder, tmp_path, monkeypatch):
-    """A cached model needs no network; an uncached one ends in a sentence that says what to pass."""
+    """A cached model needs no network. For a model that is not cached, the error names the flag."""
     import shutil
 
     import huggingface_hub.constants as constants

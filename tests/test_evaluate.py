@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_meteor")
 
 @pytest.fixture
 def run(prepared, trained, tmp_path):
-    """Runs evaluate.py into a folder of its own; returns that folder."""
+    """A function that runs evaluate.py and returns its output folder."""
 
     def call(*flags, checkpoint=True):
         base = ["--annotations", prepared / "annotations", "--output", tmp_path / "out"]
@@ -38,44 +38,43 @@ def load(path):
 
 
 def test_every_clip_is_scored_once_under_its_own_id(run, prepared, trained):
-    """The original numbered clips idx * len(batch) + i: in a short last batch ids collided."""
+    """The original numbered clips idx * len(batch) + i, so ids collided in a short last batch."""
     clips = [r["id"] for r in load_records(prepared / "annotations", "validation")]
     assert len(clips) % 7, "the last batch must be short"
     out = run("--batch-size", 7)
     predictions = load(out / "predictions_validation.json")
     assert [p["image_id"] for p in predictions] == clips
-    # training captioned them in other batches, after the same checkpoint
+    # training captioned them in other batches, with the same checkpoint
     assert predictions == load(trained / "predictions_validation.json")
-    ours, theirs = (load(f / "evaluation_validation.json") for f in (out, trained))
-    assert ours["n"] == len(clips)
-    assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
-    assert ours["settings"]["loss"] == pytest.approx(theirs["settings"]["loss"], rel=1e-5)
+    one, two = (load(f / "evaluation_validation.json") for f in (out, trained))
+    assert one["n"] == len(clips)
+    assert one["metrics"] == two["metrics"] and one["controls"] == two["controls"]
+    assert one["settings"]["loss"] == pytest.approx(two["settings"]["loss"], rel=1e-5)
 
 
-def test_a_score_over_fewer_clips_is_asked_for_and_says_so(run, prepared, tmp_path, capsys):
+def test_scoring_with_missing_clips_needs_a_flag_and_is_reported(run, prepared, tmp_path, capsys):
     features = shutil.copytree(prepared / "features", tmp_path / "features")
-    victims = sorted(p for p in (features / "validation").iterdir())[:2]
-    for path in victims:
+    removed = sorted(p for p in (features / "validation").iterdir())[:2]
+    for path in removed:
         path.unlink()
-    with pytest.raises(UserError, match=rf"2 of 64 clips .*for example {victims[0].stem}"):
+    with pytest.raises(UserError, match=rf"2 of 64 clips .*for example {removed[0].stem}"):
         run("--features", features, "--allow-missing", 1)
     out = run("--features", features, "--allow-missing", 2)
     assert "2 clips have no caption and are left out of the scores" in capsys.readouterr().err
     result = load(out / "evaluation_validation_without2.json")
     assert (result["n"], result["settings"]["missing"]) == (62, 2)
     assert not (out / "evaluation_validation.json").exists()
-    # nor does a file of captions with holes become a score
+    # nor are predictions scored if some are missing
     with pytest.raises(UserError, match="2 of 64 clips have no prediction"):
         run("--predictions", out / "predictions_validation_without2.json", checkpoint=False)
 
 
 def test_rescoring_needs_no_model(run, trained, capsys):
-    """Also from the parts of a sharded run, put together."""
+    """The parts of a sharded run can also be scored together."""
     whole = load(trained / "evaluation_validation.json")
     out = run("--predictions", trained / "predictions_validation.json", checkpoint=False)
-    again = load(
-        out / "evaluation_validation_rescored.json"
-    )  # another name: it once replaced scores
+    # under its own name, since it once replaced the scores of the run
+    again = load(out / "evaluation_validation_rescored.json")
     assert again["metrics"] == whole["metrics"] and again["controls"] == whole["controls"]
     assert "CIDEr" in capsys.readouterr().out
     for part in ("0/2", "1/2"):
@@ -91,13 +90,13 @@ def test_rescoring_needs_no_model(run, trained, capsys):
 
 
 def test_a_damaged_feature_file_ends_the_run_with_its_name(prepared, trained, tmp_path):
-    """With loader workers the error became torch's traceback, and the process hung at its exit:
+    """With loader workers the error became torch's traceback, and the process hung at exit:
     multiprocessing ends workers with SIGTERM, which they ignored."""
     features = shutil.copytree(prepared / "features", tmp_path / "features")
-    victim = sorted((features / "validation").iterdir())[3]
-    data = bytearray(victim.read_bytes())
+    damaged = sorted((features / "validation").iterdir())[3]
+    data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
+    damaged.write_bytes(data)
     done = subprocess.run(
         [
             *[sys.executable, str(Path(evaluate.__file__)), "--checkpoint", str(trained)],
@@ -108,11 +107,11 @@ def test_a_damaged_feature_file_ends_the_run_with_its_name(prepared, trained, tm
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1 and f"clip {victim.stem} " in done.stderr
+    assert done.returncode == 1 and f"clip {damaged.stem} " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_results_of_another_kind_have_other_names(run):
+def test_results_with_other_flags_have_other_names(run):
     run("--style", "sentence", "--limit", 5)
     out = run("--split", "train")
     assert {p.name for p in out.iterdir()} == {
@@ -145,7 +144,7 @@ def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "message"),
     [
         (("--split", "nowhere"), "no annotations for split 'nowhere'"),
         (("--checkpoint", "/nowhere/best.pt"), "does not exist"),
@@ -154,8 +153,8 @@ def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
         (("--lm", "/nowhere"), "neither a folder nor a Hub id"),
     ],
 )
-def test_usage_errors(run, flags, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_usage_errors(run, flags, message):
+    with pytest.raises(UserError, match=message):
         run(*flags)
 
 
@@ -166,8 +165,8 @@ def caption(trained, *args):
     return infer.main([*map(str, args), "--checkpoint", str(trained), "--workers", "0"])
 
 
-def test_infer_says_what_evaluate_said(world, trained, capsys):
-    """A file captioned alone gets the caption of the same clip in the cache."""
+def test_infer_and_evaluate_write_the_same_captions(world, trained, capsys):
+    """A video file gets the same caption as the cached features of its clip."""
     predictions = load(trained / "predictions_validation.json")[:6]
     paths = [world / "videos" / f"{p['image_id']}.webm" for p in predictions]
     assert caption(trained, *paths, "--batch-size", 4) == DONE
@@ -175,8 +174,8 @@ def test_infer_says_what_evaluate_said(world, trained, capsys):
     assert lines == [f"{path}\t{p['caption']}" for path, p in zip(paths, predictions, strict=True)]
 
 
-def test_a_clip_that_fails_is_no_caption(world, trained, tmp_path, capsys):
-    """The original wrote the error's text where the caption belongs."""
+def test_a_clip_that_fails_has_no_caption(world, trained, tmp_path, capsys):
+    """The original wrote the error's text in place of the caption."""
     good = sorted((world / "videos").iterdir())[:2]
     folder = tmp_path / "clips" / "inner"
     folder.mkdir(parents=True)
@@ -227,7 +226,7 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "message"),
     [
         ((), "give either the clips"),
         (("a.mp4", "--num-samples", "2"), "not both"),
@@ -235,17 +234,17 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
         (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),
     ],
 )
-def test_infer_usage_errors(trained, args, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_infer_usage_errors(trained, args, message):
+    with pytest.raises(UserError, match=message):
         caption(trained, *args)
 
 
-def test_an_empty_folder_is_said(trained, tmp_path):
+def test_an_empty_folder_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="contains no videos"):
         caption(trained, tmp_path)
 
 
-# ---- one's own clips -----------------------------------------------------------------------
+# ---- the user's own clips ------------------------------------------------------------------
 
 
 def test_own_clips_end_to_end(world, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What is shared comes back as it was, or not at all; the card says what was measured."""
+"""tools/export.py: the round trip of a checkpoint, damaged exports and the model card."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def shared(run, tmp_path):
 
 
 def on_the_hub(folder, name, cache, monkeypatch):
-    """Put a copy of a folder into a Hub cache, as a download would."""
+    """Copy a folder into a Hub cache, as a download would."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -69,19 +69,19 @@ def on_the_hub(folder, name, cache, monkeypatch):
 
 
 def same(a, b):
-    """Equal to the last bit, the tensors too."""
+    """Return True if two checkpoints are equal bit for bit, tensors included."""
     rest = [{k: v for k, v in c.items() if k != "qformer"} for c in (a, b)]
     weights = [[(k, w.numpy().tobytes()) for k, w in sorted(c["qformer"].items())] for c in (a, b)]
     return rest[0] == rest[1] and weights[0] == weights[1]
 
 
-# ---- there and back ------------------------------------------------------------------------
+# ---- round trip ----------------------------------------------------------------------------
 
 
-def test_what_is_shared_is_what_was_trained(
+def test_an_export_equals_its_checkpoint(
     state, run, shared, captioner, make_clips, monkeypatch, lm, tokenizer
 ):
-    """All that the scripts take from a checkpoint, and the captions; twice gives the same bytes."""
+    """All values that scripts read are equal, and so are the captions. A second export is identical."""
     assert same(read_checkpoint(shared), read_checkpoint(run))
     assert read_checkpoint(shared).keys() == state.keys()
     monkeypatch.setattr("checkpoint.load_lm", lambda *_: (lm, tokenizer, "f" * 16))
@@ -107,35 +107,37 @@ def test_a_hub_id_is_read_from_the_hubs_cache(run, shared, tmp_path, monkeypatch
     ["results/ssv3", "nowhere/best.pt", "results/a/b", "/results/ssv3", "x", "./x", "a--b/c"],
 )
 def test_a_mistyped_path_never_reaches_the_network(name, tmp_path, monkeypatch):
-    """A name of that form would be looked for on the Hub, with a sentence about the network."""
+    """Such names could be taken for Hub ids, with an error message about the network."""
     (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "find_model", lambda *_: pytest.fail("it asked the Hub"))
+    monkeypatch.setattr(hub, "find_model", lambda *_: pytest.fail("the Hub was queried"))
     with pytest.raises(UserError, match=r"does not exist\. .* train one with train\.py"):
         read_checkpoint(name)
 
 
-def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, monkeypatch, capsys):
-    """Results of an exported folder or a Hub id lie in results/<name>: not in what is shared, and not
-    among those of a run of that name."""
+def test_evaluate_and_infer_take_runs_exports_and_hub_ids(
+    world, prepared, trained, tmp_path, monkeypatch, capsys
+):
+    """Results of an exported folder or a Hub id are written to results/<name>, not into the export and
+    not into a training run of that name."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
     monkeypatch.chdir(tmp_path)
     assert not export.main([str(trained), "out/toy"])
-    assert capsys.readouterr().out.split() == [f"out/toy/{name}" for name in share_order()]
+    assert capsys.readouterr().out.split() == [f"out/toy/{name}" for name in exported_files()]
     on_the_hub(tmp_path / "out" / "toy", "me/toy", tmp_path / "hub", monkeypatch)
     clips = sorted(map(str, (world / "videos").iterdir()))[:2]
-    said = []
+    printed = []
     for checkpoint in (str(trained), "out/toy", "me/toy"):
         assert not infer.main([*clips, "--checkpoint", checkpoint, "--workers", "0"])
-        said.append(capsys.readouterr().out)
-    assert said[0] and said[0] == said[1] == said[2]
+        printed.append(capsys.readouterr().out)
+    assert printed[0] and printed[0] == printed[1] == printed[2]
     flags = ["--features", str(prepared / "features"), "--workers", "0", "--limit", "8"]
     flags += ["--annotations", str(prepared / "annotations"), "--checkpoint"]
     scores = tmp_path / "results" / "toy" / "evaluation_validation_first8.json"
     for checkpoint in ("out/toy", "me/toy"):
         evaluate.main([*flags, checkpoint])
         scores.unlink()
-    assert sorted(p.name for p in (tmp_path / "out" / "toy").iterdir()) == sorted(share_order())
+    assert sorted(p.name for p in (tmp_path / "out" / "toy").iterdir()) == sorted(exported_files())
     (tmp_path / "results" / "toy" / "best.pt").write_bytes(b"")
     with pytest.raises(
         UserError, match=r"results/toy already contains a training run; .* --output"
@@ -143,7 +145,7 @@ def test_evaluate_and_infer_take_all_kinds(world, prepared, trained, tmp_path, m
         evaluate.main([*flags, "me/toy"])
 
 
-def share_order():
+def exported_files():
     return ("model.safetensors", "README.md", "config.json")
 
 
@@ -151,7 +153,7 @@ def share_order():
 
 
 def rewrite(folder, change):
-    """Change the tensors of an export, with a config.json that knows it."""
+    """Change the tensors of an export and the checksum in its config.json."""
     import hashlib
 
     path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
@@ -203,12 +205,12 @@ def test_every_flipped_byte_of_the_weights_is_noticed(shared):
         ({"sizes": {"output_norm": 10**400}}, "was not written by train.py"),
     ],
 )
-def test_a_config_that_is_not_ours_is_refused(shared, config, why):
+def test_an_invalid_config_is_refused(shared, config, why):
     path = shared / "config.json"
     if isinstance(config, dict):
-        ours = json.loads(path.read_text())
-        sizes = ours["sizes"] | config.get("sizes", {})
-        config = json.dumps(ours | config | {"sizes": sizes})
+        original = json.loads(path.read_text())
+        sizes = original["sizes"] | config.get("sizes", {})
+        config = json.dumps(original | config | {"sizes": sizes})
     path.write_text(config)
     with pytest.raises(UserError, match=why):
         read_checkpoint(shared)
@@ -216,11 +218,11 @@ def test_a_config_that_is_not_ours_is_refused(shared, config, why):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_a_killed_export_is_nothing_until_it_is_done_again(
+def test_a_killed_export_is_completed_by_the_same_command(
     run, state, tmp_path, monkeypatch, before, done
 ):
-    """Killed after each file, the first time or over an earlier export: new weights never load with
-    an old config, and the same command completes it."""
+    """An export is killed after each file, in a new folder or over an earlier export. New weights never
+    load with an old config."""
     folder, write, written = tmp_path / "shared", export.write_atomic, []
     if before:
         export.export(run, folder)
@@ -244,12 +246,12 @@ def test_a_killed_export_is_nothing_until_it_is_done_again(
             read_checkpoint(folder)
     export.export(run, folder)
     assert same(read_checkpoint(folder), read_checkpoint(run))
-    assert {p.name for p in folder.iterdir()} == set(share_order())
+    assert {p.name for p in folder.iterdir()} == set(exported_files())
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "config.json", "model.safetensors"])
-def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
-    """Of a language model the files have the very names of an export."""
+def test_a_folder_with_other_files_is_refused(run, tmp_path, name):
+    """A language model's files have the same names as those of an export."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / name).write_text("mine")
@@ -258,7 +260,7 @@ def test_a_folder_with_other_things_is_refused(run, tmp_path, name):
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
 
 
-def test_without_best_pt_there_is_one_sentence(tmp_path):
+def test_a_missing_best_pt_gets_one_message(tmp_path):
     with pytest.raises(UserError, match=r"run .*best\.pt does not exist\. .* train\.py"):
         export.main([str(tmp_path / "run"), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
@@ -267,15 +269,17 @@ def test_without_best_pt_there_is_one_sentence(tmp_path):
 # ---- the card ------------------------------------------------------------------------------
 
 
-def test_the_card_holds_the_scores_of_this_checkpoint_only(run, shared, tmp_path):
+def test_the_card_contains_the_scores_of_this_checkpoint_only(run, shared, tmp_path):
     card = (shared / "README.md").read_text()
     assert "| CIDEr | 1.234 | 1.011 - 1.500 | 0.346 |" in card.replace("1.235", "1.234")
     assert "7 clips, tokenizer ptb" in card and "Java not found" in card
     assert "2 clips without features" in card and "Not evaluated" not in card
     scores = run / "evaluation_validation.json"
-    ours = json.loads(scores.read_text())
-    other = ours | {"settings": ours["settings"] | {"weights": "0" * 16}}  # of the same step
-    nonsense = ours | {"metrics": {"CIDEr": "1.2345"}}
+    result = json.loads(scores.read_text())
+    # of another checkpoint at the same step
+    settings = result["settings"] | {"weights": "0" * 16}
+    other = result | {"settings": settings}
+    nonsense = result | {"metrics": {"CIDEr": "1.2345"}}
     for text in (json.dumps(other), "{", "[]", json.dumps(SCORES), json.dumps(nonsense)):
         scores.write_text(text)
         export.export(run, shared)
@@ -287,7 +291,7 @@ def test_the_card_holds_the_scores_of_this_checkpoint_only(run, shared, tmp_path
 
 
 def test_a_name_cannot_break_the_card(run, state, tmp_path):
-    """YAML and tables end at a newline, a cell at a pipe; where a model lay is not told."""
+    """A newline would end YAML values and table rows, and a pipe a table cell. Paths are left out."""
     nasty = "/private/a|b\n---\n# <b>`x`"
     state["manifest"] = {"settings": SETTINGS, "info": {"encoder": nasty}}
     state["lm"]["name"] = nasty
@@ -302,7 +306,7 @@ def test_a_name_cannot_break_the_card(run, state, tmp_path):
 
 
 def test_only_models_of_the_hub_are_called_base_models(run, state, tmp_path, monkeypatch):
-    """A folder's name may have the form of an id: the Hub's cache knows."""
+    """A folder's name may have the form of a Hub id, so the Hub's cache decides."""
     on_the_hub(run, "somebody/lm", tmp_path / "hub", monkeypatch)
     (tmp_path / "hub/models--somebody--lm/snapshots/abc/config.json").write_text("{}")
     state["lm"]["name"] = "somebody/lm"

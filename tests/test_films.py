@@ -1,4 +1,4 @@
-"""Captioned films and strips: what they show, how long, how large."""
+"""Captioned films and strips: content, duration and size."""
 
 import importlib.util
 import io
@@ -27,7 +27,7 @@ LONG = "pretending to take something out of something but nothing is really in i
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """4 s of the size of SSv2's clips, with so much noise that little of it compresses."""
+    """4 s in the size of SSv2's clips, with noise that hardly compresses."""
     path = tmp_path_factory.mktemp("films") / "noisy.webm"
     return film(path, 48, lambda n, rng: rng.integers(0, 256, (240, 427, 3)))
 
@@ -52,7 +52,7 @@ def grey(n, rng):
 
 
 def pictures(gif):
-    """[(seconds shown, RGB array)] of the bytes of a GIF."""
+    """Return [(seconds shown, RGB array)] for the bytes of a GIF."""
     image, found = Image.open(io.BytesIO(gif)), []
     for n in range(image.n_frames):
         image.seek(n)
@@ -61,7 +61,7 @@ def pictures(gif):
 
 
 def palettes(data):
-    """The number of colour tables of a GIF: the global one and those of single pictures."""
+    """Count the colour tables of a GIF: the global one and those of single pictures."""
     size = 3 << ((data[10] & 7) + 1)
     at, count = 13 + (size if data[10] & 0x80 else 0), data[10] >> 7
     while data[at] != 0x3B:
@@ -77,13 +77,13 @@ def palettes(data):
     return count
 
 
-def test_a_gif_is_small_has_one_palette_and_plays_at_its_own_speed(noisy):
+def test_a_gif_is_small_and_has_one_palette_and_the_speed_of_its_clip(noisy):
     gif = subtitles.gif(noisy, {"caption": "holding a potato", "reference": LONG})
     assert len(gif) < 1_000_000 and palettes(gif) == 1
     assert abs(sum(seconds for seconds, _ in pictures(gif)) - 4) < 0.15
 
 
-def test_a_long_film_has_fewer_pictures_a_second(tmp_path):
+def test_a_long_film_has_fewer_pictures_per_second(tmp_path):
     path = film(tmp_path / "long.webm", 600, grey)  # 50 s
     shown = pictures(subtitles.gif(path, {"caption": "nothing happens"}))
     assert len(shown) <= subtitles.GIF_FRAMES
@@ -129,7 +129,7 @@ def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
 
 
 def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
-    """The caption before it stayed on screen."""
+    """The previous caption stayed on screen."""
     path = film(tmp_path / "gap.webm", 48, grey)
     spans = [{"start": 0.0, "end": 1.0, "caption": "a"}, {"start": 3.0, "end": 4.0, "caption": "b"}]
     shown = pictures(subtitles.gif(path, {"windows": spans}))
@@ -139,8 +139,8 @@ def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
     assert dark[ends < 0.9].min() > 0 and dark[-1] > 0
 
 
-def test_odd_times(tmp_path):
-    """4,000 frames a second, and a picture on screen for 15 minutes: each raised an error."""
+def test_extreme_frame_durations(tmp_path):
+    """4,000 frames per second and a picture shown for 15 minutes each raised an error."""
     path = film(tmp_path / "fast.mp4", 40, grey, rate=4000, codec="libx264")
     (tmp_path / "out.mp4").write_bytes(subtitles.mp4(path, {"caption": "fast"}))
     assert 5 <= len(list(video.stream(tmp_path / "out.mp4"))) <= 11
@@ -153,7 +153,7 @@ def test_odd_times(tmp_path):
 
 
 def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
-    """Frames put in another order by the encoder made the track end before its last picture."""
+    """The encoder reordered frames, which made the track end before its last picture."""
     path = film(tmp_path / "a.webm", 24, grey)
     (tmp_path / "a.mp4").write_bytes(subtitles.mp4(path, {"caption": "a"}))
     times = [[t for t, _ in video.stream(tmp_path / name)] for name in ("a.webm", "a.mp4")]
@@ -172,7 +172,7 @@ def test_long_words_are_wrapped_too():
 
 
 def test_letters_of_other_scripts_are_drawn():
-    """Pillow's own font shows a box for each."""
+    """Pillow's default font shows a box for each."""
     font = text.font(20)
     drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
     assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
@@ -183,8 +183,8 @@ def film_flags(world, prepared, *flags):
     return [*videos, "--annotations", str(prepared / "annotations"), "--workers", "0", *flags]
 
 
-def test_films_of_the_captions_of_infer(world, trained, prepared, tmp_path, capsys):
-    """Two clips of one name get two files, and a clip of the data set gets its label as well."""
+def test_films_of_captions_from_infer(world, trained, prepared, tmp_path, capsys):
+    """Two clips with the same name get two files. A clip of the data set also shows its label."""
     records = json.loads((prepared / "annotations" / "validation.json").read_text())
     clip = world / "videos" / f"{records[0]['id']}.webm"
     other = Path(shutil.copy(clip, tmp_path))
@@ -208,7 +208,7 @@ def test_films_of_the_captions_of_infer(world, trained, prepared, tmp_path, caps
     assert heights[0] > heights[1], "the reference is drawn below the caption"
 
 
-def test_a_clip_that_is_gone_gets_one_line(world, prepared, tmp_path, capsys):
+def test_a_missing_clip_gets_one_line(world, prepared, tmp_path, capsys):
     clip = film(tmp_path / "a.webm", 12, grey)
     lines = [{"path": str(p), "caption": "x"} for p in (tmp_path / "gone.webm", clip)]
     (tmp_path / "captions.json").write_text(json.dumps(lines))
@@ -221,7 +221,7 @@ def test_a_clip_that_is_gone_gets_one_line(world, prepared, tmp_path, capsys):
 
 
 def test_no_two_clips_share_a_file(tmp_path):
-    """a.mkv and a.webm beside a real a-2.webm: one film was lost, with exit code 0."""
+    """With a.mkv, a.webm and a real a-2.webm, one film was lost, with exit code 0."""
     names = windows.output_names([Path(p) for p in ("a-2.webm", "a.mkv", "a.webm", "b/a.webm")])
     assert len(set(names)) == 4 and names[:2] == ["a-2", "a"]
     [long] = windows.output_names([Path("ä" * 120 + ".webm")])
@@ -262,7 +262,7 @@ def test_strips_of_predictions(world, prepared, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("output", ["strip.xyz", "."])
-def test_strips_are_a_png(output, tmp_path):
+def test_strips_must_be_a_png(output, tmp_path):
     with pytest.raises(UserError, match=r"must be the name of a \.png file"):
         strips.main(["--predictions", "x", "--output", str(tmp_path / output)])
 
@@ -275,6 +275,6 @@ def test_a_missing_library_is_reported_before_anything_is_read(monkeypatch):
 
 
 def test_decode_workers_do_not_import_torch():
-    """Each would take seconds and 200 MB more."""
+    """torch would add seconds and 200 MB to each worker."""
     code = "import sys, viz.subtitles; sys.exit('torch' in sys.modules)"
     assert not subprocess.run([sys.executable, "-c", code], env=start.environment()).returncode

@@ -1,4 +1,4 @@
-"""The real sizes with random weights: ViT-L, 64 queries, Qwen2-1.5B. By hand: pytest -m slow -s."""
+"""The real sizes with random weights: ViT-L, 64 queries, Qwen2-1.5B. Run it with pytest -m slow -s."""
 
 import resource
 import time
@@ -14,7 +14,7 @@ import train
 @pytest.mark.slow
 @pytest.mark.parametrize("lm_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
-    """bfloat16 needs a processor that has it: without, one step takes more than ten minutes."""
+    """Without hardware support for bfloat16, one bfloat16 step takes more than ten minutes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
     from captioner import VideoCaptioner
@@ -47,7 +47,7 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     began = time.perf_counter()
     (stored,) = encoder.stored([clip])
     encode = time.perf_counter() - began
-    print(f"\nencode {encode:.0f} s a clip", flush=True)
+    print(f"\nencode {encode:.0f} s per clip", flush=True)
     assert stored["features"].shape == (4096, 1024)
     qformer = QFormer(
         num_queries=args.num_queries,
@@ -69,10 +69,10 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qformer.parameters())
     assert all(p.grad is None for p in lm.parameters())
     assert norm > 0
-    # random weights: every one of 151,936 tokens is about as likely as the others
+    # with random weights, all 151,936 tokens are about equally likely
     assert loss / tokens == pytest.approx(np.log(151936), rel=0.1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{sum(p.numel() for p in qformer.parameters()):,} trained parameters;"
-        f" forward and backward {step:.0f} s a clip with 2 captions, peak {peak:.1f} GiB"
+        f" forward and backward {step:.0f} s per clip with 2 captions, peak {peak:.1f} GiB"
     )

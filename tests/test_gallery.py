@@ -1,4 +1,4 @@
-"""The gallery, in a real browser."""
+"""viz/gallery.py in a real browser."""
 
 import json
 import os
@@ -21,7 +21,8 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def scored(prepared, tmp_path_factory):
-    """A run folder: of every third clip another's label, and one hostile caption."""
+    """A run folder. Every third clip has another clip's label as its caption, and one caption is
+    hostile."""
     folder = tmp_path_factory.mktemp("scored & <odd>")
     records = load_records(prepared / "annotations", "validation")
     captions = {r["id"]: r["label"] for r in records}
@@ -113,7 +114,7 @@ def test_a_clip_plays(browser, page):
 
 
 def test_the_page_and_its_clips_move_together(browser, page, world, tmp_path):
-    """A copy of the results with the videos beside them, on another machine, still plays."""
+    """A copy of the results and the videos, for example on another machine, still plays."""
     common = Path(os.path.commonpath([page, world]))
     there = tmp_path / "elsewhere"
     (there / page.parent.relative_to(common)).mkdir(parents=True)
@@ -136,8 +137,8 @@ def test_words_in_no_reference_are_marked(browser, page):
         assert set(same) <= set(reference) and not set(marks) & set(reference) and same + marks
 
 
-def test_it_fits_a_phone(browser, page):
-    browser.set_window_size(500, 800)  # chromium's least
+def test_the_page_fits_a_phone(browser, page):
+    browser.set_window_size(500, 800)  # Chromium's minimum
     browser.get(page.as_uri())
     frame = (
         "const f = document.createElement('iframe'); f.style.width = '360px'; f.src = arguments[0];"
@@ -159,21 +160,21 @@ def test_only_what_is_on_screen_is_loaded(browser, page):
     until(lambda: not browser.execute_script(first))
 
 
-def test_a_caption_is_text(browser, page):
-    """A caption with <script> in it, from whatever model or file, shows as text and runs nothing."""
+def test_captions_are_shown_as_text(browser, page):
+    """A caption with <script> in it runs nothing."""
     browser.get(page.as_uri())
     browser.find_element("id", "text").send_keys("onerror")
     assert [c.find_element("css selector", ".caption").text for c in cards(browser)] == [HOSTILE]
     assert browser.title == "validation, style label"
 
 
-def test_nothing_comes_from_the_network(browser, page):
+def test_nothing_is_loaded_from_the_network(browser, page):
     browser.get_log("performance")
     browser.get(page.as_uri())
     until(lambda: cards(browser))
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"].endswith("WillBeSent")]
-    assert asked and all(url.startswith(("file:", "data:")) for url in asked)
+    urls = [e["params"]["request"]["url"] for e in events if e["method"].endswith("WillBeSent")]
+    assert urls and all(url.startswith(("file:", "data:")) for url in urls)
 
 
 def test_the_scores_are_shown_on_top(browser, page, scored):
@@ -203,7 +204,7 @@ def test_other_predictions_do_not_replace_the_page(scored, world, prepared, tmp_
 
 
 def test_filters_without_choices_are_hidden(browser, scored, prepared, tmp_path):
-    """Style sentence has no template accuracy; the filter was shown all the same."""
+    """Style sentence has no template accuracy, but its filter was shown."""
     records = [{"id": str(n), "template": None} for n in range(2)]
     result = json.loads((scored / "evaluation_validation.json").read_text())
     texts = {"0": "a", "1": "b"}
@@ -217,7 +218,7 @@ def test_filters_without_choices_are_hidden(browser, scored, prepared, tmp_path)
 
 
 def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path):
-    """The page alone can be sent to somebody: it holds the GIFs, of as many clips as asked for."""
+    """The page contains the GIFs of the requested number of clips, so that it can be sent alone."""
     gallery.main(flags(scored, world, prepared, "--embed", "3"))
     shutil.move(scored / "gallery_validation_embedded.html", tmp_path / "sent.html")
     browser.get((tmp_path / "sent.html").as_uri())
@@ -227,8 +228,8 @@ def test_embedded_clips_need_no_file(browser, scored, world, prepared, tmp_path)
     assert "this page shows 3 of the 64 clips" in browser.find_element("tag name", "body").text
 
 
-def test_a_large_split_is_not_made_at_once(browser, tmp_path):
-    """24,777 cards would take seconds and gigabytes; the page makes those near the screen."""
+def test_cards_of_a_large_split_are_created_on_demand(browser, tmp_path):
+    """24,777 cards would take seconds and gigabytes. The page creates only those near the screen."""
     records = [
         {"id": str(n), "label": f"moving thing {n}", "template": "Moving [something]"}
         for n in range(24_777)
@@ -262,9 +263,11 @@ def test_a_large_split_is_not_made_at_once(browser, tmp_path):
         ("another clip", "captions of 64 clips; 63 of them are in split 'validation'"),
     ],
 )
-def test_mistakes_get_a_sentence(change, sentence, scored, world, prepared, tmp_path, monkeypatch):
-    """Before the scoring, which takes a minute on all of SSv2."""
-    monkeypatch.setattr("viz.gallery.score", lambda *_, **__: pytest.fail("it began to score"))
+def test_mistakes_are_reported_before_scoring(
+    change, sentence, scored, world, prepared, tmp_path, monkeypatch
+):
+    """Scoring takes a minute on all of SSv2."""
+    monkeypatch.setattr("viz.gallery.score", lambda *_, **__: pytest.fail("scoring started"))
     run = shutil.copytree(scored, tmp_path / "run")
     evaluation = run / "evaluation_validation.json"
     if change == "no run":

@@ -1,4 +1,4 @@
-"""The whole chain on a pretended GPU, see gpu.py: the branches that a CPU does not run."""
+"""The whole chain on an emulated GPU (see gpu.py), to test the branches that a CPU does not run."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from viz import app
 
 
 def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
-    """Every script died on its first CUDA line, which no test ran."""
+    """Every script failed at its first CUDA call, which no test ran."""
     monkeypatch.setattr("metrics.meteor", lambda *_: 0.25)
     features = tmp_path / "features"
     (tmp_path / "annotations").symlink_to(prepared / "annotations")
@@ -44,7 +44,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
         assert train.main(flags) == TERMINATED
     assert not train.main([*flags, "--resume"])
     args = json.loads((run / "args.json").read_text())
-    assert (args["device"], args["args"]["dtype"]) == ("pretended GPU 0", "bfloat16")
+    assert (args["device"], args["args"]["dtype"]) == ("emulated GPU 0", "bfloat16")
 
     # captions from the cache, from files and in the web demo
     common = ["--checkpoint", str(run), "--limit", "4", "--workers", "0"]
@@ -60,7 +60,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     captions = [line.split("\t")[1] for line in printed.out.splitlines()]
     assert captions == [p["caption"] for p in greedy]
-    assert printed.err.startswith("device       cpu:0 (pretended GPU 0), bfloat16")
+    assert printed.err.startswith("device       cpu:0 (emulated GPU 0), bfloat16")
     args = app.parse_args(common)
     checkpoint = read_checkpoint(args.checkpoint)
     models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
@@ -68,7 +68,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert look(paths[0])[1] == greedy[0]["caption"]
 
 
-def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monkeypatch):
+def test_gpu_and_cpu_store_the_same_features(gpu, world, prepared, tmp_path, monkeypatch):
     """A GPU encodes in batches, and its copies to the host are read only when complete."""
     (tmp_path / "annotations").symlink_to(prepared / "annotations")
     flags = ["--batch-size", 3, "--limit", 7, "--splits", "train", "--dtype", "float32"]
@@ -84,21 +84,21 @@ def test_the_gpu_stores_what_the_cpu_stores(gpu, world, prepared, tmp_path, monk
 
     monkeypatch.setattr(VideoEncoder, "encode", counted)
     assert preprocess(world, tmp_path, *flags) == 0
-    assert sizes == [3, 3, 1]  # one call a batch
+    assert sizes == [3, 3, 1]  # one call per batch
     settings = load_manifest(prepared / "features").settings
     for path in sorted((tmp_path / "features" / "train").iterdir()):
         clip = path.stem
-        mine, cpus = (
+        on_gpu, on_cpu = (
             load_features(folder / "features" / "train" / path.name, clip, settings)
             for folder in (tmp_path, prepared)
         )
-        assert (mine["features"].int() - cpus["features"].int()).abs().max() <= 1
-        torch.testing.assert_close(mine["scale"], cpus["scale"])
-        torch.testing.assert_close(mine["offset"], cpus["offset"], rtol=1e-3, atol=1e-5)
+        assert (on_gpu["features"].int() - on_cpu["features"].int()).abs().max() <= 1
+        torch.testing.assert_close(on_gpu["scale"], on_cpu["scale"])
+        torch.testing.assert_close(on_gpu["offset"], on_cpu["offset"], rtol=1e-3, atol=1e-5)
 
 
-def test_bos_and_words_are_where_the_model_is(gpu, lm, make_qformer, make_clips, tokenizer):
-    """The toy world's model has no bos, and nobody asks the chain for words."""
+def test_bos_and_words_are_on_the_models_device(gpu, lm, make_qformer, make_clips, tokenizer):
+    """test_the_whole_chain covers neither: its model has no bos, and it does not use --words."""
     device, _ = devices.resolve("auto", "float32")
     model = VideoCaptioner(make_qformer().to(device), lm.to(device), tokenizer, bos=2).eval()
     stored = [tensor.to(device) for tensor in make_clips(2)]
@@ -109,7 +109,7 @@ def test_bos_and_words_are_where_the_model_is(gpu, lm, make_qformer, make_clips,
     assert len(words.Corpus(model, ["abc"]).table(soft, 3)) == 6
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
+def test_the_emulated_gpu_raises_where_a_gpu_raises(gpu):
     with pytest.raises(ValueError, match="specified index"):
         torch.cuda.set_device(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="before set_device"):

@@ -1,4 +1,4 @@
-"""What a person meets first: --help, one-sentence errors, exit codes, README.md and docs/."""
+"""The user interface: --help, error messages, exit codes, README.md and docs/."""
 
 import ast
 import importlib
@@ -36,7 +36,7 @@ def script(name, *args, **kwargs):
     return subprocess.run(command, **kwargs)
 
 
-def test_all_scripts_are_known():
+def test_the_main_scripts_are_found():
     assert {"prepare_annotations", "preprocess_ssv2", "train", "evaluate", "infer"} < set(SCRIPTS)
 
 
@@ -103,7 +103,7 @@ def test_help_names_the_command_that_was_typed(name):
         ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
     ],
 )
-def test_mistakes_get_one_sentence(command, code, sentence, tmp_path):
+def test_mistakes_get_one_message(command, code, sentence, tmp_path):
     name, *args = shlex.split(command)
     done = script(name, *args, cwd=tmp_path)
     assert done.returncode == code and sentence in done.stderr
@@ -111,8 +111,8 @@ def test_mistakes_get_one_sentence(command, code, sentence, tmp_path):
     assert not list(tmp_path.iterdir()), "a mistake must not leave anything behind"
 
 
-def test_an_output_that_is_a_file_is_told_before_the_work(tmp_path):
-    """It once cost a whole evaluation, and ended in a traceback."""
+def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path):
+    """The traceback came only after a whole evaluation."""
     (tmp_path / "file").write_text("")
     for name, flag in [("train", "--output"), ("prepare_annotations", "--output")]:
         done = script(name, flag, tmp_path / "file" / "run", cwd=tmp_path)
@@ -120,7 +120,7 @@ def test_an_output_that_is_a_file_is_told_before_the_work(tmp_path):
 
 
 def commands(text):
-    """The python and torchrun commands in a page's shell blocks, continuation lines joined."""
+    """Return the python and torchrun commands in a page's shell blocks, with joined lines."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3").splitlines()
     lines = [re.split(r"  #|\|\|", line)[0].strip() for line in lines]
@@ -133,7 +133,7 @@ COMMANDS = [(path.name, command) for path, text in pages().items() for command i
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_readme_commands_parse(page, command):
-    """8 of 21 admired repositories have a README command that cannot run."""
+    """8 of 21 repositories that were examined have a README command that cannot run."""
     _, *args = shlex.split(command)
     name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
     args = args[2:] if args[0] == "-m" else args[1:]
@@ -142,7 +142,7 @@ def test_readme_commands_parse(page, command):
 
 
 def test_readme_python_runs(world, trained, monkeypatch, capsys):
-    """The lines that caption a clip from Python."""
+    """README's Python example captions a clip."""
     [code] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert "results/demo/best.pt" in code and "data/toy/videos/31331.webm" in code
     clip = next((world / "videos").glob("*.webm"))
@@ -152,14 +152,14 @@ def test_readme_python_runs(world, trained, monkeypatch, capsys):
 
 
 def heading_anchors(text):
-    """What GitHub makes of a page's headings, for #links."""
+    """Return GitHub's #anchors for a page's headings."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_lead_somewhere():
-    """Every link between pages, with its #heading, and every picture."""
+def test_link_targets_exist():
+    """All links between pages, with their #headings, and all pictures are checked."""
     for path, text in pages().items():
         links = re.findall(r"\]\(([^)]+)\)", text)
         for link in (link for link in links if not link.startswith("https://")):
@@ -170,7 +170,7 @@ def test_links_lead_somewhere():
 
 
 def test_files_named_in_the_pages_exist():
-    """All but those of the first column in from-the-original.md, which are gone."""
+    """The first column in from-the-original.md is left out, since it lists files of the original."""
     for path, text in pages().items():
         if path.name == "from-the-original.md":
             text = re.sub(r"^\| [^|]+\|", "|", text, flags=re.MULTILINE)
@@ -185,8 +185,8 @@ def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
-def test_readme_tree_is_true():
-    """It names every script and module at the root and every folder, and nothing else."""
+def test_the_readmes_tree_is_complete():
+    """It lists all scripts and modules at the root and all folders, and nothing else."""
     [tree] = re.findall(
         r"^## Layout\n\n```\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -196,15 +196,15 @@ def test_readme_tree_is_true():
     assert set(re.findall(r"\w+\.py|\w+/", tree)) == there
 
 
-def test_pictures_are_light():
-    """A page that takes seconds to load is not read."""
+def test_pictures_are_small_and_used():
+    """The page must load quickly."""
     pictures = list((HERE / "results" / "readme").iterdir())
     assert sum(p.stat().st_size for p in pictures) < 2_000_000
     assert not [p.name for p in pictures if f"results/readme/{p.name})" not in prose()]
 
 
-def test_a_folder_of_ours_wins_over_one_of_the_same_name(tmp_path):
-    """Without its empty __init__.py a folder loses against any installed package of its name."""
+def test_the_projects_folders_shadow_installed_packages(tmp_path):
+    """Without its empty __init__.py, a folder is shadowed by an installed package of the same name."""
     for folder in filter(None, (*FOLDERS, "runtime")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text(f"raise SystemExit('another {folder}')")
@@ -214,8 +214,8 @@ def test_a_folder_of_ours_wins_over_one_of_the_same_name(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
-def test_tables_are_the_measured_ones():
-    """A number in README.md or docs/ has a file in results/ behind it."""
+def test_tables_match_the_committed_results():
+    """The demo's tables in README.md and docs/ are made from results/demo_seed*.json."""
     from worlds import demo
 
     files = sorted((HERE / "results").glob("demo_seed*.json"))
@@ -227,9 +227,9 @@ def test_tables_are_the_measured_ones():
     assert rows[:2] == table[:2] and len(rows) == 5 and set(rows) <= set(table)
 
 
-def test_what_works_prints_no_warning(world, prepared, tmp_path):
-    """Every command printed three lines about deprecated arguments, and `make demo` 21. The number of
-    workers is the default, since torch warns if it exceeds the number of CPUs."""
+def test_successful_commands_print_no_warning(world, prepared, tmp_path):
+    """Every command printed three lines about deprecated arguments, and `make demo` printed 21. The
+    default number of workers is used, since torch warns if it exceeds the number of CPUs."""
     run = tmp_path / "run"
     flags = ["--epochs", 1, "--limit", 8, "--no-meteor"]
     flags = train_flags(world, prepared, run, *flags)
@@ -259,23 +259,23 @@ def test_constraints_fit_every_machine():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_signal_during_the_imports_is_answered_in_one_line():
-    """Importing torch takes seconds, and a Ctrl-C in that time printed a traceback out of an import."""
+def test_a_signal_during_imports_prints_one_line():
+    """Importing torch takes seconds, and Ctrl-C in that time printed a traceback from an import."""
 
-    def holds_signals(pid):
+    def blocks_signals(pid):
         mask = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
         return int(mask, 16) & 1 << signal.SIGINT - 1
 
     command = [sys.executable, HERE / "infer.py", "/nowhere.mp4"]
     numbers = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
-    def hang_up():
+    def reset_hangup():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
-    how = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hang_up}
+    how = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": reset_hangup}
     runs = [subprocess.Popen(command, **how) for _ in numbers]
     for process, number in zip(runs, numbers, strict=True):
-        until(lambda pid=process.pid: holds_signals(pid))
+        until(lambda pid=process.pid: blocks_signals(pid))
         process.send_signal(number)
     for process, (number, name) in zip(runs, numbers.items(), strict=True):
         assert process.communicate(timeout=60)[1] == f"infer.py: stopped by {name}\n"

@@ -60,7 +60,7 @@ REFUSED = {
 
 
 def make(config, flags, tokenizer, bos=None):
-    """A captioner with a tiny random language model in float64."""
+    """Return a captioner with a tiny random language model in float64."""
     lm = hf.AutoModelForCausalLM.from_config(config(**flags)).double().eval()
     width = module.embedding_table(lm).shape[1]
     sizes = {"num_queries": 6, "video_width": 24, "grid": (4, 3, 5), "num_blocks": 1}
@@ -68,8 +68,8 @@ def make(config, flags, tokenizer, bos=None):
     return VideoCaptioner(qformer, lm, tokenizer, bos)
 
 
-def read_as_one(model, soft, ids):
-    """Logits of the language model's own forward over [bos] + soft prompts + ids, in one pass."""
+def full_pass(model, soft, ids):
+    """Return the language model's logits for [bos] + soft prompts + ids in one pass."""
     embed = model.lm.get_input_embeddings()
     bos = [] if model.bos is None else [embed(torch.tensor([[model.bos]]))]
     rows = torch.cat([*bos, soft, embed(torch.tensor([ids]))], 1)
@@ -77,7 +77,7 @@ def read_as_one(model, soft, ids):
 
 
 def check_against_plain_passes(model, make_batch, make_clips):
-    """Loss, gradient and greedy captions after a shared prefix equal those of separate full passes."""
+    """Check that loss, gradient and greedy captions with a shared prefix equal those of full passes."""
     clips = make_clips(len(CAPTIONS))
     total, grads = loss_and_gradient(model, make_batch(CAPTIONS, clips))
     model.zero_grad()
@@ -88,13 +88,13 @@ def check_against_plain_passes(model, make_batch, make_clips):
         for style, text in texts:
             target = [*encode(" " + text)["input_ids"], eos]
             ids = encode(STYLES[style])["input_ids"] + target
-            log_probs = read_as_one(model, soft[i : i + 1], ids)[:-1].log_softmax(-1)
+            log_probs = full_pass(model, soft[i : i + 1], ids)[:-1].log_softmax(-1)
             rows = log_probs[-len(target) :]
             plain = plain - rows[torch.arange(len(target)), torch.tensor(target)].sum()
     plain.backward()
     torch.testing.assert_close(total, plain.detach(), **EXACT)
-    for ours, p in zip(grads, model.qformer.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-5)
+    for grad, p in zip(grads, model.qformer.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
 
     cache = model.prefix(x, scale.double(), offset.double())
     captions = model.generate(cache, "label", max_new_tokens=5)
@@ -102,14 +102,14 @@ def check_against_plain_passes(model, make_batch, make_clips):
         ids, written = encode(STYLES["label"])["input_ids"], []
         while len(written) < 5 and eos not in written:
             with torch.no_grad():
-                logits = read_as_one(model, soft[i : i + 1], ids + written)
+                logits = full_pass(model, soft[i : i + 1], ids + written)
             written.append(logits[-1].argmax().item())
         text = model.tokenizer.batch_decode([[t for t in written if t != eos]])[0]
         assert caption == " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_these_are_prompted_exactly(name, tokenizer, make_batch, make_clips):
+def test_supported_models_equal_plain_passes(name, tokenizer, make_batch, make_clips):
     model = make(*GOOD[name], tokenizer)
     check_lm(model, name)
     check_against_plain_passes(model, make_batch, make_clips)
@@ -119,16 +119,15 @@ def test_these_are_prompted_exactly(name, tokenizer, make_batch, make_clips):
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore")
-def test_these_are_refused(name, tokenizer):
-    """Training silently used logits that were not the model's, or ended in a traceback and left a run
-    folder."""
+def test_unsupported_models_are_refused(name, tokenizer):
+    """Training silently used wrong logits, or ended in a traceback and left a run folder."""
     config, flags, why = REFUSED[name]
     with pytest.raises(UserError, match=f"--lm tiny.*{why}|has no key/value cache"):
         check_lm(make(config, flags, tokenizer), "tiny")
 
 
-def test_a_model_that_is_wrong_behind_a_prefix_only_is_refused(tokenizer):
-    """It raises nothing, and without a prefix it is right."""
+def test_a_model_that_is_wrong_only_after_a_prefix_is_refused(tokenizer):
+    """Such a model raises no error, and its output without a prefix is right."""
     model = make(*GOOD["Qwen2"], tokenizer)
 
     def off_by_one(module, args, kwargs, out):
@@ -147,9 +146,9 @@ def test_weights_that_overflow_are_named(tokenizer):
         check_lm(model, "tiny")
 
 
-def test_a_swallowed_cache_is_an_error(tokenizer, make_batch, monkeypatch):
-    """transformers renamed the argument. From 5.40 on, models accept the old name in **kwargs and ignore
-    it: every clip gets the same caption, and training ends in an autograd error."""
+def test_an_ignored_cache_is_an_error(tokenizer, make_batch, monkeypatch):
+    """transformers renamed the argument. From 5.40 on, models accept the old name in **kwargs and
+    ignore it: every clip gets the same caption, and training ends in an autograd error."""
     model = make(*GOOD["Qwen2"], tokenizer)
     model.cache_name = "forgotten"
     with pytest.raises(UserError, match="does not fill the key/value cache"):
@@ -183,9 +182,9 @@ class WithBos(CharTokenizer):
         return {"input_ids": [2, *out["input_ids"]]} if add_special_tokens else out
 
 
-def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokenizer):
-    """Llama's tokenizers put a bos before each text. Without it, the first soft prompt would be where
-    such a model expects the bos."""
+def test_bos_precedes_the_soft_prompts(make_batch, make_clips, tokenizer):
+    """Llama's tokenizers put a bos before each text. Without it, the first soft prompt would be at the
+    position where such a model expects the bos."""
     assert module.first_token(tokenizer) is None
     assert module.first_token(WithBos()) == 2
     model = make(*GOOD["Llama"], tokenizer, bos=2)
@@ -203,26 +202,25 @@ def test_bos_stands_in_front_of_the_soft_prompts(make_batch, make_clips, tokeniz
     assert len(table) == 6
 
 
-def test_norms_are_of_what_the_embedding_layer_returns(tokenizer):
-    """Gemma 3's layer multiplies its weight by sqrt(D). Soft prompts began at a sixth of that norm."""
+def test_norms_are_those_of_the_embedding_layers_output(tokenizer):
+    """Gemma 3's layer multiplies its weight by sqrt(D). Soft prompts started with a sixth of that norm."""
     lm = make(*GOOD["Gemma 3"], tokenizer).lm
     weight = lm.get_input_embeddings().weight
     torch.testing.assert_close(module.embedding_table(lm).detach(), weight.detach() * 32**0.5)
 
 
-def test_captions_fit_the_positions(tokenizer):
-    """GPT-2 has 1,024 learned positions. A longer caption ended the run in a traceback when its step
-    came."""
+def test_captions_must_fit_the_positions(tokenizer):
+    """GPT-2 has 1,024 learned positions. A longer caption ended the run in a traceback at its step."""
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 100}, tokenizer)
-    room = 100 - 6 - len(STYLES["sentence"])  # one token a character
-    check_room(model, "tiny", ["a" * (room - 2)])  # a space before it, eos behind
+    room = 100 - 6 - len(STYLES["sentence"])  # one token per character
+    check_room(model, "tiny", ["a" * (room - 2)])  # plus a leading space and eos
     with pytest.raises(UserError, match=f"leave {room} for a caption, but 'a+' needs {room + 1}"):
         check_room(model, "tiny", ["short", "a" * (room - 1)])
     with pytest.raises(UserError, match="generation may need 50"):
         check_room(make(hf.GPT2Config, GPT2 | {"n_positions": 50}, tokenizer), "tiny", [])
 
 
-def test_no_more_is_written_than_fits(tokenizer, make_clips):
+def test_max_new_tokens_must_fit_the_positions(tokenizer, make_clips):
     model = make(hf.GPT2Config, GPT2 | {"n_positions": 60}, tokenizer)
     room = 60 - 6 - len(STYLES["label"])
     clips = [t.double() for t in make_clips(1)]
@@ -235,7 +233,7 @@ def test_no_more_is_written_than_fits(tokenizer, make_clips):
 
 
 def save(folder, world, config, **flags):
-    """A tiny model's folder with the tokenizer of the toy world."""
+    """Save a tiny model with the toy world's tokenizer and return its folder."""
     tokenizer = {p.name: p for p in (world / "lm").iterdir() if "token" in p.name}
     folder.mkdir()
     for path in tokenizer.values():
@@ -249,7 +247,7 @@ def save(folder, world, config, **flags):
     return folder
 
 
-def spoil_weights(folder, change):
+def change_weights(folder, change):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -274,7 +272,7 @@ def quantise(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def forget_tokenizer(folder):
+def remove_tokenizer(folder):
     for path in folder.glob("*token*"):
         path.unlink()
 
@@ -285,13 +283,13 @@ def unset_positions(folder):
 
 
 def another_eos(folder):
-    """AutoTokenizer adds what its vocabulary lacks behind the last id."""
+    """Set an eos that is not in the vocabulary. AutoTokenizer adds it after the last id."""
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|elsewhere|>"}))
 
 
 FOLDERS = {
-    "an id too many": (hf.Qwen2Config, another_eos, "token ids up to .* from different models"),
+    "one id too many": (hf.Qwen2Config, another_eos, "token ids up to .* from different models"),
     "a config without a number": (hf.Qwen2Config, unset_positions, "max_position_embeddings"),
     "Gemma2": (hf.Gemma2Config, lambda f: None, "modifies the logits"),
     "no room": (hf.GPT2Config, lambda f: None, r"context of 40 tokens: .* for a caption"),
@@ -301,23 +299,23 @@ FOLDERS = {
         lambda f: (f / "config.json").write_text("{"),
         "cannot be read|JSON",
     ),
-    "no tokenizer": (hf.Qwen2Config, forget_tokenizer, "tokenizer|cannot be loaded"),
+    "no tokenizer": (hf.Qwen2Config, remove_tokenizer, "tokenizer|cannot be loaded"),
     "a renamed layer": (
         hf.Qwen2Config,
-        lambda f: spoil_weights(f, rename_a_layer),
+        lambda f: change_weights(f, rename_a_layer),
         r"are missing \(3, .*layers\.1\.mlp.*unexpected.*layers\.1\.ffn",
     ),
     "torch.compile": (
         hf.Qwen2Config,
-        lambda f: spoil_weights(f, compiled),
+        lambda f: change_weights(f, compiled),
         r"are missing .*_orig_mod",
     ),
-    "another shape": (hf.Qwen2Config, lambda f: spoil_weights(f, cut), "have the wrong shape"),
+    "another shape": (hf.Qwen2Config, lambda f: change_weights(f, cut), "have the wrong shape"),
 }
 
 
-def test_a_special_token_that_the_model_does_not_embed_is_no_obstacle(world, tmp_path):
-    """gemma-3-1b's tokenizer has an image token behind the last row of its embeddings."""
+def test_special_tokens_without_an_embedding_are_accepted(world, tmp_path):
+    """gemma-3-1b's tokenizer has an image token after the last row of its embeddings."""
     folder = save(tmp_path / "lm", world, hf.Qwen2Config, **LLAMA)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -330,12 +328,12 @@ def test_a_special_token_that_the_model_does_not_embed_is_no_obstacle(world, tmp
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
-    """Each gets one sentence, before the run folder is made. Weights with other keys stayed random, with
-    only a log line: the same infer command gave three different captions in three runs."""
-    config, spoil, why = FOLDERS[name]
+    """Each gets one message before the run folder is created. Weights with other keys stayed random,
+    with only a log line: the same infer command gave three different captions in three runs."""
+    config, damage, why = FOLDERS[name]
     flags = GPT2 | {"n_positions": 40} if config is hf.GPT2Config else LLAMA | {"head_dim": 8}
     folder = save(tmp_path / "lm", world, config, **flags)
-    spoil(folder)
+    damage(folder)
     with pytest.raises(UserError, match=f"{folder}.*({why})"):
         train.main(train_flags(world, prepared, tmp_path / "run", "--lm", folder))
     assert not (tmp_path / "run").exists()
@@ -343,7 +341,7 @@ def test_folders_that_cannot_be_used(name, world, prepared, tmp_path):
 
 def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
     folder = shutil.copytree(world / "encoder", tmp_path / "encoder")
-    spoil_weights(
+    change_weights(
         folder, lambda w: {k.replace("layer.0.norm1", "layer.0.norm_1"): v for k, v in w.items()}
     )
     with pytest.raises(UserError, match=r"--encoder .*VJEPA2Model are missing .*layer\.0\.norm1"):
@@ -352,7 +350,7 @@ def test_an_encoder_with_other_keys_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ImportError, AttributeError, AssertionError, KeyError, OSError])
-def test_what_loading_raises_is_a_sentence(error, tmp_path):
+def test_errors_while_loading_become_one_message(error, tmp_path):
     class Auto:
         @staticmethod
         def from_pretrained(*_, **__):

@@ -1,4 +1,4 @@
-"""Which module may import which. A stranger relies on it: who reads train.py may skip runtime/."""
+"""Which module may import which, so that a reader of train.py can skip runtime/."""
 
 from runtime.start import ROOT
 
@@ -12,20 +12,20 @@ MODULES = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
 OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard"}
 DECODERS = {"av", "decord"}
 NESTED = {
-    ("runtime.files", "fcntl"): "Windows has none",
+    ("runtime.files", "fcntl"): "not available on Windows",
     ("tools.doctor", "tools"): "it imports packages that may be missing",
 }
 
 
 def sources():
-    """{module: its syntax tree} of everything but tests."""
+    """Return {module: its syntax tree} of everything but tests."""
     paths = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py"))]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {names[p]: ast.parse(p.read_text()) for p in paths if p.name != "__init__.py"}
 
 
 def imported(node):
-    """The modules that an import statement names; `from runtime import cli` names runtime.cli."""
+    """Return the modules that a statement imports: `from runtime import cli` imports runtime.cli."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if node.module in FOLDERS:
@@ -34,7 +34,7 @@ def imported(node):
 
 
 def imports(tree):
-    """[(name, inside a function)] of a module."""
+    """Return [(name, inside a function)] for the imports of a module."""
     found = []
 
     def walk(node, nested):
@@ -48,7 +48,7 @@ def imports(tree):
 
 
 def project_imports():
-    """{module: the modules of this project that it imports}."""
+    """Return {module: the modules of this project that it imports}."""
     trees, graph = sources(), defaultdict(set)
     for name, tree in trees.items():
         graph[name] = {other for other, _ in imports(tree) if other in trees}
@@ -56,7 +56,7 @@ def project_imports():
 
 
 def allowed(name, other):
-    """DESIGN's table: may `name` import `other`?"""
+    """Return True if `name` may import `other`."""
     folder, target = name.partition(".")[0], other.partition(".")[0]
     if target == "runtime" or folder in ("bench", "research"):
         return True
@@ -71,19 +71,19 @@ def allowed(name, other):
     return folder == "tools"
 
 
-def test_each_folder_imports_what_it_may():
+def test_each_folder_imports_only_what_is_allowed():
     graph = project_imports()
     wrong = [(name, o) for name, others in graph.items() for o in others if not allowed(name, o)]
     assert not wrong
 
 
 def test_there_are_no_circular_imports():
-    """Three were hidden by imports inside functions."""
+    """Imports inside functions hid three of them."""
     TopologicalSorter(project_imports()).prepare()  # raises CycleError
 
 
 def test_imports_are_at_the_top_of_a_file():
-    """Except for optional extras and decoders; only then does the import graph tell the truth."""
+    """Otherwise the import graph would be incomplete. Optional extras and decoders are exceptions."""
     for name, tree in sources().items():
         for other, nested in imports(tree):
             root = other.partition(".")[0]
@@ -91,5 +91,5 @@ def test_imports_are_at_the_top_of_a_file():
             assert not nested or known, f"{name} imports {other} inside a function"
 
 
-def test_the_root_holds_the_product_only():
+def test_the_root_has_few_modules():
     assert len([*ROOT.glob("*.py")]) <= 17

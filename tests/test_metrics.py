@@ -1,4 +1,4 @@
-"""Scores: the right clip, the right scale, comparable with pycocoevalcap; and Java that hangs or fails."""
+"""Scores, their agreement with pycocoevalcap, and Java that hangs or fails."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def record(i, label, template=None, placeholders=(), paraphrases=()):
 
 
 def world(n=60, seed=0):
-    """Records whose labels are all different, with templates and placeholders."""
+    """Return records with distinct labels, templates and placeholders."""
     rng = random.Random(seed)
     colours, things = ["red", "green", "blue", "black"], ["cup", "pen", "book", "box", "spoon"]
     records = []
@@ -117,7 +117,7 @@ CAPTIONS = CAPTIONS.split("\n")
 
 
 @needs_java
-def test_equals_pycocoevalcaps_tokenizer(tmp_path, monkeypatch):
+def test_tokens_equal_those_of_pycocoevalcap(tmp_path, monkeypatch):
     """pycocoevalcap's class writes files next to its jar, so the jar is linked into `tmp_path`."""
     name = ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     (tmp_path / name).symlink_to(jar("tokenizer", name))
@@ -151,8 +151,8 @@ def test_line_ends_inside_captions_do_not_shift_the_others():
 
 
 @needs_java
-def test_a_caption_is_tokenised_the_same_whatever_follows_it():
-    """Java looked at the next line's first letter, or at an emoji, to decide whether "x." ends a sentence."""
+def test_tokens_do_not_depend_on_the_next_caption():
+    """Java used the next line's first letter, or an emoji, to decide whether "x." ends a sentence."""
     for text, following in (("holding x.", "zoo"), ("holding x.", "Zoo"), ("holding x.😀", "zoo")):
         assert metrics.tokenize([text, following], 60)[0][text] == "holding x"
 
@@ -169,7 +169,7 @@ def test_simple_tokenizer(no_java):
 
 
 def test_case_and_full_stop_do_not_change_scores(no_java):
-    """The original scored raw text: a capital and a full stop took CIDEr from 5.5 to 1.9."""
+    """The original scored raw text: a capital and a full stop lowered CIDEr from 5.5 to 1.9."""
     records = world()
     plain, _ = score(labels(records), records)
     written, _ = score({i: f"{t.capitalize()}." for i, t in labels(records).items()}, records)
@@ -191,7 +191,7 @@ def test_perfect_predictions_reach_the_ceiling_and_the_controls_do_not(no_java):
 
 
 def test_ceiling_depends_on_the_length_of_the_reference(no_java):
-    """One reference of 2 words allows 5.0, of 3 words 7.5, from 4 words 10."""
+    """A reference of 2 words allows 5.0, one of 3 words 7.5, and a longer one 10."""
     texts = [
         "tearing paper",
         "folding blue napkin",
@@ -219,7 +219,7 @@ def test_ceiling_is_the_best_of_several_references(no_java):
 
 
 def test_document_frequencies_are_frozen(no_java):
-    """pycocoevalcap counts over the references being scored: one clip alone scores 0."""
+    """pycocoevalcap counts over the scored references only, so that one clip alone scores 0."""
     records = world()
     rng = random.Random(1)
     predictions = {r["id"]: rng.choice([r, records[0]])["label"] + " slowly" for r in records}
@@ -240,7 +240,7 @@ def test_cider_equals_pycocoevalcap_on_the_whole_split():
 
 @pytest.fixture
 def small_meteor(tmp_path, monkeypatch):
-    """METEOR with an empty paraphrase table, here and in pycocoevalcap: loading the real one takes 10 s."""
+    """METEOR with an empty paraphrase table, also in pycocoevalcap. Loading the real one takes 10 s."""
     shutil.copy(jar("meteor", "meteor-1.5.jar"), tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "paraphrase-en.gz").write_bytes(gzip.compress(b""))
@@ -254,7 +254,7 @@ def small_meteor(tmp_path, monkeypatch):
 @needs_java
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # pycocoevalcap's pipes
 def test_meteor_equals_pycocoevalcap_in_a_german_jvm(small_meteor, monkeypatch):
-    """A JVM that prints 0,37 made METEOR hang forever, and so did a caption with `|||`."""
+    """METEOR hung forever if the JVM printed 0,37 or a caption contained `|||`."""
     references = {str(i): [r["label"], "he holds a big thing"] for i, r in enumerate(world(12))}
     hypotheses = {i: texts[0].replace("holding", "keeping") for i, texts in references.items()}
     hypotheses |= {"0": "", "1": "a ||| holding ||| b", "2": "one | two"}
@@ -352,7 +352,7 @@ def test_template_parser(caption, template, fillers):
 
 
 def test_parser_equals_the_regular_expression():
-    """The linear search must find what `(.+?)` per bracket would, in random ambiguous captions."""
+    """The linear search finds what `(.+?)` per bracket would, in random ambiguous captions."""
     rng = random.Random(0)
     hits = 0
     for _ in range(2000):
@@ -368,7 +368,7 @@ def test_parser_equals_the_regular_expression():
     assert hits > 100
 
 
-def test_template_accuracy_and_placeholders_count_clips(no_java):
+def test_template_accuracy_and_placeholder_match_are_means_over_clips(no_java):
     template = TEMPLATES[0]
     records = [
         record(0, "holding red cup next to blue pen", template, ["red cup", "blue pen"]),
@@ -451,7 +451,7 @@ def test_clips_and_predictions_must_be_one_to_one(change, message):
 
 
 def test_predictions_in_coco_format():
-    """The original computed ids from batch sizes: two clips shared one in the short last batch."""
+    """The original computed ids from batch sizes, so two clips shared one in the short last batch."""
     entries = [{"image_id": 7, "caption": "a"}, {"image_id": "8", "caption": "b"}]
     assert metrics.predictions_by_id(entries) == {"7": "a", "8": "b"}
     with pytest.raises(UserError, match="clips predicted more than once: 7"):
@@ -504,7 +504,7 @@ def test_importing_metrics_loads_no_torch():
         ("[Something] falling", ["a", "b"], "a falling"),
     ],
 )
-def test_a_template_is_filled_as_a_label_has_it(template, fillers, text):
+def test_a_filled_template_equals_the_label(template, fillers, text):
     assert fill(template, fillers) == text
     if fillers and "something" not in text:
         found, named = Templates([template]).parse(text)
@@ -515,8 +515,8 @@ def test_a_template_is_filled_as_a_label_has_it(template, fillers, text):
 
 
 def test_an_exception_does_not_wait_for_java(tmp_path, monkeypatch):
-    """SIGTERM while METEOR hung took effect after its time limit, 10 minutes later, and the children of
-    a wrapper script named java were left behind. The next call works as if nothing had happened."""
+    """SIGTERM while METEOR hung took effect only after its time limit of 10 minutes, and the children
+    of a wrapper script named java kept running. The next call must work normally."""
     pid = tmp_path / "pid"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     java = tmp_path / "java"
@@ -526,7 +526,7 @@ def test_an_exception_does_not_wait_for_java(tmp_path, monkeypatch):
         pending = thread.submit(run_java, [], ["x"], 20)
         while not pid.exists() or not pid.read_text():
             assert not pending.done()
-        raise KeyError("a signal, say")
+        raise KeyError("as if by a signal")
     assert isinstance(pending.exception(), JavaError)
     assert "exited" in str(pending.exception())  # and not because of the time limit
     state = Path(f"/proc/{pid.read_text().strip()}/stat")
@@ -537,7 +537,7 @@ def test_an_exception_does_not_wait_for_java(tmp_path, monkeypatch):
         except OSError:
             return True
 
-    until(gone, seconds=20)  # a killed process needs a moment to go
+    until(gone, seconds=20)  # a killed process needs a moment to end
     java.write_text("#!/bin/sh\ncat\n")
     assert run_java([], ["x", "y"], 20) == ["x", "y"]
 
@@ -554,5 +554,5 @@ def test_java_does_not_start_after_an_exception(tmp_path, monkeypatch):
     with pytest.raises(KeyError), java_thread() as thread:
         pending = thread.submit(start_late)
         threading.Timer(0.5, raised.set).start()
-        raise KeyError("a signal, say")
+        raise KeyError("as if by a signal")
     assert str(pending.exception()) == "cancelled"

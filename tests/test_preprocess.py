@@ -1,4 +1,4 @@
-"""preprocess_ssv2.py on real files: what it keeps, what it refuses, what it reports."""
+"""preprocess_ssv2.py on real files: its output, refused input and reports."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 
 def files(folder):
-    """{relative name: bytes} of a cache, without the manifest's date."""
+    """Return {relative name: bytes} of a cache's feature files."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted(folder.rglob("*.pt"))
@@ -28,7 +28,7 @@ def few(world, prepared, tmp_path):
     return tmp_path
 
 
-def test_written_under_the_names_that_training_reads(prepared):
+def test_folders_have_the_names_that_training_reads(prepared):
     """The original wrote `ssv2_train` and read `train`."""
     for split in ("train", "validation"):
         ids = {r["id"] for r in load_records(prepared / "annotations", split)}
@@ -47,7 +47,7 @@ def test_bytes_do_not_depend_on_workers_batch_or_restarts(world, prepared, few, 
     assert files(few / "features") == got
 
 
-def test_shards_make_the_whole(world, prepared, few):
+def test_two_shards_equal_the_whole(world, prepared, few):
     preprocess(world, few, "--splits", "train", "--shard", "0/2")
     half = len(files(few / "features"))
     assert 0 < half < 12
@@ -58,7 +58,7 @@ def test_shards_make_the_whole(world, prepared, few):
 
 
 def test_damaged_and_missing_clips_are_counted_and_named(world, prepared, few, capsys):
-    """ok + failed + missing = asked for; and a clip that was repaired is tried again."""
+    """ok + failed + missing is the number of clips, and a repaired clip is processed again."""
     ids = [r["id"] for r in load_records(few / "annotations", "train")]
     videos = few / "videos"
     videos.mkdir()
@@ -95,13 +95,13 @@ def test_damaged_and_missing_clips_are_counted_and_named(world, prepared, few, c
     ],
 )
 def test_another_setting_is_refused_by_name(world, prepared, flags, field):
-    """Also when nothing is left to do: --still on a finished cache once said that all was well."""
+    """This also holds for a finished cache, where --still once reported success."""
     with pytest.raises(UserError, match=f"has {field} = "):
         preprocess(world, prepared, *flags)
 
 
-def test_shards_are_the_whole(world, prepared, few, capsys):
-    """In three parts, of which the last is done in a finer cut; their failures end in one file."""
+def test_shards_of_different_sizes_equal_the_whole(world, prepared, few, capsys):
+    """The last of three parts is processed as two smaller ones. All failures end up in one file."""
     ids = [r["id"] for r in load_records(few / "annotations", "train")]
     videos = few / "videos"
     videos.mkdir()
@@ -123,16 +123,16 @@ def test_shards_are_the_whole(world, prepared, few, capsys):
 def test_verify(world, prepared, few, capsys):
     preprocess(world, few, "--splits", "train")
     assert preprocess(world, few, "--splits", "train", "--verify") == DONE
-    victim = sorted((few / "features" / "train").iterdir())[3]
-    data = bytearray(victim.read_bytes())
+    damaged = sorted((few / "features" / "train").iterdir())[3]
+    data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
+    damaged.write_bytes(data)
     sorted((few / "features" / "train").iterdir())[5].unlink()
     capsys.readouterr()
     assert preprocess(world, few, "--splits", "train", "--verify") == FAILED
     printed = capsys.readouterr()
     assert "10 intact, 1 damaged, 1 missing" in printed.out
-    assert victim.stem in printed.err
+    assert damaged.stem in printed.err
 
 
 def test_dry_run_writes_nothing(world, few, capsys):
@@ -142,11 +142,11 @@ def test_dry_run_writes_nothing(world, few, capsys):
     assert not (few / "features").exists()
     preprocess(world, few, "--splits", "train")
     sizes = {p.stat().st_size for p in (few / "features" / "train").iterdir()}
-    promised = int(printed.split("bytes per clip")[1].split()[0].replace(",", ""))
-    assert abs(max(sizes) - promised) < 1500
+    estimate = int(printed.split("bytes per clip")[1].split()[0].replace(",", ""))
+    assert abs(max(sizes) - estimate) < 1500
 
 
-def test_a_folder_without_the_clips_says_what_was_looked_for(world, few):
+def test_a_folder_without_the_clips_is_refused(world, few):
     with pytest.raises(UserError, match=r"none of the 12 clips .*looked for \d+\.webm"):
         preprocess(world, few, "--splits", "train", videos=world / "labels")
     with pytest.raises(UserError, match="--videos not found"):

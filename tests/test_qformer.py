@@ -1,4 +1,4 @@
-"""The absorbed cross-attention is the textbook one, in values and gradients."""
+"""The absorbed cross-attention equals textbook cross-attention in values and gradients."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from qformer import CrossAttention
 
 
 def textbook(cross, x, video, need_weights=False):
-    """What the absorbed `CrossAttention.forward` must equal."""
+    """Compute what the absorbed `CrossAttention.forward` must equal."""
     return cross.textbook(x, video.tokens()), None
 
 
 def both_ways(qformer, clips, monkeypatch):
-    """Soft prompts and parameter gradients of the absorbed and of the textbook attention."""
+    """Return soft prompts and parameter gradients with absorbed and with textbook attention."""
     results = []
     for forward in (CrossAttention.forward, textbook):
         monkeypatch.setattr(CrossAttention, "forward", forward)
@@ -28,10 +28,10 @@ def both_ways(qformer, clips, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("num_blocks", [1, 2])
-def test_absorbed_is_textbook(
+def test_absorbed_equals_textbook(
     make_qformer, make_clips, monkeypatch, store, batch, dropout, num_blocks
 ):
-    """Positions, standardisation, scale, offset, and with dropout row sums that are not one."""
+    """With positions, standardisation, scale and offset. With dropout, row sums differ from one."""
     qformer = make_qformer(dropout=dropout, num_blocks=num_blocks).double()
     x, scale, offset = make_clips(batch, store=store)
     (a, grads_a), (b, grads_b) = both_ways(
@@ -41,12 +41,12 @@ def test_absorbed_is_textbook(
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     for name, grad in grads_b.items():
         torch.testing.assert_close(grads_a[name], grad, rtol=1e-8, atol=1e-9, msg=name)
-    assert all(g.abs().max() > 0 for g in grads_b.values()), "a parameter that nothing trains"
+    assert all(g.abs().max() > 0 for g in grads_b.values()), "a parameter without a gradient"
 
 
 def test_outlier_channels_survive_bfloat16(make_qformer, make_clips, monkeypatch):
-    """A channel far from zero is a small difference of large numbers: in bfloat16 the pooled vector
-    lost 11 %, so the absorbed path computes it in float32 even under autocast."""
+    """A channel far from zero is a small difference of large numbers. In bfloat16 the pooled vector had
+    an error of 11 %, so the absorbed path computes it in float32 even under autocast."""
     qformer = make_qformer()
     x, scale, offset = make_clips(4)
     offset[:, :3] += 300.0  # massive activations, as vision transformers have
@@ -77,7 +77,7 @@ def test_positions_tell_left_from_right(make_qformer, make_clips):
     assert same.abs().max() < 1e-5
 
 
-def test_a_clip_does_not_see_its_neighbours(make_qformer, make_clips):
+def test_a_clip_does_not_depend_on_its_batch(make_qformer, make_clips):
     qformer = make_qformer(num_blocks=2).double()
     x, scale, offset = make_clips(3)
     whole = qformer(x, scale.double(), offset.double())
@@ -86,7 +86,7 @@ def test_a_clip_does_not_see_its_neighbours(make_qformer, make_clips):
 
 
 def test_soft_prompts_start_with_the_norm_of_embeddings(make_qformer, make_clips):
-    """A bare LayerNorm of width 1536 has norm 39 where the model's embeddings have about 1."""
+    """A plain LayerNorm of width 1536 has norm 39, but the model's embeddings have about 1."""
     out = make_qformer(output_norm=0.9)(*make_clips(2))
     torch.testing.assert_close(out.norm(dim=-1), torch.full((2, 6), 0.9), rtol=1e-3, atol=0)
 

@@ -1,4 +1,4 @@
-"""How training reads its features: one micro-batch at a time, within the machine's limits, timed."""
+"""How training reads features: open files, memory, loader workers and time."""
 
 import errno
 import json
@@ -27,22 +27,23 @@ CPU = torch.device("cpu")
 
 
 def training(world, prepared, *flags):
-    """(data, recipe) of a training run, as `train.main` has them."""
+    """Return (data, recipe) of a training run, as in `train.main`."""
     args = train.parse_args(train_flags(world, prepared, "unused", *flags))
     return train.read_data(args), train.Recipe.of(args)
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
-def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer):
-    """All micro-batches of a step were read before the first was used. The out-of-memory message says to
-    halve --batch-size and double --grad-accum, and 256 micro-batches then ended in a traceback."""
+def test_a_long_window_keeps_few_files_open(world, prepared, tokenizer):
+    """All micro-batches of a step were read before the first was used. The out-of-memory message
+    recommends half the --batch-size and twice the --grad-accum, and 256 micro-batches then ended in a
+    traceback."""
     flags = ("--batch-size", 1, "--grad-accum", 30, "--epochs", 1, "--limit", 30, "--workers", 1)
     data, recipe = training(world, prepared, *flags)
     before = len(os.listdir("/dev/fd"))
     [(_, ids, window)] = train.training_steps(data, recipe, tokenizer, CPU, 0)
     seen = [(batch["ids"], len(os.listdir("/dev/fd")) - before) for batch in window]
     assert [read for read, _ in seen] == [[i] for i in ids] and len(ids) == 30
-    assert max(files for _, files in seen) < 90, "each micro-batch has six"
+    assert max(files for _, files in seen) < 90, "each micro-batch has six files"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,12 @@ def test_a_window_of_any_length_holds_few_files_open(world, prepared, tokenizer)
         RuntimeError("received 0 items of ancdata"),
     ],
 )
-def test_too_many_open_files_are_one_sentence(error):
+def test_too_many_open_files_get_one_message(error):
     assert "`ulimit -n 4096`" in errors.explain(error)
 
 
 @pytest.mark.parametrize("where", ["builtins.open", "torch.load"])
-def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatch, where):
+def test_too_many_open_files_are_not_reported_as_a_damaged_file(tmp_path, monkeypatch, where):
     """The message was that the features are unreadable and the file should be deleted."""
 
     def too_many(path, *args, **kwargs):
@@ -85,7 +86,7 @@ def test_no_file_is_to_be_deleted_because_too_many_are_open(tmp_path, monkeypatc
     ],
 )
 def test_a_step_has_64_clips_unless_both_flags_are_given(monkeypatch, given, processes, sizes):
-    """The default was 8 x 8 clips: four times the kernel launches of 32 x 2, which also fits the card."""
+    """The default was 8 x 8 clips, with four times the kernel launches of 32 x 2. Both fit the GPU."""
     monkeypatch.setattr("runtime.ranks.world_size", lambda: processes)
     names = ("--batch-size", "--grad-accum")
     flags = [text for n, v in zip(names, given, strict=True) if v for text in (n, str(v))]
@@ -107,7 +108,7 @@ def test_a_step_that_cannot_be_split_is_an_error(monkeypatch, flags, processes, 
         train.parse_args(flags)
 
 
-def test_any_number_of_processes_takes_the_same_clips_a_step(
+def test_any_number_of_processes_takes_the_same_clips_per_step(
     world, prepared, tokenizer, monkeypatch
 ):
     """One, two, four and eight processes without flags; each gets the same number of micro-batches."""
@@ -116,25 +117,27 @@ def test_any_number_of_processes_takes_the_same_clips_a_step(
     runs = {}
     for count in (1, 2, 4, 8):
         monkeypatch.setattr("runtime.ranks.world_size", lambda count=count: count)
-        dealt = []
+        shares = []
         for rank in range(count):
             monkeypatch.setattr("runtime.ranks.rank", lambda rank=rank: rank)
             args = train.parse_args(where)
             data = train.read_data(args)
             steps = train.training_steps(data, train.Recipe.of(args), tokenizer, CPU, 0)
-            dealt.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
-        for step in zip(*dealt, strict=True):
+            shares.append([(ids, [batch["ids"] for batch in window]) for _, ids, window in steps])
+        for step in zip(*shares, strict=True):
             read = sorted(i for _, micro_batches in step for batch in micro_batches for i in batch)
             assert all(sorted(ids) == read for ids, _ in step)
-        assert len({len(micro_batches) for _, micro_batches in next(zip(*dealt, strict=True))}) == 1
-        runs[count] = [ids for ids, _ in dealt[0]]
+        assert (
+            len({len(micro_batches) for _, micro_batches in next(zip(*shares, strict=True))}) == 1
+        )
+        runs[count] = [ids for ids, _ in shares[0]]
     assert runs[1] == runs[2] == runs[4] == runs[8] and [*map(len, runs[1])] == [64, 36]
 
 
 def test_a_run_resumes_with_another_split_of_its_step(
     world, prepared, trained, tmp_path, quick_meteor, capsys
 ):
-    """The out-of-memory message says to halve --batch-size, but --resume refused the changed flags.
+    """The out-of-memory message recommends a smaller --batch-size, but --resume refused other flags.
     test_train.py tests that another number of clips per step is refused."""
     run = shutil.copytree(trained, tmp_path / "run")
     os.replace(run / "previous.pt", run / "last.pt")  # left before its last evaluation
@@ -147,13 +150,13 @@ def test_a_run_resumes_with_another_split_of_its_step(
 
 
 @pytest.mark.parametrize(("gigabytes", "state"), [(15.8, "ok"), (12.9, "note")])
-def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
-    """doctor.py warned about every card below 24 GB, although the defaults need 14."""
+def test_doctor_accepts_a_gpu_of_16_gb(monkeypatch, gigabytes, state):
+    """doctor.py warned about every GPU below 24 GB, although the defaults need 14."""
     card = {"name": "T", "bytes": gigabytes * 1e9, "count": 1, "bf16": True, "built_for": "13.0"}
     monkeypatch.setattr(
         doctor_checks,
         "in_child",
-        lambda ask, *_: (card if ask is doctor_checks.gpu_properties else [1, 1e6], None),
+        lambda f, *_: (card if f is doctor_checks.gpu_properties else [1, 1e6], None),
     )
     finding = doctor_checks.check_gpu("torch")
     assert finding.state == state
@@ -163,10 +166,10 @@ def test_doctor_takes_a_card_of_16_gb(monkeypatch, gigabytes, state):
 FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
 
 
-def test_a_full_shared_memory_says_how_much_is_needed(
+def test_full_shared_memory_is_reported_with_the_size_needed(
     world, prepared, trained, tmp_path, monkeypatch
 ):
-    """The message did not say how far to lower --workers, nor that validation, hours later, needs more.
+    """The message did not state how far to lower --workers, nor that validation needs more later.
 
     A clip has 26,112 bytes: 128 tokens of 192 int8, and 8 bytes per channel."""
 
@@ -196,7 +199,7 @@ def test_a_full_shared_memory_says_how_much_is_needed(
         1 / 0  # noqa: B018
 
 
-def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
+def test_shared_memory_is_counted_for_all_processes(monkeypatch):
     settings = feature_cache.Settings()
     one = dataset.shared_bytes(settings, 64, 4)
     assert one == 9 * 64 * (4096 * 1024 + 8 * 1024) and dataset.shared_bytes(settings, 64, 0) == 0
@@ -204,7 +207,7 @@ def test_shared_memory_holds_the_loaders_of_all_processes(monkeypatch):
     assert dataset.shared_bytes(settings, 64, 4) == 4 * one
 
 
-def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monkeypatch):
+def test_doctor_compares_shared_memory_with_the_loaders_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("runtime.cli.cpus", lambda: 4)
     monkeypatch.setattr("os.path.isdir", lambda path: True)
     for free, state in ((2.4e9, "note"), (2.5e9, "ok")):
@@ -217,8 +220,8 @@ def test_doctor_compares_shared_memory_with_what_the_loaders_take(tmp_path, monk
 @pytest.mark.parametrize(
     ("cpus", "processes", "default"), [(64, 1, 4), (2, 1, 2), (16, 8, 2), (64, 8, 4), (2, 4, 1)]
 )
-def test_there_are_as_many_workers_as_cpus_for_them(monkeypatch, cpus, processes, default):
-    """The default was four workers per process, even on two cores or with eight processes. torch warned."""
+def test_default_workers_do_not_exceed_the_cpus_per_process(monkeypatch, cpus, processes, default):
+    """The default was four workers, even on two cores or for each of eight processes. torch warned."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
     if processes > 1:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
@@ -235,12 +238,14 @@ def test_more_workers_than_cpus_give_no_warning(recwarn):
     assert not recwarn.list
 
 
-def test_the_dry_run_sees_the_disk(world, prepared, tmp_path, monkeypatch, capsys):
-    """--dry-run took the fastest of three steps, whose clips had all been read ahead. It missed a disk that
-    is too slow and a validation batch that does not fit in memory.
+def test_the_dry_run_measures_the_disk_and_validation(
+    world, prepared, tmp_path, monkeypatch, capsys
+):
+    """--dry-run took the fastest of three steps, whose clips had all been read ahead. It missed a slow
+    disk and a validation batch that does not fit in memory.
 
-    On this test's clock, reading a clip takes 1.5 s, and longer in the first two steps. Computing a step
-    of two clips takes 1 s, except for one slow step. Captioning a batch takes 7 s."""
+    On this test's clock, reading a clip takes 1.5 s, and longer in the first two steps. Computing a
+    step of two clips takes 1 s, except for one slow step. Captioning a batch takes 7 s."""
     clock, steps, validated = [0.0], [], []
     load, validate = feature_cache.load_features, captioner.VideoCaptioner.validation
 
@@ -284,7 +289,7 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
     assert figures["train/data_seconds"] == 25.0
 
 
-def test_shared_memory_that_nccl_lacks_is_not_the_loaders():
+def test_shared_memory_errors_of_nccl_are_not_those_of_the_loader():
     settings = feature_cache.Settings(grid=(2, 3, 4), width=5, store="fp16")
     for workers, text in ((4, "NCCL error: creating shared memory segment"), (0, "shared memory")):
         shared = dataset.shared_memory(settings, workers, training=8)

@@ -68,7 +68,7 @@ def spied(world, prepared, tmp_path_factory):
     return output, steps, groups
 
 
-def test_rate_and_decay_are_the_flags(spied):
+def test_learning_rate_and_weight_decay_follow_the_flags(spied):
     """Linear warm-up to --lr over --warmup-steps, then a cosine. Weight decay on one of two groups."""
     _, _, groups = spied
     rates = [1e-3 * share for share in (0.5, 1, 1, 0.75, 0.25)]
@@ -77,7 +77,7 @@ def test_rate_and_decay_are_the_flags(spied):
         assert (decay, no_decay) == (0.07, 0)
 
 
-def test_a_gradient_is_the_mean_over_its_tokens_clipped(spied):
+def test_the_gradient_is_the_clipped_mean_over_tokens(spied):
     output, steps, _ = spied
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for step, line in zip(steps, lines, strict=True):
@@ -88,14 +88,14 @@ def test_a_gradient_is_the_mean_over_its_tokens_clipped(spied):
             torch.testing.assert_close(grad, mean[k] * 0.05 / norm, rtol=1e-3, atol=1e-8)
 
 
-def test_dropout_acts_and_differs_from_step_to_step(spied):
+def test_dropout_is_active_and_differs_between_steps(spied):
     _, steps, _ = spied
     first, other, again = steps[0]["losses"]
     assert steps[0]["training"] and first == again != other
     assert len({step["seed"] for step in steps}) == STEPS
 
 
-def test_the_model_begins_with_the_features_statistics_and_the_embeddings_norm(spied, prepared):
+def test_the_model_starts_with_the_features_statistics_and_the_embeddings_norm(spied, prepared):
     _, steps, _ = spied
     settings = load_manifest(prepared / "features").settings
     records = json.loads((prepared / "annotations" / "train.json").read_text())[:40]
@@ -111,9 +111,9 @@ def test_the_model_begins_with_the_features_statistics_and_the_embeddings_norm(s
 
 def test_the_clips_scored_each_epoch_are_a_seeded_sample(spied, prepared):
     output, _, _ = spied
-    said = json.loads((output / "validation_epoch_1.json").read_text())["samples"]
+    samples = json.loads((output / "validation_epoch_1.json").read_text())["samples"]
     ids = [r["id"] for r in json.loads((prepared / "annotations" / "validation.json").read_text())]
-    chosen = {r["id"] for r in said}
+    chosen = {r["id"] for r in samples}
     assert chosen == set(by_hash(ids[:40], 0)[:10]) != set(ids[:10])
 
 

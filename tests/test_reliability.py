@@ -1,5 +1,5 @@
-"""Kills, signals, damaged files and hostile input. The torture trials run with few repetitions here, and
-with many by `pytest -m torture`, which writes results/reliability.md."""
+"""Kills, signals, damaged files and hostile input. The torture trials run with few repetitions by
+default, and with many in `pytest -m torture`, which writes results/reliability.md."""
 
 from runtime.start import ROOT
 
@@ -60,7 +60,7 @@ def measured():
         files.write_atomic(ROOT / "results" / "reliability.md", table)
 
 
-ONLY_LONG = (checks.shards, checks.distributed)  # see test_two_processes_are_one
+ONLY_LONG = (checks.shards, checks.distributed)  # see test_two_processes_equal_one
 RUNS = [("small", trial) for trial in checks.TRIALS if trial not in ONLY_LONG]
 RUNS += [pytest.param("full", trial, marks=pytest.mark.torture) for trial in checks.TRIALS]
 
@@ -88,9 +88,9 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_are_one(small, tmp_path, monkeypatch):
-    """Two processes give bit-identical features, and parameters equal up to rounding in AdamW. One torchrun
-    runs both scripts, since its processes take 12 s to import torch and transformers."""
+def test_two_processes_equal_one(small, tmp_path, monkeypatch):
+    """Two processes give bit-identical features, and parameters equal up to rounding in AdamW. One
+    torchrun runs both scripts, since its processes take 12 s to import torch and transformers."""
     (tmp_path / "both.py").write_text(BOTH)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     (features, _), (run, _) = small.cache(), small.trained()
@@ -123,7 +123,7 @@ def test_an_archive_is_not_read_as_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({"label": "a \x1b[2J cup"}, r"control character '\\x1b'"),
         ({"paraphrases": ["A\rB."]}, "control character"),
@@ -133,10 +133,10 @@ def test_an_archive_is_not_read_as_json(tmp_path):
         ({"id": "../../x"}, "is not a valid record"),
     ],
 )
-def test_hostile_records_are_refused(tmp_path, fields, complaint):
-    """Once a caption could clear the terminal, and --num-samples copied any file of the machine."""
+def test_hostile_records_are_refused(tmp_path, fields, message):
+    """A caption could clear the terminal, and --num-samples could copy any file of the machine."""
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "label": "x"} | fields]))
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         load_records(tmp_path, "train")
     with pytest.raises(UserError, match="is not a valid name"):
         load_records(tmp_path, "../train")
@@ -162,13 +162,13 @@ def corrupt(kind, record):
         return checks.Bomb("bomb_went_off")
     if kind == "scale of another type":
         return record | {"scale": "large"}
-    if kind == "endless offset":  # 4 bytes that claim to be terabytes
+    if kind == "endless offset":  # 4 bytes with a shape of 4 TiB
         return record | {"offset": torch.zeros(1).expand(1 << 40)}
     return record | {"scale": record["scale"] * float("nan")}
 
 
 @pytest.mark.parametrize(
-    ("kind", "complaint"),
+    ("kind", "message"),
     [
         ("bomb", "cannot be read"),
         ("scale of another type", "valid scale and offset"),
@@ -177,16 +177,16 @@ def corrupt(kind, record):
     ],
 )
 def test_corrupt_features_end_training_with_their_id(
-    world, prepared, copied, tmp_path, kind, complaint
+    world, prepared, copied, tmp_path, kind, message
 ):
-    """Features with NaN and a valid checksum once reached the loss, and training skipped steps without
+    """Features with NaN and a valid checksum reached the loss, and training skipped steps without
     naming the clip."""
     path = sorted((copied / "train").iterdir())[7]
     record = corrupt(kind, files.read_torch(path))
     if kind == "NaN":
         record["crc32"] = feature_cache.checksum(path.stem, record)
     torch.save(record, path)
-    with pytest.raises(UserError, match=f"clip {path.stem} .*{complaint}") as error:
+    with pytest.raises(UserError, match=f"clip {path.stem} .*{message}") as error:
         train.main(train_flags(world, prepared, tmp_path / "run", "--features", copied))
     assert error.value.code == FAILED and not Path("bomb_went_off").exists()
 
@@ -211,7 +211,7 @@ def test_files_left_by_a_kill_are_removed(tmp_path):
 
 
 def test_overlapping_shards_exclude_each_other(tmp_path):
-    """0/3 and 0/2 have clips in common, 0/3 and 1/2 have not."""
+    """0/3 and 0/2 have clips in common, but 0/3 and 1/2 do not."""
     (tmp_path / "keep").touch()
     code = "import sys\nfrom runtime import files\nwith files.lock(sys.argv[1], 'locked', 0, 2): print('in')"
     for part, parts, inside in ((0, 3, False), (1, 2, True), (2, 3, True), (0, 1, False)):

@@ -49,13 +49,13 @@ def split_of(clips, split):
     return [c for c in clips if c["split"] == split]
 
 
-def test_same_seed_same_bytes(world, tmp_path):
+def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     """Videos, labels and weights are the same, and one worker writes the same as two."""
     assert not toy_ssv2.main([str(tmp_path / "again"), *FLAGS, "--workers", "1"])
     assert digests(tmp_path / "again") == digests(world)
 
 
-def test_another_seed_another_world():
+def test_another_seed_gives_another_world():
     assert shapes.plan(100, 0) == shapes.plan(100, 0) != shapes.plan(100, 1)
     assert shapes.divide_objects(0)[1] != shapes.divide_objects(1)[1]
 
@@ -78,7 +78,7 @@ def test_splits_are_disjoint(clips):
         assert {n.split()[part] for n in unseen} <= {n.split()[part] for n in seen}
 
 
-def test_the_language_model_sees_nothing_held_out():
+def test_the_language_model_is_not_trained_on_held_out_objects():
     objects, unseen, pairs, unseen_pairs = shapes.divide_objects(0)
     examples = toy_models.sample_examples(3000, 0, objects, pairs)
     assert not objects_of(examples) & set(unseen) and not pairs_of(examples) & unseen_pairs
@@ -108,7 +108,7 @@ def test_records_look_like_ssv2(world):
     assert all(list(r) == ["id"] for r in test) and {r.split(";")[1] for r in rows} <= set(names)
 
 
-def test_old_names(tmp_path):
+def test_labels_can_have_ssv2s_old_file_names(tmp_path):
     toy_ssv2.write_labels(tmp_path, shapes.plan(100, 0), old_names=True)
     names = {p.stem for p in tmp_path.glob("*.json")}
     assert names == {f"something-something-v2-{s}" for s in (*SPLITS, "test", "labels")}
@@ -157,8 +157,8 @@ def test_models_load_from_their_folders(world):
 
 
 def test_second_run_keeps_files_and_adds_missing_ones(world, capsys):
-    before, victim = digests(world), sorted((world / "videos").iterdir())[0]
-    victim.unlink()
+    before, removed = digests(world), sorted((world / "videos").iterdir())[0]
+    removed.unlink()
     written = (world / "lm" / "model.safetensors").stat().st_mtime_ns
     toy_ssv2.main([str(world), *FLAGS])
     assert "lm/ exists and is kept" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""train.py on real features: continuation, refusals, what it leaves behind."""
+"""train.py on real features: resuming, refused input and the files of a run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def state(folder):
 
 
 def same(a, b):
-    """Equal bit for bit, through dicts and lists."""
+    """Return True if two values are equal bit for bit, through dicts and lists."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
@@ -39,9 +39,9 @@ def log(folder):
     return [{k: v for k, v in s.items() if k not in TIMING} for s in lines]
 
 
-def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatch):
-    """SIGTERM at the end of an epoch (torture/checks.py stops anywhere): weights, optimizer, logs and
-    predictions continue bit for bit, with dropout on, whatever the number of workers."""
+def test_a_resumed_run_equals_an_uninterrupted_run(world, prepared, trained, tmp_path, monkeypatch):
+    """After SIGTERM at the end of an epoch (torture/checks.py stops anywhere), weights, optimizer, logs
+    and predictions are equal bit for bit, with dropout and another number of workers."""
     stop_after, workers = 5, 2
     output, step = tmp_path / "run", run_folder.Log.step
 
@@ -67,7 +67,7 @@ def test_resumed_is_uninterrupted(world, prepared, trained, tmp_path, monkeypatc
     assert (output / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_what_a_run_leaves_behind(prepared, trained):
+def test_the_files_of_a_run(prepared, trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
         *(".lock", "args.json", "metrics.jsonl", "curves.png"),
@@ -84,7 +84,7 @@ def test_what_a_run_leaves_behind(prepared, trained):
     assert json.loads((trained / "args.json").read_text())["args"]["num_queries"] == 4
 
 
-def test_checkpoints_hold_no_frozen_weight(trained, world):
+def test_checkpoints_contain_no_frozen_weights(trained, world):
     best = torch.load(str(trained / "best.pt"), weights_only=True)
     trained_bytes = sum(v.numel() * v.element_size() for v in best["qformer"].values())
     assert (trained / "best.pt").stat().st_size < trained_bytes * 1.1 + 30_000
@@ -110,7 +110,7 @@ def test_resume_refuses_a_changed_flag_by_name(world, prepared, trained, flags, 
 
 
 def test_a_run_that_stored_its_dtype_as_auto_resumes(world, prepared, trained, tmp_path):
-    """So every run did before --dtype was stored resolved, and none of them could be continued."""
+    """Earlier runs did not store the resolved --dtype, and none of them could be resumed."""
     folder = shutil.copytree(trained, tmp_path / "run")
     old = state(folder)
     torch.save(old | {"args": old["args"] | {"dtype": "auto"}}, folder / "last.pt")
@@ -178,8 +178,8 @@ def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
 
 def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, tmp_path):
     features = shutil.copytree(prepared / "features", tmp_path / "features")
-    victims = sorted((features / "train").iterdir())[:2]
-    for path in victims:
+    removed = sorted((features / "train").iterdir())[:2]
+    for path in removed:
         path.unlink()
     flags = train_flags(world, prepared, tmp_path / "run", "--features", features)
     with pytest.raises(UserError, match=r"2 of 100 clips .* no features"):
@@ -199,9 +199,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         assert error.value.code == 1
         last = state(tmp_path / "run")
         assert (last["step"], last["bad"], last["optimizer"]["state"]) == (4, 4, {})
-        with pytest.raises(
-            UserError, match="not finite in 5 consecutive steps"
-        ):  # as an undisturbed run would end
+        # as an uninterrupted run would end
+        with pytest.raises(UserError, match="not finite in 5 consecutive steps"):
             train.main([*flags, "--resume"])
     lines = log(tmp_path / "run")
     assert len(lines) == 5 and all(s["grad_norm"] is None and s["skipped"] for s in lines)
@@ -219,7 +218,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     assert [bool(s.get("skipped")) for s in log(tmp_path / "other")] == [0, 0, 1, 0, 0]
 
 
-def test_the_first_signal_is_patient_and_the_second_is_not():
+def test_only_the_second_signal_ends_the_process_at_once():
     stop = run_folder.Stop()
     try:
         signal.raise_signal(signal.SIGTERM)
@@ -229,7 +228,7 @@ def test_the_first_signal_is_patient_and_the_second_is_not():
         stop.restore()
 
 
-def test_a_signal_while_all_is_saved_leaves_at_once():
+def test_a_signal_stops_at_once_if_everything_is_saved():
     """The evaluation after an epoch may take longer than a batch system waits."""
     stop = run_folder.Stop()
     stop.saved = True
@@ -240,7 +239,7 @@ def test_a_signal_while_all_is_saved_leaves_at_once():
         stop.restore()
 
 
-def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, tmp_path, capsys):
+def test_a_run_that_cannot_be_resumed_is_not_restarted(world, prepared, trained, tmp_path, capsys):
     """--resume without last.pt once emptied the logs of a finished run and replaced its best.pt."""
     folder = shutil.copytree(trained, tmp_path / "run")
     flags = train_flags(world, prepared, folder, "--resume")
@@ -256,14 +255,14 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before, "a dry run changes nothing"
     (folder / "best.pt").write_bytes(b"")
     assert not train.main(flags)
-    said = capsys.readouterr().err
-    assert "last.pt cannot be used" in said and "writes a new best.pt" in said
+    printed = capsys.readouterr().err
+    assert "last.pt cannot be used" in printed and "writes a new best.pt" in printed
     assert (folder / "damaged.pt").read_bytes() == b"PK" and state(folder)["step"] == 10
     assert torch.load(str(folder / "best.pt"), weights_only=True)["step"] == 10
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda s: s | {"args": []},
         lambda s: {k: v for k, v in s.items() if k != "data"},
@@ -275,9 +274,9 @@ def test_what_cannot_be_continued_is_not_started_over(world, prepared, trained, 
         lambda s: s | {"sizes": s["sizes"] | {"num_blocks": 10**7}},
     ],
 )
-def test_a_state_of_the_wrong_shape_is_refused(world, prepared, trained, tmp_path, spoil):
+def test_a_state_of_the_wrong_shape_is_refused(world, prepared, trained, tmp_path, damage):
     (tmp_path / "run").mkdir()
-    torch.save(spoil(state(trained)), tmp_path / "run" / "last.pt")
+    torch.save(damage(state(trained)), tmp_path / "run" / "last.pt")
     with pytest.raises(UserError, match=r"--resume|checkpoint"):
         train.main(train_flags(world, prepared, tmp_path / "run", "--resume"))
 
@@ -288,7 +287,7 @@ def test_learning_rate():
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.01
     short = [optim.lr_at(step, 10, 1.0, 500) for step in range(10)]
-    assert max(short) == 1.0, "a run shorter than its warm-up never learned"
+    assert max(short) == 1.0, "a run shorter than its warm-up never reached the full rate"
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -309,8 +308,8 @@ def test_decay_is_on_matrices_only(make_qformer):
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.03, 0.0)
 
 
-def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path, monkeypatch):
-    """It is written while training goes on changing the very tensors; a failing disk is heard of."""
+def test_a_checkpoint_is_a_snapshot(tmp_path, monkeypatch):
+    """It is written while training changes the same tensors. Errors while writing are raised."""
     import threading
 
     go, write = threading.Event(), run_folder.write_atomic

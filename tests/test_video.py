@@ -1,4 +1,4 @@
-"""video.py on clips written here by PyAV: what is taken, what damage is seen, what survives."""
+"""video.py on clips written by PyAV: chosen frames, damaged files, windows and workers."""
 
 from runtime.start import environment
 
@@ -32,12 +32,12 @@ def write(*args, **kwargs):
 
 
 def numbers(clip):
-    """Read the frame numbers back."""
+    """Return the frame numbers, read from the brightness of the frames."""
     return np.round((clip.frames.mean((1, 2, 3)) - 20) / 4).astype(int).tolist()
 
 
 def both(path, num_frames, *window):
-    """Decode with both decoders; they must agree byte for byte."""
+    """Decode with both decoders and check that they agree byte for byte."""
     pytest.importorskip("decord")
     one = decode(path, num_frames, *window, backend="decord")
     two = decode(path, num_frames, *window, backend="pyav")
@@ -66,7 +66,7 @@ def test_no_frames_is_an_error():
         frame_indices(0, 32)
 
 
-def test_frames_taken_are_the_ones_asked_for(tmp_path):
+def test_the_chosen_frames_are_decoded(tmp_path):
     clip = both(write(tmp_path / "a.webm"), 8)
     assert numbers(clip) == frame_indices(48, 8).tolist()
     assert clip.frames.dtype == np.uint8 and clip.frames.shape == (8, 48, 64, 3)
@@ -97,7 +97,7 @@ def test_decoders_agree_byte_for_byte(tmp_path, codec):
 
 
 def test_odd_heights_are_not_given_to_decord(tmp_path):
-    """At odd heights decord's older scaler misplaces chroma: other bytes than PyAV, and worse."""
+    """At odd heights decord's older scaler misplaces chroma."""
     for width, height in [(37, 29), (37, 28)]:
         path = write(tmp_path / "a.webm", n=6, frame=lambda i, s=(width, height): noise(i, *s))
         clip = decode(path, 6)
@@ -106,7 +106,7 @@ def test_odd_heights_are_not_given_to_decord(tmp_path):
 
 
 def test_seeking_and_vp8_alt_ref(tmp_path):
-    """VP8 may store packets that show nothing; a count of packets would then be wrong."""
+    """VP8 may store packets that show nothing, so that counting packets would be wrong."""
     options = {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "2M", "g": "12"}
     path = write(tmp_path / "a.webm", codec="libvpx", options=options)
     assert numbers(decode(path, 48)) == list(range(48))
@@ -128,7 +128,7 @@ def test_large_clips_bypass_decord(tmp_path, monkeypatch):
     assert decode(path, 4).decoder == "pyav"
 
 
-def test_without_decord_pyav_does_the_work(tmp_path, monkeypatch):
+def test_pyav_is_used_without_decord(tmp_path, monkeypatch):
     path = write(tmp_path / "a.webm", n=4)
     monkeypatch.setitem(sys.modules, "decord", None)  # import decord now raises ImportError
     assert decode(path, 4).decoder == "pyav"
@@ -151,7 +151,7 @@ def test_missing_part_of_a_webm_is_noticed(tmp_path, where):
 
 @pytest.mark.parametrize("where", [(0.5, 1, True), (0.5, 1), (0.4, 0.6)])
 def test_damage_in_an_mp4_is_noticed(tmp_path, where):
-    """decord returns concealed H.264 frames as if they were intact, whatever its fault_tol."""
+    """decord returns concealed H.264 frames as if they were intact, at any fault_tol."""
     path = write(tmp_path / "a.mp4", frame=noise, codec="libx264", movflags="faststart")
     clip = decode(damage(path, *where), 8)
     assert clip.truncated and clip.decoder == "pyav"
@@ -175,7 +175,7 @@ def test_undecodable_packet_is_damage_not_a_repeated_frame(tmp_path):
 
 @pytest.mark.parametrize("suffix, codec", [("webm", "libvpx-vp9"), ("mp4", "libx264")])
 def test_intact_clip_of_variable_rate_is_not_called_truncated(tmp_path, suffix, codec):
-    """frames < duration x rate condemns phone and screen recordings that dropped frames."""
+    """`frames < duration x rate` also holds for phone and screen recordings that dropped frames."""
     pts = [0, 33, 66, 100, 1500, 1533, 1566, 3000, 3033, 3066, 4500]
     clip = decode(write(tmp_path / f"a.{suffix}", n=11, pts=pts, codec=codec), 11)
     assert not clip.truncated and len(clip.frames) == 11
@@ -201,7 +201,7 @@ def test_one_and_two_frames(tmp_path, n):
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotated_clip_comes_out_upright(tmp_path, degrees):
-    """Phones store sideways pictures and a matrix; PyAV leaves it to the caller to apply it."""
+    """Phones store sideways pictures and a rotation matrix, which PyAV does not apply."""
 
     def corner(i):  # red in the upper left corner
         image = np.full((64, 128, 3), 128, np.uint8)  # decord fails on widths it would have to pad
@@ -234,8 +234,8 @@ def test_formats_beyond_decord(tmp_path, name, codec, pix):
     assert clip.duration == pytest.approx(2, abs=0.1)
 
 
-def test_large_pictures_come_reduced(tmp_path):
-    """Look-ahead held 24 clips of 0.8 GB each when the files were 4K."""
+def test_large_frames_are_downscaled(tmp_path):
+    """With 4K files, look-ahead kept 24 clips of 0.8 GB each in memory."""
     path = write(tmp_path / "a.mp4", n=2, frame=lambda i: grey(i, 1920, 1080), codec="libx264")
     clip = decode(path, 2)
     assert clip.frames.shape == (2, 540, 960, 3) and numbers(clip) == [0, 1]
@@ -273,7 +273,7 @@ def workers_find_this_file(monkeypatch):
 
 
 def behave(path):
-    """A decoder for the workers that does what the path says."""
+    """Hang, crash, fail, wait or return the file's name, depending on that name."""
     name = os.path.basename(path)
     if name.startswith("hang"):
         os.mkfifo(path)
@@ -289,7 +289,7 @@ def behave(path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
 def test_hang_and_crash_cost_one_clip_only(tmp_path):
-    """decord hangs on some files and dies on others: neither may end a run of 220,847 clips."""
+    """decord hangs on some files and crashes on others. Neither may end a run of 220,847 clips."""
     names = ["a", "hang", "b", "die", "c", "bug", "d", "e"]
     jobs = [(i, str(tmp_path / name)) for i, name in enumerate(names)]
     got = list(WorkerPool(2, 1.5).map(behave, jobs))
@@ -300,7 +300,7 @@ def test_hang_and_crash_cost_one_clip_only(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
 def test_a_header_that_hangs_costs_one_clip(tmp_path):
-    """infer.py once read headers in its own process, where nothing limits the time."""
+    """infer.py read headers in its own process, without a time limit."""
     with WorkerPool(1, 1.5) as pool:
         assert pool.call(behave, str(tmp_path / "hang")).reason == "timeout"
         assert pool.call(behave, "b") == "b"
@@ -308,7 +308,7 @@ def test_a_header_that_hangs_costs_one_clip(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
 def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
-    """One that hung went on for ever: it never came to see that its parent was gone."""
+    """A decoder that hung ran forever, because it did not notice that its parent had ended."""
     code = """if True:
         import os, sys, threading
         import test_video
@@ -333,7 +333,7 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
 
 
 def half_sent(path):
-    """Die with part of the answer in the pipe, as when the machine runs out of memory."""
+    """Get killed with part of the answer in the pipe, as when the machine runs out of memory."""
     if path == "die":
         import threading
 
@@ -348,7 +348,7 @@ class Endless:
 
 
 def test_worker_killed_while_answering_does_not_stop_the_others():
-    """pebble's pool shares one pipe: a worker killed while sending kept all others waiting."""
+    """pebble's pool shares one pipe, so a worker killed while sending blocked all others."""
     jobs = [(name, name) for name in ("a", "die", "b", "c")]
     got = dict(WorkerPool(2, 20).map(half_sent, jobs))
     assert got.pop("die").reason == "crashed"
@@ -362,7 +362,7 @@ def test_waiting_for_a_worker_does_not_count_as_decoding(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_pool_gives_what_decode_gives(tmp_path, workers):
+def test_a_pool_gives_the_same_results_as_decode(tmp_path, workers):
     good, bad = write(tmp_path / "a.webm"), tmp_path / "absent.webm"
     jobs = [("whole", good, 6), ("bad", bad, 6), ("part", good, 6, 1.0, 2.0)]
     got = list(WorkerPool(workers, 60).map(decode, jobs))
@@ -392,7 +392,7 @@ def test_look_ahead_is_bounded_and_closing_kills_the_workers():
 
 
 def test_a_worker_imports_neither_torch_nor_the_script(tmp_path, monkeypatch):
-    """With both it would take 245 MB, and seconds to start."""
+    """With both it would take 245 MB and seconds to start."""
     (tmp_path / "asks.py").write_text("import sys, video\ndef modules(_): return set(sys.modules)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
@@ -418,14 +418,14 @@ def test_a_stream_gives_every_frame_at_its_time(tmp_path):
     assert times == pytest.approx([n / 12 for n in range(48)], abs=2e-3)
 
 
-def test_a_stream_of_fewer_frames_keeps_their_pace(tmp_path):
-    """Of 12 a second at most 5: each is the first at or after its fifth of a second."""
+def test_a_stream_with_fewer_frames_keeps_their_times(tmp_path):
+    """At 5 of 12 frames per second, each frame is the first at or after a multiple of 0.2 s."""
     times = [time for time, _ in video.stream(write(tmp_path / "a.webm"), rate=5)]
     assert len(times) == 20 and min(np.diff(times)) > 0.15
     assert max(abs(t - n / 5) for n, t in enumerate(times)) < 1 / 12
 
 
-def test_a_stream_is_upright_and_leaves_damage_out(tmp_path):
+def test_a_stream_is_upright_and_skips_damage(tmp_path):
     path = write(tmp_path / "a.mp4", codec="libx264")
     rotate(path, 90)
     assert {frame.shape for _, frame in video.stream(path)} == {(64, 48, 3)}

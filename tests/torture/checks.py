@@ -28,11 +28,11 @@ Repetitions = namedtuple("Repetitions", "kills stops flips")
 Row = namedtuple("Row", "test details result problems")  # the row holds if `problems` is empty
 
 REPETITIONS = {"small": Repetitions(2, 1, 200), "full": Repetitions(20, 4, 1000)}
-TOLERANCE = 3e-4  # what AdamW makes of the rounding of a sum that is taken in another order
+TOLERANCE = 3e-4  # effect of AdamW on the rounding of sums in another order
 
 
 def unmet(**conditions):
-    """The names of the conditions that are false, for a row's problems."""
+    """Return the names of the conditions that are false, for a row's problems."""
     return [f"not {name}" for name, holds in conditions.items() if not holds]
 
 
@@ -40,7 +40,7 @@ def unmet(**conditions):
 
 
 def kill_repeatedly(world, kills, rng, attempt, whole, limits, success):
-    """Kill a script `kills` times and restart it each time. Returns (details, result, problems).
+    """Kill a script `kills` times and restart it each time. Return (details, result, problems).
 
     attempt(folder, **how): runs the script. whole: what an undisturbed run wrote. limits: seconds of
     work, and bytes, within which to kill. success: the exit code of a finished run.
@@ -77,7 +77,7 @@ def kill_preprocessing(world, repetitions, rng):
 
 
 def failures(features):
-    """{id: reason} of the clips that could not be used."""
+    """Return {id: reason} of the clips that could not be used."""
     lines = (features / "failures.jsonl").read_text().splitlines()
     return {line["id"]: line["reason"] for line in map(json.loads, lines)}
 
@@ -161,14 +161,14 @@ def flip_checkpoint(world, repetitions, rng):
 
 
 def flipped(data, rng):
-    """A copy of `data` with one bit flipped."""
+    """Return a copy of `data` with one bit flipped."""
     data = bytearray(data)
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return data
 
 
 def outcome(read, path, damaged):
-    """What reading `damaged`, a damaged copy of `path`, ends in."""
+    """Return the effect of the damage to `damaged`, a copy of `path`, on reading it."""
     try:
         value = read(damaged)
     except UserError:
@@ -282,7 +282,7 @@ def two_at_once(world, repetitions, rng):
 
 
 def distributed(world, repetitions, rng):
-    """Two processes of torchrun and one, in full and taking over a run: the same parameters."""
+    """Compare two processes of torchrun with one, in uninterrupted and in resumed runs."""
     features, _ = world.cache()
     folder = world.new()
     expect(world.preprocess(folder, processes=2), DONE)
@@ -319,7 +319,7 @@ TRIALS = (
 
 
 def markdown(rows):
-    """The page results/reliability.md."""
+    """Return the text of results/reliability.md."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "av"))
     lines = f"""# Results of the torture tests
 

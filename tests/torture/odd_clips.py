@@ -15,7 +15,7 @@ STALLING = [*(0, 33, 66, 100), *(800, 833, 866), *(1500, 1533, 1566, 1900)]  # m
 
 
 def grey(i, width=64, height=48):
-    """A frame whose brightness tells its index."""
+    """Return a frame whose brightness encodes its index."""
     return np.full((height, width, 3), 20 + 4 * i, np.uint8)
 
 
@@ -24,7 +24,7 @@ def noise(i, width=64, height=48):
 
 
 def write(path, n=48, frame=grey, codec="libvpx-vp9", pix="yuv420p", options=None, pts=None, **box):
-    """Write n frames at 12 frames/s, or at the milliseconds `pts`. Raises ValueError without an encoder."""
+    """Write n frames at 12 per second, or at times `pts` in ms. Raise ValueError without an encoder."""
     import av
 
     options = LOSSLESS if options is None and codec == "libvpx-vp9" else options or {}
@@ -57,7 +57,7 @@ def damage(path, begin, end, cut=False):
 
 
 def rotate(path, degrees):
-    """Give an MP4 the matrix that a phone held sideways writes: displayed `degrees` clockwise."""
+    """Set the display matrix of an MP4 to `degrees` clockwise, as a phone held sideways does."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
     c, s = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
@@ -69,7 +69,7 @@ def rotate(path, degrees):
 
 
 def write_sound(path):
-    """A file with an audio stream only."""
+    """Write a file with an audio stream only."""
     import av
 
     with av.open(str(path), "w") as container:

@@ -53,7 +53,7 @@ Ended = namedtuple("Ended", "code seconds stderr")
 
 
 def run(script, flags, kill_after=None, stop_with=None, kill_at=None, full_after=None, processes=1):
-    """Run a script with `flags` until it ends or is killed. Returns `Ended`.
+    """Run a script with `flags` until it ends or is killed. Return `Ended`.
 
     kill_after: send SIGKILL after this many seconds of work, or the signal `stop_with` to the whole
     process group. kill_at: SIGKILL during the write of this byte, counted over all temporary files.
@@ -88,7 +88,7 @@ def wait_for(*paths, seconds=None):
         if time.perf_counter() > end:
             return False
         if fork_server().poll() is not None:
-            raise UserError("the fork server has died", code=1)
+            raise UserError("the fork server has ended", code=1)
         time.sleep(0.005)
     return True
 
@@ -100,7 +100,7 @@ def environment():
 
 @cache
 def fork_server():
-    """A process that has imported everything and forks to run a script, since imports take seconds."""
+    """Return a process that has imported everything and forks to run scripts, which saves seconds."""
     code = "from torture import sandbox; sandbox.serve()"
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True
@@ -131,7 +131,7 @@ def serve():
 
 
 def run_in_child(script, flags, status, kill_at, full_after):
-    """Run the script in this process and exit. `kill_at`, `full_after` take effect when work starts."""
+    """Run the script in this process and exit. `kill_at` and `full_after` apply once work starts."""
     os.setsid()
     null, stderr = (
         os.open(os.devnull, os.O_RDWR),
@@ -207,7 +207,7 @@ def open_on_full_disk(remaining):
 
 
 def expect(ended, *codes):
-    """Return `ended`. Raises UserError for another exit code, which makes the trial invalid."""
+    """Return `ended`. Raise UserError for another exit code, which makes the trial invalid."""
     if ended.code not in codes:
         raise UserError(f"a script ended with {ended.code}, not {codes}: {ended.stderr[-2000:]}", 1)
     return ended
@@ -217,7 +217,7 @@ def expect(ended, *codes):
 
 
 class World:
-    """Clips, labels and tiny models under `folder`; features and runs are made beside them."""
+    """Clips, labels and tiny models. Features and runs are written to `folder`."""
 
     def __init__(self, folder, toy, annotations, videos):
         self.folder, self.toy, self.annotations, self.videos = folder, toy, annotations, videos
@@ -239,13 +239,13 @@ class World:
         return run("train", flags, **kwargs)
 
     def cache(self):
-        """The features of an undisturbed run, made once, and its seconds."""
+        """Return the features of an undisturbed run, made once, and its seconds."""
         if not self.features.is_dir():
             self.preprocess_seconds = expect(self.preprocess(), PARTIAL).seconds
         return self.features, self.preprocess_seconds
 
     def trained(self):
-        """The run folder of an undisturbed training, made once, and its seconds."""
+        """Return the run folder of an undisturbed training, made once, and its seconds."""
         folder = self.folder / "undisturbed"
         if not folder.is_dir():
             self.cache()
@@ -253,7 +253,7 @@ class World:
         return folder, self.train_seconds
 
     def new(self):
-        """The path of a folder that does not exist yet."""
+        """Return the path of a folder that does not exist yet."""
         return Path(tempfile.mkdtemp(dir=self.folder)) / "new"
 
 
@@ -270,7 +270,7 @@ def make_world(folder, toy):
 
 
 def contents(folder, pattern="*"):
-    """{name: content} of a folder's files, without times and the folder's own path."""
+    """Return {name: content} of a folder's files, without times and the folder's own path."""
     found = {}
     for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         data = path.read_bytes()
@@ -288,13 +288,13 @@ def contents(folder, pattern="*"):
 
 
 def differences(folder, other, pattern="*"):
-    """Names of the files that two folders do not have in common, bit for bit."""
+    """Return the names of the files that two folders do not have in common, bit for bit."""
     one, two = contents(folder, pattern), contents(other, pattern)
     return sorted(k for k in one.keys() | two.keys() if not equal(one.get(k), two.get(k)))
 
 
 def equal(a, b):
-    """True if two values are equal bit for bit, through dicts and lists."""
+    """Return True if two values are equal bit for bit, through dicts and lists."""
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
