@@ -379,9 +379,7 @@ def _decode_decord(path, picks, count):
         # fault_tol: raise an error instead of replacing a corrupt frame with its neighbour
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
         return reader.get_batch(picks).asnumpy() if len(reader) == count else None
-    except (
-        Exception
-    ):  # decord does not document its exceptions; PyAV tries again and reports errors
+    except Exception:  # decord does not document its exceptions; PyAV tries again
         return None
 
 
