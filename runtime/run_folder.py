@@ -116,7 +116,7 @@ class Run:
         self.writer.write(self.folder / BEST, state)
 
     def stopping(self):
-        """The number of a stop signal that any of the processes has received, or 0."""
+        """Return the number of a stop signal that any of the processes has received, or 0."""
         return distributed.maximum(self.stop.signal)
 
     @contextmanager
