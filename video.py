@@ -29,7 +29,7 @@ ENOUGH = 512
 # run out of memory.
 STRIP = 32
 
-# Largest clip, in bytes of all its decoded frames, that decord gets: it decodes ahead without a limit.
+# Limit for decord, in bytes of all decoded frames of a clip, because it decodes ahead without a limit.
 DECORD_BYTES = 256 * 2**20
 
 
@@ -307,7 +307,7 @@ def _video_streams(container):
 
 
 def _claimed_duration(container, stream):
-    """Duration in seconds of the video stream according to the file's headers, or None."""
+    """Return the duration of the video stream in seconds from the file's headers, or None."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
