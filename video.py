@@ -212,7 +212,8 @@ def probe(path):
         duration = _claimed_duration(container, stream)
         rate = float(stream.average_rate or 0)
     covered = _scan(path).covered
-    if duration is None or duration > 60 + 2 * covered:  # a corrupt header can claim a thousand years
+    # a corrupt header can claim a thousand years
+    if duration is None or duration > 60 + 2 * covered:
         duration = covered
     return Info(duration, rate, width, height, frame.rotation % 360)
 
