@@ -1,12 +1,12 @@
-"""Caption a split from its cached features and compute metrics, with control scores beside them.
+"""Caption a split from its cached features, and score the captions and several controls.
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
     torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
-the scores. The features must exist: preprocess_ssv2.py --splits <split>. To create an HTML page that
-shows each clip with its caption and score, run python -m viz.gallery RUN.
+the scores. Compute the features first, with preprocess_ssv2.py --splits <split>. To create an HTML page
+that shows each clip with its caption and score, run python -m viz.gallery RUN.
 """
 
 import runtime.start
@@ -30,7 +30,7 @@ from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import in_shard, read_json, write_json
 
-BATCH = 64  # clips captioned at once, here and in the validation of train.py
+BATCH = 64  # clips per batch, here and in the validation of train.py
 
 
 def parse_args(argv=None):
@@ -46,7 +46,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--predictions",
         nargs="+",
-        help="score these prediction files instead of a checkpoint (several: the parts of a sharded run)",
+        help="score the captions in these files instead of running a checkpoint; give all parts of a"
+        " sharded run",
     )
     group.add_argument("--split", default=VALIDATION, help="split to caption and score")
     group.add_argument("--style", choices=STYLES, default="label", help="caption style")
@@ -54,7 +55,7 @@ def parse_args(argv=None):
         "--control",
         choices=["none", "still"],
         default="none",
-        help="still: --features is a cache computed with preprocess_ssv2.py --still",
+        help="control to run; still means that --features was computed with preprocess_ssv2.py --still",
     )
     group.add_argument(
         "--allow-missing",
@@ -67,7 +68,7 @@ def parse_args(argv=None):
         "--shard",
         type=cli.shard,
         default="0/1",
-        help="i/n: process part i (from 0) of n; 0/1 is everything",
+        help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
     group.add_argument(
         "--output",
@@ -267,11 +268,11 @@ def to_device(batch, device):
 
 
 def score(predictions, records, everything, annotations, style="label", seed=0, **kwargs):
-    """Call `metrics.score` with the facts that it needs from the annotations.
+    """Call `metrics.score` with the class templates and the most frequent training caption.
 
-    everything: all records of the split. They set the document frequencies of CIDEr, so that a clip
-    gets the same score in a part of the split as in the whole. The templates and the most frequent
-    caption are those of the training split.
+    everything: all records of the split. CIDEr counts its document frequencies on them, so that a clip
+    gets the same score whether a part or all of the split is scored. Their templates are added to those
+    of the training split.
     """
     templates, most_frequent = training_facts(str(annotations), style)
     templates = templates | {r["template"] for r in everything} - {None}

@@ -40,13 +40,14 @@ def parse_args(argv=None):
         "--json", action="store_true", help="print one JSON object per file instead of text"
     )
     group.add_argument(
-        "--output", help="folder for captions.json (default with --num-samples: results/samples)"
+        "--output",
+        help="write captions.json to this folder (default with --num-samples: results/samples)",
     )
     group = parser.add_argument_group("clips of a dataset")
     group.add_argument(
         "--num-samples",
         type=cli.whole(1),
-        help="caption N random clips of the test split and copy them to --output",
+        help="caption this many random clips of the test split and copy the clips to --output",
     )
     group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
     group.add_argument(

@@ -1,6 +1,6 @@
 """Convert captions to the annotation files that all other scripts read: <output>/<split>.json.
 
-Something-Something-V2, with the file names of the first or the current release (paraphrases are optional):
+Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
 Your own clips, from a CSV or JSON-lines file with video,caption[,split] (a clip may have several rows):
     python prepare_annotations.py --captions mine.csv

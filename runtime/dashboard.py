@@ -77,6 +77,6 @@ def connect(name, folder, step, config):
 
 
 def known_id(folder):
-    """The dashboard id of the run in this folder, or a new unique one."""
+    """Return the dashboard id of the run in this folder, or a new unique one."""
     path = folder / ID_FILE
     return read_json(path, "run id") if path.is_file() else f"{folder.name}-{secrets.token_hex(4)}"

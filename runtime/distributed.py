@@ -14,7 +14,7 @@ import torch.distributed as dist
 from runtime import ranks
 from runtime.errors import UserError
 
-TIMEOUT = timedelta(days=1)  # processes wait while rank 0 computes scores or another reads slowly
+TIMEOUT = timedelta(days=1)  # others wait while rank 0 computes scores or a process reads slowly
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def all_reduce(tensors):
 
 
 def sums(*numbers):
-    """The sum of each number over the processes, in float64."""
+    """Return the sum of each number over the processes, in float64."""
     values = torch.tensor(numbers, dtype=torch.float64)
     all_reduce([values])
     return values.tolist()
@@ -60,7 +60,7 @@ def maximum(number):
 
 
 def all_gather(value):
-    """A list of the values of all processes in rank order, returned on every process."""
+    """Return the values of all processes as a list in rank order, on every process."""
     if ranks.world_size() == 1:
         return [value]
     values = [None] * ranks.world_size()
