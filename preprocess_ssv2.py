@@ -48,64 +48,50 @@ MANIFEST = "manifest.json"
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
-    )
-    group.add_argument("--features", default=cli.FEATURES, help="folder of the feature cache")
-    group.add_argument(
-        "--splits",
-        nargs="+",
-        help=f"splits to encode (default: {TRAIN} {VALIDATION})",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    add("--features", default=cli.FEATURES, help="folder of the feature cache")
+    add("--splits", nargs="+", help=f"splits to encode (default: {TRAIN} {VALIDATION})")
+    add(
         "--shard",
         type=cli.shard,
         default="0/1",
         help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
-    group = parser.add_argument_group("encoder")
-    group.add_argument(
-        "--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model"
-    )
-    group.add_argument("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
-    group.add_argument(
+    add = parser.add_argument_group("encoder").add_argument
+    add("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model")
+    add("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
+    add(
         "--resize",
         choices=CHOICES["resize"],
         default="squash",
         help="how to make frames square; squash: the whole picture, distorted; crop: its centre, as V-JEPA 2"
         " does; pad: the whole picture, with bars",
     )
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
-    group = parser.add_argument_group("storage")
-    group.add_argument(
-        "--store", choices=CHOICES["store"], default="int8", help="data type of stored features"
-    )
-    group.add_argument(
+    add("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
+    add = parser.add_argument_group("storage").add_argument
+    add("--store", choices=CHOICES["store"], default="int8", help="data type of stored features")
+    add(
         "--pool",
         type=int,
         choices=[1, 2, 4],
         default=1,
         help="average the features over squares of POOL x POOL tokens",
     )
-    group.add_argument(
+    add(
         "--still",
         action="store_true",
         help="repeat the first frame of each clip, as a control without motion",
     )
-    group = parser.add_argument_group("modes")
-    group.add_argument(
-        "--dry-run", action="store_true", help="estimate disk space and time, then exit"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("modes").add_argument
+    add("--dry-run", action="store_true", help="estimate disk space and time, then exit")
+    add(
         "--verify",
         action="store_true",
         help="check an existing cache instead of computing features",
     )
-    group.add_argument(
-        "--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode one clip"
-    )
+    add("--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode one clip")
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.splits = args.splits or [TRAIN, VALIDATION]

@@ -271,7 +271,7 @@ def words(args):
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     [first] = next(windows.read([path], encoder, windows.Windowing.of(args), limit=1))
     if first.error:
-        raise UserError(str(first.error), code=1)
+        raise UserError(str(first.error), code=FAILED)
     embeddings.note_truncated([first], [path])
     if not first.alone:
         note(f"{path}: using only the first {first.end:.1f} s")

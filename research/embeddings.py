@@ -22,7 +22,7 @@ from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
 from feature_cache import Settings
 from runtime.cli import note, printable
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import temporary_name
 
 # From what depends least on training for captions to what depends most
@@ -121,7 +121,7 @@ def embed_film(path, encoder, captioner, windowing, limit=None):
             window.frames = window.stored = None  # a long film has many windows
     errors = [w.error for w in read if w.error]
     if not parts:
-        raise UserError(str(errors[0]), code=1)
+        raise UserError(str(errors[0]), code=FAILED)
     if errors:
         note(f"skipped {len(errors)} of {len(read)} windows; the first error: {errors[0]}")
     decoded, whole = [not w.error for w in read], {}

@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
 WIDENED = 1 << 14  # vectors converted to float32 at a time: 100 MB at Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB
@@ -114,7 +114,7 @@ def score(vectors, templates, objects=None):
 def require_sklearn():
     """Raises UserError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("scores need scikit-learn: pip install -e '.[embed]'", code=1)
+        raise UserError("scores need scikit-learn: pip install -e '.[embed]'", code=FAILED)
 
 
 def mutual_information(vectors, templates, seed):

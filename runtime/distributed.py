@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import ranks
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
 TIMEOUT = timedelta(days=1)  # others wait while rank 0 computes scores or a process reads slowly
 
@@ -36,7 +36,7 @@ def joined(backend="gloo"):
         raise UserError(
             f"lost the connection to the other processes ({why}); if one of them has failed, see its"
             " message",
-            code=1,
+            code=FAILED,
         ) from None
     dist.destroy_process_group()  # not after an error, when it might wait for the other processes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from runtime.cli import note
-from runtime.errors import UserError, out_of_files, out_of_memory
+from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # limit for text files; SSv2's annotations with all paraphrases take 0.3 GB
 HASHES = 1 << 32  # a clip's hash is in [0, HASHES)
@@ -234,7 +234,7 @@ def lock(folder, busy_message, part=0, parts=1):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(busy_message, code=1) from None
+                raise UserError(busy_message, code=FAILED) from None
             note(
                 f"WARNING: {folder} cannot be locked ({error.strerror}); do not run another command on"
                 " it at the same time"
@@ -244,7 +244,7 @@ def lock(folder, busy_message, part=0, parts=1):
         except FileNotFoundError:
             same = False
         if not same:
-            raise UserError(busy_message, code=1)
+            raise UserError(busy_message, code=FAILED)
         try:
             yield
         finally:

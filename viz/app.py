@@ -25,7 +25,7 @@ from metrics import Templates, fill
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from video import is_video
 from viz import attention_map, text
 from windows import Windowing
@@ -85,7 +85,8 @@ def serve(blocks, host, port, max_megabytes):
         )
     except OSError:
         raise UserError(
-            f"--port {port} is in use, or --host {host} is not an address of this machine", code=1
+            f"--port {port} is in use, or --host {host} is not an address of this machine",
+            code=FAILED,
         ) from None
     note(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if host not in ("127.0.0.1", "localhost", "::1"):

@@ -17,7 +17,7 @@ from dataset import VALIDATION, by_hash, load_records
 from evaluate import read_predictions
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError, VideoError
+from runtime.errors import FAILED, UserError, VideoError
 from runtime.files import write_atomic
 from viz import text
 from viz.text import BLACK, GREEN, MARGIN, RED
@@ -71,7 +71,7 @@ def main(argv=None):
         except VideoError as error:
             note(str(error))
     if not strips:
-        raise UserError("none of the clips could be drawn", code=1)
+        raise UserError("none of the clips could be drawn", code=FAILED)
     data = io.BytesIO()
     text.stacked(strips).save(data, "PNG", optimize=True)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ Decode workers import this file, so it must not import torch (as runtime.files d
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
 MARGIN = 8  # pixels around text
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
@@ -16,7 +16,7 @@ def require(*packages, extra="viz"):
     """Raise UserError if an optional package is not installed; `extra` installs it."""
     for name in packages or ("PIL", "matplotlib"):
         if find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install -e '.[{extra}]'", code=1)
+            raise UserError(f"{name} is not installed: pip install -e '.[{extra}]'", code=FAILED)
 
 
 def font(size):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime import cli, start
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
 
 # A tiny model trains with fewer queries, a higher learning rate and no dropout
@@ -126,7 +126,7 @@ def shell(command):
     name = str(start.ROOT / name) if name.endswith(".py") else name
     done = subprocess.run([sys.executable, name, *args], env=start.environment())
     if done.returncode:
-        raise UserError(f"{command} ended with exit code {done.returncode}", code=1)
+        raise UserError(f"{command} ended with exit code {done.returncode}", code=FAILED)
 
 
 def summarise(run, seconds):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
 from worlds.shapes import (
     ACTIONS,
@@ -322,7 +322,7 @@ def main(argv=None):
             for future in futures:
                 future.result()
         except OSError as error:  # a full disk, mostly
-            raise UserError(f"cannot write to {root}: {error}", code=1) from None
+            raise UserError(f"cannot write to {root}: {error}", code=FAILED) from None
         finally:
             pool.shutdown(cancel_futures=True)
     if report:
