@@ -32,7 +32,7 @@ from runtime.cli import note, printable
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
 from video import find_clips
-from viz.text import require
+from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
 

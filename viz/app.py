@@ -27,7 +27,7 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
 from video import is_video
-from viz import attention_map, text
+from viz import attention_map, draw_text
 from windows import Windowing
 
 NEAREST = 5  # templates shown
@@ -61,7 +61,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require("gradio", "PIL", "matplotlib", extra="app")
+    draw_text.require("gradio", "PIL", "matplotlib", extra="app")
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
@@ -132,7 +132,7 @@ class Look:
             for style in STYLES
         ]
         templates = [[*row, w["time"]] for w in looks for row in w["templates"]]
-        return message, *captions, templates, text.stacked([w["picture"] for w in looks])
+        return message, *captions, templates, draw_text.stacked([w["picture"] for w in looks])
 
     def windows(self, path):
         """[(`Window`, what is shown of it or None)] in order. Raises UserError if the clip is too long."""

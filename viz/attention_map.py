@@ -26,7 +26,7 @@ from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL
 from runtime.files import write_atomic
 from video import find_clips
-from viz import text
+from viz import draw_text
 
 COLUMNS = 8  # moments drawn
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     paths = find_clips(args.clips)[: args.limit]
     output = cli.output_folder(args.output, "--output")
     checkpoint = read_checkpoint(args.checkpoint)

@@ -18,7 +18,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
-from viz.text import require
+from viz.draw_text import require
 
 STEP = {"step", "loss", "lr"}  # of a line of metrics.jsonl
 EVALUATION = {"epoch", "step", "loss", "metrics", "controls"}  # of validation_epoch_N.json

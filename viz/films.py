@@ -20,7 +20,7 @@ from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import read_json, write_atomic
 from video import file_names
-from viz import subtitles, text
+from viz import draw_text, subtitles
 from windows import output_names
 
 
@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     results = read_captions(Path(args.captions))
     output = cli.output_folder(args.output or Path(args.captions).parent, "--output")
     endings = [e for e, asked in (("gif", args.gif), ("mp4", args.video)) if asked] or ["gif"]

@@ -29,7 +29,7 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
-from viz import subtitles, text
+from viz import draw_text, subtitles
 
 EMBEDDED = (
     160 * 120,
@@ -79,7 +79,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.embed:
-        text.require("PIL")
+        draw_text.require("PIL")
     run = Path(args.run)
     if not run.is_dir():
         raise UserError(

@@ -19,8 +19,8 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
 from runtime.files import write_atomic
-from viz import text
-from viz.text import BLACK, GREEN, MARGIN, RED
+from viz import draw_text
+from viz.draw_text import BLACK, GREEN, MARGIN, RED
 
 FRAMES, HEIGHT, GAP = 8, 72, 2  # frames per strip; pixels
 LETTERS, NARROWEST = 14, 480  # pixels
@@ -48,7 +48,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     output = Path(args.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output} must be the name of a .png file")
@@ -73,7 +73,7 @@ def main(argv=None):
     if not strips:
         raise UserError("none of the clips could be drawn", code=1)
     data = io.BytesIO()
-    text.stacked(strips).save(data, "PNG", optimize=True)
+    draw_text.stacked(strips).save(data, "PNG", optimize=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, data.getvalue())
     print(output)
@@ -92,7 +92,7 @@ def strip(path, reference, caption):
     for f in frames:
         row.paste(f, (left, MARGIN))
         left += f.width + GAP
-    return text.stacked([row, text.panel(lines, width, LETTERS)])
+    return draw_text.stacked([row, draw_text.panel(lines, width, LETTERS)])
 
 
 if __name__ == "__main__":

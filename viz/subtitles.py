@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import video
-from viz.text import BLACK, GREY, panel
+from viz.draw_text import BLACK, GREY, panel
 
 NARROWEST = 240  # pixels: a caption needs room
 
