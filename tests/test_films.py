@@ -245,7 +245,7 @@ def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
 )
 def test_a_file_without_captions_is_refused(content, tmp_path):
     (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(UserError, match=r"holds no captions from infer\.py"):
+    with pytest.raises(UserError, match=r"was not written by infer\.py --output"):
         films.main([str(tmp_path / "captions.json")])
 
 
