@@ -258,7 +258,7 @@ def test_a_large_split_is_not_made_at_once(browser, tmp_path):
         ("no run", "run folder not found"),
         ("no evaluation", "scores not found: .*evaluation_validation.json. Run evaluate.py --pred"),
         ("another file", "was not written by evaluate.py"),
-        ("another style", "is of --split validation --style sentence"),
+        ("another style", "was made with --split validation --style sentence"),
         ("another clip", "captions of 64 clips; 63 of them are in split 'validation'"),
     ],
 )
