@@ -1,4 +1,4 @@
-"""Check which scripts can run on this machine, and print commands that fix what is missing.
+"""Check which scripts can run on this machine, and print the commands that fix problems.
 
     python -m tools.doctor            (one line per finding, then one per script; about 20 s)
     python -m tools.doctor --json     (the same as a JSON object)
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
     group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     group = parser.add_argument_group("data")
-    group.add_argument("--labels", default=cli.LABELS, help="SSv2's label folder (train.json, …)")
+    group.add_argument("--labels", default=cli.LABELS, help="folder of SSv2's label files")
     group.add_argument("--videos", default=cli.VIDEOS, help="folder with the clips")
     group.add_argument(
         "--annotations", default=cli.ANNOTATIONS, help="output of prepare_annotations.py"
