@@ -92,7 +92,7 @@ def _foreign_file(folder):
 
 
 def card(checkpoint, run, name):
-    """Write the text of the model card of a checkpoint from the folder `run`, shared as `name`."""
+    """Format the model card of a checkpoint from the folder `run`, shared as `name`."""
     settings, sizes, lm = checkpoint["manifest"].settings, checkpoint["sizes"], checkpoint["lm"]
     encoder = checkpoint["manifest"].info["encoder"]
     known = [model for model in (encoder, lm["name"]) if hub.is_cached(model)]
