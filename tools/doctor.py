@@ -1,4 +1,4 @@
-"""Check which scripts can run on this machine, and print commands that fix what is missing.
+"""Check which scripts can run on this machine, and print the commands that fix problems.
 
     python -m tools.doctor            (one line per finding, then one per script; about 20 s)
     python -m tools.doctor --json     (the same as a JSON object)
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
     add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     add = parser.add_argument_group("data").add_argument
-    add("--labels", default=cli.LABELS, help="SSv2's label folder (train.json, …)")
+    add("--labels", default=cli.LABELS, help="folder of SSv2's label files")
     add("--videos", default=cli.VIDEOS, help="folder with the clips")
     add("--annotations", default=cli.ANNOTATIONS, help="output of prepare_annotations.py")
     add("--features", default=cli.FEATURES, help="feature cache of preprocess_ssv2.py")
