@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from dataset import STYLES, collate_text, encode_caption
 from qformer import QFormer
 from runtime import devices, hub
-from runtime.errors import UserError, out_of_memory
+from runtime.errors import FAILED, UserError, out_of_memory
 
 READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
 TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
@@ -103,7 +103,7 @@ class VideoCaptioner(nn.Module):
             raise UserError(
                 f"--lm: in this version of transformers, {type(self.lm).__name__} does not fill the"
                 " key/value cache it is given",
-                code=1,
+                code=FAILED,
             )
         return out
 

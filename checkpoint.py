@@ -34,7 +34,7 @@ from feature_cache import Manifest, is_count
 from qformer import QFormer
 from runtime import devices, distributed, hub, ranks
 from runtime.cli import note
-from runtime.errors import UserError, out_of_memory
+from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.files import read_json, read_torch
 from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
 
@@ -309,12 +309,12 @@ def read_newest(folder, dry_run=False):
             corrupt.append(path)
             note(f"WARNING: {error}")
     if len(set(distributed.all_gather(state and state["step"]))) > 1:
-        raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=1)
+        raise UserError(f"--resume: the processes do not see the same {folder / LAST}", code=FAILED)
     if state is None and (paths or (folder / BEST).exists()):
         raise UserError(
             f"--resume: the run in {folder} has no checkpoint to continue from; start over with"
             " --overwrite",
-            code=1,
+            code=FAILED,
         )
     if state is None:
         note(f"--resume: there is no {folder / LAST}, starting from the first step")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import is_clip_id, read_json
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -242,7 +242,7 @@ def shared_memory(settings, workers, **batch_sizes):
         raise UserError(
             f"/dev/shm is too small: --workers {workers} needs {listed}. Use --workers 0 or increase it"
             f" (for a container: --shm-size {math.ceil(max(needs.values()))}m)",
-            code=1,
+            code=FAILED,
         ) from None
 
 

@@ -37,9 +37,8 @@ def transform(frames, size, resize):
     }[resize]
     if new != (height, width):
         x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
-    x = (
-        x.round().clamp(0, 255) / 255
-    )  # rounded because the published transform resizes 8-bit images
+    # rounded because the published transform resizes 8-bit images
+    x = x.round().clamp(0, 255) / 255
     mean, std = constants(x.device)
     x = (x - mean) / std
     top, left = (round((edge - size) / 2) for edge in new)
@@ -78,7 +77,7 @@ def quantise(features):
 
 
 def pool_space(features, grid, pool):
-    """Average over squares of pool x pool tokens, but not over time: (B, N, E) -> (B, N / pool^2, E)."""
+    """Average over squares of pool x pool tokens, not over time: (B, N, E) -> (B, N / pool^2, E)."""
     t, h, w = grid
     x = features.unflatten(1, (t, h // pool, pool, w // pool, pool))
     return x.mean((3, 5)).flatten(1, 3)

@@ -1,12 +1,12 @@
-"""Caption a split from its cached features and compute metrics, with control scores beside them.
+"""Caption a split from its cached features, and score the captions and several controls.
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
     torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
-the scores. The features must exist: preprocess_ssv2.py --splits <split>. To create an HTML page that
-shows each clip with its caption and score, run python -m viz.gallery RUN.
+the scores. Compute the features first, with preprocess_ssv2.py --splits <split>. To create an HTML page
+that shows each clip with its caption and score, run python -m viz.gallery RUN.
 """
 
 import runtime.start
@@ -27,58 +27,54 @@ from dataset import batches as read_batches
 from feature_cache import load_manifest, require_features
 from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import in_shard, read_json, write_json
 
-BATCH = 64  # clips captioned at once, here and in the validation of train.py
+BATCH = 64  # clips per batch, here and in the validation of train.py
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("what to score")
-    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
-    group.add_argument(
-        "--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py"
-    )
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("what to score").add_argument
+    add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
+    add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
+    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    add(
         "--predictions",
         nargs="+",
-        help="score these prediction files instead of a checkpoint (several: the parts of a sharded run)",
+        help="score the captions in these files instead of running a checkpoint; give all parts of a"
+        " sharded run",
     )
-    group.add_argument("--split", default=VALIDATION, help="split to caption and score")
-    group.add_argument("--style", choices=STYLES, default="label", help="caption style")
-    group.add_argument(
+    add("--split", default=VALIDATION, help="split to caption and score")
+    add("--style", choices=STYLES, default="label", help="caption style")
+    add(
         "--control",
         choices=["none", "still"],
         default="none",
-        help="still: --features is a cache computed with preprocess_ssv2.py --still",
+        help="control to run; still means that --features was computed with preprocess_ssv2.py --still",
     )
-    group.add_argument(
+    add(
         "--allow-missing",
         type=cli.whole(0),
         default=0,
         help="maximum number of clips without features; they are skipped",
     )
-    group.add_argument("--lm", help="folder of the checkpoint's language model, if it has moved")
-    group.add_argument(
+    add("--lm", help="folder of the checkpoint's language model, if it has moved")
+    add(
         "--shard",
         type=cli.shard,
         default="0/1",
-        help="i/n: process part i (from 0) of n; 0/1 is everything",
+        help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
-    group.add_argument(
+    add(
         "--output",
         help="folder for the results (default: that of the checkpoint, or results/<name> for an exported"
         " folder or a Hub id)",
     )
-    group.add_argument(
-        "--no-meteor", action="store_true", help="skip METEOR, which takes 10 s to start"
-    )
+    add("--no-meteor", action="store_true", help="skip METEOR, which takes 10 s to start")
     group = parser.add_argument_group("generation")
-    group.add_argument("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
+    add = group.add_argument
+    add("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
     cli.add_generation(group)
     cli.add_common(parser)
     return parser.parse_args(argv)
@@ -256,7 +252,7 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
         item for part in distributed.all_gather(list(predictions.items())) for item in part
     ]
     if duplicates := len(predictions) - len(dict(predictions)):
-        raise UserError(f"{duplicates} clips were captioned by more than one process", code=1)
+        raise UserError(f"{duplicates} clips were captioned by more than one process", code=FAILED)
     mean = sums[0] / sums[1] if sums[1] and not without_loss else math.nan
     return dict(predictions), mean if math.isfinite(mean) else None
 
@@ -267,11 +263,11 @@ def to_device(batch, device):
 
 
 def score(predictions, records, everything, annotations, style="label", seed=0, **kwargs):
-    """Call `metrics.score` with the facts that it needs from the annotations.
+    """Call `metrics.score` with the class templates and the most frequent training caption.
 
-    everything: all records of the split. They set the document frequencies of CIDEr, so that a clip
-    gets the same score in a part of the split as in the whole. The templates and the most frequent
-    caption are those of the training split.
+    everything: all records of the split. CIDEr counts its document frequencies on them, so that a clip
+    gets the same score whether a part or all of the split is scored. Their templates are added to those
+    of the training split.
     """
     templates, most_frequent = training_facts(str(annotations), style)
     templates = templates | {r["template"] for r in everything} - {None}

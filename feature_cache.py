@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.errors import UserError, out_of_files, out_of_memory
+from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
 
 FORMAT_VERSION = 1
@@ -175,7 +175,7 @@ def load_features(path, clip_id, settings):
         return UserError(
             f"features of clip {clip_id} ({path}) {why}."
             " Delete the file and run preprocess_ssv2.py again.",
-            code=1,
+            code=FAILED,
         )
 
     try:

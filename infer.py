@@ -32,26 +32,24 @@ def parse_args(argv=None):
     )
     cli.add_models(parser.add_argument_group("model"))
     group = parser.add_argument_group("captions")
-    group.add_argument("--style", choices=STYLES, default="label", help="caption style")
+    add = group.add_argument
+    add("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
     cli.add_generation(group)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", action="store_true", help="print one JSON object per file instead of text"
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print one JSON object per file instead of text")
+    add(
+        "--output",
+        help="write captions.json to this folder (default with --num-samples: results/samples)",
     )
-    group.add_argument(
-        "--output", help="folder for captions.json (default with --num-samples: results/samples)"
-    )
-    group = parser.add_argument_group("clips of a dataset")
-    group.add_argument(
+    add = parser.add_argument_group("clips of a dataset").add_argument
+    add(
         "--num-samples",
         type=cli.whole(1),
-        help="caption N random clips of the test split and copy them to --output",
+        help="caption this many random clips of the test split and copy the clips to --output",
     )
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
-    )
+    add("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
 """Score captions: BLEU, METEOR, ROUGE-L, CIDEr, template accuracy, controls, bootstrap intervals.
 
-`score` computes everything in evaluation_<split>.json; it imports no torch and needs no GPU. Without
-Java, METEOR is skipped and a simple tokenizer is used, and the result says so.
-24,777 captions took 71 s of processor time (104 s on two busy cores), METEOR in parallel included.
+`score` computes everything in evaluation_<split>.json. This module needs neither torch nor a GPU.
+Without Java, METEOR is skipped and a simple tokenizer is used, which the result records.
+Scoring 24,777 captions with METEOR took 71 s of processor time (104 s on two busy cores).
 """
 
 import gzip
@@ -37,7 +37,8 @@ def clean(text):
     """Put a caption on one line: unprintable characters and those beyond U+FFFF become spaces.
 
     Java's tokenizer treats `\\r`, `\\f` and U+2028 as line ends, which would shift all later captions
-    by a line. It drops most characters beyond U+FFFF (emoji), but tokenises what is next to them differently.
+    by a line. It drops most characters beyond U+FFFF (emoji), but they change how the text next to them
+    is tokenised.
     """
     text = "".join(c if c.isprintable() and c <= "\uffff" else " " for c in text)
     return " ".join(text.split())
@@ -46,9 +47,10 @@ def clean(text):
 def tokenize(texts, time_limit):
     """Tokenise and lower-case captions and drop punctuation, as pycocoevalcap's PTBTokenizer does.
 
-    time_limit: seconds for Java. Returns ({text: tokens joined by spaces}, tokenizer, reason): "ptb"
-    and None, or "simple" and why Java was not used. Predictions and references must be tokenised by
-    one call, because the two tokenizers differ.
+    time_limit: seconds for Java. Returns ({text: tokens joined by spaces}, tokenizer, reason). The
+    tokenizer is "ptb" and the reason None, or, if Java fails, the tokenizer is "simple" and the reason
+    is the error. Predictions and references must be tokenised in one call, because the two tokenizers
+    differ.
     """
     texts = sorted(set(texts))
     cleaned, tokenizer, reason = [clean(text) for text in texts], "ptb", None
@@ -61,10 +63,10 @@ def tokenize(texts, time_limit):
 
 
 def _ptb_tokens(texts, time_limit):
-    """Tokenise `texts` in one run of Java; raises JavaError.
+    """Tokenise `texts` in one run of Java. Raises JavaError.
 
-    A line "A" after each makes the result independent of the next caption: Java looks at its first
-    letter to decide whether the full stop of "... x." belongs to the x.
+    A line "A" is added after each caption, so that its tokens do not depend on the next caption. Java
+    looks at the first letter of the next line to decide whether the full stop of "... x." belongs to the x.
     """
     main = ("edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8")
     path = jar("tokenizer", "stanford-corenlp-3.4.1.jar")
@@ -72,34 +74,34 @@ def _ptb_tokens(texts, time_limit):
     out = run_java(["-cp", path, *main, "-preserveLines", "-lowerCase"], lines, time_limit)
     if len(out) != len(lines) or set(out[1::2]) != {"a"}:
         raise JavaError(f"PTBTokenizer returned {len(out)} lines for {len(lines)}")
-    # PUNCTUATIONS has brackets as -LRB-, which never match Java's lower-case output: brackets stay,
-    # as in all published scores. split() also splits "1\xa01/2", as the n-gram metrics do.
+    # PUNCTUATIONS lists brackets as -LRB-, which does not match Java's lower-case output. Brackets are
+    # therefore kept, as in all published scores. split() also splits "1\xa01/2", as the n-gram metrics do.
     dropped = frozenset(PUNCTUATIONS)
     return [" ".join(t for t in line.split() if t not in dropped) for line in out[::2]]
 
 
 # ---- n-gram metrics ------------------------------------------------------------------------
-# hypotheses: {id: tokens}, references: {id: list of tokens}; tokens are joined by spaces.
+# hypotheses: {id: tokens}. references: {id: list of tokens}. Tokens are joined by spaces.
 
 
 def bleu(hypotheses, references):
-    """Corpus BLEU-1..4 (Papineni et al. 2002): {"Bleu_1": float in 0..1, ...}."""
+    """Compute corpus BLEU-1..4 (Papineni et al. 2002). Returns {"Bleu_1": float in 0..1, ...}."""
     hypotheses = {i: [text] for i, text in hypotheses.items()}
     scores, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
     return {f"Bleu_{n}": float(score) for n, score in enumerate(scores, 1)}
 
 
 def rouge_l(hypotheses, references):
-    """Mean ROUGE-L (Lin 2004), beta = 1.2: a float in 0..1."""
+    """Compute the mean ROUGE-L over clips (Lin 2004) with beta = 1.2, a float in 0..1."""
     hypotheses = {i: [text] for i, text in hypotheses.items()}
     return float(Rouge().compute_score(references, hypotheses)[0])
 
 
 def meteor(hypotheses, references):
-    """Corpus METEOR 1.5 (Denkowski and Lavie 2014), English, -norm: a float in 0..1.
+    """Compute corpus METEOR 1.5 (Denkowski and Lavie 2014), English with -norm, a float in 0..1.
 
-    The jar waits forever after any error. It therefore gets its whole input at once, and each of its
-    two runs, match statistics and final score, has a time limit. Raises JavaError.
+    The jar runs twice, once for the match statistics and once for the final score. After an error it
+    waits forever, so each run gets its whole input at once and has a time limit. Raises JavaError.
     """
     options = ["-Xmx2G", "-jar", jar("meteor", "meteor-1.5.jar")]
     options += ["-", "-", "-stdio", "-l", "en", "-norm"]
@@ -124,7 +126,7 @@ def meteor(hypotheses, references):
 class Cider:
     """CIDEr-D (Vedantam et al. 2015) of pycocoevalcap with fixed document frequencies.
 
-    references: {id: list of tokens} of the whole split. The document frequencies are counted on them,
+    references: {id: list of tokens} of the whole split. Document frequencies are counted on all of them,
     so that a clip's score does not depend on which other clips are scored.
     """
 
@@ -135,17 +137,18 @@ class Cider:
         )
 
     def __call__(self, hypotheses):
-        """Score {id: tokens}; returns {id: float in 0..10}."""
+        """Score {id: tokens}. Returns {id: float in 0..10}."""
         scorer = CiderScorer()
         scorer.document_frequency = self.document_frequency
         scorer.ctest = [cook_test(text) for text in hypotheses.values()]
-        # The number of documents is the length of this list, and surplus entries are not scored.
+        # The scorer takes the number of documents from the length of this list, so it is padded to that of
+        # the whole split. The additional entries are not scored.
         scorer.crefs = [self.references[i] for i in hypotheses]
         scorer.crefs += [None] * (len(self.references) - len(hypotheses))
         return dict(zip(hypotheses, map(float, scorer.compute_cider()), strict=True))
 
     def ceiling(self, references):
-        """Per clip, the highest score of any of its own references: {id: float}."""
+        """Score the references of each clip as captions. Returns {id: the highest of these scores}."""
         best = dict.fromkeys(references, 0.0)
         for k in range(max(map(len, references.values()))):
             kth = {i: texts[k] for i, texts in references.items() if k < len(texts)}
@@ -155,15 +158,16 @@ class Cider:
 
 
 def exact_match(hypotheses, references):
-    """1.0 for a clip whose tokens equal those of one of its references, else 0.0: {id: float}."""
+    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}."""
     return {i: float(hypotheses[i] in texts) for i, texts in references.items()}
 
 
 def placeholder_match(hypotheses, records, tokens):
-    """The share of a clip's placeholders that occur in its hypothesis: {id: float} of clips with placeholders.
+    """Compute the share of each clip's placeholders that occur in its hypothesis.
 
-    tokens: {placeholder: tokens}. The tokens of "vicks vaporub bottle" must occur as a contiguous
-    sequence; the order of the placeholders and the number of occurrences do not matter.
+    tokens: {placeholder: tokens}. Returns {id: float in 0..1} for the clips that have placeholders. The
+    tokens of "vicks vaporub bottle" must occur as a contiguous sequence. The order of the placeholders
+    and the number of occurrences do not matter.
     """
     placeholders = {r["id"]: [tokens[p] for p in r["placeholders"] if tokens[p]] for r in records}
     return {
@@ -181,12 +185,15 @@ def _plain(text):
 
 
 def canonical(template):
-    """A template without brackets, lower-case: the form of SSv2's labels.json and test-answers.csv."""
+    """Return a template in lower case and without brackets, as in labels.json and test-answers.csv."""
     return _plain(re.sub(r"[\[\]]", "", template))
 
 
 def fill(template, fillers):
-    """Fill the brackets of a template in order, in lower case; brackets left over keep their words."""
+    """Fill the brackets of a template in order and return the text in lower case.
+
+    If there are fewer fillers than brackets, the words in the remaining brackets are kept.
+    """
     words = iter(fillers)
     return _plain(re.sub(r"\[([^\]]*)\]", lambda slot: next(words, slot[1]), template))
 
@@ -194,9 +201,10 @@ def fill(template, fillers):
 class Templates:
     """Finds the template that a caption was made from.
 
-    A template such as "Holding [something] next to [something]" matches a whole caption, whatever its
-    case and white space, as a regular expression with `(.+?)` per bracket would. If several match, the
-    one with the most literal characters wins, then the first in the list.
+    A template such as "Holding [something] next to [something]" matches like a regular expression with
+    `(.+?)` for each bracket. It must match the whole caption, without regard to case and white space. If
+    several templates match, the one with the most literal characters is used, and among equals the first
+    in the list.
     """
 
     def __init__(self, templates):
@@ -204,7 +212,10 @@ class Templates:
         self._parts = sorted(parts, key=lambda p: -sum(map(len, p[1])))
 
     def parse(self, caption):
-        """(template, fillers in lower case), or None; a full stop at the end of the caption is ignored."""
+        """Return (template, fillers in lower case), or None if no template matches.
+
+        Full stops at the end of the caption are ignored.
+        """
         text = _plain(caption).rstrip(". ")
         for template, parts in self._parts:
             fillers = self._fillers(parts, text)
@@ -214,10 +225,10 @@ class Templates:
 
     @staticmethod
     def _fillers(parts, text):
-        """The text in each bracket between the literal `parts`, or None if they do not match.
+        """Return the text in each bracket between the literal `parts`, or None if they do not match.
 
-        Searching for the parts from left to right finds what the regular expression would, in linear
-        time: on a caption that repeats itself, three `(.+?)` would take minutes.
+        The result is the same as with the regular expression, but searching for the parts from left to
+        right takes linear time. On a repetitive caption, three `(.+?)` would take minutes.
         """
         if len(parts) == 1:
             return [] if text == parts[0] else None
@@ -235,7 +246,10 @@ class Templates:
 
 
 def template_accuracy(captions, records, parser):
-    """1.0 for a clip in whose caption `parser` finds its template (brackets or not), else 0.0: {id: float}."""
+    """Return {id: 1.0 if `parser` finds the clip's own template in its caption, else 0.0}.
+
+    Clips without a template are left out. Templates are compared without their brackets.
+    """
     templates = {r["id"]: canonical(r["template"]) for r in records if r["template"]}
     found = {i: parser.parse(captions[i]) or ("", []) for i in templates}  # (template, fillers)
     return {i: float(canonical(found[i][0]) == template) for i, template in templates.items()}
@@ -245,7 +259,7 @@ def template_accuracy(captions, records, parser):
 
 
 def derangement(n, seed):
-    """A seeded permutation of range(n) without fixed points (Sattolo 1986); n >= 2."""
+    """Return a random permutation of range(n), n >= 2, without fixed points (Sattolo 1986)."""
     assert n >= 2, "a derangement needs two items"
     order, rng = list(range(n)), random.Random(f"derangement:{seed}")
     for i in range(n - 1, 0, -1):
@@ -255,7 +269,10 @@ def derangement(n, seed):
 
 
 def bootstrap(values, seed):
-    """95 % percentile interval (Efron 1979) of the mean of `values` (n,), resampled over clips: [lo, hi]."""
+    """Compute a 95 % bootstrap interval (Efron 1979) of the mean of `values` (n,), one per clip.
+
+    Returns [low, high], percentiles of the means of RESAMPLES samples of the clips.
+    """
     values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     means = [rng.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
@@ -278,14 +295,14 @@ def predictions_by_id(entries):
 
 
 def references_of(records, style):
-    """{id: list of texts} in this style: the label, or the paraphrases, without blank ones."""
+    """Return {id: list of non-blank texts}, the label or the paraphrases depending on `style`."""
     assert style in ("label", "sentence"), style
     texts = {r["id"]: [r["label"]] if style == "label" else r["paraphrases"] for r in records}
     return {i: [t for t in texts if t and t.strip()] for i, texts in texts.items()}
 
 
 def _check(predictions, references, style):
-    """Raise UserError unless every clip has a prediction, and all clips have references or none has."""
+    """Raise UserError unless clips and predictions match, and all clips have references or none has."""
     n, without = len(references), [i for i, texts in references.items() if not texts]
     problems = {
         f"{n} clips have no prediction": [i for i in references if i not in predictions],
@@ -304,7 +321,7 @@ def _examples(ids):
 
 
 def _systems(predictions, most_frequent, seed):
-    """What is scored: {"main": {id: text}} and the controls, by name."""
+    """Return the caption sets to score: {"main": {id: text}}, and one more for each control."""
     systems, ids = {"main": predictions}, sorted(predictions)
     if len(ids) > 1:
         order = derangement(len(ids), seed)
@@ -315,7 +332,10 @@ def _systems(predictions, most_frequent, seed):
 
 
 def _skipped(records, split, style, templates, most_frequent, with_meteor):
-    """{metric or control: reason} for what cannot be computed; split: the references of the split."""
+    """Return {name: reason} for the metrics and controls that cannot be computed.
+
+    split: {id: references} of the clips in the split that have any.
+    """
     skipped = {} if with_meteor else {"METEOR": "not requested"}
     if not split:
         names = (*CAPTION_METRICS, "exact_match", "placeholder_match")
@@ -350,19 +370,27 @@ def score(
 ):
     """Score one caption per clip. Returns (result, per_clip).
 
-    predictions: {id: text}; records: the clips to score (dataset.load_records), at least one;
-    templates: the class templates, with brackets; all_records: the whole split, on whose references
-    CIDEr counts document frequencies (default: records); most_frequent: the most frequent training
-    caption of this style; with_meteor: METEOR needs 10 s to start, however few the clips.
+    predictions: {id: text}.
+    records: the clips to score, from `dataset.load_records`, at least one.
+    templates: the class templates, with brackets.
+    all_records: the whole split. CIDEr counts document frequencies on its references. Default: records.
+    most_frequent: the most frequent training caption of this style.
+    with_meteor: whether to compute METEOR, which needs 10 s to start, even for a few clips.
 
-    result, ready for JSON: `n`; `metrics` (CIDEr in 0..10, the others in 0..1); `controls`: `shuffled`
-    (the predictions permuted so that every clip gets another clip's), `most_frequent` (one caption for
-    all clips), `ceiling` (mean over clips of the best CIDEr that one of their own references reaches);
-    `ci95` {metric: [lo, hi]}; `counts` {metric: clips} for metrics that are defined for some clips only;
-    `parser_on_references` (template accuracy of the labels); `tokenizer`; `skipped` {what: reason}.
-    per_clip: {id: {metric: float}} for the metrics that are means over clips (PER_CLIP).
+    `result` can be written as JSON. Its keys:
+        n: the number of clips.
+        metrics: CIDEr in 0..10, the others in 0..1.
+        controls: `shuffled` gives every clip the prediction of another clip, `most_frequent` gives all
+            clips the same caption, and `ceiling` is the mean over clips of the highest CIDEr of any of
+            their own references.
+        ci95: {metric: [low, high]}.
+        counts: {metric: number of clips} for metrics that are defined for some of the clips only.
+        parser_on_references: the template accuracy of the labels themselves.
+        tokenizer: "ptb" or "simple".
+        skipped: {metric, control or tokenizer: reason}.
+    `per_clip` is {id: {metric: float}} for the metrics that are means over clips (PER_CLIP).
 
-    Raises UserError if clips and predictions do not match, or only some clips have references.
+    Raises UserError if clips and predictions do not match, or if only some clips have references.
     """
     references = references_of(records, style)
     split = references_of(all_records or records, style)
@@ -370,11 +398,11 @@ def score(
     if not any(references.values()):
         references, split = {}, {}
     split = {i: texts for i, texts in split.items() if texts}
-    # in the records' order: the last bit of a mean depends on it
+    # in the order of the records, because the last bit of a mean depends on the order
     systems = _systems({r["id"]: predictions[r["id"]] for r in records}, most_frequent, seed)
     skipped = _skipped(records, split, style, templates, most_frequent, with_meteor)
 
-    # tokenise every distinct text, all in one run of Java
+    # tokenise all texts in one run of Java
     texts = {text for captions in systems.values() for text in captions.values()}
     texts.update(*split.values(), *(r["placeholders"] for r in records))
     tokens, tokenizer, reason = tokenize(texts, JAVA_LIMIT)
@@ -391,7 +419,7 @@ def score(
         "placeholder_match": lambda name: placeholder_match(hypotheses[name], records, tokens),
     }
     values, scores = {}, {}  # {system: {metric: {id: float}}}, {system: {metric: float}}
-    with java_thread() as thread:  # METEOR takes as long as everything else
+    with java_thread() as thread:  # METEOR takes as long as all other metrics
         if "METEOR" not in skipped:
             pending = thread.submit(meteor, hypotheses["main"], references)
         for name in systems:
@@ -437,7 +465,7 @@ def _pick(scores, names):
 
 
 def table(result):
-    """The result of `score` as rows of text (the first is the header) and a list of notes."""
+    """Format the result of `score` as rows of text, starting with the header, and a list of notes."""
     controls = {name: dict(scores) for name, scores in result["controls"].items()}
     if "parser_on_references" in result:
         controls.setdefault("ceiling", {})["template_accuracy"] = result["parser_on_references"]
@@ -462,7 +490,7 @@ def table(result):
 
 
 def format_table(result):
-    """The rows and notes of `table` as text for a terminal."""
+    """Format the rows and notes of `table` as text for a terminal."""
     rows, lines = table(result)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [

@@ -1,6 +1,6 @@
 """Convert captions to the annotation files that all other scripts read: <output>/<split>.json.
 
-Something-Something-V2, with the file names of the first or the current release (paraphrases are optional):
+Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
 Your own clips, from a CSV or JSON-lines file with video,caption[,split] (a clip may have several rows):
     python prepare_annotations.py --captions mine.csv
@@ -28,20 +28,16 @@ PREFIX = "something-something-v2-"  # file names of the first release
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("Something-Something-V2")
-    group.add_argument(
-        "--labels", default=cli.LABELS, help="folder with train.json, validation.json, …"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("Something-Something-V2").add_argument
+    add("--labels", default=cli.LABELS, help="folder with train.json, validation.json, …")
+    add(
         "--paraphrases",
         help='file, folder or glob of JSON files {"id": ["sentence", …]}'
         f" (default: {PARAPHRASES}, if it exists)",
     )
-    group = parser.add_argument_group("your own clips")
-    group.add_argument(
-        "--captions", help="CSV with a header, or .jsonl, with the columns video,caption[,split]"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("your own clips").add_argument
+    add("--captions", help="CSV with a header, or .jsonl, with the columns video,caption[,split]")
+    add(
         "--validation-share",
         type=cli.number(least=0, below=1),
         default=0.1,

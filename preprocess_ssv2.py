@@ -4,8 +4,8 @@
     python preprocess_ssv2.py --verify        (checksums, NaN, coverage)
     torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
-It can be stopped at any time and started again, with the same --shard or another: complete files are
-kept. Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
+You can stop it at any time and start it again, with the same --shard or another. Clips that are done are
+skipped. Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
 shard), and the exit code is then 3 (0 under torchrun).
 """
 
@@ -48,64 +48,50 @@ MANIFEST = "manifest.json"
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder that contains the clips")
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py"
-    )
-    group.add_argument("--features", default=cli.FEATURES, help="folder of the feature cache")
-    group.add_argument(
-        "--splits",
-        nargs="+",
-        help=f"splits to encode (default: {TRAIN} {VALIDATION})",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    add("--features", default=cli.FEATURES, help="folder of the feature cache")
+    add("--splits", nargs="+", help=f"splits to encode (default: {TRAIN} {VALIDATION})")
+    add(
         "--shard",
         type=cli.shard,
         default="0/1",
-        help="i/n: process part i (from 0) of n; 0/1 is everything",
+        help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
-    group = parser.add_argument_group("encoder")
-    group.add_argument(
-        "--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model"
-    )
-    group.add_argument("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
-    group.add_argument(
+    add = parser.add_argument_group("encoder").add_argument
+    add("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model")
+    add("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
+    add(
         "--resize",
         choices=CHOICES["resize"],
         default="squash",
-        help="squash: whole picture, aspect ratio lost; crop: V-JEPA 2's central crop; pad: whole picture"
-        " with bars",
+        help="how to make frames square; squash: the whole picture, distorted; crop: its centre, as V-JEPA 2"
+        " does; pad: the whole picture, with bars",
     )
-    group.add_argument("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
-    group = parser.add_argument_group("storage")
-    group.add_argument(
-        "--store", choices=CHOICES["store"], default="int8", help="data type of stored features"
-    )
-    group.add_argument(
+    add("--batch-size", type=cli.whole(1), default=8, help="clips per batch")
+    add = parser.add_argument_group("storage").add_argument
+    add("--store", choices=CHOICES["store"], default="int8", help="data type of stored features")
+    add(
         "--pool",
         type=int,
         choices=[1, 2, 4],
         default=1,
         help="average the features over squares of POOL x POOL tokens",
     )
-    group.add_argument(
+    add(
         "--still",
         action="store_true",
         help="repeat the first frame of each clip, as a control without motion",
     )
-    group = parser.add_argument_group("modes")
-    group.add_argument(
-        "--dry-run", action="store_true", help="estimate disk space and time, then exit"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("modes").add_argument
+    add("--dry-run", action="store_true", help="estimate disk space and time, then exit")
+    add(
         "--verify",
         action="store_true",
         help="check an existing cache instead of computing features",
     )
-    group.add_argument(
-        "--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode one clip"
-    )
+    add("--timeout", type=cli.whole(1), default=60, help="seconds allowed to decode one clip")
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.splits = args.splits or [TRAIN, VALIDATION]
@@ -135,7 +121,7 @@ def in_part(keys, part):
 
 
 def complete(features, paths):
-    """Return the keys of `paths` that have a feature file. Files get their name when complete."""
+    """Return the keys of `paths` that have a feature file. A file gets its name once it is complete."""
     have = {}
     for split in {split for split, _ in paths}:
         folder = features / split
@@ -144,7 +130,11 @@ def complete(features, paths):
 
 
 def fill(args, part, paths, missing, device, dtype):
-    """Encode the clips that the cache lacks of one part: this process's share of --shard."""
+    """Encode the clips of one part that are not in the cache yet.
+
+    part: this process's share of --shard, as (i, n). paths: {key: path} of the clips in this part.
+    missing: the keys of the clips in this part that have no file.
+    """
     features = cli.output_folder(args.features, "--features")
     busy = f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
     with nullcontext() if args.dry_run else lock(features, busy, *part):
@@ -165,7 +155,7 @@ def fill(args, part, paths, missing, device, dtype):
 
 
 def clear(features, splits, part):
-    """Make the splits' folders, and delete unfinished files of this part that killed runs left."""
+    """Create the folders of the splits and delete this part's unfinished files of killed runs."""
     for split in splits:
         (features / split).mkdir(exist_ok=True)
         remove_unfinished(features / split, lambda name: in_shard(name.removesuffix(".pt"), *part))
@@ -174,9 +164,10 @@ def clear(features, splits, part):
 
 
 def matching_encoder(args, features, device, dtype, needed):
-    """Load the encoder and check it against the cache's settings; None if it is not needed.
+    """Load the encoder and check its settings against those of the cache. Write a new cache's manifest.
 
-    Raises UserError, where possible before the encoder is loaded.
+    Returns None if the encoder is not needed. Raises UserError if the settings differ, before the
+    encoder is loaded if possible.
     """
     wanted = {
         "num_frames": args.num_frames,
@@ -191,7 +182,7 @@ def matching_encoder(args, features, device, dtype, needed):
             f"{features} contains features but no {MANIFEST}, which records how they were made: restore"
             " it, or use another folder"
         )
-    if existing:  # compare what is known without the encoder, before it is loaded
+    if existing:  # first compare the settings that are known without loading the encoder
         known = wanted | {
             "compute_dtype": str(dtype).removeprefix("torch."),
             "encoder_fingerprint": hub.fingerprint(hub.find_model(args.encoder, "--encoder")),
@@ -202,10 +193,10 @@ def matching_encoder(args, features, device, dtype, needed):
 
     encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **wanted)
     if not existing and not args.dry_run:
-        # no date, so that equal caches are byte-identical
+        # without the date, so that caches of the same features are byte-identical
         versions = {name: version(name) for name in ("torch", "transformers", "av")}
         manifest = Manifest(encoder.settings, {"encoder": args.encoder, "versions": versions})
-        # if shards start together, the first writes the manifest and the others compare
+        # if several shards start together, one writes the manifest and the others are checked against it
         write_new(features / MANIFEST, json_bytes(manifest.as_dict()))
         existing = load_manifest(features).settings
     if existing:
@@ -214,7 +205,7 @@ def matching_encoder(args, features, device, dtype, needed):
 
 
 def encode_all(encoder, todo, features, batch_size, pool, log):
-    """`encode` with a progress bar; logs each clip that fails, and returns them."""
+    """Run `encode` with a progress bar. Logs the clips that fail and returns {key: (reason, detail)}."""
     failed = {}
     with progress(len(todo), "clip") as bar:
         for key, error in encode(encoder, todo, features, batch_size, pool):
@@ -226,9 +217,9 @@ def encode_all(encoder, todo, features, batch_size, pool, log):
 
 
 def encode(encoder, todo, features, batch_size, pool):
-    """Decode, encode and save the clips {key: path} of `todo`; yields (key, None or (reason, detail)).
+    """Decode, encode and save clips. Yields (key, None) for each, or (key, (reason, detail)) if it failed.
 
-    features: the cache's folder; pool: a `WorkerPool` that decodes.
+    todo: {key: path}. features: the folder of the cache. pool: a `WorkerPool` for decoding.
     """
 
     def save(key, stored, decoder):
@@ -253,9 +244,9 @@ def encode(encoder, todo, features, batch_size, pool):
 
     batch, running, writes = [], [], []
     jobs = ((key, path, encoder.settings.num_frames) for key, path in todo.items())
-    ahead = 2 * (batch_size + pool.workers)  # the next batch is decoded while one is encoded
+    ahead = 2 * (batch_size + pool.workers)  # so that decoding continues while a batch is encoded
     clips = pool.map(video.decode, jobs, ahead)
-    with ThreadPoolExecutor(4) as disk:  # fsync waits for the disk, encoding does not
+    with ThreadPoolExecutor(4) as disk:  # so that encoding does not wait for fsync
         for key, clip in clips:
             if isinstance(clip, VideoError):
                 yield key, (clip.reason, str(clip))
@@ -264,7 +255,7 @@ def encode(encoder, todo, features, batch_size, pool):
             else:
                 batch.append((key, clip))
             if len(batch) == batch_size:
-                # a GPU starts on this batch before the last one is collected and saved
+                # queue this batch on the GPU before collecting the previous one, so that it stays busy
                 running.append(launch(batch))
                 batch = []
                 while len(running) > (1 if devices.on_gpu(encoder.device) else 0):
@@ -277,7 +268,7 @@ def encode(encoder, todo, features, batch_size, pool):
 
 
 def dry_run(encoder, todo, features, batch_size, pool):
-    """Print what the run would need, from a few timed clips."""
+    """Print the disk space and, from a few timed clips, the time that the run would need."""
     sample = dict(list(todo.items())[: 2 * batch_size])
     shape = encoder.settings.num_tokens, encoder.settings.width
     dtype = STORES[encoder.settings.store]
@@ -301,10 +292,10 @@ def dry_run(encoder, todo, features, batch_size, pool):
                 failed += error is not None
         seconds = (times[-1] - times[0]) / len(sample) * len(todo)
         print(
-            f"estimated time   {hours(seconds)} from {len(sample)} timed clips, start-up included"
+            f"estimated time   {hours(seconds)}, from {len(sample)} timed clips including start-up"
         )
         if failed:
-            print(f"unusable         {failed} of the {len(sample)} timed clips")
+            print(f"failed           {failed} of the {len(sample)} timed clips")
     return DONE
 
 
@@ -318,7 +309,7 @@ def nearest_folder(path):
 
 
 def report(ok, failed, missing):
-    """Print the totals over all processes; returns the exit code."""
+    """Print the totals over all processes and return the exit code."""
     parts = distributed.all_gather((ok, failed, missing))
     ok = sum(part[0] for part in parts)
     failed = {key: error for part in parts for key, error in part[1].items()}
@@ -333,12 +324,15 @@ def report(ok, failed, missing):
     if not ok and (failed or missing):
         return FAILED
     if ranks.launched():
-        return DONE  # torchrun treats any other code as a crash and kills the other processes
+        return DONE  # torchrun would treat any other code as a crash and kill the other processes
     return PARTIAL if failed or missing else DONE
 
 
 def verify(features, keys, workers):
-    """Check the feature file of every (split, id): checksum, shape, NaN. Exit code 1 if any is bad."""
+    """Check the feature files of all keys (split, id) for damage, wrong shapes and NaN.
+
+    Returns exit code 1 if any file is damaged or missing, else 0.
+    """
     settings = load_manifest(features).settings
 
     def check(key):

@@ -10,12 +10,12 @@ from torch import nn
 
 
 class StoredFeatures:
-    """A batch of features as they are stored, and what turns them into tokens for the Q-Former:
+    """A batch of features as they are stored, with the parameters that map them to tokens:
 
         token = W_p (scale * feature + offset - mean) / std + position
 
-    features: int8, float16 or float (B, N, E); scale, offset: (B, E); mean, std: (E,); project: the
-    Linear layer W_p; pos: one table per axis of the grid, (T, D), (H, D), (W, D).
+    features: (B, N, E), int8, float16 or float. scale, offset: (B, E). mean, std: (E,).
+    project: the Linear layer W_p. pos: one table per axis of the grid, (T, D), (H, D) and (W, D).
     """
 
     def __init__(self, features, scale, offset, mean, std, project, pos):
@@ -24,26 +24,26 @@ class StoredFeatures:
         self.grid = tuple(len(table) for table in pos)
 
     def projected(self):
-        """All tokens without their positions, (B, N, D), in the dtype of mean and std."""
+        """Compute all tokens without their positions, (B, N, D), in the dtype of mean and std."""
         x = self.features.to(self.mean.dtype) * self.scale[:, None] + self.offset[:, None]
         return self.project((x - self.mean) / self.std)
 
     def positions(self):
-        """(N, D)"""
+        """Compute the positions of all tokens, (N, D)."""
         t, h, w = self.pos
         return (t[:, None, None] + h[None, :, None] + w[None, None, :]).flatten(0, 2)
 
     def tokens(self):
-        """All tokens written out, (B, N, D)."""
+        """Compute all tokens, (B, N, D)."""
         return self.projected() + self.positions()
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to the tokens of `StoredFeatures`, which are never written down.
+    """Cross-attention from queries to the tokens of `StoredFeatures`, which are never materialised.
 
-    With few queries it is cheaper to fold the key and value projections into the queries than to
-    project every token: q·(W_k W_p x) = (W_p^T W_k^T q)·x, and the weighted sum commutes with the
-    projections likewise. `textbook` computes the same and is what the tests compare with.
+    If there are few queries, projecting every token to keys and values is wasteful. The key projection is
+    folded into the queries, q·(W_k W_p x) = (W_p^T W_k^T q)·x, and the value projection is applied to the
+    weighted sum of the stored features. `textbook` is the reference implementation for the tests.
     """
 
     def __init__(self, width, num_heads, dropout):
@@ -53,25 +53,26 @@ class CrossAttention(nn.Module):
         self.k = nn.Linear(width, width, bias=False)  # a bias would cancel in the softmax
 
     def heads(self, x):
-        """(B, L, D) -> (B, A, L, D/A)"""
+        """Split the width into heads: (B, L, D) -> (B, A, L, D/A)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def per_head(self, x):
-        """Split the output dimension: (D, ...) -> (A, D/A, ...)"""
+        """Split the output dimension of a weight into heads: (D, ...) -> (A, D/A, ...)."""
         return x.unflatten(0, (self.num_heads, -1))
 
     def textbook(self, x, tokens):
-        """x: queries (B or 1, Q, D); tokens: (B, N, D) -> (B, Q, D)"""
+        """Attend from queries x (B or 1, Q, D) to tokens (B, N, D). Returns (B, Q, D)."""
         q, k, v = self.heads(self.q(x)), self.heads(self.k(tokens)), self.heads(self.v(tokens))
         scores = q @ k.mT / k.shape[-1] ** 0.5  # (B, A, Q, N)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     def forward(self, x, video, need_weights=False):
-        """x: queries (B or 1, Q, D); video: `StoredFeatures` -> (B, Q, D), weights (B, A, Q, N) or None.
+        """Attend from queries x (B or 1, Q, D) to a `StoredFeatures`.
 
-        The weights are those before dropout. Computed in at least float32: the pooled vector is a small
-        difference where a channel is far from zero, and bfloat16 would lose it.
+        Returns (B, Q, D) and, if `need_weights`, the weights (B, A, Q, N) before dropout, else None. All is
+        computed in float32 or wider: if the values of a channel are far from zero, the pooled vector is a
+        small difference of large numbers, too small for bfloat16.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -79,7 +80,7 @@ class CrossAttention(nn.Module):
             w_p, b_p = video.project.weight.to(dtype), video.project.bias.to(dtype)  # (D, E), (D,)
             w_k, w_v = (self.per_head(m.weight).to(dtype) for m in (self.k, self.v))  # (A, D/A, D)
 
-            # scores: mean, offset and b_p shift a query's scores alike and cancel in the softmax
+            # scores; mean, offset and b_p add the same to all scores of a query and cancel in the softmax
             q = self.heads(F.linear(x, self.q.weight.to(dtype), self.q.bias.to(dtype)))
             q = (q / q.shape[-1] ** 0.5) @ w_k  # (B, A, Q, D)
             to_tokens = (q @ w_p).flatten(1, 2) * (video.scale / video.std)[:, None]  # (B, A*Q, E)
@@ -92,7 +93,7 @@ class CrossAttention(nn.Module):
             before_dropout = weights
             weights = F.dropout(weights, self.dropout, self.training)
 
-            # pooled features, dequantised and standardised; r is 1 unless dropout is on
+            # pooled features, dequantised and standardised; r, the sum of the weights, is 1 without dropout
             r = weights.sum(-1, keepdim=True)  # (B, A*Q, 1)
             pooled = (weights @ features) * video.scale[:, None]  # (B, A*Q, E)
             pooled = (pooled + r * (video.offset - video.mean)[:, None]) / video.std
@@ -101,7 +102,7 @@ class CrossAttention(nn.Module):
             for axes, table in zip(((-1, -2), (-1, -3), (-2, -3)), video.pos, strict=True):
                 pooled = pooled + weights.sum(axes) @ table.to(dtype)
 
-            # values of each head
+            # the value projection, for each head
             pooled = pooled.unflatten(1, (self.num_heads, -1))  # (B, A, Q, D)
             out = pooled @ w_v.mT  # (B, A, Q, D/A)
             out = out + r.unflatten(1, (self.num_heads, -1)) * self.per_head(self.v.bias)[:, None]
@@ -110,7 +111,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: self-attention among the queries, cross-attention to the video, MLP."""
+    """Self-attention among the queries, cross-attention to the video and an MLP, all pre-norm."""
 
     def __init__(self, width, num_heads, dropout):
         super().__init__()
@@ -134,7 +135,7 @@ class Block(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def forward(self, x, video, need_weights=False):
-        """x: (B or 1, Q, D) -> (B, Q, D), and the cross-attention's weights (B, A, Q, N) or None."""
+        """Map queries x (B or 1, Q, D) to (B, Q, D). Returns them and the weights of `CrossAttention`."""
         x = x + self.self_attention(self.norm_self(x))
         y, weights = self.cross(self.norm_cross(x), video, need_weights)
         x = x + y
@@ -144,9 +145,10 @@ class Block(nn.Module):
 class QFormer(nn.Module):
     """Maps a clip's stored features (B, N, E) to `num_queries` soft prompts (B, Q, D).
 
-    grid: (T, H, W) of the features; output_norm: norm that the soft prompts start with, the mean norm
-    of the language model's embeddings. Tokens have no order of their own outside the encoder (its
-    positions are rotary), so learned tables for time, height and width are added to keys and values.
+    grid: (T, H, W) of the features. output_norm: the norm of the soft prompts at initialisation, usually
+    the mean norm of the language model's embeddings. The encoder has rotary positions, which are not part
+    of its output. Learned tables for time, height and width are therefore added to the tokens, and so to
+    keys and values.
     """
 
     def __init__(
@@ -186,13 +188,13 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, output_norm):
-        """All initialisation in one place."""
+        """Initialise all parameters."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # As large as a standardised token; with 0.02 the toy model attends to the video much later
+        # about as large as a standardised token; with 0.02 the toy model learns to attend much later
         for table in (self.queries, *self.pos):
             nn.init.normal_(table, std=0.5)
         self.gain.fill_(output_norm / self.gain.numel() ** 0.5)  # LayerNorm's norm is sqrt(D)
@@ -208,10 +210,10 @@ class QFormer(nn.Module):
         )
 
     def forward(self, features, scale, offset):
-        """features int8 or float (B, N, E), scale and offset (B, E) -> soft prompts (B, Q, D)."""
+        """Map features (B, N, E), int8 or float, with scale and offset (B, E) to soft prompts (B, Q, D)."""
         video = self.stored(features, scale, offset)
-        # Before it has seen the video a query is the same for every clip: the first block's
-        # self-attention (and its dropout) runs once per step on a batch of one, and broadcasts.
+        # The queries are the same for all clips until the first cross-attention, so the first
+        # self-attention (with its dropout) runs on a batch of one, and its output is broadcast.
         x = self.queries[None]  # (1, Q, D)
         for block in self.blocks:
             x, _ = block(x, video)  # (B, Q, D)
@@ -219,9 +221,9 @@ class QFormer(nn.Module):
 
     @torch.inference_mode()
     def attention(self, features, scale, offset):
-        """Weights (B, blocks, A, Q, T, H, W) of every cross-attention; arguments as of `forward`.
+        """Return the weights (B, blocks, A, Q, T, H, W) of all cross-attentions.
 
-        Those of one query and head sum to 1.
+        The arguments are those of `forward`. The weights of one query and head sum to 1.
         """
         video, x, all_weights = self.stored(features, scale, offset), self.queries[None], []
         for block in self.blocks:

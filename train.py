@@ -53,7 +53,7 @@ from optim import (
 )
 from runtime import cli, dashboard, devices, distributed, ranks, run_folder
 from runtime.cli import note
-from runtime.errors import SIGNALLED, UserError
+from runtime.errors import FAILED, SIGNALLED, UserError
 from runtime.files import write_json
 from runtime.run_folder import BEST
 from viz import curves
@@ -275,7 +275,7 @@ def not_finite_error(folder):
         f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps, which did not change"
         f" the weights (their clips are listed in {folder / 'metrics.jsonl'}). Check the features with"
         " preprocess_ssv2.py --verify, or use a lower --lr.",
-        code=1,
+        code=FAILED,
     )
 
 

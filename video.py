@@ -29,7 +29,7 @@ ENOUGH = 512
 # run out of memory.
 STRIP = 32
 
-# Largest clip, in bytes of all its decoded frames, that decord gets: it decodes ahead without a limit.
+# Limit for decord, in bytes of all decoded frames of a clip, because it decodes ahead without a limit.
 DECORD_BYTES = 256 * 2**20
 
 
@@ -212,7 +212,8 @@ def probe(path):
         duration = _claimed_duration(container, stream)
         rate = float(stream.average_rate or 0)
     covered = _scan(path).covered
-    if duration is None or duration > 60 + 2 * covered:  # a corrupt header can say a thousand years
+    # a corrupt header can claim a thousand years
+    if duration is None or duration > 60 + 2 * covered:
         duration = covered
     return Info(duration, rate, width, height, frame.rotation % 360)
 
@@ -307,7 +308,7 @@ def _video_streams(container):
 
 
 def _claimed_duration(container, stream):
-    """Duration in seconds of the video stream according to the file's headers, or None."""
+    """Return the duration of the video stream in seconds from the file's headers, or None."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
@@ -379,9 +380,7 @@ def _decode_decord(path, picks, count):
         # fault_tol: raise an error instead of replacing a corrupt frame with its neighbour
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
         return reader.get_batch(picks).asnumpy() if len(reader) == count else None
-    except (
-        Exception
-    ):  # decord does not document its exceptions; PyAV tries again and reports errors
+    except Exception:  # decord does not document its exceptions; PyAV tries again
         return None
 
 

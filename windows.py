@@ -58,12 +58,12 @@ class Windowing:
 def add_flags(group):
     """Add the flags of `Windowing`, except --workers, which `cli.add_common` adds."""
     group.add_argument(
-        "--window", type=cli.number(above=0), default=6.0, help="length of a window in seconds"
+        "--window", type=cli.number(above=0), default="6", help="length of a window in seconds"
     )
     group.add_argument(
         "--stride",
         type=cli.number(above=0),
-        default=6.0,
+        default="6",
         help="seconds between the starts of consecutive windows",
     )
     group.add_argument("--batch-size", type=cli.whole(1), default=8, help="windows per batch")

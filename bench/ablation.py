@@ -3,7 +3,7 @@
     make ablation                                           (or python -m bench.ablation)
     python -m bench.ablation --row no_positions --seed 0    (a single run, 90 s)
 
-Takes 40 minutes on two idle cores. It can be stopped and restarted; finished runs are kept in
+Takes 40 minutes on two idle cores. It can be stopped and restarted: finished runs are kept in
 results/ablation_runs. Each run is a process with one thread that runs the real train.py and evaluate.py
 with the demo's settings and one change: other flags, or a replacement from bench/ablation_changes.py.
 Writes ablation.json, ablation.md and readme/captions_per_clip.png to --output; the table goes to stdout.
@@ -38,15 +38,14 @@ from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
 
-WORLD_CLIPS = (
-    4000  # as in the demo, so that validation has 250 clips; training uses --clips of them
-)
+# As in the demo, so that there are 250 validation clips. Training uses only --clips of them.
+WORLD_CLIPS = 4000
 OBJECTS = "validation_objects"
 CACHES = {"features": "", "features_fp16": "--store fp16", "features_pool2": "--pool 2"}
 
 ORIGINAL = "--captions-per-clip 1 --epochs 9 --clip-grad 1e9"
 
-# text: the row's title; flags: of train.py, after the base's; change: in bench/ablation_changes.py
+# text: title of the row. flags: of train.py, appended to the base's. change: in bench/ablation_changes.py.
 Row = namedtuple("Row", "text flags change cache", defaults=("", None, "features"))
 ROWS = {
     "base": Row("base: K = 2, 7 passes"),
@@ -74,7 +73,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Study:
-    """Where an ablation's data and runs are, and how large it is."""
+    """The folders and the size of an ablation."""
 
     data: Path  # the toy world
     runs: Path  # parent of the run folders
@@ -85,10 +84,10 @@ class Study:
         return self.runs / f"{name}_seed{seed}"
 
     def flags(self, name, seed):
-        """The flags of train.py for one run.
+        """Return the flags of train.py for one run.
 
-        A ninth of the steps is warm-up, as in the demo. Batches have 16 clips, not the demo's 32: with
-        half the steps, the score of so short a run depends mostly on when learning starts.
+        One ninth of the steps is warm-up, as in the demo. Batches have 16 clips, not 32 as in the demo,
+        because with half the steps the score of such a short run depends mostly on when learning starts.
         """
         row = ROWS[name]
         flags = shlex.split(
@@ -103,7 +102,7 @@ class Study:
         return [*flags, "--warmup-steps", str(steps // 9), "--seed", str(seed)]
 
     def result(self, name, seed):
-        """The result of a run with exactly these flags, or None."""
+        """Return the result of a run with exactly these flags, or None."""
         path = self.folder(name, seed) / "result.json"
         result = read_json(path, "result") if path.is_file() else {}
         return result if result.get("flags") == self.flags(name, seed) else None
@@ -111,21 +110,32 @@ class Study:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--data", metavar="DIR", default="data/ablation", help="toy world")
     parser.add_argument(
-        "--runs", metavar="DIR", default="results/ablation_runs", help="parent of the run folders"
-    )
-    parser.add_argument("--output", metavar="DIR", default="results", help="for table and figure")
-    parser.add_argument(
-        "--clips", metavar="N", type=cli.whole(64), default=1000, help="training clips"
-    )
-    parser.add_argument("--seeds", metavar="N", type=cli.whole(1), default=3, help="runs per row")
-    parser.add_argument("--jobs", metavar="N", type=cli.whole(1), default=2, help="parallel runs")
-    parser.add_argument(
-        "--row", metavar="NAME", choices=ROWS, help=f"one run, no table: {', '.join(ROWS)}"
+        "--data", metavar="DIR", default="data/ablation", help="folder of the toy world"
     )
     parser.add_argument(
-        "--seed", metavar="N", type=cli.whole(0), default=0, help="of the run of --row"
+        "--runs", metavar="DIR", default="results/ablation_runs", help="folder for the run folders"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", default="results", help="folder for the table and figure"
+    )
+    parser.add_argument(
+        "--clips", metavar="N", type=cli.whole(64), default=1000, help="number of training clips"
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", type=cli.whole(1), default=3, help="number of runs per row"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=cli.whole(1), default=2, help="number of runs in parallel"
+    )
+    parser.add_argument(
+        "--row",
+        metavar="NAME",
+        choices=ROWS,
+        help=f"run only this row, with --seed: {', '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=cli.whole(0), default=0, help="seed of the run of --row"
     )
     return parser.parse_args(argv)
 
@@ -149,7 +159,7 @@ def main(argv=None):
 
 
 def build_world(data, clips):
-    """Make the toy world, its annotations and feature caches with the real scripts, unless they exist."""
+    """Make the toy world, its annotations and its feature caches with the real scripts."""
     data = shlex.quote(str(data))
     demo.shell(f"-m worlds.toy_ssv2 {data} --clips {WORLD_CLIPS}")
     demo.shell(
@@ -168,7 +178,7 @@ def build_world(data, clips):
 
 
 def run_row(study, name, seed):
-    """Change the code, train, score and write result.json, all in this process."""
+    """Apply the change to the code, train, score and write result.json, all in this process."""
     folder, features = study.folder(name, seed), study.data / ROWS[name].cache
     cli.existing(
         features / "manifest.json", "features of the toy world", "Run python -m bench.ablation."
@@ -208,7 +218,7 @@ def step_times():
 
 
 def read_run(folder, step_seconds):
-    """The figures of a finished run with this median time per step."""
+    """Collect the figures of a finished run. step_seconds: its median time per step."""
     steps = len((folder / "metrics.jsonl").read_text().splitlines())
     facts = read_json(folder / "args.json", "args")
     scores = read_json(folder / "evaluation_validation.json", "scores")["metrics"]
@@ -234,7 +244,7 @@ def read_run(folder, step_seconds):
 
 
 def share_right(data, predictions):
-    """The share of captions that equal the clip's label or one of its sentences in the toy world."""
+    """Compute the share of captions that equal the clip's label or one of its sentences."""
     world = read_json(data / "toy.json", "toy world")
     clips = {c["id"]: c for c in shapes.plan(world["clips"], world["seed"])}
 
@@ -275,7 +285,7 @@ def run_all(study, jobs):
 
 
 def start(study, name, seed):
-    """Start one run in a process of its own; its output goes to a log beside the run folder."""
+    """Start one run in its own process. Its output goes to <run folder>.log."""
     command = [sys.executable, "-m", "bench.ablation", "--row", name, "--seed", str(seed)]
     command += ["--data", str(study.data), "--runs", str(study.runs), "--clips", str(study.clips)]
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -284,7 +294,7 @@ def start(study, name, seed):
 
 
 def collect(study):
-    """What table and figure show. Raises UserError if no run of the base is finished."""
+    """Collect the contents of ablation.json. Raises UserError if no run of the base is finished."""
     rows = {}
     for name, row in ROWS.items():
         runs = [study.result(name, seed) for seed in range(study.seeds)]

@@ -30,7 +30,7 @@ def changed(change):
 
 
 def no_positions():
-    """Position tables that are zero and not trained."""
+    """Set the position tables to zero and do not train them."""
     original = QFormer.__init__
 
     def init(self, **sizes):
@@ -43,7 +43,7 @@ def no_positions():
 
 
 def keys_only():
-    """Positions are added to keys but not to values."""
+    """Add positions to keys but not to values."""
 
     def read(self, x, video, need_weights=False):
         q, k, v = self.q(x), self.k(video.tokens()), self.v(video.projected())
@@ -56,7 +56,7 @@ def keys_only():
 
 
 def no_standardisation():
-    """Features as they come from the encoder."""
+    """Use features as they come from the encoder, without standardisation."""
 
     def statistics(data, seed):
         width = data.manifest.settings.width
@@ -66,7 +66,7 @@ def no_standardisation():
 
 
 def no_gain():
-    """Soft prompts start with the norm of a LayerNorm's output, sqrt(D), not with the embeddings'."""
+    """Start soft prompts at the norm of a LayerNorm's output, sqrt(D), not the embeddings' norm."""
     original = QFormer.initialise
 
     def initialise(self, output_norm):
@@ -76,12 +76,12 @@ def no_gain():
 
 
 def no_style_prompts():
-    """Labels and sentences follow the same prompt."""
+    """Use the same prompt for labels and sentences."""
     return [(STYLES, "sentence", STYLES["label"])]
 
 
 def original():
-    """The original's recipe, as listed below the table."""
+    """Use the original's recipe, as listed below the table in ablation.md."""
 
     def loader(*args):
         made = dataset.loader(*args)
@@ -92,20 +92,20 @@ def original():
     return [
         *changes,
         (train, "choose_captions", any_caption),
-        (train, "loader", loader),  # training only: validation has a loader of its own
+        (train, "loader", loader),  # training only, because validation calls dataset.loader
         (train, "lr_at", lambda step, total, peak, warmup: peak),
     ]
 
 
 def any_caption(record, count, seed, epoch):
-    """`count` captions, each sampled uniformly from the label and all paraphrases."""
+    """Sample `count` captions, each uniformly from the label and all paraphrases."""
     rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
     texts = [("label", record["label"]), *(("sentence", text) for text in record["paraphrases"])]
     return [rng.choice(texts) for _ in range(count)]
 
 
 def collate_with_pads(items):
-    """Pad captions with end-of-text tokens to the batch's longest; all of them carry loss."""
+    """Pad captions to the longest of the batch with end-of-text tokens, which all have a loss."""
     if any(isinstance(item, UserError) for item in items):
         return dataset.collate(items)
     longest = max(len(prompt) + len(target) for i in items for prompt, target in i["captions"])

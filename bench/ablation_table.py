@@ -1,4 +1,4 @@
-"""Table and figure of bench/ablation.py, from the results of its runs."""
+"""Write the table and figure of bench/ablation.py from the results of its runs."""
 
 import math
 import platform
@@ -53,7 +53,7 @@ def mean(row, key):
 
 
 def markdown(results):
-    """ablation.md: what was run, the table, and which differences exceed the noise."""
+    """Format ablation.md: the settings, the table, and which differences exceed the noise."""
     rows, base = results["rows"], results["rows"]["base"]
     several = [row for row in rows.values() if len(row["runs"]) > 1]
 
@@ -111,7 +111,7 @@ def markdown(results):
 
 
 def cpu():
-    """The processor's model name."""
+    """Return the processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -119,7 +119,7 @@ def cpu():
 
 
 def draw(results, path):
-    """Validation loss and CIDEr against seconds of training for K = 1, 2 and 4, at equal seconds."""
+    """Plot validation loss and CIDEr against seconds of training for K = 1, 2 and 4."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""The groups of bench/speed.py without a language model: files, loader, decoding and encoding."""
+"""Benchmark files, the loader, decoding and encoding: the groups of bench/speed.py without an LM."""
 
 import time
 from functools import partial
@@ -19,7 +19,7 @@ from runtime.decode_workers import WorkerPool
 
 
 def bench_features(setup):
-    """Size of cached clips, writing and reading them, and the loader with worker processes."""
+    """Measure the size of cached clips, writing and reading them, and the loader with workers."""
     s, count = setup.shapes, 8
     x = dequantised(make_clips(s, count), torch.float32)  # (B, N, E)
     pooled = pool_space(x, s.grid, 2)  # (B, N/4, E)
@@ -57,7 +57,7 @@ def bench_features(setup):
 
 
 def cache_settings(s, store, pool=1):
-    """The part of a manifest's settings that reading a clip depends on."""
+    """Return the settings of a manifest that are needed to read a clip."""
     grid = (s.grid[0], s.grid[1] // pool, s.grid[2] // pool)
     return Settings(grid=grid, width=s.E, store=store)
 
@@ -72,9 +72,9 @@ def read_clips(paths, settings):
 
 
 def loader_rows(setup, paths):
-    """Clips per second from the loader that train.py uses, once its workers are running."""
+    """Measure clips per second of the loader that train.py uses, once its workers are running."""
     s, quarter = setup.shapes, 20  # batches
-    first = 8  # of the timed batches: each of four workers has then prefetched two
+    first = 8  # first timed batch: by then each of four workers has prefetched two
     records = [{"id": p.stem} for p in islice(cycle(paths), (first + 1 + 4 * quarter) * s.B)]
     folder = paths[0].parent
     data = FeatureDataset(
@@ -94,7 +94,7 @@ def intervals(times):
 
 
 def bench_preprocess(setup):
-    """Decoding and encoding of webm files like SSv2's."""
+    """Measure decoding and encoding of webm files like SSv2's."""
     paths = [setup.folder / f"clip{i}.webm" for i in range(setup.shapes.videos)]
     for i, path in enumerate(paths):
         write_clip(path, i)
@@ -105,7 +105,7 @@ def bench_preprocess(setup):
 
 
 def decode_rows(setup, paths):
-    """The decoders in this process, then PyAV or decord in worker processes."""
+    """Measure the decoders in this process, then decoding in worker processes."""
     frames = setup.shapes.encoder[-1]
 
     def decoded(backend):
@@ -123,13 +123,13 @@ def decode_rows(setup, paths):
         jobs = ((i, path, frames) for i, path in enumerate(paths * 4))
         results = WorkerPool(workers, timeout=60).map(video.decode, jobs)
         arrived = [time.perf_counter() for _ in results]
-        # per quarter of the clips; the processes start before the first one arrives
+        # times per quarter of the clips, without the start of the processes
         times[f"decode_workers_{workers}"] = intervals(arrived[:: len(paths)])
     yield from rates(times, "clips/s", len(paths))
 
 
 def encode_rows(setup, encoder, clips):
-    """Encoding clip by clip and as one batch."""
+    """Measure encoding clip by clip and as one batch."""
     variants = {
         "encode_one_by_one": lambda: torch.cat([encoder.encode([clip]) for clip in clips]),
         "batched_encode": lambda: encoder.encode(clips, together=True),

@@ -23,7 +23,7 @@ from dataset import collate
 
 
 def gradient(run, qformer):
-    """The Q-Former's gradient after `run()`, as one vector. No gradient is left behind."""
+    """Return the Q-Former's gradient after `run()` as one vector, and reset the gradient."""
     qformer.zero_grad()
     run()
     grads = [p.grad.flatten() for p in qformer.parameters()]
@@ -34,7 +34,7 @@ def gradient(run, qformer):
 def equalities():
     """Compare the optimised training step with the reference in float64, on tiny shapes.
 
-    The language model's norms compute in float32 whatever its dtype, so a loss agrees to 1e-6 only.
+    The language model's norms always compute in float32, so losses agree only to 1e-6.
     Returns [{"what", "found", "allowed"}]. Raises UserError if a difference is above the tolerance.
     """
     s, dtype = TINY, torch.float64
@@ -79,9 +79,9 @@ def equalities():
 def check_gradients(variants, model, original_soft, captions):
     """Compare gradients of training variants with the reference in float32: {name: relative L2 error}.
 
-    On a CPU all compute in float32 and must agree. On a GPU a variant may be 1.5 times as far from
-    float32 as the reference under autocast, or 6 times where the language model adds up in bfloat16 too.
-    Raises UserError if one is further.
+    On a CPU all variants compute in float32 and must agree. On a GPU, the error of a variant may be 1.5
+    times that of the reference under autocast, or 6 times if the language model also sums in bfloat16.
+    Raises UserError if an error is larger.
     """
     lm = copy.deepcopy(model.lm).float()
 

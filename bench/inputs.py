@@ -1,8 +1,8 @@
-"""Shapes, random models and synthetic clips of the speed benchmark.
+"""Make the random models and synthetic clips of the speed benchmark.
 
-A letter is the same in every file: B clips, N = T*H*W video tokens, E video width, Q queries, A heads,
+Shapes, in all files: B clips, N = T*H*W video tokens, E video width, Q queries, A heads,
 D and V width and vocabulary of the language model, K captions per clip, L text tokens, M text tokens
-that carry loss.
+with a loss.
 """
 
 import random
@@ -27,17 +27,17 @@ class Shapes:
     E: int
     Q: int
     A: int
-    encoder: tuple  # V-JEPA 2: layers, heads, pixels, frames; its width is E
+    encoder: tuple  # V-JEPA 2 of width E: layers, heads, pixels, frames
     D: int
     V: int
-    layers: int  # of the language model, as the next two
+    layers: int  # of the language model, like mlp and lm_heads
     mlp: int
     lm_heads: int
     B: int
     tokens: int  # maximum length of a caption
     clips: int  # maximum number of clips captioned at once
-    videos: int  # to decode
-    seconds: float  # spent on each comparison
+    videos: int  # number of videos to decode
+    seconds: float  # duration of each comparison
 
 
 # V-JEPA 2 ViT-L and Qwen2-1.5B
@@ -58,7 +58,7 @@ REAL = Shapes(
     videos=32,
     seconds=12,
 )
-# A quarter of the widths and queries, half the tokens, a seventh of the layers, a small vocabulary
+# A quarter of the widths and queries, half the video tokens, a seventh of the layers, a small vocabulary
 SMALL = replace(REAL, grid=(8, 16, 16), E=256, Q=16, encoder=(2, 4, 64, 16), D=384, V=8192)
 SMALL = replace(SMALL, layers=4, mlp=2240, lm_heads=6, videos=16, seconds=5)
 # For the check in float64 and for tests
@@ -79,7 +79,7 @@ def make_qformer(s, device, dtype=None):
         num_heads=s.A,
     )
     for norm in (m for m in qformer.modules() if isinstance(m, torch.nn.LayerNorm)):
-        torch.nn.init.normal_(norm.bias, std=0.1)  # zeros would hide a mistake
+        torch.nn.init.normal_(norm.bias, std=0.1)  # zero biases would hide bugs
     return qformer.to(device, dtype)
 
 
@@ -92,7 +92,7 @@ def make_lm(s, device, dtype):
         num_attention_heads=s.lm_heads,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        initializer_range=0.05,  # logits further from uniform, so fewer near ties
+        initializer_range=0.05,  # logits are less uniform, so there are fewer near ties
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
@@ -102,12 +102,12 @@ def make_lm(s, device, dtype):
 
 
 def lm_dtype(device):
-    """The language model's dtype in a run on this device."""
+    """Return the language model's dtype on this device."""
     return torch.bfloat16 if devices.on_gpu(device) else torch.float32
 
 
 class Words:
-    """Stands in for a tokenizer: texts are already token ids."""
+    """A stub tokenizer for texts that are already token ids."""
 
     eos_token_id = 0
 
@@ -119,7 +119,7 @@ class Words:
 
 
 def make_encoder(s, device):
-    """V-JEPA 2 with random weights. A token covers 16 x 16 pixels of two frames."""
+    """Make a V-JEPA 2 with random weights. A token covers 16 x 16 pixels of two frames."""
     layers, heads, side, frames = s.encoder
     config = VJEPA2Config(
         crop_size=side,
@@ -140,11 +140,11 @@ def make_encoder(s, device):
 
 
 def make_clips(s, count):
-    """Clips as stored in int8: {"features" (count, N, E), "scale", "offset" (count, E)}.
+    """Make clips as stored in int8: {"features" (count, N, E), "scale", "offset" (count, E)}.
 
-    Scales are powers of two and offsets have few bits, so float16 holds exactly the same values and
-    the float16 and int8 forms of a clip give the same result. Each clip has its own mean, since clips
-    that are too similar get the same caption. Some channels are far from zero, as in vision transformers.
+    Scales are powers of two and offsets have few bits, so float16 represents the values exactly and the
+    float16 and int8 forms of a clip give the same result. Each clip has its own mean, because clips that
+    are too similar get the same caption. Some channels are far from zero, as in vision transformers.
     """
     tokens = s.grid[0] * s.grid[1] * s.grid[2]
     x = torch.randn(count, tokens, s.E) + torch.randn(count, 1, s.E)
@@ -156,7 +156,7 @@ def make_clips(s, count):
 
 
 def dequantised(stored, dtype):
-    """float (B, N, E)"""
+    """Convert stored clips to features, float (B, N, E)."""
     x = stored["features"].to(dtype) * stored["scale"][:, None].to(dtype)
     return x + stored["offset"][:, None].to(dtype)
 
@@ -168,7 +168,7 @@ def standardise(qformer, features):
 
 
 def make_captions(s, count, per_clip):
-    """count x per_clip token lists. Each ends in 0, which occurs nowhere else."""
+    """Make count x per_clip token lists. Each ends in 0, which occurs nowhere else."""
     rng = random.Random(0)
 
     def one():
@@ -179,7 +179,7 @@ def make_captions(s, count, per_clip):
 
 
 def as_items(stored, captions):
-    """Clips and their captions in the form in which a `FeatureDataset` gives them to `collate`."""
+    """Combine clips and captions into items like those of a `FeatureDataset`, for `collate`."""
     return [
         {
             "id": str(i),
@@ -191,13 +191,13 @@ def as_items(stored, captions):
 
 
 def in_host_memory(batch, device):
-    """A batch as the loader delivers it: in pinned memory if the device is a GPU."""
+    """Return a batch as the loader does: in pinned memory if the device is a GPU."""
     pin = devices.on_gpu(device)
     return {k: v.pin_memory() if pin and k != "ids" else v for k, v in batch.items()}
 
 
 def write_clip(path, seed):
-    """A webm like SSv2's: VP9, 428 x 240, 12 frames/s, 2-6 s. A bright square on moving texture."""
+    """Write a webm like SSv2's (VP9, 428 x 240, 12 frames/s, 2-6 s): a square on moving texture."""
     rng = np.random.default_rng(seed)
     frames = int(rng.integers(24, 73))
     texture = rng.integers(60, 180, (15, 40, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)

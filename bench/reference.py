@@ -1,8 +1,8 @@
-"""The original's arithmetic, which the optimised code is checked against and compared with.
+"""The original's arithmetic, the reference of the equality checks and timings.
 
 Keys and values of all video tokens are materialised, logits are computed at every position, and a pass
-trains on one caption per clip. Standardisation and positions, which the original lacks, are included:
-both must compute the same function. All functions use the weights of the optimised modules, so their
+trains on one caption per clip. Standardisation and positions, which the original lacks, are included so
+that both compute the same function. All functions use the weights of the optimised modules, so their
 gradients can be compared directly.
 """
 
@@ -17,7 +17,7 @@ IGNORED = -100  # target of a position without loss
 
 
 def soft_prompts(qformer, features):
-    """features: float (B, N, E) -> soft prompts (B, Q, D)"""
+    """Map features, float (B, N, E), to soft prompts (B, Q, D)."""
     t, h, w = qformer.pos
     pos = (t[:, None, None] + h[None, :, None] + w).flatten(0, 2)  # (N, D)
     kv = qformer.project((features - qformer.mean) / qformer.std) + pos  # (B, N, D)
@@ -33,10 +33,10 @@ def soft_prompts(qformer, features):
 
 
 def attention(x, kv, num_heads, weight, bias, out):
-    """What nn.MultiheadAttention computes, as a function of its weights.
+    """Compute nn.MultiheadAttention as a function of its weights. Returns (B, Q, D).
 
-    x: (B, Q, D); kv: (B, N, D); weight, bias: of query, key and value stacked, (3D, D) and (3D,);
-    out: the output projection -> (B, Q, D)
+    x: (B, Q, D). kv: (B, N, D). weight (3D, D), bias (3D,): of query, key and value, stacked.
+    out: the output projection.
     """
     query = x.transpose(0, 1)  # (Q, B, D)
     kv = query if kv is x else kv.transpose(0, 1)  # torch projects equal inputs in one product
@@ -50,9 +50,9 @@ def attention(x, kv, num_heads, weight, bias, out):
 
 
 def following_tokens(captions, start, length):
-    """The target of every position but the last in B rows of text, flattened: (B*(length-1),).
+    """Return the targets of all positions but the last in B rows of text, flattened: (B*(length-1),).
 
-    captions: B token lists that begin at position `start`; other targets are IGNORED.
+    captions: B token lists that begin at position `start`. All other targets are IGNORED.
     """
     labels = torch.full((len(captions), length), IGNORED)
     for row, caption in zip(labels, captions, strict=True):
@@ -61,7 +61,10 @@ def following_tokens(captions, start, length):
 
 
 def loss_everywhere(head, hidden, targets):
-    """Summed cross-entropy with logits at every position. hidden: (B*L, D); targets: (B*L,)."""
+    """Compute the summed cross-entropy with logits at every position.
+
+    hidden: (B*L, D). targets: (B*L,).
+    """
     logits = head(hidden)  # (B*L, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(hidden.device)
@@ -69,7 +72,7 @@ def loss_everywhere(head, hidden, targets):
 
 
 def loss_where_labelled(head, hidden, targets):
-    """The same value from the positions that have a target only, in chunks. targets: on the host."""
+    """Compute the same value from only the positions with a target, in chunks. targets: on the host."""
     positions = (targets != IGNORED).nonzero()[:, 0]  # (M,)
     labelled = targets[positions].to(hidden.device)
     hidden = hidden.index_select(0, positions.to(hidden.device))  # (M, D)
@@ -77,7 +80,10 @@ def loss_where_labelled(head, hidden, targets):
 
 
 def loss(lm, soft, captions, cross_entropy=loss_everywhere):
-    """Summed cross-entropy of one caption per clip. soft: (B, Q, D); captions: B token lists."""
+    """Compute the summed cross-entropy of one caption per clip.
+
+    soft: (B, Q, D). captions: B token lists.
+    """
     rows = [PROMPT + c for c in captions]
     length = max(map(len, rows))
     ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])  # (B, L)
@@ -91,7 +97,10 @@ def loss(lm, soft, captions, cross_entropy=loss_everywhere):
 
 @torch.inference_mode()
 def captions(lm, qformer, features, max_new_tokens):
-    """Token lists by `generate`, eight clips at a time. features: float16 (B, N, E) on the host."""
+    """Caption clips with `generate`, eight at a time. Returns token lists.
+
+    features: float16 (B, N, E) on the host.
+    """
     rows, device = [], qformer.queries.device
     words = lm.get_input_embeddings()(torch.tensor([PROMPT], device=device))  # (1, L, D)
     for group in features.split(8):

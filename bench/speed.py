@@ -1,10 +1,10 @@
-"""Speed, memory and disk use compared with the original's arithmetic. Needs no data and no download.
+"""Compare speed, memory and disk use with the original's arithmetic. Needs no data or downloads.
 
     python -m bench.speed                     (3 minutes on two cores; the model is scaled down)
     python -m bench.speed --preset full       (V-JEPA 2 ViT-L and Qwen2-1.5B; needs a CUDA GPU)
 
-Weights are random and inputs synthetic. All variants are checked against the reference, then timed in
-turn in the same run. The table goes to stdout; bench.json and bench.md are written to
+Weights are random and inputs synthetic. All variants are checked against the reference, then timed
+alternately in the same run. The table goes to stdout; bench.json and bench.md are written to
 results/bench/<device>/.
 
 The reference (bench/reference.py) materialises keys and values of all video tokens, computes logits at
@@ -62,27 +62,32 @@ from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_atomic, write_json
 
 PRESETS = {"cpu": SMALL, "full": REAL}
-DEVICES = {"cpu": "cpu", "full": "auto"}  # of a preset, by default
+DEVICES = {"cpu": "cpu", "full": "auto"}  # default --device of each preset
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="model and input sizes")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="cpu",
+        help="sizes of models and inputs: cpu (small) or full (real)",
+    )
     parser.add_argument(
         "--groups",
         nargs="+",
         choices=GROUPS,
         metavar="GROUP",
-        help=f"run only these and write no files: {', '.join(GROUPS)}",
+        help=f"run only these groups and write no files: {', '.join(GROUPS)}",
     )
     parser.add_argument(
-        "--output", metavar="DIR", default="results/bench", help="parent of the result folder"
+        "--output", metavar="DIR", default="results/bench", help="folder for the result folder"
     )
     parser.add_argument(
         "--table",
         nargs="+",
         metavar="FILE",
-        help="print the table of docs/speed.md of these bench.json",
+        help="print the table of docs/speed.md from these bench.json files and exit",
     )
     parser.add_argument(
         "--device",
@@ -116,7 +121,7 @@ def main(argv=None):
         "equal": equalities(),
         "rows": [],
     }
-    # files go to the disk of the results: a temporary folder may be in memory
+    # in the results folder, because the system's temporary folder may be in memory
     with tempfile.TemporaryDirectory(dir=folder) as files:
         setup = Setup(PRESETS[args.preset], device, Path(files), result["matmul_flops"])
         try:
@@ -143,7 +148,7 @@ def read_result(path):
 
 
 def bench_qformer(setup):
-    """Q-Former, forward and backward, from features on the device."""
+    """Measure the Q-Former, forward and backward, from features on the device."""
     s, device = setup.shapes, setup.device
     qformer = make_qformer(s, device)
     stored = to_device(make_clips(s, s.B), device)
@@ -173,7 +178,7 @@ def bench_qformer(setup):
 
 
 def bench_loss(setup):
-    """Output projection and cross-entropy of 24 captions behind 64 soft prompts, forward and backward."""
+    """Measure output projection and cross-entropy of 24 captions after 64 soft prompts, both ways."""
     s, device, dtype = setup.shapes, setup.device, lm_dtype(setup.device)
     captions = [c[0] for c in make_captions(s, 24, 1)]
     start = 64 + len(PROMPT)
@@ -199,7 +204,10 @@ def bench_loss(setup):
 
 
 def bench_train(setup):
-    """From a micro-batch in host memory to gradients. Each variant adds one technique to the last."""
+    """Measure training, from a micro-batch in host memory to gradients.
+
+    Each variant adds one technique to the previous one.
+    """
     s, device = setup.shapes, setup.device
     captions, stored = make_captions(s, s.B, 8), make_clips(s, s.B)
     floats = in_host_memory({"features": dequantised(stored, torch.float32).half()}, device)
@@ -257,7 +265,7 @@ def bench_train(setup):
 
 
 def bench_evaluate(setup):
-    """Greedy captions from features in host memory."""
+    """Measure greedy captioning from features in host memory."""
     s, device = setup.shapes, setup.device
     stored = make_clips(s, 32)
     floats = in_host_memory({"features": dequantised(stored, torch.float32).half()}, device)
@@ -284,7 +292,7 @@ def bench_evaluate(setup):
     for n in sizes:
         pairs = list(zip(shared_prefix(n), cycle(expected), strict=False))
         identical[f"shared_prefix_{n}"] = share = sum(a == b for a, b in pairs) / n
-        if not devices.on_gpu(device):  # in bfloat16 near ties fall either way
+        if not devices.on_gpu(device):  # in bfloat16, near ties may give other tokens
             check(f"share of different captions in batches of {n}", 1 - share, 0.0)
     for row in measure(setup, "captions/s", variants, {}):
         yield row | {"identical_captions": identical[row["name"]]}

@@ -1,6 +1,7 @@
-"""bench.md of one benchmark result, and the table of docs/speed.md over several."""
+"""Format one benchmark result as bench.md, and several as the table of docs/speed.md."""
 
-NOTES = {  # figures that only some rows have; committed results have more than are measured today
+# Figures that only some rows have. Committed results contain some that are no longer measured.
+NOTES = {
     "ms_per_clip": "{:.1f} ms per clip",
     "ms_per_caption": "{:.1f} ms per caption",
     "largest_micro_batch": "up to {} clips at once fit in 24 GB",
@@ -13,7 +14,7 @@ NOTES = {  # figures that only some rows have; committed results have more than 
 }
 
 LEGEND = """\
-Spread: interquartile range. Factor: over the first row with the same unit and work. Difference: largest
+Spread: interquartile range. Factor: relative to the first row with the same unit and work. Difference: largest
 absolute difference from the reference, relative to the reference's largest entry; for a training step,
 relative L2 difference of the gradient. Peak memory: tensors allocated by the call, without weights. Of matmul:
 FLOP/s of all matrix products, recomputation included, relative to one large matrix product; on a CPU,
@@ -21,7 +22,7 @@ fused attention is not counted. Files are read from the page cache."""
 
 
 def markdown(result):
-    """bench.md: what ran where, the table, and the equality checks."""
+    """Format bench.md: the device and command, the table, and the equality checks."""
 
     def number(x):
         return "" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
@@ -53,21 +54,22 @@ def markdown(result):
     return "\n".join(lines)
 
 
-SUMMARY = {  # the README's rows: group and name of the row, and the figure if it is not the factor
+# Rows of docs/speed.md: group and name of a result, and its figure if it is not the factor
+SUMMARY = {
     "Q-Former, forward and backward: absorbed attention": ("qformer", "absorbed"),
-    "memory of logits and loss: labelled places only, in chunks": (
+    "memory of logits and loss: only positions with a target, in chunks": (
         *("loss", "chunked"),
         "memory_factor",
     ),
     "training, per caption: absorbed attention": ("train", "absorbed"),
-    "+ int8 features, logits where a label is": ("train", "chunked"),
+    "+ int8 features, logits only at positions with a target": ("train", "chunked"),
     "+ bfloat16 throughout the language model": ("train", "bfloat16"),
     "+ 2 captions behind one prefix": ("train", "captions_2"),
     "+ 4 captions": ("train", "captions_4"),
     "+ 8 captions": ("train", "captions_8"),
-    "captions written, batches of 8": ("evaluate", "shared_prefix_8"),
-    "batches of 64": ("evaluate", "shared_prefix_64"),
-    "batches of 256": ("evaluate", "shared_prefix_256"),
+    "captioning in batches of 8": ("evaluate", "shared_prefix_8"),
+    "captioning in batches of 64": ("evaluate", "shared_prefix_64"),
+    "captioning in batches of 256": ("evaluate", "shared_prefix_256"),
     "disk: int8 instead of fp16": ("features", "int8"),
     "disk: int8, 2 x 2 tokens pooled": ("features", "int8_pool2"),
     "reading a clip's features, checksum included": ("features", "int8_read"),
@@ -76,7 +78,7 @@ SUMMARY = {  # the README's rows: group and name of the row, and the figure if i
 
 
 def summary(results):
-    """The README's table: factors over the reference, one column per device."""
+    """Format the table of docs/speed.md: factors over the reference, one column per device."""
     columns = {
         r["device"]: {(row["group"], row["name"]): row for row in r["rows"]} for r in results
     }

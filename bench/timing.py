@@ -1,6 +1,6 @@
-"""Measure variants of one computation: time, memory, FLOP/s, and the check that they agree.
+"""Measure time, memory and FLOP/s of variants of a computation, and check that they agree.
 
-Variants are timed in turn, A B A B, so that a change in the machine's load reaches all of them.
+Variants are timed alternately (A B A B), so that a change in the machine's load affects all of them.
 """
 
 import os
@@ -22,7 +22,7 @@ from runtime.errors import FAILED, UserError
 
 @dataclass(frozen=True)
 class Setup:
-    """What every group of the benchmark runs with."""
+    """Settings that all groups of the benchmark share."""
 
     shapes: Shapes
     device: torch.device
@@ -40,7 +40,7 @@ def check(what, found, allowed):
 
 
 def difference(found, reference):
-    """Largest absolute difference, relative to the largest entry of the reference."""
+    """Compute the largest absolute difference, relative to the reference's largest entry."""
     return ((found - reference).abs().max() / reference.abs().max()).item()
 
 
@@ -48,7 +48,7 @@ def difference(found, reference):
 
 
 def compare(variants, device, seconds, warmed_up=False):
-    """Time callables in turn, at least three rounds: {name: [seconds]}."""
+    """Time callables alternately, in at least three rounds. Returns {name: [seconds]}."""
 
     def synchronise():
         if devices.on_gpu(device):
@@ -68,7 +68,7 @@ def compare(variants, device, seconds, warmed_up=False):
 
 
 def matmul_peak(device):
-    """FLOP/s of a large matrix product: the practical upper limit of this machine."""
+    """Measure FLOP/s of a large matrix product, the practical upper limit of this machine."""
     on_gpu = devices.on_gpu(device)
     n, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -76,9 +76,10 @@ def matmul_peak(device):
 
 
 def attention_formulas():
-    """torch's FLOP formulas of attention, extended to kernels with fewer key heads than query heads.
+    """Extend torch's FLOP formulas of attention to fewer key and value heads than query heads.
 
-    torch's own formulas refuse such inputs. These count as if each key and value head were repeated.
+    torch's own formulas raise an error for such inputs. These count FLOPs as if each key and value head
+    were repeated.
     """
 
     def with_repeated_heads(formula):
@@ -126,7 +127,7 @@ def measure(setup, unit, variants, differences):
 
     differences: {name: difference from the reference}, where one was measured.
     """
-    next(iter(variants.values()))[0]()  # allocates gradients, which no variant is charged for
+    next(iter(variants.values()))[0]()  # allocates gradients, which must not count for a variant
     counts = {name: inspect(run, setup.device) for name, (run, _) in variants.items()}
     runs, reference = {name: run for name, (run, _) in variants.items()}, None
     times = compare(runs, setup.device, setup.shapes.seconds, warmed_up=True)
@@ -150,7 +151,7 @@ def rates(times, unit, items):
 
 
 def rate(name, unit, seconds, items, reference=None, max_abs_diff=None):
-    """A row: median of items per second, interquartile range, factor over the `reference` median."""
+    """Make a row: median items per second, interquartile range, factor over the `reference` median."""
     rates = [items / t for t in seconds]
     low, median, high = statistics.quantiles(rates, n=4, method="inclusive")
     return {
@@ -165,7 +166,7 @@ def rate(name, unit, seconds, items, reference=None, max_abs_diff=None):
 
 
 def left_out(name, reason):
-    """A row without figures."""
+    """Make a row without figures."""
     row = dict.fromkeys(("median", "iqr", "factor", "max_abs_diff", "peak_bytes"))
     return {"name": name, "unit": "", **row, "left_out": reason}
 

@@ -1,15 +1,15 @@
 """Search clips, match films and read soft prompts as words, with a trained checkpoint.
 
-    python -m research.embed                                 write a vector per validation clip, from the cache
-    python -m research.embed --query my_clip.mp4             the most similar clips
-    python -m research.embed --text "pushing something"      the clips this caption fits best
-    python -m research.embed --score                         does the search find clips of the same action?
-    python -m research.embed --match a.mp4 b.mp4             scenes of one film that are also in the other
-    python -m research.embed --words my_clip.mp4             the tokens nearest to each query
+    python -m research.embed                              write vectors of the cached validation clips
+    python -m research.embed --query my_clip.mp4          print the most similar clips
+    python -m research.embed --text "pushing something"   print the clips that this caption fits best
+    python -m research.embed --score                      measure how well search finds the same action
+    python -m research.embed --match a.mp4 b.mp4          print the scenes that both films contain
+    python -m research.embed --words my_clip.mp4          print the tokens nearest to each query
 
-Results go to stdout, files to the checkpoint's folder. --limit N takes the first N clips of the split (the
-vectors then go to a file of their own) or of --query, the first N windows of each film of --match, or N
-captions as the corpus of --words.
+Results go to stdout, files to the checkpoint's folder. --limit N uses only the first N clips of the split
+or of --query, the first N windows of each film of --match, or N captions for --words. Vectors of a limited
+split are written to a separate file.
 """
 
 import runtime.start
@@ -33,7 +33,7 @@ from runtime.cli import note, printable
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
 from video import find_clips
-from viz.text import require
+from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
 
@@ -44,25 +44,45 @@ def parse_args(argv=None):
     mode = group.add_mutually_exclusive_group()
     mode.add_argument("--query", nargs="+", metavar="CLIP", help="print the most similar clips")
     mode.add_argument("--text", help="print the clips that this caption fits best")
-    mode.add_argument("--score", action="store_true", help="score the search for the same template")
-    mode.add_argument("--match", nargs=2, metavar="FILM", help="print the scenes found in both")
+    mode.add_argument(
+        "--score",
+        action="store_true",
+        help="score how well each kind of vector finds clips with the same template",
+    )
+    mode.add_argument(
+        "--match", nargs=2, metavar="FILM", help="print the scenes that both films contain"
+    )
     mode.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
     group = parser.add_argument_group("model and data")
     cli.add_models(group)
-    group.add_argument("--features", default=cli.FEATURES, metavar="DIR", help="feature cache")
-    group.add_argument("--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="captions")
+    group.add_argument(
+        "--features",
+        default=cli.FEATURES,
+        metavar="DIR",
+        help="feature cache of preprocess_ssv2.py",
+    )
+    group.add_argument(
+        "--annotations",
+        default=cli.ANNOTATIONS,
+        metavar="DIR",
+        help="output of prepare_annotations.py",
+    )
     group.add_argument("--split", default=VALIDATION, help="split to search")
     missing = {"type": cli.whole(0), "default": 0, "metavar": "N"}
-    group.add_argument("--allow-missing", **missing, help="clips that may lack features")
+    group.add_argument("--allow-missing", **missing, help="number of clips that may lack features")
     group = parser.add_argument_group("search")
     group.add_argument(
         "--kind",
         choices=embeddings.KINDS,
         help="vectors compared by --query and --match"
-        f" (default: {embeddings.BEST}, for --match {embeddings.BEST_FOR_FILMS})",
+        f" (default: {embeddings.BEST}; with --match, {embeddings.BEST_FOR_FILMS})",
     )
     group.add_argument(
-        "--count", type=cli.whole(1), default=10, metavar="N", help="clips or tokens to print"
+        "--count",
+        type=cli.whole(1),
+        default=10,
+        metavar="N",
+        help="number of clips or tokens to print",
     )
     group = parser.add_argument_group("windows of --query, --match and --words")
     windows.add_flags(group)
@@ -72,8 +92,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--output",
         metavar="FILE",
-        help="vectors (.npz), or picture of --match and --words (.png); default: in the checkpoint's"
-        " folder, embeddings_<split>.npz, match_<a>_<b>.png, words_<clip>.png",
+        help="file of vectors (.npz), or picture of --match or --words (.png) (default:"
+        " embeddings_<split>.npz, match_<a>_<b>.png or words_<clip>.png in the checkpoint's folder)",
     )
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
@@ -100,9 +120,10 @@ def main(argv=None):
 
 
 def output_path(output, checkpoint, name):
-    """--output, or the file `name` in the folder of the checkpoint's results.
+    """Return --output, or by default the file `name` in the checkpoint's folder.
 
-    Raises UserError if it cannot be written or has another suffix: it may be a film or a checkpoint.
+    Raises UserError if it cannot be written. A suffix other than that of `name` is an error too, because
+    the file may be a film or a checkpoint.
     """
     path = Path(output or default_output(checkpoint) / name)
     if path.suffix != Path(name).suffix or path.is_dir():
@@ -112,9 +133,9 @@ def output_path(output, checkpoint, name):
 
 
 def cached_clips(args):
-    """The checkpoint and the `CachedClips` of --split.
+    """Return the checkpoint and the `CachedClips` of --split. No model is loaded.
 
-    Raises UserError, before any model is loaded, if there are no clips or they have other settings.
+    Raises UserError if there are no clips, or if the cache and the checkpoint have different settings.
     """
     manifest = load_manifest(args.features)
     records = load_records(args.annotations, args.split)[: args.limit]
@@ -174,7 +195,7 @@ def query(args):
 
 
 def text(args, checkpoint, clips):
-    """Print the clips of the split whose caption --text is most likely to be."""
+    """Print the clips of the split for which --text is the most likely caption."""
     captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     if (tokens := len(captioner.tokenizer(args.text)["input_ids"])) > MAX_TEXT:
         raise UserError(f"--text has {tokens:,} tokens; at most {MAX_TEXT} are allowed")
@@ -201,7 +222,7 @@ def print_clips(source, found, as_json):
 
 
 def score(args):
-    """Print how well each kind of vector finds clips of the same template, and random vectors."""
+    """Print how well each kind of vector, and random vectors, find clips of the same template."""
     retrieval.require_sklearn()
     path = output_path(args.output, args.checkpoint, f"embeddings_{args.split}.npz")
     checkpoint, by_kind = read_checkpoint(args.checkpoint), {}
@@ -222,7 +243,7 @@ def score(args):
 
 
 def match(args):
-    """Print the scenes of the first film that are in the second, and draw all similarities."""
+    """Print the scenes that two films share, and draw the similarity of all windows."""
     require()
     paths = find_clips(args.match)
     if len(paths) != 2:
@@ -235,7 +256,7 @@ def match(args):
     (spans_a, a), (spans_b, b) = (embeddings.embed_film(p, *models, *how) for p in paths)
     if len(spans_a) == len(spans_b) == 1:
         raise UserError(
-            f"both films are one window of {args.window:g} s: use a smaller --window and --stride"
+            f"both films have only one window of {args.window:g} s: use a smaller --window and --stride"
             + (", or a larger --limit" if args.limit == 1 else "")
         )
     similarity = scenes.compare(a[args.kind], b[args.kind])
@@ -249,16 +270,16 @@ def match(args):
         for s in found:
             times = (clock(t) for t in (s.start_a, s.end_a, s.start_b, s.end_b))
             print("{}-{}\t{}-{}\t{:.3f}".format(*times, s.score))
-    note(f"{len(found)} scenes of {names[0]} are in {names[1]}: {output}")
+    note(f"{len(found)} scenes of {names[0]} are also in {names[1]}; picture: {output}")
 
 
 def clock(seconds):
-    """mm:ss.s"""
+    """Format seconds as mm:ss.s."""
     return f"{int(seconds // 60):02d}:{seconds % 60:04.1f}"
 
 
 def words(args):
-    """Print and draw the tokens nearest to each query of one clip, by input embedding and in context."""
+    """Print and draw the tokens nearest to each query of a clip, by embedding and in context."""
     require()
     [path, *more] = find_clips([args.words])
     if more:
@@ -271,7 +292,7 @@ def words(args):
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     [first] = next(windows.read([path], encoder, windows.Windowing.of(args), limit=1))
     if first.error:
-        raise UserError(str(first.error), code=1)
+        raise UserError(str(first.error), code=FAILED)
     embeddings.note_truncated([first], [path])
     if not first.alone:
         note(f"{path}: using only the first {first.end:.1f} s")
@@ -288,7 +309,9 @@ def words(args):
     print(printable(path, keep=""), caption, sep="\t")
     for n, row in enumerate(table):
         print(n, *(" ".join(t for t, *_ in row[part]) for part in ("tokens", "context")), sep="\t")
-    note(f"each line: a query, its nearest tokens by embedding, then in context; see {output}")
+    note(
+        f"columns: query, nearest tokens by embedding, nearest tokens in context; picture: {output}"
+    )
 
 
 if __name__ == "__main__":

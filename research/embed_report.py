@@ -1,4 +1,4 @@
-"""Score research.embed on the toy world, with controls: writes embeddings.json and embeddings.md.
+"""Score research.embed on the toy world, with controls. Writes embeddings.json and embeddings.md.
 
     python -m worlds.demo && python -m worlds.demo --seed 1 --data data/toy1 --output results/demo1    (and so on)
     python -m research.embed_report --runs results/demo results/demo1 results/demo2 --data data/toy data/toy1 data/toy2
@@ -37,28 +37,39 @@ from runtime.files import read_json, write_atomic, write_json
 from windows import Windowing
 from worlds.shapes import COLOURS, SHAPES
 
-FILMS = {  # pairs of films, scenes in both films of a pair, scenes in one only, clips per scene
+# scenes: shared by a pair of films; apart: in one film only
+FILMS = {
     **{"pairs": 4, "scenes": 6, "apart": 3, "clips_a_scene": 3},
     **{"window": 2.0, "stride": 0.5},  # seconds; the toy world's clips last about two
 }
-TOPS = (1, 5, 20)  # nearest tokens of a query that are compared with the label
+TOPS = (1, 5, 20)  # numbers of nearest tokens per query that are compared with the label
 BATCH, SEED = 32, 0
-SSV2 = (220847, 1536)  # clips of SSv2, width of Qwen2-1.5B
+SSV2 = (220847, 1536)  # number of clips in SSv2, width of Qwen2-1.5B
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--runs", nargs="+", default=["results/demo"], metavar="DIR", help="runs of worlds.demo"
+        "--runs",
+        nargs="+",
+        metavar="DIR",
+        help="run folders of worlds.demo (default: results/demo)",
     )
     parser.add_argument(
-        "--data", nargs="+", default=["data/toy"], metavar="DIR", help="the toy world of each run"
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="folder of the toy world of each run (default: data/toy)",
     )
     parser.add_argument(
-        "--output", default="results", metavar="DIR", help="folder of embeddings.json and .md"
+        "--output", default="results", metavar="DIR", help="folder for embeddings.json and .md"
     )
-    parser.add_argument("--table", metavar="FILE", help="only print the page of this file")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--table", metavar="FILE", help="print the Markdown page of this embeddings.json and exit"
+    )
+    args = parser.parse_args(argv)
+    args.runs, args.data = args.runs or ["results/demo"], args.data or ["data/toy"]
+    return args
 
 
 def main(argv=None):
@@ -99,14 +110,14 @@ class Run:
     untrained: VideoCaptioner
 
     def batches(self, features="features"):
-        """The validation clips of one of its caches in stored form."""
+        """Yield batches of the validation clips in stored form, from one of the run's caches."""
         settings = load_manifest(self.data / features).settings
         source = self.data / features, VALIDATION, self.records, settings
         return embeddings.CachedClips(*source, BATCH).batches(self.captioner.device)
 
 
 def load(folder, data):
-    """The `Run` in a folder, on the CPU."""
+    """Load a `Run` on the CPU, with an untrained Q-Former as a control."""
     checkpoint = read_checkpoint(folder)
     encoder, captioner = load_models(checkpoint, torch.device("cpu"), torch.float32)
     seed = read_json(folder / "args.json", "arguments")["args"]["seed"]
@@ -119,7 +130,7 @@ def load(folder, data):
 
 
 def measure(run):
-    """All scores of one run."""
+    """Compute all scores of one run."""
     result = {"run": str(run.folder), "clips": len(run.records)}
     result["queries"] = run.captioner.qformer.queries.shape[0]
     parts = {"retrieval": same_template, "text": text_to_clip, "films": match_films}
@@ -134,8 +145,10 @@ def measure(run):
 
 
 def same_template(run):
-    """`retrieval.score_kinds` of the vectors and of three controls: an untrained Q-Former, clips reduced
-    to their first frame, and random vectors."""
+    """Score the vectors and three controls with `retrieval.score_kinds`.
+
+    The controls are an untrained Q-Former, clips reduced to their first frame, and random vectors.
+    """
 
     def vectors(captioner, features="features"):
         parts = [embeddings.embed(captioner, **batch) for batch in run.batches(features)]
@@ -151,8 +164,10 @@ def same_template(run):
 
 
 def text_to_clip(run):
-    """How often a clip with the label of the query is among the first k, by the label's likelihood and
-    by chance."""
+    """Measure how often a clip with exactly the queried label is among the first k.
+
+    Clips are ranked by the likelihood of the label as their caption or, as a control, at random.
+    """
     labels = [r["label"] for r in run.records]
     with torch.inference_mode():
         caches = (run.captioner.prefix(**batch) for batch in run.batches())
@@ -168,7 +183,7 @@ def text_to_clip(run):
 
 
 def search_seconds():
-    """Seconds to find the 10 nearest of as many random float16 vectors as SSv2 has clips, five times."""
+    """Time a search for the 10 nearest of SSV2 random float16 vectors. Returns seconds of five tries."""
     rng, vectors = np.random.default_rng(0), np.empty(SSV2, np.float16)
     for row in range(0, len(vectors), 1 << 14):
         part = vectors[row : row + (1 << 14)]
@@ -185,10 +200,10 @@ def search_seconds():
 
 
 def match_films(run):
-    """`scenes.quality` for each kind of vector, on pairs of films that share scenes in another order, among
-    others; they are written to the run's folder.
+    """Score `scenes.find` with each kind of vector, on pairs of synthetic films.
 
-    Control: the scenes reported for films that share none, the first of one pair and the second of another.
+    The films of a pair share some scenes, in different order. They are written to the run's folder. As a
+    control, it counts the scenes found in films that share none: one of one pair and one of another.
     """
     windowing = Windowing(FILMS["window"], FILMS["stride"])
     rng, folder = random.Random(SEED), run.folder / "films"
@@ -226,8 +241,7 @@ def match_films(run):
 
 
 def merge_adjacent(in_a, in_b):
-    """The shared scenes, [(start, end)] in film a and in b, with those that follow each other in both
-    films merged."""
+    """Merge shared scenes, [(start, end)] in film a and in b, that are adjacent in both films."""
     merged_a, merged_b = [], []
     for a, b in sorted(zip(in_a, in_b, strict=True)):
         if merged_a and (merged_a[-1][1], merged_b[-1][1]) == (a[0], b[0]):
@@ -239,8 +253,7 @@ def merge_adjacent(in_a, in_b):
 
 
 def write_film(path, scenes, videos):
-    """Re-encode clips, [[id] of each scene], one after the other; returns each scene's (start, end) in
-    seconds."""
+    """Concatenate scenes, each a list of clip ids, into a film. Returns their (start, end) in seconds."""
     import av
 
     rate, frames, bounds = 12, 0, []
@@ -265,8 +278,11 @@ def write_film(path, scenes, videos):
 
 
 def name_words(run):
-    """How often the nearest tokens of the queries are words of the clip's label, or, as a control, of
-    another clip's; and for each query the CIDEr lost without it, and what its nearest token names."""
+    """Compare the nearest tokens of the queries with the words of the clip's label.
+
+    As a control, they are also compared with the label of another clip. For each query, it measures the
+    CIDEr lost without it and what its nearest token names.
+    """
     corpus = words.Corpus(run.captioner, words.sample_labels(run.data / "annotations", SEED))
     tokens, prompts = {"embedding": [], "context": []}, []  # [clip][query][token]
     with torch.inference_mode():
@@ -301,8 +317,10 @@ def name_words(run):
 
 
 def cider_lost(run, soft):
-    """CIDEr of the captions from soft prompts (n, Q, D), and how much is lost for each query that is
-    replaced by its mean over the clips."""
+    """Compute the CIDEr of captions from soft prompts (n, Q, D), and the loss without each query.
+
+    A query is removed by replacing it with its mean over the clips. Returns (CIDEr, [loss per query]).
+    """
 
     def cider(soft):
         texts = []
@@ -323,8 +341,12 @@ def cider_lost(run, soft):
 
 
 def describe(tokens, labels, others):
-    """What a query's nearest token, given for each clip, names: the most common ones, and the share that
-    are colours, things, words of the clip's own label, and words of another's."""
+    """Summarise the nearest tokens of one query.
+
+    tokens: the nearest token for each clip. labels: the clips' labels. others: labels of other clips.
+    Returns the most common tokens, and the shares of tokens that are colours, things, words of the
+    clip's own label and words of another label.
+    """
 
     def share_in(captions):
         pairs = zip(tokens, captions, strict=True)

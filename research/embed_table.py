@@ -1,13 +1,13 @@
-"""The page that research.embed_report writes about its scores."""
+"""Format the scores of research.embed_report as a Markdown page."""
 
 from statistics import fmean, median
 
-TEXT = """# What the queries know, on the toy world
+TEXT = """# What the queries encode, on the toy world
 
 Made by the commands at the top of `research/embed_report.py`; the figures are in `embeddings.json`. Runs of
 `worlds.demo` with different seeds ({runs}), {clips} validation clips each. Cells are the mean over
 the runs and, in brackets, their range. This is a tiny world of moving shapes, a random V-JEPA 2 and a language model
-trained to turn keywords into captions: it says nothing about SSv2, V-JEPA 2 or Qwen2.
+trained to turn keywords into captions. The results do not carry over to SSv2, V-JEPA 2 or Qwen2.
 
 ## 1. Search by clip and by text
 
@@ -18,7 +18,7 @@ templates. "No shared object" leaves out neighbours that share a word of their o
 {same}
 
 Controls: an untrained Q-Former, clips reduced to their first frame, and random vectors. `prompted` has the best R@1,
-mAP and NMI on every seed, so `--query` uses it: it is the language model's state just before it writes the caption.
+mAP and NMI on every seed, so `--query` uses it. It is the language model's state just before it writes the caption.
 `hidden`, one prompt earlier, varies between runs. The mean of the features is near chance although the captions come from the same
 features: averaging over time and space loses the motion.
 
@@ -38,11 +38,12 @@ that share no clip.
 
 {found}
 
-The scenes are the same footage, which appearance identifies best: the mean of the features wins, an untrained
+The scenes are the same footage, which appearance identifies best: the mean of the features is best, an untrained
 Q-Former is nearly as good, and training makes it worse. `--match` therefore compares features. `--kind prompted` might
 find the same action in other footage; that was not measured. The threshold, the rules and the kind were chosen on
 films like these, including one pair in four of those scored, so these are not held-out figures. Unrelated films still
-give a scene now and then; do not trust a single short one. Real films, which share one look throughout, were not tested.
+yield a scene occasionally, so do not trust a single short one. Real films, which look similar throughout, were not
+tested.
 
 ## 3. Do the queries look like words?
 
@@ -51,17 +52,17 @@ letters or more), and what share of the label's words they name. Control: the la
 
 {hits}
 
-With one token per query they do: together they name {times} times as many words of the clip's own
-label as of another's. With 5 tokens the gap is small, and with 20 it nearly vanishes, since {queries} queries then name
-most of the toy world's few words. The toy language model was trained with keywords in place of soft prompts, so it
-follows words. A pretrained one was not, and published prefixes are not words: this shows how to look, not what to
-expect.
+With one token per query they do: together the queries name {times} times as many words of the clip's own
+label as of another label. With 5 tokens the gap is small, and with 20 it nearly vanishes, because {queries} queries then
+name most of the toy world's few words. The toy language model was trained with keywords in place of soft prompts, so
+it responds to words. A pretrained model was not, and published prefixes do not resemble words. This experiment shows
+how to measure it, not what to expect of a real model.
 
 Which queries matter: the table has the CIDEr lost when a query is replaced by its mean over the clips, out of
 {cider}. The most important query costs {most}, the median one {middle}, the
-least important {least}. The other columns, for the first run, say what a query's nearest token in context is: how
-often a colour, a thing, a word of the clip's label, and a word of another's. Some queries name only colours or only
-things, but those are not always the ones that matter: another query may carry the same information.
+least important {least}. The other columns are for the first run: how often a query's nearest token in context is a
+colour, a thing, a word of the clip's label, and a word of another label. Some queries name only colours or only
+things, but these are not always the most important ones, because another query may carry the same information.
 
 {lost}
 """
@@ -79,7 +80,7 @@ def table(head, rows):
 
 
 def markdown(results):
-    """The content of embeddings.md, from that of embeddings.json."""
+    """Format the contents of embeddings.json as embeddings.md."""
     runs, films, search = (results[part] for part in ("runs", "films", "search"))
     first = runs[0]
 

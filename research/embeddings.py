@@ -1,4 +1,4 @@
-"""One vector per clip, in five kinds, and the .npz file that holds those of a split.
+"""Compute one vector per clip, in five kinds, and store those of a split in an .npz file.
 
 Shapes: B clips, n clips of a split or windows of a film, N video tokens, E video width, Q queries,
 D language model width.
@@ -22,16 +22,16 @@ from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
 from feature_cache import Settings
 from runtime.cli import note, printable
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import temporary_name
 
-# From what depends least on training for captions to what depends most
+# Ordered from least to most dependent on training for captions
 KINDS = {
     "features": "mean of the V-JEPA 2 features, standardised",
     "attended": "mean over the queries of the last cross-attention's output",
     "prompts": "mean of the soft prompts",
     "hidden": "last hidden state of the language model on the soft prompts",
-    "prompted": "its last hidden state on the label prompt that follows, before the caption",
+    "prompted": "its last hidden state on the label style prompt, just before the caption",
 }
 PROMPT = STYLES["label"]
 BEST, BEST_FOR_FILMS = "prompted", "features"  # see results/embeddings.md
@@ -63,7 +63,7 @@ def _no_captions(record):
 
 
 def embed(captioner, features, scale, offset):
-    """{kind: float32 (B, E or D), rows of length 1} of B clips in stored form.
+    """Embed B clips in stored form. Returns {kind: float32 (B, E or D) with unit rows}.
 
     A clip's vectors do not depend on the rest of the batch, up to rounding in the matrix products.
     """
@@ -97,7 +97,7 @@ def embed(captioner, features, scale, offset):
 def embed_windows(paths, encoder, captioner, windowing, limit=None):
     """Yield (`Window`s, {kind: float32 (decoded windows, E or D)}) for each batch of `windows.read`.
 
-    Windows that could not be decoded have an `error` and no row; the dict may be empty.
+    Windows that could not be decoded have an `error` and no row. The dict is empty if all failed.
     """
     for batch in windows.read(paths, encoder, windowing, limit):
         note_truncated(batch, paths)
@@ -121,7 +121,7 @@ def embed_film(path, encoder, captioner, windowing, limit=None):
             window.frames = window.stored = None  # a long film has many windows
     errors = [w.error for w in read if w.error]
     if not parts:
-        raise UserError(str(errors[0]), code=1)
+        raise UserError(str(errors[0]), code=FAILED)
     if errors:
         note(f"skipped {len(errors)} of {len(read)} windows; the first error: {errors[0]}")
     decoded, whole = [not w.error for w in read], {}
@@ -142,11 +142,11 @@ def note_truncated(batch, paths):
 
 
 def write(path, captioner, checkpoint, clips):
-    """Embed `CachedClips` and write an .npz file: "ids", "about" (JSON) and a float16 (n, E or D)
-    array per kind.
+    """Embed `CachedClips` and write an .npz file.
 
-    Rows are collected in unnamed temporary files, which disappear with the process, and copied from
-    there through a memory map, whose pages the kernel can reclaim: no array of all clips is in memory.
+    It contains "ids", "about" (JSON) and a float16 (n, E or D) array per kind. The vectors are never all
+    in memory: they are collected in unnamed temporary files, which disappear with the process, and
+    copied through a memory map.
     """
     about = {
         "weights": weights_digest(checkpoint["qformer"]),
@@ -174,17 +174,17 @@ def write(path, captioner, checkpoint, clips):
 
 
 def read(path, kind, checkpoint):
-    """(ids, vectors float16 (n, E or D), split) from a file of `write`.
+    """Read (ids, vectors float16 (n, E or D), split) from a file of `write`.
 
-    Raises UserError if the file is missing or damaged, or was made with another checkpoint.
+    Raises UserError if the file is missing or invalid, or was made with another checkpoint.
     """
     if not path.is_file():
         raise UserError(
-            f"no embeddings: {path} does not exist. Write them first: python -m research.embed without"
-            " --query and --score, with the same --checkpoint and --split"
+            f"no embeddings: {path} does not exist. Write it first: run python -m research.embed without"
+            " --query or --score, with the same --checkpoint and --split"
         )
     try:
-        # opened here: numpy leaves a file open if it is not an archive
+        # opened here, because numpy leaves a file open if it is not an archive
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             ids, vectors = file["ids"].tolist(), file[kind]

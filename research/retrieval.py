@@ -1,6 +1,6 @@
-"""Nearest neighbours of unit vectors, and how well they find clips of the same action.
+"""Find nearest neighbours of unit vectors, and score how well they find clips of the same action.
 
-Brute force: 220,847 clips of 1536 numbers are 0.7 GB in float16, read once for all queries. Beyond about
+The search is brute force: 220,847 clips of 1536 numbers are 0.7 GB in float16, read once for all queries. Beyond about
 10 million clips, use an index such as faiss. Shapes: n vectors of size D.
 """
 
@@ -12,23 +12,25 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
 WIDENED = 1 << 14  # vectors converted to float32 at a time: 100 MB at Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the kNN vote (DINO, arXiv:2104.14294)
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # for the kNN vote (DINO, arXiv:2104.14294)
 RECALLS = {"R@1": 1, "R@5": 5, "R@10": 10}
 
 
 def unit(x):
-    """float32 (..., D) of length 1; a zero vector stays zero."""
+    """Normalise vectors (..., D) to unit length, in float32. A zero vector stays zero."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def nearest(queries, vectors, count):
-    """The `count` unit vectors (n, D) nearest to each query (q, D): (indices, cosines), both
-    (q, count), best first; ties keep their order."""
+    """Find the `count` unit vectors (n, D) nearest to each query (q, D).
+
+    Returns (indices, cosines), both (q, count), best first. Ties keep their order.
+    """
     queries = unit(queries)
     blocks = (vectors[i : i + WIDENED].astype(np.float32) for i in range(0, len(vectors), WIDENED))
     cosines = np.concatenate([queries @ block.T for block in blocks], axis=1)
@@ -37,14 +39,14 @@ def nearest(queries, vectors, count):
 
 
 def chance(shape, seed):
-    """Random vectors, as a control."""
+    """Sample random vectors, as a control."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def score_kinds(by_kind, records, seed):
-    """Score vectors {kind: (n, D)} of n records, over all neighbours and without those that share an
-    object with the query.
+    """Score vectors {kind: (n, D)} of n records.
 
+    Scores are computed over all neighbours, and without those that share an object with the query.
     Returns {kind: {"all": `score`, "no shared object": `score` or None without placeholders, "NMI"}}.
     Raises UserError if fewer than two templates occur.
     """
@@ -64,7 +66,7 @@ def score_kinds(by_kind, records, seed):
 
 
 def object_words(record):
-    """The words of a record's placeholders: {"red", "cup"} for "the Red cup"."""
+    """Return the words of a record's placeholders, such as {"red", "cup"} for "the Red cup"."""
     words = re.findall(r"\w+", " ".join(record["placeholders"]).lower())
     return {word for word in words if len(word) > 2} - {"the", "and", "with"}
 
@@ -72,10 +74,11 @@ def object_words(record):
 def score(vectors, templates, objects=None):
     """Leave-one-out retrieval of clips with the same template among n unit vectors (n, D).
 
-    objects: n sets of words; a query's neighbours are then only clips that share none of them, so that
-    appearance does not help. Queries without a clip to find are left out. Returns {"R@1", "R@5",
-    "R@10": share of queries with a correct clip among the first k, "mAP", "kNN": accuracy of a
-    weighted vote of the nearest 20, "n": queries}. Raises UserError if no query has a clip to find.
+    objects: n sets of words, or None. If given, clips that share a word with the query are excluded from
+    its neighbours, so that appearance does not help. Queries without a clip to find are skipped.
+    Returns {"R@1", "R@5", "R@10": share of queries with a correct clip among the first k, "mAP", "kNN":
+    accuracy of a weighted vote of the nearest 20, "n": number of queries}. Raises UserError if no query
+    has a clip to find.
     """
     _, label = np.unique(np.asarray(templates, str), return_inverse=True)
     classes = int(label.max()) + 1
@@ -112,13 +115,13 @@ def score(vectors, templates, objects=None):
 
 
 def require_sklearn():
-    """Raises UserError if scikit-learn is not installed."""
+    """Raise UserError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("scores need scikit-learn: pip install -e '.[embed]'", code=1)
+        raise UserError("scores need scikit-learn: pip install -e '.[embed]'", code=FAILED)
 
 
 def mutual_information(vectors, templates, seed):
-    """NMI between the templates and as many k-means clusters."""
+    """Compute the NMI between the templates and the same number of k-means clusters."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -127,7 +130,7 @@ def mutual_information(vectors, templates, seed):
 
 
 def format_scores(rows):
-    """`score_kinds` as a table in plain text."""
+    """Format the result of `score_kinds` as a plain-text table."""
     names = (*RECALLS, "mAP", "kNN")
     lines = [f"{'vector':<10}{'NMI':>7}" + "".join(f"{n:>7}" for n in names) * 2]
     lines[0] += "   (right half: neighbours that share no object)"

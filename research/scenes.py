@@ -1,8 +1,8 @@
-"""Which scenes of one film are also in another, in any order.
+"""Find the scenes that two films share, in any order.
 
-Films are cut into windows; runs of consecutive windows that are similar in both are matched. numpy only,
-except for the picture. Shapes: n windows of film a, m of film b. A run (i, j, length) is windows i to
-i + length - 1 of a beside windows j to j + length - 1 of b.
+Films are cut into windows, and runs of consecutive windows that are similar in both films are matched.
+Uses only numpy, except for the picture. Shapes: n windows of film a, m of film b. A run (i, j, length) is windows i to
+i + length - 1 of a matched with windows j to j + length - 1 of b.
 """
 
 import heapq
@@ -13,19 +13,19 @@ from itertools import pairwise
 
 import numpy as np
 
-# A pair of windows matches above this share of the way from the median cosine to 1. Chosen on films made
-# from the toy world.
+# Two windows match if their cosine is above median + THRESHOLD * (1 - median). Chosen on films made from
+# the toy world.
 THRESHOLD = 0.7
-STILL = 1e-4  # unit vectors that differ by less count as equal
+STILL = 1e-4  # unit vectors that differ by less are treated as equal
 
-# A still shot looks the same backwards, so the reversed film has a run that is its mirror image: one that
-# reaches this share of the mirrored run's sum is not evidence of a chance match
+# A still shot looks the same backwards, so the reversed film contains a mirror image of its run. A reversed
+# run is ignored if the run it mirrors reaches this share of its sum.
 MIRRORED = 0.9
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Seconds `start_a` to `end_a` of film a match `start_b` to `end_b` of b; `score`: mean cosine."""
+    """Seconds `start_a` to `end_a` of film a match `start_b` to `end_b` of b. `score` is a mean cosine."""
 
     start_a: float
     end_a: float
@@ -35,8 +35,10 @@ class Scene:
 
 
 def compare(a, b):
-    """Cosines (n, m) between the vectors (n, D) and (m, D) of two films, after subtracting the mean of
-    all windows. NaN for a window without a vector."""
+    """Compute the cosines (n, m) between the vectors (n, D) and (m, D) of two films.
+
+    The mean over all windows of both is subtracted first. Windows without a vector give NaN.
+    """
     mean = np.nanmean(np.concatenate([a, b]), 0)
     a, b = (x - mean for x in (a, b))
     norms = (np.maximum(np.linalg.norm(x, axis=1, keepdims=True), STILL) for x in (a, b))
@@ -45,13 +47,13 @@ def compare(a, b):
 
 
 def threshold(similarity):
-    """The cosine above which two windows of these films match."""
+    """Compute the cosine above which two windows of these films match."""
     median = float(np.nanmedian(similarity))
     return median + THRESHOLD * (1 - median)
 
 
 def align(excess, shortest=1):
-    """Runs of windows that match in both films: [(i, j, length)], the best first.
+    """Find runs of windows that match in both films. Returns [(i, j, length)], best first.
 
     excess: (n, m), cosine minus threshold. Takes the run with the largest sum on any diagonal, then the
     best that shares no window with it, and so on: local alignments without gaps (Waterman and Eggert
@@ -62,20 +64,20 @@ def align(excess, shortest=1):
     taken_a, taken_b, runs = np.zeros(n, bool), np.zeros(m, bool), []
 
     def best(offset):
-        """(-sum, i, j, length) of the diagonal's best run of windows that are not taken."""
+        """Return (-sum, i, j, length) of the best run on a diagonal, without windows already taken."""
         i, j = max(0, -offset), max(0, offset)
         diagonal = excess.diagonal(offset).copy()
         end = len(diagonal)
         diagonal[taken_a[i : i + end] | taken_b[j : j + end]] = -np.inf
-        # a barrier that no run gains by crossing, but finite, for the sake of the sums
+        # a value so low that no run crosses it, but finite so that the cumulative sum is too
         diagonal[np.isneginf(diagonal)] = -1 - diagonal[diagonal > 0].sum()
         sums = np.concatenate([[0.0], diagonal.cumsum()])
         gain = sums - np.minimum.accumulate(sums)
         end = int(gain.argmax())
-        length = int(sums[end::-1].argmin())  # back to the last place where the sum was lowest
+        length = int(sums[end::-1].argmin())  # back to where the sum was lowest
         return -float(gain[end]), i + end - length, j + end - length, length
 
-    # a queue of diagonals: searching the whole matrix for each run took minutes for two films of an hour
+    # a queue of diagonals, because searching the whole matrix per run took minutes for hour-long films
     queue = [best(offset) for offset in range(1 - n, m)]
     heapq.heapify(queue)
     while queue and queue[0][0] < 0:
@@ -86,16 +88,16 @@ def align(excess, shortest=1):
                 taken_a[i : i + length] = taken_b[j : j + length] = True
             else:  # its windows may still be part of a longer run on another diagonal
                 excess[range(i, i + length), range(j, j + length)] = -np.inf
-        heapq.heappush(queue, best(j - i))  # the rest of the diagonal; its sum can only be lower
+        heapq.heappush(queue, best(j - i))  # the rest of the diagonal, whose sum cannot be higher
     return runs
 
 
 def find(similarity, spans_a, spans_b):
-    """Match two films: a list of `Scene`, ordered by time in film a.
+    """Match two films. Returns a list of `Scene`, ordered by time in film a.
 
-    similarity: from `compare`; spans_a, spans_b: (start, end) of each window in seconds. Something
-    always looks alike, so a run must last at least as long as a window and must beat the best run found
-    with film b reversed, mirror images aside.
+    similarity: from `compare`. spans_a, spans_b: (start, end) of each window in seconds. Any two films
+    have some similar windows, so a run must last at least as long as a window, and its sum must exceed
+    that of the best run found with film b reversed, except for mirror images.
     """
     excess, shortest = np.nan_to_num(similarity, nan=-1.0) - threshold(similarity), 1
     n, m = excess.shape
@@ -123,15 +125,16 @@ def _sum_along(excess, run):
 
 
 def _overlap(one, other):
-    """True if two runs share windows of both films."""
+    """Return True if two runs share windows of both films."""
     return all(max(one[k], other[k]) < min(one[k] + one[2], other[k] + other[2]) for k in range(2))
 
 
 def times_of(run, spans_a, spans_b):
-    """(start_a, end_a, start_b, end_b) in seconds of a run.
+    """Compute (start_a, end_a, start_b, end_b) of a run, in seconds.
 
-    A window matches if most of it does, so a scene starts half a stride before the middle of its first
-    window and ends half a stride after that of its last. At either end of a film it takes the whole window.
+    A window matches if most of it does. A scene therefore starts half a stride before the middle of its
+    first window and ends half a stride after the middle of its last. The first and last window of a film
+    are used in full.
     """
     i, j, length = run
     last_i, last_j = i + length - 1, j + length - 1
@@ -150,7 +153,7 @@ def middle(span):
 
 
 def quality(found, true_a, true_b):
-    """{"recall", "precision"} of the scenes found, given the (start, end) of each true scene in both films.
+    """Compute {"recall", "precision"} of `found`, given the true (start, end) in both films.
 
     A scene counts as found if its intersection over union is at least a half in both films.
     """
@@ -170,12 +173,15 @@ def quality(found, true_a, true_b):
 
 
 def draw(similarity, spans_a, spans_b, found, names):
-    """PNG bytes: the cosines of all pairs of windows, with the scenes marked. names: of films a and b."""
+    """Draw the cosines of all pairs of windows and mark the scenes. Returns PNG bytes.
+
+    names: the names of films a and b.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     panel = figure.subplots()
-    edges_a, edges_b = (  # a window's cell is around its middle
+    edges_a, edges_b = (  # cells are centred on the middle of a window
         [spans[0][0], *((middle(s) + middle(t)) / 2 for s, t in pairwise(spans)), spans[-1][1]]
         for spans in (spans_a, spans_b)
     )

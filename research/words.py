@@ -1,7 +1,7 @@
-"""Do the soft prompts look like words? The nearest tokens of each query, by two measures.
+"""Find the tokens nearest to each soft prompt, to see whether the prompts resemble words.
 
-By input embedding, as Mokady et al. 2021 (arXiv:2111.09734) read prefixes; and in context: layers after
-the first see hidden states, so each query's state is also compared with the states of real words.
+There are two measures: by input embedding, as Mokady et al. 2021 (arXiv:2111.09734) interpret prefixes,
+and in context, where a query's hidden state at the middle layer is compared with those of real words.
 
 Shapes: B clips, Q queries, D width and V vocabulary of the language model, M tokens of a corpus, of which
 U are distinct.
@@ -21,11 +21,11 @@ from runtime.errors import UserError
 CORPUS = 2000  # captions
 CAPTIONS_AT_ONCE = 32
 VOCABULARY_BLOCK = 1 << 15  # rows compared at a time: 200 MB of Qwen2's embeddings in float32
-MIN_LETTERS = 3  # shorter tokens begin too many words to count as a match
+MIN_LETTERS = 3  # shorter tokens are a prefix of too many words to count as a match
 
 
 def sample_labels(annotations, seed, limit=None):
-    """At most `CORPUS` labels of training clips, sampled with a fixed seed."""
+    """Sample at most `CORPUS` labels of training clips, or `limit` if lower."""
     labels = {r["id"]: r["label"] for r in load_records(annotations, TRAIN)}
     labels = {i: label for i, label in labels.items() if (label or "").strip()}
     if not labels:
@@ -34,8 +34,8 @@ def sample_labels(annotations, seed, limit=None):
 
 
 def nearest_tokens(lm, soft, count):
-    """Nearest input embeddings of each soft prompt (B, Q, D): (ids, cosines), both (B, Q, count)."""
-    table = lm.get_input_embeddings()  # called, not indexed: some layers scale their weight
+    """Find the input embeddings nearest to soft prompts (B, Q, D): (ids, cosines) of (B, Q, count)."""
+    table = lm.get_input_embeddings()  # called, not indexed, because some layers scale their weight
     soft, best = F.normalize(soft.float(), dim=-1), []
     vocabulary = torch.arange(table.num_embeddings, device=table.weight.device)  # (V,)
     for ids in vocabulary.split(VOCABULARY_BLOCK):
@@ -50,7 +50,7 @@ def nearest_tokens(lm, soft, count):
 class Corpus:
     """The language model's hidden states on captions at its middle layer, one row per token.
 
-    texts: captions, each after the label style's prompt, without a video.
+    texts: captions. Each is read after the label style prompt, without a video.
     """
 
     def __init__(self, captioner, texts):
@@ -85,18 +85,18 @@ class Corpus:
         self.tokens, self.token_of = ids.unique(return_inverse=True)  # (U,), (M,)
 
     def nearest(self, soft, count):
-        """Nearest tokens of each soft prompt (B, Q, D) at the middle layer: (ids, cosines, rows of the
-        corpus), each (B, Q, count).
+        """Find the tokens nearest to each soft prompt (B, Q, D) at the middle layer.
 
-        A token's cosine is that of its most similar row. All states of a layer share a large common
-        part, so the mean is subtracted: of a clip's queries, and of the corpus.
+        Returns (ids, cosines, rows of the corpus), each (B, Q, count). A token's cosine is that of its
+        most similar row. All states of a layer share a large common component, so the mean over a clip's
+        queries and the mean over the corpus are subtracted.
         """
         inputs = self.captioner.embedded(soft)
         out = self.captioner.run_lm(inputs_embeds=inputs, output_hidden_states=True)
         states = out.hidden_states[self.layer][:, -soft.shape[1] :].float()  # (B, Q, D)
         states = F.normalize(states - states.mean(1, keepdim=True), dim=-1)
         found = []
-        for queries in states:  # one clip at a time: Q x M floats
+        for queries in states:  # one clip at a time, which takes Q x M floats
             cosines = queries @ self.states.T  # (Q, M)
             best = cosines.new_full((len(queries), len(self.tokens)), -torch.inf)
             best.scatter_reduce_(1, self.token_of.expand_as(cosines), cosines, "amax")  # (Q, U)
@@ -108,8 +108,11 @@ class Corpus:
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     def table(self, soft, count):
-        """One dict per query of one clip (1, Q, D), with `count` entries each, best first: {"tokens":
-        [[text, cosine]], "context": [[text, cosine, a caption with that token]]}."""
+        """List the `count` nearest tokens of each query of one clip (1, Q, D), best first.
+
+        Returns a dict per query: {"tokens": [[text, cosine]], "context": [[text, cosine, a caption with
+        that token]]}.
+        """
         with torch.inference_mode():
             ids, cosines = nearest_tokens(self.captioner.lm, soft, count)
             near, similar, rows = self.nearest(soft, count)
@@ -125,21 +128,25 @@ class Corpus:
 
 
 def decode_each(tokenizer, ids):
-    """The text of each token of (n,), stripped: n strings."""
+    """Decode each of n token ids on its own. Returns n stripped strings."""
     return [text.strip() for text in tokenizer.batch_decode([[i] for i in ids.tolist()])]
 
 
 def match_words(tokens, caption):
-    """(the words of a caption that begin with one of the token texts, all its words); pieces and words
-    of fewer than `MIN_LETTERS` letters do not count."""
+    """Return (the words of a caption that start with one of the tokens' texts, all its words).
+
+    Tokens and words of fewer than `MIN_LETTERS` letters are ignored.
+    """
     words = {word for word in re.findall(r"\w+", caption.lower()) if len(word) >= MIN_LETTERS}
     pieces = tuple({t.lower() for t in tokens if len(t) >= MIN_LETTERS})
     return {word for word in words if word.startswith(pieces)}, words
 
 
 def draw(table, title, columns=5):
-    """PNG bytes of `Corpus.table`: a row per query; on the left its nearest tokens by embedding, on the
-    right in context; darker is nearer."""
+    """Draw the result of `Corpus.table`, one row per query. Returns PNG bytes.
+
+    Nearest tokens by embedding are on the left, those in context on the right. Darker cells are nearer.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -154,7 +161,7 @@ def draw(table, title, columns=5):
         for x, column in enumerate(cells):
             for y, (text, *_) in enumerate(column):
                 text = "".join(c if c.isprintable() else "?" for c in text[:14])
-                text = text.replace("$", r"\$")  # a pair of them would start mathematics
+                text = text.replace("$", r"\$")  # a pair of $ would start a formula
                 panel.text(x, y, text, ha="center", va="center", fontsize=8)
         panel.set(xlabel=f"nearest tokens {name}", ylabel="query", yticks=range(len(table)))
         panel.set_xticks(range(len(cells)), [str(n + 1) for n in range(len(cells))])

@@ -26,9 +26,9 @@ def note(*text):
 
 
 def printable(text, keep="\n"):
-    """`text` with terminal control characters escaped, except for those in `keep`.
+    """Escape the control characters in `text`, except for those in `keep`.
 
-    Used for file names and for text read from files.
+    File names and text from files go through here before they are printed.
     """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
@@ -70,8 +70,8 @@ def run(main):
         fail(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
         code = SIGNALLED + number
     except BrokenPipeError:
-        # `infer.py … | head` ends with success, because the reader wants no more. If stderr is closed
-        # too (`train.py 2>&1 | head`), the run was cut short, which is a failure.
+        # After `infer.py … | head` the exit code is 0, because `head` has read all it needs. If stderr is
+        # closed too (`train.py 2>&1 | head`), the run was cut short, which is a failure.
         code = FAILED if is_closed(sys.stderr) else DONE
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -88,7 +88,7 @@ def run(main):
 
 
 def is_closed(stream):
-    """True for a pipe whose reading end is closed."""
+    """Return True if `stream` is a pipe whose reading end is closed."""
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()
@@ -105,7 +105,7 @@ def kill_children():
 
 
 def parser(doc):
-    """An ArgumentParser whose help is the script's docstring followed by flags and their defaults."""
+    """Create an ArgumentParser whose help is `doc`, the script's docstring, and all flags with defaults."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # omit "(default: None)"
@@ -152,12 +152,12 @@ def add_generation(group):
 
 def add_workers(group, most, least=0):
     """Add --workers to a group of flags. The default is `most`, or the number of CPUs if lower."""
-    text = f"worker processes; the default is {most}, or the number of available CPUs if lower"
+    text = f"worker processes (default: %(default)s, the smaller of {most} and the number of CPUs)"
     group.add_argument("--workers", type=whole(least), default=min(most, cpus()), help=text)
 
 
 def cpus():
-    """The number of CPUs available to this process. Under torchrun the processes share them equally."""
+    """Return the number of CPUs available to this process, an equal share of them under torchrun."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:  # macOS, Windows
@@ -166,7 +166,7 @@ def cpus():
 
 
 def whole(least, most=None):
-    """An argparse type: an integer from `least` to `most`, inclusive."""
+    """Return an argparse type for integers from `least` to `most`, inclusive."""
 
     def parse(text):
         try:
@@ -183,7 +183,7 @@ def whole(least, most=None):
 
 
 def number(least=None, above=None, below=None):
-    """An argparse type: a finite float with `value >= least`, `value > above` and `value < below`."""
+    """Return an argparse type for finite floats that are >= `least`, > `above` and < `below`."""
 
     def parse(text):
         try:
@@ -202,7 +202,7 @@ def number(least=None, above=None, below=None):
 
 
 def shard(text):
-    """An argparse type: part i (from 0) of n, written i/n."""
+    """Parse part i (from 0) of n, written i/n. This is an argparse type."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 0 <= i < n")
@@ -210,7 +210,7 @@ def shard(text):
 
 
 def existing(path, what, hint):
-    """Return `path` as a Path. Raises UserError with `hint`, what to do next, if it does not exist."""
+    """Return `path` as a Path. Raises UserError if it does not exist, with `hint` on what to do next."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{what} not found: {path}. {hint}")

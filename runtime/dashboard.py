@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 from runtime import ranks
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
 
 NAMES = ("none", "tensorboard", "trackio", "wandb")
@@ -66,7 +66,7 @@ def connect(name, folder, step, config):
             run = library.init(project=PROJECT, **run_settings, resume="allow", config=config)
     except failures as error:
         hint = "; run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else ""
-        raise UserError(f"--report-to {name}: {error}{hint}", code=1) from None
+        raise UserError(f"--report-to {name}: {error}{hint}", code=FAILED) from None
     write_json(folder / ID_FILE, run_id)
 
     def close():
@@ -77,6 +77,6 @@ def connect(name, folder, step, config):
 
 
 def known_id(folder):
-    """The dashboard id of the run in this folder, or a new unique one."""
+    """Return the dashboard id of the run in this folder, or a new unique one."""
     path = folder / ID_FILE
     return read_json(path, "run id") if path.is_file() else f"{folder.name}-{secrets.token_hex(4)}"

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from runtime import start
-from runtime.errors import UserError, VideoError
+from runtime.errors import FAILED, UserError, VideoError
 
 
 class WorkerPool:
@@ -116,7 +116,7 @@ class WorkerPool:
             raise UserError(
                 f"a decoding process could not start (exit code {self._end(process)}); if the machine is"
                 " low on memory, lower --workers, or use --workers 0 to decode in the main process",
-                code=1,
+                code=FAILED,
             ) from None
         return process
 

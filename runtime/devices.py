@@ -22,17 +22,17 @@ HIDDEN = ("-1", "NoDevFiles")
 
 
 def on_gpu(device):
-    """True if this torch.device is a GPU."""
+    """Return True if this torch.device is a GPU."""
     return device.type == GPU
 
 
 def autocast(device):
-    """Autocast context for the trained modules: bfloat16 on a GPU, a null context on a CPU."""
+    """Return an autocast context for the trained modules: bfloat16 on a GPU, a null context on a CPU."""
     return torch.autocast(device.type, torch.bfloat16) if on_gpu(device) else nullcontext()
 
 
 def backend(device):
-    """The torch.distributed backend for this device."""
+    """Return the torch.distributed backend for this device."""
     return "cpu:gloo,cuda:nccl" if on_gpu(device) else "gloo"
 
 
@@ -54,7 +54,7 @@ def resolve(name, dtype):
     if on_gpu(device):
         if device.index is not None and ranks.world_size() > 1:
             raise UserError(
-                f"--device {name}: under torchrun the processes need a GPU each; use --device cuda"
+                f"--device {name}: under torchrun each process needs its own GPU; use --device cuda"
             )
         # Streams and events belong to the current device, and set_device needs an index.
         index = ranks.local_rank() if device.index is None else device.index
@@ -70,17 +70,17 @@ def resolve(name, dtype):
 
 
 def describe(device):
-    """The GPU's name, or "cpu"."""
+    """Return the name of the GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if on_gpu(device) else "cpu"
 
 
 def peak_memory(device):
-    """Peak GPU memory in bytes, as (allocated for tensors, reserved by torch)."""
+    """Return the peak GPU memory in bytes, as (allocated for tensors, reserved by torch)."""
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
 def usable_gpu():
-    """True if torch can use a GPU.
+    """Return True if torch can use a GPU.
 
     Raises UserError if the machine has a visible NVIDIA GPU that torch cannot use. Silently falling back
     to the CPU would take days and fill the cache with float32 features.
@@ -106,13 +106,13 @@ def usable_gpu():
 
 
 def hidden():
-    """True if CUDA_VISIBLE_DEVICES hides every GPU."""
+    """Return True if CUDA_VISIBLE_DEVICES hides every GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
     return not visible or visible.startswith(HIDDEN)
 
 
 def has_nvidia_gpu():
-    """True if the machine has an NVIDIA GPU with a driver, whether or not torch can use it."""
+    """Return True if the machine has an NVIDIA GPU with a driver, whether or not torch can use it."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     try:  # Windows and WSL have no /dev/nvidia*

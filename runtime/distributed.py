@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from runtime import ranks
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
-TIMEOUT = timedelta(days=1)  # processes wait while rank 0 computes scores or another reads slowly
+TIMEOUT = timedelta(days=1)  # others wait while rank 0 computes scores or a process reads slowly
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def joined(backend="gloo"):
         raise UserError(
             f"lost the connection to the other processes ({why}); if one of them has failed, see its"
             " message",
-            code=1,
+            code=FAILED,
         ) from None
     dist.destroy_process_group()  # not after an error, when it might wait for the other processes
 
@@ -49,7 +49,7 @@ def all_reduce(tensors):
 
 
 def sums(*numbers):
-    """The sum of each number over the processes, in float64."""
+    """Return the sum of each number over the processes, in float64."""
     values = torch.tensor(numbers, dtype=torch.float64)
     all_reduce([values])
     return values.tolist()
@@ -60,7 +60,7 @@ def maximum(number):
 
 
 def all_gather(value):
-    """A list of the values of all processes in rank order, returned on every process."""
+    """Return the values of all processes as a list in rank order, on every process."""
     if ranks.world_size() == 1:
         return [value]
     values = [None] * ranks.world_size()

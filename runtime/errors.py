@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
 
 class VideoError(Exception):
-    """A clip cannot be used. The message is meant for the user.
+    """Raised if a clip cannot be used. The message is shown to the user.
 
     `reason` is one of: unreadable, empty (no bytes or no frames), no_video, truncated (the requested
     window is in the missing part), timeout, crashed, or non_finite (the encoder returned NaN or infinity).
@@ -37,7 +37,7 @@ class VideoError(Exception):
 
 
 def explain(error):
-    """User-facing message for out-of-disk, out-of-memory and out-of-files errors, else None."""
+    """Return the user-facing message for out-of-disk, out-of-memory and out-of-files errors, else None."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
@@ -60,7 +60,7 @@ def explain(error):
 
 
 def out_of_memory(error):
-    """True for out-of-memory errors of Python and of torch (GPU or CPU), also from a worker."""
+    """Return True for out-of-memory errors of Python and torch (GPU or CPU), also from a worker."""
     words = (
         "can't allocate memory",
         "not enough memory",
@@ -75,7 +75,7 @@ def out_of_memory(error):
 
 
 def out_of_files(error):
-    """True if this process or one of its workers has reached the limit on open files."""
+    """Return True if this process or one of its workers has reached the limit on open files."""
     # A worker's error arrives as text. torch raises the second message when it cannot receive a descriptor.
     words = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
     return getattr(error, "errno", None) == errno.EMFILE or (

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from runtime.cli import note
-from runtime.errors import UserError, out_of_files, out_of_memory
+from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # limit for text files; SSv2's annotations with all paraphrases take 0.3 GB
 HASHES = 1 << 32  # a clip's hash is in [0, HASHES)
@@ -35,7 +35,7 @@ def write_atomic(path, data, keep=None):
 
 
 def temporary_name(path):
-    """A hidden temporary path beside `path`. It is random because PIDs repeat across containers."""
+    """Return a hidden temporary path next to `path`. It is random, because PIDs repeat in containers."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -52,7 +52,7 @@ def _link(path, keep):
 
 @contextmanager
 def _temporary(path, data):
-    """Write `data` to a temporary file beside `path`, which is deleted after the block."""
+    """Write `data` to a temporary file next to `path`, which is deleted after the block."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -69,7 +69,7 @@ def _temporary(path, data):
 
 
 def remove_unfinished(folder, selects=lambda name: True):
-    """Delete temporary files left by killed writes, for the file names that `selects` accepts.
+    """Delete the temporary files of killed writes to the file names that `selects` accepts.
 
     The caller must hold the folder's `lock`, so that no other process is writing these files.
     """
@@ -98,7 +98,7 @@ def write_json(path, value):
 
 
 def json_bytes(value):
-    """`value` as JSON in UTF-8. Lone surrogates, as in invalid file names, become JSON escapes."""
+    """Encode `value` as JSON in UTF-8. Lone surrogates, as in invalid file names, become JSON escapes."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace")
 
@@ -142,7 +142,7 @@ def read_torch(path, verify=True, mmap=False):
 
     verify: check the CRC of every archive member. torch does not, so otherwise a flipped byte in a
     tensor goes unnoticed. mmap: map the file into memory instead of reading it.
-    Raises ValueError, with the reason, for an invalid file. Passes on OSError and out-of-memory errors.
+    Raises ValueError, with the reason, for an invalid file. OSError and out-of-memory errors propagate.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -178,12 +178,12 @@ def read_ahead(file):
 
 
 def is_clip_id(name):
-    """True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
+    """Return True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
     return (
         isinstance(name, str)
         and not name.startswith(".")
         and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
-        # in bytes: file names may have 255, and suffixes are added
+        # a file name may have 255 bytes, and suffixes are added
         and 0 < len(name.encode()) <= 200
     )
 
@@ -192,12 +192,12 @@ def is_clip_id(name):
 
 
 def hash_range(part, parts):
-    """The interval [start, end) of clip hashes for part `part` (from 0) of `parts`."""
+    """Return the interval [start, end) of clip hashes for part `part` (from 0) of `parts`."""
     return part * HASHES // parts, (part + 1) * HASHES // parts
 
 
 def in_shard(clip_id, part, parts):
-    """True if a clip belongs to part `part` (from 0) of `parts`, by a stable hash of its id.
+    """Return True if a clip belongs to part `part` (from 0) of `parts`, by a stable hash of its id.
 
     Parts are intervals of hashes, so splitting each of them into n gives the parts of parts * n.
     """
@@ -211,10 +211,10 @@ def lock(folder, busy_message, part=0, parts=1):
     """Lock `folder`, or one shard of its clips, against other processes for the duration of the block.
 
     Raises UserError(busy_message) if another process has locked any of the same clips. Byte n of
-    <folder>/.lock stands for the clips with hash n, so a shard locks an interval of bytes. The operating
+    <folder>/.lock represents the clips with hash n, so a shard locks an interval of bytes. The operating
     system releases the lock when the process ends, even if it is killed. Forked workers do not inherit
-    it. It works across machines if the file system supports locks. The folder is created if necessary,
-    and deleted again if all of it was locked and it is still empty at the end.
+    the lock. It works across machines if the file system supports locks. The folder is created if
+    necessary. A folder that is locked as a whole is deleted if it is empty at the end.
     """
     folder = Path(folder)
     try:
@@ -234,7 +234,7 @@ def lock(folder, busy_message, part=0, parts=1):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(busy_message, code=1) from None
+                raise UserError(busy_message, code=FAILED) from None
             note(
                 f"WARNING: {folder} cannot be locked ({error.strerror}); do not run another command on"
                 " it at the same time"
@@ -244,7 +244,7 @@ def lock(folder, busy_message, part=0, parts=1):
         except FileNotFoundError:
             same = False
         if not same:
-            raise UserError(busy_message, code=1)
+            raise UserError(busy_message, code=FAILED)
         try:
             yield
         finally:

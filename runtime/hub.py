@@ -23,7 +23,7 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub r
 
 
 def is_id(name):
-    """True for a Hub id, owner/name, that is not meant as a path.
+    """Return True if `name` is a Hub id, owner/name, rather than a path.
 
     Names that end in .pt and names whose first part is an existing folder count as mistyped paths.
     """
@@ -44,7 +44,7 @@ def is_id(name):
 
 
 def is_cached(name):
-    """True for a Hub id whose config.json is in the Hub cache, so the model is known to be on the Hub."""
+    """Return True if `name` is a Hub id whose config.json is in the Hub cache, so the model is known."""
     return is_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
@@ -92,7 +92,7 @@ def look_here(name, flag):
 
 
 def _missing_files(folder):
-    """The first file that this model folder lacks, or None if it is complete."""
+    """Return the first file that is missing in this model folder, or None if it is complete."""
     if not (folder / "config.json").is_file():
         return "config.json"
     index = folder / "model.safetensors.index.json"
@@ -106,10 +106,10 @@ def _missing_files(folder):
 
 
 def fingerprint(folder):
-    """A hash of config.json, tokenizer.json and each weight file's name, size, first and last MiB.
+    """Hash config.json, tokenizer.json and the name, size, first and last MiB of each weight file.
 
-    It is the first 16 hex digits of the sha256. It does not depend on the location: the Hub cache and a
-    folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
+    Returns the first 16 hex digits of the sha256. They do not depend on the location: the Hub cache and
+    a folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     config = json.loads((folder / "config.json").read_text())
@@ -128,7 +128,7 @@ def fingerprint(folder):
 
 
 def is_quantised(folder):
-    """True if the model's configuration has a quantization_config."""
+    """Return True if the model's configuration has a quantization_config."""
     config = read_json(Path(folder) / "config.json", "configuration")
     return isinstance(config, dict) and bool(config.get("quantization_config"))
 
@@ -160,7 +160,7 @@ def load(auto_class, folder, flag, **kwargs):
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # hides the table of missing keys, which `load_model` checks
     try:
-        # trust_remote_code=False: never run code from the model's folder, and do not ask either
+        # trust_remote_code=False: never run code from the model's folder, and do not prompt for it
         return auto_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **kwargs
         )

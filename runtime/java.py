@@ -19,16 +19,16 @@ _running, _cancelled = set(), threading.Event()  # processes of run_java; see ja
 
 
 class JavaError(Exception):
-    """Java gave no usable result; the message is the reason in a few words."""
+    """Raised if Java returns no usable result. The message gives the reason in a few words."""
 
 
 def jar(*path):
-    """Path of a file in the pycocoevalcap package, such as jar("meteor", "meteor-1.5.jar")."""
+    """Return the path of a file in the pycocoevalcap package, e.g. jar("meteor", "meteor-1.5.jar")."""
     return Path(pycocoevalcap.__path__[0], *path)
 
 
 def run_java(arguments, lines, time_limit):
-    """Run `java *arguments` with `lines` on its stdin; return the lines of its stdout.
+    """Run `java *arguments` with `lines` on its stdin and return the lines of its stdout.
 
     time_limit: seconds. Raises JavaError if Java is missing, fails or takes too long.
     """
@@ -68,9 +68,10 @@ def _kill(process):
 
 @contextmanager
 def java_thread():
-    """A thread for `run_java`; an exception in the `with` block, such as Ctrl-C, kills its process.
+    """Context manager for a thread that calls `run_java`.
 
-    The executor waits for its thread on exit, which could take until Java's time limit.
+    An exception in the block, such as Ctrl-C, kills the Java process. Otherwise the executor would wait
+    for its thread, possibly until Java's time limit.
     """
     try:
         with ThreadPoolExecutor(1) as thread:

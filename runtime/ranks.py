@@ -7,7 +7,7 @@ import os
 
 
 def launched():
-    """True in a process that torchrun started. RANK alone could be set by another launcher."""
+    """Return True in a process of torchrun. RANK is not enough, because other launchers set it too."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -16,25 +16,25 @@ def rank():
 
 
 def world_size():
-    """The number of processes."""
+    """Return the number of processes."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def local_rank():
-    """The rank among the processes on this machine, which is also the index of its GPU."""
+    """Return the rank among the processes on this machine, which is also the index of the GPU to use."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def local_world_size():
-    """The number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
 
 
 def share(items):
-    """Every world_size-th item of a list, starting at this process's rank."""
+    """Return this process's share of a list: every world_size-th item, starting at its rank."""
     return items[rank() :: world_size()]
 
 
 def share_of_shard(part, parts):
-    """This process's share of shard `part` of `parts`, as (part, parts) for `files.in_shard`."""
+    """Return this process's share of shard `part` of `parts`, as (part, parts) for `files.in_shard`."""
     return part * world_size() + rank(), parts * world_size()

@@ -54,7 +54,8 @@ def locked(folder, resume, overwrite, dry_run=False):
         yield
         return
     with lock(folder, f"another train.py is running in {folder}: wait for it, or stop it first"):
-        check(folder, resume, overwrite)  # again: a run may have started and ended meanwhile
+        # check again, because a run may have started and ended in the meantime
+        check(folder, resume, overwrite)
         remove_unfinished(folder)
         yield
 

@@ -12,22 +12,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
-DOCTOR = "python -m tools.doctor"  # runs without the packages, to report which are missing
+DOCTOR = "python -m tools.doctor"  # needs no packages, and reports which are missing
 NEEDED = ("torch", "numpy", "transformers", "tqdm", "pycocoevalcap")
-# The signals that stop a run. `nohup` starts a process with SIGHUP ignored, and so it must stay.
+# The signals that stop a run. `nohup` starts a process with SIGHUP ignored, which must stay ignored.
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     SIGNALS.append(signal.SIGHUP)
 
 
 def program():
-    """The command that started this process, such as `train.py` or `python -m worlds.demo`."""
+    """Return the command that started this process, such as `train.py` or `python -m worlds.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def environment():
-    """The environment of a child process, which can import this repository from any folder."""
+    """Return environment variables for a child process, so that it can import this repository."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
@@ -51,7 +51,7 @@ def check_packages():
 
 
 def is_script():
-    """True if the process runs a script or module of this repository."""
+    """Return True if the process runs a script or module of this repository."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
     return path.is_relative_to(ROOT) and len(path.relative_to(ROOT).parts) <= 2
 

@@ -161,7 +161,10 @@ def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
 
 def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):
     message, label, *_ = look(film(tmp_path / "long.webm", 12))
-    assert message == "long.webm has 12 s; this page takes up to 10 s. Cut it, or use infer.py"
+    assert (
+        message
+        == "long.webm is 12 s long; this page accepts up to 10 s. Shorten it, or use infer.py"
+    )
     assert label == ""
 
 

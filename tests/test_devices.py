@@ -44,7 +44,7 @@ def test_a_gpu_device_has_an_index(cuda, capsys, name, index):
 def test_each_process_of_torchrun_has_its_own_gpu(cuda, monkeypatch):
     under_torchrun(monkeypatch, 1, 2)
     assert devices.resolve("auto", "float32")[0] == torch.device("cuda", 1) and cuda == [1]
-    with pytest.raises(UserError, match="need a GPU each"):
+    with pytest.raises(UserError, match="needs its own GPU"):
         devices.resolve("cuda:1", "auto")
     under_torchrun(monkeypatch, 2, 3)
     with pytest.raises(UserError, match="torch sees 2 CUDA devices"):

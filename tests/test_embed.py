@@ -461,7 +461,7 @@ def test_films_that_cannot_be_matched(flags, world, tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     for films, sentence in {
         (str(tmp_path / "empty.mp4"), clip): "is an empty file",
-        (clip, clip): "both films are one window of 6 s: use a smaller --window",
+        (clip, clip): "both films have only one window of 6 s: use a smaller --window",
         (folder, clip): "takes two films",
     }.items():
         with pytest.raises(UserError, match=sentence):

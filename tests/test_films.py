@@ -18,7 +18,7 @@ import video
 import windows
 from runtime import start
 from runtime.errors import UserError
-from viz import films, strips, subtitles, text
+from viz import draw_text, films, strips, subtitles
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -98,7 +98,8 @@ def test_the_caption_and_its_reference_are_below_the_picture(tmp_path):
         below = picture[240:]  # 160 x 120 is shown as 320 x 240
         assert picture[:240].max() < 120 and (below > 240).mean() > 0.7
         assert below.min() < 60  # letters
-        assert (below[:, : text.MARGIN] > 240).all() and (below[:, -text.MARGIN :] > 240).all()
+        margin = draw_text.MARGIN
+        assert (below[:, :margin] > 240).all() and (below[:, -margin:] > 240).all()
         sizes.append(len(below))
     assert sizes[0] < sizes[1] < sizes[2]
 
@@ -164,16 +165,16 @@ def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
 
 
 def test_long_words_are_wrapped_too():
-    letters = text.font(14)
-    lines = text.wrap(f"{LONG} {'x' * 200} end", 200, letters)
+    letters = draw_text.font(14)
+    lines = draw_text.wrap(f"{LONG} {'x' * 200} end", 200, letters)
     assert all(letters.getlength(line) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == f"{LONG}{'x' * 200}end".replace(" ", "")
     assert lines[0] == "pretending to take"
 
 
 def test_letters_of_other_scripts_are_drawn():
-    """Pillow's default font shows a box for each."""
-    font = text.font(20)
+    """Pillow's own font shows a box for each."""
+    font = draw_text.font(20)
     drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
     assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
 
@@ -244,7 +245,7 @@ def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
 )
 def test_a_file_without_captions_is_refused(content, tmp_path):
     (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(UserError, match=r"holds no captions from infer\.py"):
+    with pytest.raises(UserError, match=r"was not written by infer\.py --output"):
         films.main([str(tmp_path / "captions.json")])
 
 
@@ -269,7 +270,9 @@ def test_strips_must_be_a_png(output, tmp_path):
 
 def test_a_missing_library_is_reported_before_anything_is_read(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("viz.text.find_spec", lambda name: None if name == "PIL" else find(name))
+    monkeypatch.setattr(
+        "viz.draw_text.find_spec", lambda name: None if name == "PIL" else find(name)
+    )
     with pytest.raises(UserError, match=r"PIL is not installed: pip install -e '\.\[viz\]'"):
         films.main(["/nowhere/captions.json"])
 

@@ -259,7 +259,7 @@ def test_cards_of_a_large_split_are_created_on_demand(browser, tmp_path):
         ("no run", "run folder not found"),
         ("no evaluation", "scores not found: .*evaluation_validation.json. Run evaluate.py --pred"),
         ("another file", "was not written by evaluate.py"),
-        ("another style", "is of --split validation --style sentence"),
+        ("another style", "was made with --split validation --style sentence"),
         ("another clip", "captions of 64 clips; 63 of them are in split 'validation'"),
     ],
 )

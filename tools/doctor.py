@@ -1,4 +1,4 @@
-"""Check which scripts can run on this machine, and print commands that fix what is missing.
+"""Check which scripts can run on this machine, and print the commands that fix problems.
 
     python -m tools.doctor            (one line per finding, then one per script; about 20 s)
     python -m tools.doctor --json     (the same as a JSON object)
@@ -43,21 +43,15 @@ NEEDS = {  # per script: names of findings, or of lists of packages
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model"
-    )
-    group.add_argument("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
-    group.add_argument("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
-    group = parser.add_argument_group("data")
-    group.add_argument("--labels", default=cli.LABELS, help="SSv2's label folder (train.json, …)")
-    group.add_argument("--videos", default=cli.VIDEOS, help="folder with the clips")
-    group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, help="output of prepare_annotations.py"
-    )
-    group.add_argument(
-        "--features", default=cli.FEATURES, help="feature cache of preprocess_ssv2.py"
-    )
+    add = parser.add_argument_group("models").add_argument
+    add("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model")
+    add("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
+    add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
+    add = parser.add_argument_group("data").add_argument
+    add("--labels", default=cli.LABELS, help="folder of SSv2's label files")
+    add("--videos", default=cli.VIDEOS, help="folder with the clips")
+    add("--annotations", default=cli.ANNOTATIONS, help="output of prepare_annotations.py")
+    add("--features", default=cli.FEATURES, help="feature cache of preprocess_ssv2.py")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     return parser.parse_args(argv)
 

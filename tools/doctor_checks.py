@@ -38,7 +38,7 @@ GPU_MEMORY, MEMORY = 14e9, 0.95 * 16e9
 
 
 def everything(args, torch_range):
-    """All findings. args: the flags of doctor.py. torch_range: the requirement, such as torch>=2.10."""
+    """Run all checks. args: the flags of doctor.py. torch_range: the requirement, such as torch>=2.10."""
     findings = [check_gpu(torch_range), check_decoders(), check_java()]
     return findings + check_machine(args.features) + check_models(args) + check_data(args)
 
@@ -134,7 +134,7 @@ def check_decoders():
 
 
 def missing_decoders():
-    """The formats that this build of PyAV cannot decode."""
+    """Return the formats that this build of PyAV cannot decode."""
 
     def is_available(decoder):
         try:
@@ -229,7 +229,7 @@ def check_models(args):
 
 
 def check_cache_settings(settings, features):
-    """A list with a finding if evaluate.py would refuse the cache for a checkpoint of these settings."""
+    """Return a list with a finding if the cache does not fit a checkpoint with these settings."""
     try:
         found = load_manifest(features).settings
     except UserError:
@@ -298,7 +298,7 @@ def check_data(args):
 
 
 def command(args, script, *flags, output=None):
-    """A script's command line, with --output and `flags`, except for those with default values."""
+    """Return a script's command line with --output and `flags`, omitting default values."""
     values = {flag: getattr(args, flag) for flag in flags}
     values = {flag: v for flag, v in values.items() if v != getattr(cli, flag.upper())}
     if output and str(output) not in (cli.ANNOTATIONS, str(Path(cli.CHECKPOINT).parent)):

@@ -73,7 +73,7 @@ def export(run, folder):
 
 
 def _foreign_file(folder):
-    """Describes a file in the folder that an export did not write, or None. Ignores hidden files."""
+    """Describe a file in the folder that an export did not write, else None. Ignores hidden files."""
     names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
     if others := [name for name in names if name not in (CONFIG, WEIGHTS, CARD)]:
         return f"contains {others[0]}, which is not part of an export"
@@ -92,7 +92,7 @@ def _foreign_file(folder):
 
 
 def card(checkpoint, run, name):
-    """The model card (YAML, then Markdown) of a checkpoint from the folder `run`, shared as `name`."""
+    """Format the model card of a checkpoint from the folder `run`, shared as `name`."""
     settings, sizes, lm = checkpoint["manifest"].settings, checkpoint["sizes"], checkpoint["lm"]
     encoder = checkpoint["manifest"].info["encoder"]
     known = [model for model in (encoder, lm["name"]) if hub.is_cached(model)]

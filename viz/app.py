@@ -1,9 +1,9 @@
-"""A web page: upload or record a clip, read its caption, and see where the model looked.
+"""Serve a web page that captions uploaded or recorded clips and shows where the model looked.
 
     python -m viz.app --checkpoint results/demo/best.pt     (after `make demo`; then http://127.0.0.1:7860)
 
-Needs gradio: pip install -e '.[app]'. It uses no network, and only this machine can reach it unless
---host says otherwise. Uploads are deleted after an hour, and when the script ends.
+Needs gradio: pip install -e '.[app]'. It works offline and is reachable only from this machine unless
+--host is set. Uploads are deleted after an hour, and when the script ends.
 """
 
 import runtime.start
@@ -25,15 +25,15 @@ from metrics import Templates, fill
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from video import is_video
-from viz import attention_map, text
+from viz import attention_map, draw_text
 from windows import Windowing
 
 NEAREST = 5  # templates shown
 EXAMPLES = 6
-DELETE = (600, 3600)  # seconds: how often old uploads are deleted, and their age
-EMPTY = "", "", [], None  # captions, templates and picture of a clip that failed
+DELETE = (600, 3600)  # every 600 s, delete uploads older than 3600 s
+EMPTY = "", "", [], None  # label, sentence, templates and picture of a clip that failed
 
 
 def parse_args(argv=None):
@@ -42,16 +42,24 @@ def parse_args(argv=None):
     group = parser.add_argument_group("clips")
     windows.add_flags(group)
     group.add_argument(
-        "--max-seconds", type=cli.number(above=0), default=120.0, metavar="N", help="longest clip"
+        "--max-seconds",
+        type=cli.number(above=0),
+        default=120,
+        metavar="N",
+        help="longest clip, in seconds",
     )
     group.add_argument(
-        "--max-megabytes", type=cli.whole(1), default=100, metavar="N", help="largest upload"
+        "--max-megabytes", type=cli.whole(1), default=100, metavar="N", help="largest upload, in MB"
     )
     group.add_argument(
         "--examples", default="data/toy/videos", metavar="DIR", help="folder of example clips"
     )
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 also accepts connections from other machines",
+    )
     group.add_argument(
         "--port", type=cli.whole(1, 65535), default=7860, metavar="N", help="port of the page"
     )
@@ -61,7 +69,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require("gradio", "PIL", "matplotlib", extra="app")
+    draw_text.require("gradio", "PIL", "matplotlib", extra="app")
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
@@ -74,7 +82,7 @@ def main(argv=None):
 
 
 def serve(blocks, host, port, max_megabytes):
-    """Serve a page until a signal stops the script. Raises UserError if it cannot listen."""
+    """Serve a page until a signal stops the script. Raises UserError if it cannot open the port."""
     try:
         blocks.launch(
             server_name=host,
@@ -85,7 +93,8 @@ def serve(blocks, host, port, max_megabytes):
         )
     except OSError:
         raise UserError(
-            f"--port {port} is in use, or --host {host} is not an address of this machine", code=1
+            f"--port {port} is in use, or --host {host} is not an address of this machine",
+            code=FAILED,
         ) from None
     note(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if host not in ("127.0.0.1", "localhost", "::1"):
@@ -95,17 +104,17 @@ def serve(blocks, host, port, max_megabytes):
 
 
 def example_clips(folder, seed):
-    """Some clips of a folder, sampled with a seed; none if it does not exist."""
+    """Sample up to EXAMPLES clips of a folder. Returns an empty list if the folder does not exist."""
     clips = folder.iterdir() if folder.is_dir() else []
     names = {path.name: path for path in clips if is_video(path)}
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
 
 
 class Look:
-    """What the page shows of a clip: a call returns the contents of its five outputs.
+    """Computes the contents of the page's five outputs for a clip.
 
-    templates: the action templates of training, or []; windowing: a `Windowing`; max_seconds: the
-    longest clip.
+    templates: the action templates of the training set, or []. windowing: a `Windowing`.
+    max_seconds: the length of the longest clip that is accepted.
     """
 
     def __init__(self, encoder, captioner, templates, windowing, max_seconds):
@@ -113,7 +122,10 @@ class Look:
         self.windowing, self.max_seconds = windowing, max_seconds
 
     def __call__(self, path):
-        """path: of an upload, or None. Returns (message, label, sentence, rows of templates, picture)."""
+        """Return (message, label, sentence, rows of templates, picture) for an uploaded clip.
+
+        path: the uploaded file, or None if the user has removed it.
+        """
         if path is None:
             return "", *EMPTY
         path = Path(path)
@@ -123,7 +135,7 @@ class Look:
             return str(error), *EMPTY
         result = windows.description(path, [(w, look and look["label"]) for w, look in pairs])
         message = result.get("error") or result.get("warning") or ""
-        message = message.replace(str(path), path.name)  # users must not see the server's folders
+        message = message.replace(str(path), path.name)  # do not reveal the server's folders
         looks = [look for _, look in pairs if look]
         if not looks:
             return message, *EMPTY
@@ -132,16 +144,20 @@ class Look:
             for style in STYLES
         ]
         templates = [[*row, w["time"]] for w in looks for row in w["templates"]]
-        return message, *captions, templates, text.stacked([w["picture"] for w in looks])
+        return message, *captions, templates, draw_text.stacked([w["picture"] for w in looks])
 
     def windows(self, path):
-        """[(`Window`, what is shown of it or None)] in order. Raises UserError if the clip is too long."""
+        """Caption each window of a clip.
+
+        Returns [(`Window`, a dict from `batch` or None if the window failed)] in order. Raises UserError
+        if the clip is too long.
+        """
         with WorkerPool(self.windowing.workers, self.windowing.timeout) as pool:
             info = pool.call(video.probe, path)
         if isinstance(info, video.Info) and info.duration > self.max_seconds:
             raise UserError(
-                f"{path.name} has {info.duration:,.0f} s; this page takes up to {self.max_seconds:g} s."
-                " Cut it, or use infer.py"
+                f"{path.name} is {info.duration:,.0f} s long; this page accepts up to"
+                f" {self.max_seconds:g} s. Shorten it, or use infer.py"
             )
         pairs = []
         for batch in windows.read([path], self.encoder, self.windowing):
@@ -151,7 +167,7 @@ class Look:
         return pairs
 
     def batch(self, decoded):
-        """Yields captions, templates and picture of each window of a batch."""
+        """Yield the captions, nearest templates and picture of each window of a batch, as a dict."""
         from PIL import Image
 
         captioner = self.captioner
@@ -173,11 +189,11 @@ class Look:
 
 
 def nearest(captioner, clip, caption, templates):
-    """The action templates that fit one clip best, as labels: [[template, score]], best first.
+    """Rank the action templates by their likelihood as labels of one clip.
 
-    clip: its stored features, as a batch of one; score: log-likelihood per token. The placeholders are
-    filled with what the caption names, if the caption follows a template itself: a language model that
-    has learned to name objects finds the word "something" unlikely in any template.
+    clip: its stored features, as a batch of one. Returns [[template, log-likelihood per token]], best
+    first. If the caption follows a template, its objects fill the placeholders, because a language model
+    that has learned to name objects assigns the word "something" a low probability in any template.
     """
     if not templates:
         return []
@@ -194,7 +210,7 @@ def nearest(captioner, clip, caption, templates):
 
 
 def page(look, examples, max_megabytes):
-    """The page, as a gradio `Blocks`. look: a `Look`; examples: paths of clips."""
+    """Build the page, a gradio `Blocks`. look: a `Look`. examples: paths of clips."""
     import gradio
 
     with gradio.Blocks(title="Video captioner", delete_cache=DELETE) as blocks:
@@ -208,7 +224,7 @@ def page(look, examples, max_megabytes):
                 if examples:
                     gradio.Examples([str(path) for path in examples], clip, label="examples")
             with gradio.Column():
-                # not Markdown: a file name is plain text
+                # a Textbox and not Markdown, because file names may contain Markdown characters
                 message = gradio.Textbox(label="message", visible=False, elem_id="message")
                 label = gradio.Textbox(label="caption", elem_id="label")
                 sentence = gradio.Textbox(label="as a sentence", elem_id="sentence")

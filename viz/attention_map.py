@@ -1,4 +1,4 @@
-"""Draw where the queries look: a picture per window of a clip, of its cross-attention.
+"""Draw the cross-attention of the queries over each window of a clip.
 
     python -m viz.attention_map clip.webm folder/ --checkpoint results/ssv2/best.pt
 
@@ -6,7 +6,7 @@ Writes <name>_attention.png to --output, or <name>_attention_<start>-<end>.png f
 longer clip, and prints the path of each. Exit code 3 if some clips failed, 1 if all did. Needs
 matplotlib: pip install -e '.[viz]'.
 
-The encoder mixes tokens, so weight on a place is weight on what was found around it.
+The encoder mixes information between tokens, so attention to a token may be due to its surroundings.
 """
 
 import runtime.start
@@ -26,9 +26,9 @@ from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL
 from runtime.files import write_atomic
 from video import find_clips
-from viz import text
+from viz import draw_text
 
-COLUMNS = 8  # moments drawn
+COLUMNS = 8  # time steps drawn
 
 
 def parse_args(argv=None):
@@ -38,10 +38,15 @@ def parse_args(argv=None):
     )
     cli.add_models(parser.add_argument_group("model"))
     group = parser.add_argument_group("clips")
-    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption on top")
+    group.add_argument(
+        "--style", choices=STYLES, default="label", help="style of the caption above the picture"
+    )
     windows.add_flags(group)
     parser.add_argument(
-        "--output", default="results/attention", metavar="DIR", help="folder of the pictures"
+        "--output",
+        default="results/attention",
+        metavar="DIR",
+        help="folder to write the pictures to",
     )
     cli.add_common(parser, workers=2)
     return parser.parse_args(argv)
@@ -49,7 +54,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     paths = find_clips(args.clips)[: args.limit]
     output = cli.output_folder(args.output, "--output")
     checkpoint = read_checkpoint(args.checkpoint)
@@ -59,7 +64,7 @@ def main(argv=None):
     output.mkdir(parents=True, exist_ok=True)
 
     def explained():
-        """(`Window`, its caption or None if it failed) of every window, after saving its picture."""
+        """Save the picture of every window and yield (`Window`, its caption or None if it failed)."""
         for batch in windows.read(paths, encoder, windows.Windowing.of(args)):
             for w, caption, picture in explain(batch, encoder, captioner, args.style):
                 if picture:
@@ -82,7 +87,7 @@ def main(argv=None):
 
 
 def explain(batch, encoder, captioner, style):
-    """Yields (`Window`, caption, picture as the bytes of a PNG), with None for those that failed."""
+    """Yield (`Window`, caption, PNG bytes) for each window; the last two are None if it failed."""
     decoded, explained = [w for w in batch if not w.error], iter(())
     if decoded:
         features = windows.features(decoded, captioner.device)
@@ -95,7 +100,7 @@ def explain(batch, encoder, captioner, style):
 
 
 def mass(qformer, batch):
-    """Each token's share of the cross-attention, averaged over blocks, heads and queries.
+    """Compute each token's share of the cross-attention, averaged over blocks, heads and queries.
 
     batch: `features` (B, N, E), `scale`, `offset` (B, E). Returns float32 (B, T, H, W); each clip's
     shares add up to 1.
@@ -105,10 +110,11 @@ def mass(qformer, batch):
 
 
 def draw(frames, share, settings, title=""):
-    """The bytes of a PNG: frames above the attention on them, above the attention over time.
+    """Draw frames, the attention to each of them, and the attention over time. Returns PNG bytes.
 
-    frames: uint8 (F, H, W, 3) of a clip; share: (T, H, W) of `mass`; settings: of the manifest, for
-    the part of a frame that the encoder sees. Colours are multiples of uniform attention, 1 / (T*H*W).
+    frames: uint8 (F, H, W, 3) of a clip. share: (T, H, W), from `mass`. settings: the manifest's, which
+    define the part of a frame that the encoder sees. Colours show multiples of uniform attention,
+    1 / (T*H*W).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,14 +161,14 @@ def draw(frames, share, settings, title=""):
     highest = 1.4 * share.sum((1, 2)).max()  # room for the legend
     below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5), ylim=(0, highest))
     below.legend(loc="upper right", fontsize=8)
-    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # plain text, not a formula
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # a pair of $ would start a formula
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()
 
 
 def as_encoded(frames, settings):
-    """uint8 (F, H, W, 3) -> the part of it that the encoder sees, uint8 (F, S, S, 3)."""
+    """Crop and resize frames, uint8 (F, H, W, 3), as for the encoder. Returns uint8 (F, S, S, 3)."""
     x = transform(torch.as_tensor(frames), settings.size, settings.resize)  # (F, 3, S, S)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

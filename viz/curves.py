@@ -18,11 +18,11 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
-from viz.text import require
+from viz.draw_text import require
 
-STEP = {"step", "loss", "lr"}  # of a line of metrics.jsonl
-EVALUATION = {"epoch", "step", "loss", "metrics", "controls"}  # of validation_epoch_N.json
-# Colours that all eyes can tell apart (Okabe and Ito 2008)
+STEP = {"step", "loss", "lr"}  # required keys of a line of metrics.jsonl
+EVALUATION = {"epoch", "step", "loss", "metrics", "controls"}  # and of validation_epoch_N.json
+# Colours that colour-blind readers can distinguish (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
 
 
@@ -37,10 +37,10 @@ def main(argv=None):
 
 
 def update(folder):
-    """Write curves.png during training. A picture that fails is reported once; training continues."""
+    """Write curves.png during training. If this fails, it is reported once and training continues."""
     try:
         write(folder)
-    except Exception as error:  # matplotlib may be missing or broken, in whatever way
+    except Exception as error:  # matplotlib may be missing or broken
         report_once(str(error))
 
 
@@ -50,21 +50,24 @@ def report_once(why):
 
 
 def write(folder):
-    """Write curves.png and return its path. Raises UserError without matplotlib or a run folder."""
+    """Write curves.png and return its path.
+
+    Raises UserError if matplotlib is missing or `folder` is not a run folder.
+    """
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is not a run folder of train.py: it has no metrics.jsonl")
     require("matplotlib")
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the same picture whatever the user's settings
+        matplotlib.rcdefaults()  # ignore the user's settings
         picture = draw(*read(folder))
     write_atomic(folder / "curves.png", picture)
     return folder / "curves.png"
 
 
 def read(folder):
-    """The lines of metrics.jsonl, and each validation_epoch_N.json in the order of epochs."""
+    """Read metrics.jsonl and all validation_epoch_N.json files. Both are returned in order."""
     evaluations = {}
     for path in folder.glob("validation_epoch_*.json"):
         evaluation = read_json(path, "scores")
@@ -75,7 +78,7 @@ def read(folder):
 
 
 def read_steps(path):
-    """The steps in a file of JSON lines; a crash may have cut the last line."""
+    """Read the steps from a file of JSON lines. Invalid lines, which a crash may leave, are skipped."""
     steps = []
     for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
@@ -85,9 +88,9 @@ def read_steps(path):
 
 
 def draw(steps, evaluations):
-    """The picture, as the bytes of a PNG.
+    """Draw the curves and return PNG bytes.
 
-    steps: lines of metrics.jsonl; evaluations: validation_epoch_N.json, in the order of epochs.
+    steps: lines of metrics.jsonl. evaluations: contents of validation_epoch_N.json, ordered by epoch.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -141,7 +144,7 @@ def points(panel, evaluations, value, colour, marker, label):
 
 
 def smooth(values):
-    """Running mean over about an eightieth of the run, corrected for its start, as in Adam."""
+    """Compute a running mean over about 1/80 of the run, with the bias correction of Adam."""
     keep, mean, result = 1 - 1 / max(1, len(values) / 80), 0.0, []
     for n, value in enumerate(values, 1):
         mean = keep * mean + (1 - keep) * value

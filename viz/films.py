@@ -4,9 +4,9 @@
     python -m viz.films results/captioned/captions.json           (a GIF per clip)
     python -m viz.films results/captioned/captions.json --video   (an MP4 per clip, with all frames)
 
-Writes <name>_captioned.gif or .mp4 and prints the path of each. A clip of --videos that has a label in
---annotations gets it below its caption, as the reference. Exit code 3 if some clips failed, 1 if all
-did. Needs Pillow and matplotlib: pip install -e '.[viz]'.
+Writes <name>_captioned.gif or .mp4 and prints the path of each. If a clip is in --videos and has a label
+in --annotations, the label is shown below the caption as the reference. Exit code 3 if some clips failed,
+1 if all did. Needs Pillow and matplotlib: pip install -e '.[viz]'.
 """
 
 import runtime.start
@@ -20,24 +20,39 @@ from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import read_json, write_atomic
 from video import file_names
-from viz import subtitles, text
+from viz import draw_text, subtitles
 from windows import output_names
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("captions", metavar="CAPTIONS.json", help="from infer.py --output")
-    parser.add_argument("--gif", action="store_true", help="write GIFs; the default")
-    parser.add_argument("--video", action="store_true", help="write MP4s, in H.264")
-    parser.add_argument("--output", metavar="DIR", help="default: the folder of CAPTIONS.json")
+    parser.add_argument(
+        "captions", metavar="CAPTIONS.json", help="captions.json that infer.py --output wrote"
+    )
+    parser.add_argument(
+        "--gif", action="store_true", help="write GIFs (the default, unless --video is set)"
+    )
+    parser.add_argument("--video", action="store_true", help="write MP4s (H.264)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder to write to (default: that of CAPTIONS.json)"
+    )
     group = parser.add_argument_group("references")
-    group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
+        "--videos", default=cli.VIDEOS, metavar="DIR", help="folder of labelled clips"
+    )
+    group.add_argument(
+        "--annotations",
+        default=cli.ANNOTATIONS,
+        metavar="DIR",
+        help="output of prepare_annotations.py",
     )
     group = parser.add_argument_group("common")
     group.add_argument(
-        "--timeout", type=cli.whole(1), default=600, metavar="N", help="seconds per film"
+        "--timeout",
+        type=cli.whole(1),
+        default=600,
+        metavar="N",
+        help="seconds allowed to make a film",
     )
     cli.add_workers(group, 2)
     return parser.parse_args(argv)
@@ -45,7 +60,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     results = read_captions(Path(args.captions))
     output = cli.output_folder(args.output or Path(args.captions).parent, "--output")
     endings = [e for e, asked in (("gif", args.gif), ("mp4", args.video)) if asked] or ["gif"]
@@ -63,7 +78,7 @@ def main(argv=None):
 
     output.mkdir(parents=True, exist_ok=True)
 
-    # draw; a clip that fails gets one line, however many films were asked for
+    # draw; a clip that fails is reported once, even if it has two films
     errors = {path: r["error"] for path, r in zip(paths, results, strict=True) if "error" in r}
     for path, error in errors.items():
         note(f"{path} has no caption: {error}")
@@ -81,7 +96,7 @@ def main(argv=None):
 
 
 def read_captions(path):
-    """The results of `windows.description` in a captions.json. Raises UserError for other files."""
+    """Read the `windows.description` results in a captions.json. Raises UserError for other files."""
 
     def is_span(value, *times):
         return (
@@ -100,12 +115,12 @@ def read_captions(path):
 
     results = read_json(path, "captions")
     if not (isinstance(results, list) and results and all(map(is_result, results))):
-        raise UserError(f"{path} holds no captions from infer.py")
+        raise UserError(f"{path} was not written by infer.py --output")
     return results
 
 
 def refuse_own_inputs(films, clips):
-    """Raise UserError if a film would replace one of the clips."""
+    """Raise UserError if a film would overwrite one of the clips."""
     inputs = {path.resolve() for path in clips}
     for film in films:
         if film.resolve() in inputs:
@@ -113,7 +128,7 @@ def refuse_own_inputs(films, clips):
 
 
 def references(paths, videos, annotations):
-    """{path: label} of the files inside the folder `videos` that have a label in any split."""
+    """Return {path: label} of the files inside the folder `videos` that have a label in any split."""
     root, labels = videos.resolve(), {}
     inside = {p.resolve().relative_to(root): p for p in paths if root in p.resolve().parents}
     for split in sorted(Path(annotations).glob("*.json")) if inside else []:

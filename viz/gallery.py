@@ -1,11 +1,11 @@
-"""One page with every clip of a split: its video, its reference, its caption and its score.
+"""Write a web page that shows each clip of a split with its reference, caption and score.
 
     python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
-    python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, to send around)
+    python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, for sharing)
 
-Reads predictions_<split>.json and evaluation_<split>.json of a run folder, and writes gallery.html, or
-gallery_<split>_<style>.html for what is not the default. The page needs no network. Without --embed it
-links to the clips in --videos, and --embed needs Pillow: pip install -e '.[viz]'.
+Reads predictions_<split>.json and evaluation_<split>.json of a run folder. Writes gallery.html, or
+gallery_<split>_<style>.html if --split or --style is set. The page works offline. Without --embed it links
+to the clips in --videos. --embed needs Pillow: pip install -e '.[viz]'.
 """
 
 import runtime.start
@@ -29,14 +29,11 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
-from viz import subtitles, text
+from viz import draw_text, subtitles
 
-EMBEDDED = (
-    160 * 120,
-    8,
-    50_000,
-)  # pixels of a frame, frames and bytes per second of a GIF in the page
-TIMEOUT = 60  # seconds to make a GIF
+# GIFs in the page: pixels per frame, frames per second, bytes per second
+EMBEDDED = (160 * 120, 8, 50_000)
+TIMEOUT = 60  # seconds allowed to make a GIF
 EVALUATION = {  # keys of evaluation_<split>.json
     *("n", "metrics", "controls", "ci95", "counts", "skipped"),
     *("tokenizer", "checkpoint", "settings"),
@@ -47,16 +44,19 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder of train.py or evaluate.py")
     group = parser.add_argument_group("what to show")
-    group.add_argument("--split", default=VALIDATION, help="which split")
-    group.add_argument("--style", choices=STYLES, default="label", help="kind of caption")
+    group.add_argument("--split", default=VALIDATION, help="split to show")
+    group.add_argument("--style", choices=STYLES, default="label", help="style of the captions")
     group.add_argument(
         "--predictions",
         nargs="+",
         metavar="FILE",
-        help="show these instead; evaluate.py must have scored them",
+        help="show these predictions, which evaluate.py --predictions must have scored",
     )
     group.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
+        "--annotations",
+        default=cli.ANNOTATIONS,
+        metavar="DIR",
+        help="output of prepare_annotations.py",
     )
     group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     group = parser.add_argument_group("page")
@@ -68,7 +68,7 @@ def parse_args(argv=None):
         metavar="N",
         help="show a sample of N clips (100 without a number), as GIFs inside the page",
     )
-    group.add_argument("--output", metavar="FILE", help="default: gallery.html in RUN")
+    group.add_argument("--output", metavar="FILE", help="page to write (default: in RUN)")
     group.add_argument(
         "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
     )
@@ -79,7 +79,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.embed:
-        text.require("PIL")
+        draw_text.require("PIL")
     run = Path(args.run)
     if not run.is_dir():
         raise UserError(
@@ -90,10 +90,10 @@ def main(argv=None):
     page = "gallery.html" if page == VALIDATION else f"gallery_{page}.html"
     output = Path(args.output) if args.output else run / page
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file")
+        raise UserError(f"--output {output} is a folder; pass a file name")
     cli.output_folder(output.parent, "--output")
 
-    # captions, scores and clips, which must belong together
+    # captions, scores and clips, which must be of the same evaluation
     files = args.predictions or [run / f"predictions_{name}.json"]
     for file in files:
         cli.existing(file, "predictions", "evaluate.py writes them.")
@@ -105,7 +105,7 @@ def main(argv=None):
         raise UserError(
             f"{files[0]} has captions of {len(predictions)} clips; {len(records)} of them are in split"
             f" {args.split!r} of {args.annotations}, and evaluation_{name}.json scores {result['n']}:"
-            " name the split and the annotations that they were scored with, or run evaluate.py again"
+            " pass the --split and --annotations that they were scored with, or run evaluate.py again"
         )
     shown = records
     if args.embed:
@@ -119,15 +119,15 @@ def main(argv=None):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, render(result, describe(shown, predictions, references, scores, sources)))
     if lost := len(shown) - len(sources):
-        note(f"{lost} of {len(shown)} clips are on the page without their video")
+        note(f"{lost} of {len(shown)} clips are shown without video")
     print(output)
 
 
 def result_name(run, split, style, predictions):
-    """What tells a result from others of its run: validation, validation_sentence, ...
+    """Return the name of a result within its run: validation, validation_sentence, ...
 
-    predictions: the files of --predictions, or None. What evaluate.py wrote into the run folder keeps
-    its name; other files it scores as <split>_rescored.
+    predictions: the files of --predictions, or None. Predictions that evaluate.py wrote into the run
+    folder keep their name. Scores of other files are named <split>_rescored, as in evaluate.py.
     """
     name = split if style == "label" else f"{split}_{style}"
     if not predictions:
@@ -139,15 +139,17 @@ def result_name(run, split, style, predictions):
 
 
 def read_evaluation(path, predictions, split, style):
-    """The scores that evaluate.py wrote for these files. Raises UserError if they are of others."""
+    """Read the scores of these predictions. Raises UserError if they are of other predictions."""
     again = "evaluate.py --predictions " + " ".join(map(str, predictions))
     result = read_json(cli.existing(path, "scores", f"Run {again}"), "scores")
     if not (isinstance(result, dict) and result.keys() >= EVALUATION):
         raise UserError(f"{path} was not written by evaluate.py")
     scored = result["settings"]["split"], result["settings"]["style"]
     if scored != (split, style):
-        raise UserError(f"{path} is of --split {scored[0]} --style {scored[1]}: add these flags")
-    source = result["checkpoint"]  # or the files that were scored
+        raise UserError(
+            f"{path} was made with --split {scored[0]} --style {scored[1]}: add these flags"
+        )
+    source = result["checkpoint"]  # or the list of files that were scored
     if isinstance(source, list) and set(map(os.path.realpath, source)) != set(
         map(os.path.realpath, predictions)
     ):
@@ -159,7 +161,7 @@ def read_evaluation(path, predictions, split, style):
 
 
 def links(clips, folder):
-    """{id: address of the clip, relative to the folder of the page}; clips: {id: path}."""
+    """Convert {id: path} to {id: URL relative to the folder of the page}."""
     folder = folder.resolve()
     addresses = {i: os.path.relpath(path.resolve(), folder) for i, path in clips.items()}
     return {
@@ -168,7 +170,7 @@ def links(clips, folder):
 
 
 def gifs(clips, workers):
-    """{id: the clip as a small GIF in a data: address}, without clips that cannot be decoded."""
+    """Convert {id: path} to {id: data: URL of a small GIF}, without clips that cannot be decoded."""
     jobs = ((i, path, None, *EMBEDDED) for i, path in clips.items())
     made = WorkerPool(workers, TIMEOUT).map(subtitles.gif, jobs)
     return {
@@ -182,7 +184,7 @@ def gifs(clips, workers):
 
 
 def describe(records, predictions, references, scores, sources):
-    """What the page shows of each clip; all but the records are by id."""
+    """Collect the data of each clip on the page. All arguments except `records` are keyed by id."""
     return [
         {
             "id": r["id"],
@@ -198,7 +200,7 @@ def describe(records, predictions, references, scores, sources):
 
 
 def render(result, clips):
-    """The page as HTML. result: of `metrics.score`, with checkpoint and settings; clips: of `describe`."""
+    """Render the page as HTML. result: evaluation_<split>.json. clips: from `describe`."""
     rows, notes = metrics.table(result)
     if len(clips) < result["n"]:
         notes.append(
@@ -221,7 +223,7 @@ def render(result, clips):
 
 
 def table(rows):
-    """Rows of text as those of an HTML table; the first row and column are its heads."""
+    """Format rows of text as rows of an HTML table. The first row and column are headers."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
     lines = ["<tr>" + "".join(f"<th scope=col>{cell}</th>" for cell in head) + "</tr>"]
     for name, *cells in body:
@@ -231,7 +233,7 @@ def table(rows):
 
 
 def as_script(value):
-    """JSON for a script element, which no caption can close."""
+    """Encode a value as JSON that is safe inside a script element."""
     script = json.dumps(value, allow_nan=False, separators=(",", ":"))  # in ASCII
     for character in "<>&":
         script = script.replace(character, f"\\u{ord(character):04x}")

@@ -17,22 +17,29 @@ from dataset import VALIDATION, by_hash, load_records
 from evaluate import read_predictions
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError, VideoError
+from runtime.errors import FAILED, UserError, VideoError
 from runtime.files import write_atomic
-from viz import text
-from viz.text import BLACK, GREEN, MARGIN, RED
+from viz import draw_text
+from viz.draw_text import BLACK, GREEN, MARGIN, RED
 
 FRAMES, HEIGHT, GAP = 8, 72, 2  # frames per strip; pixels
-LETTERS, NARROWEST = 14, 480  # pixels
+LETTERS, NARROWEST = 14, 480  # pixels: font size and minimum width
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--predictions", nargs="+", required=True, metavar="FILE", help="from evaluate.py"
+        "--predictions",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="predictions written by evaluate.py",
     )
     parser.add_argument(
-        "--annotations", default=cli.ANNOTATIONS, metavar="DIR", help="from prepare_annotations.py"
+        "--annotations",
+        default=cli.ANNOTATIONS,
+        metavar="DIR",
+        help="output of prepare_annotations.py",
     )
     parser.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
     parser.add_argument("--split", default=VALIDATION, help="split of the predictions")
@@ -42,13 +49,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="PNG to write")
+    parser.add_argument("--output", required=True, metavar="FILE", help="PNG file to write")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    text.require()
+    draw_text.require()
     output = Path(args.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output} must be the name of a .png file")
@@ -59,7 +66,7 @@ def main(argv=None):
     records = {r["id"]: r for r in load_records(args.annotations, args.split)}
     sample = by_hash(predictions.keys() & records.keys(), args.seed)[: args.num_samples]
     if not sample:
-        raise UserError(f"none of the predictions is of a clip in split {args.split!r}")
+        raise UserError(f"no prediction is for a clip in split {args.split!r}")
     paths, missing = video.find_files(Path(args.videos), {i: records[i] for i in sample})
     if missing:
         note(f"{len(missing)} of {len(sample)} clips are not in {args.videos}")
@@ -71,16 +78,16 @@ def main(argv=None):
         except VideoError as error:
             note(str(error))
     if not strips:
-        raise UserError("none of the clips could be drawn", code=1)
+        raise UserError("none of the clips could be drawn", code=FAILED)
     data = io.BytesIO()
-    text.stacked(strips).save(data, "PNG", optimize=True)
+    draw_text.stacked(strips).save(data, "PNG", optimize=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, data.getvalue())
     print(output)
 
 
 def strip(path, reference, caption):
-    """One clip as a PIL image: frames in time from left to right, above the texts."""
+    """Draw one clip as a PIL image: frames from left to right, with the texts below them."""
     from PIL import Image
 
     frames = [Image.fromarray(f) for f in video.decode(path, FRAMES).frames]
@@ -92,7 +99,7 @@ def strip(path, reference, caption):
     for f in frames:
         row.paste(f, (left, MARGIN))
         left += f.width + GAP
-    return text.stacked([row, text.panel(lines, width, LETTERS)])
+    return draw_text.stacked([row, draw_text.panel(lines, width, LETTERS)])
 
 
 if __name__ == "__main__":

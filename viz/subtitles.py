@@ -1,4 +1,4 @@
-"""A clip with its captions below the picture, as the bytes of a GIF or an MP4.
+"""Encode a clip with its captions below the picture, as a GIF or an MP4.
 
 viz.films and viz.gallery call this in decode workers, so it must not import torch.
 """
@@ -11,24 +11,27 @@ from itertools import chain
 from pathlib import Path
 
 import video
-from viz.text import BLACK, GREY, panel
+from viz.draw_text import BLACK, GREY, panel
 
-NARROWEST = 240  # pixels: a caption needs room
+NARROWEST = 240  # pixels: minimum width, for legible captions
 
-GIF_RATE, GIF_FRAMES = 10, 240  # frames per second; frames in all, so a long film has a lower rate
-GIF_AREA = 320 * 240  # pixels of a frame
-GIF_BYTES = 230_000  # per second of film: 4 s stay below 1 MB
+GIF_RATE, GIF_FRAMES = (
+    10,
+    240,
+)  # frames per second; maximum number of frames, so long films have a lower rate
+GIF_AREA = 320 * 240  # pixels per frame
+GIF_BYTES = 230_000  # per second of film, so that 4 s take less than 1 MB
 TRIAL = 5  # frames encoded to estimate the size of a film
-LONGEST = 655.35  # seconds that a GIF can show a frame
+LONGEST = 655.35  # seconds: the longest duration of a frame in a GIF
 
-H264 = {"crf": "20", "preset": "veryfast", "bf": "0"}  # without B-frames, times stay in order
+H264 = {"crf": "20", "preset": "veryfast", "bf": "0"}  # without B-frames, timestamps are in order
 MILLISECOND = Fraction(1, 1000)
 
 
 class Subtitles:
-    """Draws the captions of one clip below its frames, and below them its reference if it has one.
+    """Draws the captions of one clip below its frames, followed by its reference if it has one.
 
-    result: see `windows.description`, with an optional "reference"; size: (width, height) of a frame.
+    result: see `windows.description`, with an optional "reference". size: (width, height) of a frame.
     """
 
     def __init__(self, result, size):
@@ -42,14 +45,14 @@ class Subtitles:
         height = max(panel(text, size[0], self.letters).height for text in self.texts)
         self.height = height + (size[1] + height) % 2  # H.264 needs even sizes
         self.canvas = size[0], size[1] + self.height
-        self.drawn = None, None  # the number of the last text, and its panel
+        self.drawn = None, None  # index of the last text, and its panel
 
     def __call__(self, time, image):
-        """A PIL image shown at `time`, in seconds -> the same with the caption of that time below."""
+        """Draw the caption at `time` (seconds) below a PIL image. Returns a new image."""
         from PIL import Image
 
         n = max(0, bisect(self.starts, time) - 1)
-        n = n if time <= self.ends[n] else None  # a window that could not be read has no caption
+        n = n if time <= self.ends[n] else None  # no caption for windows that could not be decoded
         if self.drawn[1] is None or self.drawn[0] != n:
             texts = [] if n is None else self.texts[n]
             self.drawn = n, panel(texts, self.size[0], self.letters, self.height)
@@ -60,13 +63,15 @@ class Subtitles:
 
 
 def film(path, result, ending):
-    """A captioned clip as the bytes of a "gif" or an "mp4"; result: see `Subtitles`."""
+    """Encode a captioned clip as "gif" or "mp4". Returns bytes. result: see `Subtitles`."""
     return {"gif": gif, "mp4": mp4}[ending](path, result)
 
 
 def resized(picture, area, narrowest):
-    """uint8 (H, W, 3) or a PIL image -> a PIL image of about `area` pixels with even edges, at least
-    `narrowest` wide."""
+    """Resize uint8 (H, W, 3) or a PIL image to about `area` pixels. Returns a PIL image.
+
+    Its width and height are even, and it is at least `narrowest` pixels wide.
+    """
     from PIL import Image
 
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
@@ -76,10 +81,11 @@ def resized(picture, area, narrowest):
 
 
 def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_per_second=GIF_BYTES):
-    """A clip as the bytes of a GIF that plays at the clip's speed; without `result`, without captions.
+    """Encode a clip as a GIF that plays at the clip's speed. Returns bytes.
 
-    All frames share one palette: one each would cost 768 bytes and flicker. A film that does not
-    compress is made smaller, then loses every second frame. Raises VideoError.
+    result: see `Subtitles`, or None for no captions. All frames share one palette, because a palette per
+    frame would take 768 bytes and cause flicker. A film that exceeds `bytes_per_second` is scaled down;
+    at the minimum width, every second frame is dropped. Raises VideoError.
     """
     rate = min(rate, GIF_FRAMES / max(video.probe(path).duration, 1e-3))
     narrowest = NARROWEST if result else 1
@@ -88,7 +94,7 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_per_second=GIF_BY
     limit = bytes_per_second * max(1.0, times[-1] + 1 / rate)
 
     def encoded(first=0, count=None):
-        """The bytes of `count` frames as a GIF."""
+        """Encode `count` frames as a GIF. Returns bytes."""
         draw = Subtitles(result, images[0].size) if result else lambda _, image: image
         some = slice(first, None if count is None else first + count)
         drawn = [draw(t, i) for t, i in zip(times[some], images[some], strict=True)]
@@ -111,7 +117,10 @@ def gif(path, result=None, area=GIF_AREA, rate=GIF_RATE, bytes_per_second=GIF_BY
 
 
 def encode_gif(images, times, last):
-    """PIL images shown from `times` in seconds, the last for `last` seconds -> the bytes of a GIF."""
+    """Encode PIL images as a GIF. Returns bytes.
+
+    times: when each image appears, in seconds. last: the duration of the last image in seconds.
+    """
     from PIL import Image
 
     # one palette, from a montage of eight frames
@@ -122,20 +131,20 @@ def encode_gif(images, times, last):
     palette = montage.quantize(256, method=Image.Quantize.MEDIANCUT)
     frames = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
 
-    # a GIF counts hundredths of a second, and browsers slow down frames of less than two
+    # GIF durations are in hundredths of a second; browsers slow down frames shorter than two of them
     ends = [*times[1:], times[-1] + last]
     spans = (min(LONGEST, b - a) for a, b in zip(times, ends, strict=True))
     milliseconds = [max(20, 10 * round(100 * span)) for span in spans]
 
     data = io.BytesIO()
-    table = bytes(palette.getpalette())  # without it Pillow writes a palette per frame
+    table = bytes(palette.getpalette())  # otherwise Pillow writes a palette per frame
     options = {"duration": milliseconds, "loop": 0, "optimize": False, "palette": table}
     frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], **options)
     return data.getvalue()
 
 
 def mp4(path, result):
-    """A captioned clip as the bytes of an MP4 (H.264) with all of its frames. Raises VideoError."""
+    """Encode all frames of a captioned clip as an MP4 (H.264). Returns bytes. Raises VideoError."""
     import av
 
     frames = video.stream(path)

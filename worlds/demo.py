@@ -2,10 +2,11 @@
 
     python -m worlds.demo                (8 minutes on two idle cores)
 
-Writes results/demo/summary.json, curves.png, and gallery.html, a page for the browser.
+Writes summary.json, curves.png and gallery.html (a web page) to results/demo.
 
-Every command is echoed and can be typed by hand. The toy world shows that the scripts work together
-and that the captions depend on the video; it says nothing about scores on Something-Something-V2.
+Every command is printed, so that it can be repeated by hand. The toy world shows that the scripts work
+together and that the captions depend on the video. The scores do not carry over to
+Something-Something-V2.
 """
 
 import runtime.start
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from runtime import cli, start
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
 
 # A tiny model trains with fewer queries, a higher learning rate and no dropout
@@ -45,22 +46,29 @@ ROWS = {
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--data", default="data/toy", help="folder of the toy world, made if missing"
+        "--data", default="data/toy", help="folder of the toy world, created if missing"
     )
     parser.add_argument("--output", default="results/demo", help="run folder")
-    parser.add_argument("--clips", type=cli.whole(50), default=4000, help="training clips")
+    parser.add_argument(
+        "--clips", type=cli.whole(50), default=4000, help="number of training clips"
+    )
     parser.add_argument(
         "--epochs", type=cli.whole(1), default=7, help="passes over the training clips"
     )
     parser.add_argument(
-        "--lm-steps", type=cli.whole(1), help="pretraining steps of the toy language model"
+        "--lm-steps",
+        type=cli.whole(1),
+        help="pretraining steps of the toy language model (default: that of worlds.toy_ssv2)",
     )
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
     )
-    parser.add_argument("--device", default="cpu", help="as in train.py")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--table", nargs="+", metavar="FILE", help="only print a table of these summary.json files"
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="print a table of these summary.json files and exit",
     )
     return parser.parse_args(argv)
 
@@ -126,11 +134,11 @@ def shell(command):
     name = str(start.ROOT / name) if name.endswith(".py") else name
     done = subprocess.run([sys.executable, name, *args], env=start.environment())
     if done.returncode:
-        raise UserError(f"{command} ended with exit code {done.returncode}", code=1)
+        raise UserError(f"{command} ended with exit code {done.returncode}", code=FAILED)
 
 
 def summarise(run, seconds):
-    """The figures of the run, from the files in its folder."""
+    """Collect the figures of a run from the files in its folder."""
 
     def scores(name):
         return read_json(run / f"evaluation_{name}.json", "scores")
@@ -168,7 +176,7 @@ def summarise(run, seconds):
 
 
 def table(s):
-    """The summary as text for the terminal."""
+    """Format the summary for the terminal."""
     lines = [f"{name:<38} {s[key]:6.2f}" for key, name in ROWS.items()]
     return "\n".join(
         [
@@ -176,13 +184,13 @@ def table(s):
             *lines,
             f"template accuracy {s['template_accuracy']:.3f}, exact match {s['exact_match']:.3f},"
             f" {s['seconds']['total']:.0f} s ({s['cpu_seconds']:.0f} CPU-seconds)",
-            "Synthetic clips of moving shapes: this says nothing about Something-Something-V2.",
+            "Synthetic clips of moving shapes: the scores do not carry over to Something-Something-V2.",
         ]
     )
 
 
 def markdown(files):
-    """Mean and range of several summaries, as in docs/evaluation.md."""
+    """Format the mean and range of several summaries, as in docs/evaluation.md."""
     runs = [read_json(f, "summary") for f in files]
 
     def cell(values, digits=2):

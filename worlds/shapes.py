@@ -1,4 +1,4 @@
-"""The toy world's plan: actions, objects, what happens in each clip, labels and paraphrases."""
+"""Plan the toy world: actions, objects, the contents of each clip, labels and paraphrases."""
 
 import itertools
 import random
@@ -86,13 +86,13 @@ DOUBLE = [a for a in ACTIONS if a.template.count("[") == 2]
 
 
 def deck(rng, cards):
-    """Yield `cards` endlessly, shuffled anew in each round, so that all are about equally frequent."""
+    """Yield `cards` endlessly, reshuffled in each round, so that all are about equally frequent."""
     while True:
         yield from rng.sample(cards, len(cards))
 
 
 def divide_objects(seed):
-    """Return (objects, held-out objects, pairs, held-out pairs); training shows no held-out ones.
+    """Return (objects, held-out objects, pairs, held-out pairs). Held-out ones are not in training.
 
     An object is "colour shape", and one shape of each colour is held out. A pair is a frozenset.
     """
@@ -106,7 +106,7 @@ def divide_objects(seed):
 
 
 def plan(clips, seed):
-    """The clips of the world: a list of {"id", "split", "action" (keyword), "objects" (names)}."""
+    """Plan all clips. Returns a list of {"id", "split", "action" (keyword), "objects" (names)}."""
     objects, unseen, pairs, unseen_pairs = divide_objects(seed)
     few = max(32, clips // 24)
     splits = {  # split: clips, actions, objects, allowed pairs
@@ -139,7 +139,7 @@ def action_of(clip):
 
 
 def label_of(clip):
-    """The label as in SSv2: the template in lower case with the objects filled in."""
+    """Return the label as in SSv2: the template in lower case with the objects filled in."""
     text = action_of(clip).template.lower()
     for name in clip["objects"]:
         text = text.replace("[something]", name, 1)
@@ -147,7 +147,7 @@ def label_of(clip):
 
 
 def sentences_of(clip):
-    """All eight correct paraphrases of the clip."""
+    """Return all eight correct paraphrases of the clip."""
     action = action_of(clip)
     names = {k: f"the {name}" for k, name in zip("ab", clip["objects"], strict=False)}
     texts = [f"{subject} {act}" for subject in SUBJECTS for act in action.acts]
@@ -156,7 +156,7 @@ def sentences_of(clip):
 
 
 def paraphrases_of(clip, seed):
-    """The clip's paraphrases: 4 to 8, but only 1 to 3 for one clip in ten."""
+    """Sample the clip's paraphrases: 4 to 8, but only 1 to 3 for one clip in ten."""
     rng = random.Random(f"paraphrases:{seed}:{clip['id']}")
     count = rng.randint(1, 3) if rng.random() < 0.1 else rng.randint(4, 8)
     return rng.sample(sentences_of(clip), count)

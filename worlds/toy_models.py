@@ -1,4 +1,4 @@
-"""The toy world's models: a random V-JEPA 2, and a Qwen2 trained to turn keywords into captions."""
+"""Make the toy world's models: a random V-JEPA 2, and a Qwen2 that turns keywords into captions."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ SIZE = 64  # pixels, height and width of the clips and of the encoder's input
 
 
 def write_encoder(folder, seed):
-    """A V-JEPA 2 with random weights: 16 frames of 64x64 become 8 x 4 x 4 tokens of width 192."""
+    """Write a V-JEPA 2 with random weights: 16 frames of 64x64 give 8 x 4 x 4 tokens of width 192."""
     torch.manual_seed(seed)
     config = VJEPA2Config(
         patch_size=16,
@@ -65,10 +65,10 @@ def train_tokenizer(folder, clips):
 
 
 def keywords_of(clip, rng):
-    """The context that soft prompts learn to imitate.
+    """Return the keywords of a clip, the context that soft prompts learn to imitate.
 
-    One word each for the action and for the colour and shape of every object, the second object in
-    capitals, in any order and each word one to three times.
+    There is one word for the action, and one each for the colour and shape of every object. The second
+    object is in capitals. Each word occurs one to three times, in random order.
     """
     names = [clip["action"], clip["objects"][0], *(n.upper() for n in clip["objects"][1:])]
     words = [word for word in " ".join(names).split() for _ in range(rng.randint(1, 3))]
@@ -77,8 +77,8 @@ def keywords_of(clip, rng):
 
 
 def sample_examples(count, seed, objects, pairs):
-    """Up to `count` random {"action", "objects"} for the language model, without duplicates."""
-    rng = random.Random(f"lessons:{seed}")  # another text would change the language model
+    """Sample up to `count` distinct {"action", "objects"} for the language model."""
+    rng = random.Random(f"lessons:{seed}")  # changing this string would change the language model
     pairs = sorted(sorted(p) for p in pairs)
     examples = {}
     for _ in range(count):
@@ -125,7 +125,7 @@ def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
             context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
             rows.append((context, *tokens(style, caption)))
 
-        # padded on the right
+        # pad on the right
         length = max(sum(map(len, row)) for row in rows)
         ids = torch.zeros(32, length, dtype=torch.long)
         labels, is_context = torch.full((32, length), -100), torch.zeros(32, length, 1)
@@ -158,7 +158,7 @@ def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
 
 
 def check_lm(model, tokenizer, examples, seed):
-    """{style: share of the examples for which greedy decoding writes a correct caption}."""
+    """Compute {style: share of the examples for which greedy decoding gives a correct caption}."""
     rng, accuracy = random.Random(f"check:{seed}"), {}
     for style in STYLES:
         rows = []

@@ -3,9 +3,9 @@
     python -m worlds.toy_ssv2 data/toy
 
 With `--encoder data/toy/encoder` and `--lm data/toy/lm` the real scripts run on it unchanged, without
-SSv2, pretrained weights or a GPU. Coloured shapes move over a grey background, and only their motion
-tells the action, so one frame is not enough. Scores on it say nothing about SSv2. The defaults take
-about 100 s on two idle cores (est.) and 47 MB:
+SSv2, pretrained weights or a GPU. Coloured shapes move over a grey background. The action can only be
+recognised from their motion, so one frame is not enough. Scores do not carry over to SSv2. The defaults
+take about 100 s on two idle cores (est.) and 47 MB:
 
     videos/       <id>.webm, VP9, 12 frames/s, 64x64, 18-28 frames
     labels/       train, validation, test, labels (.json) and test-answers.csv as SSv2 has them, and
@@ -13,10 +13,10 @@ about 100 s on two idle cores (est.) and 47 MB:
                   validation_objects  combinations of colour and shape that training never shows
     paraphrases/  ten shards of whole sentences for training, one file for validation
     encoder/      a V-JEPA 2 with random weights
-    lm/           a Qwen2 trained on text alone to turn keywords into captions. Without that, no
-                  prefix could steer it while frozen.
+    lm/           a Qwen2 trained on text alone to turn keywords into captions. Without this training,
+                  no prefix could control the frozen model.
 
-All files are a pure function of the flags. A second run keeps what is finished.
+The same flags always give the same files. A second run keeps finished files.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
 from worlds.shapes import (
     ACTIONS,
@@ -45,17 +45,17 @@ from worlds.shapes import (
 )
 from worlds.toy_models import SIZE, write_encoder, write_lm
 
-WORLD = 1  # to be raised when the same flags would give other files
+WORLD = 1  # increment when a change to the code changes the files
 RATE = 12  # frames per second, as SSv2
-FRAMES = (18, 28)  # more than the encoder's 16, so that sampling matters
+FRAMES = (18, 28)  # per clip; more than the encoder's 16, so that sampling matters
 
 
 def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument("output", help="folder for the toy world")
     group = p.add_argument_group("world")
-    group.add_argument("--clips", type=whole(50), default=4000, help="clips for training")
-    group.add_argument("--seed", type=whole(0), default=0, help="seed of every random choice")
+    group.add_argument("--clips", type=whole(50), default=4000, help="number of training clips")
+    group.add_argument("--seed", type=whole(0), default=0, help="seed of all random choices")
     group.add_argument(
         "--old-names",
         action="store_true",
@@ -66,7 +66,7 @@ def parse_args(argv=None):
         "--lm-steps",
         type=whole(1),
         default=800,
-        help="training steps of the language model, of 32 captions each",
+        help="training steps of the language model (32 captions each)",
     )
     group = p.add_argument_group("machine")
     add_workers(group, 2, least=1)
@@ -116,10 +116,11 @@ def write_paraphrases(folder, clips, seed):
 
 
 def motion(action, frames, rng):
-    """Paths of a clip's objects: centres (objects, frames, 2) as x, y and radii (objects, frames).
+    """Compute the paths of a clip's objects.
 
-    Initial positions have one distribution for all one-object actions and one for all two-object
-    actions, so that the first frame does not tell the action.
+    Returns centres (objects, frames, 2) as x, y and radii (objects, frames). All one-object actions share
+    one distribution of initial positions, and all two-object actions share another, so that the action
+    cannot be inferred from the first frame.
     """
     lead, tail = rng.uniform(0.03, 0.12, 2)
     t = np.clip((np.linspace(0, 1, frames) - lead) / (1 - lead - tail), 0, 1)  # (frames,)
@@ -166,7 +167,7 @@ def motion(action, frames, rng):
 
 
 def signed_distance(shape, x, y):
-    """Distance in pixels from the outline of a shape of radius 1, negative inside, scaled by x, y."""
+    """Compute the distance from points (x, y) to the outline of a shape of radius 1. Negative inside."""
     if shape in ("pole", "fence"):
         x, y, shape = y, x, {"pole": "bar", "fence": "ladder"}[shape]
     ax, ay = np.abs(x), np.abs(y)
@@ -181,7 +182,7 @@ def signed_distance(shape, x, y):
 
 
 def render(clip, seed):
-    """Render one clip, antialiased: uint8 (frames, SIZE, SIZE, 3), a pure function of (seed, id)."""
+    """Render one clip, antialiased: uint8 (frames, SIZE, SIZE, 3). Depends only on (seed, id)."""
     rng = np.random.default_rng([seed, int(clip["id"])])
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     centres, radii = motion(clip["action"], frames, rng)
@@ -249,7 +250,7 @@ def mark_started(root, settings):
     marker = next((m for m in (done, started) if m.is_file()), None)
     if marker is None:
         if root.exists() and any(root.iterdir()):
-            raise UserError(f"{root} is not empty and not a toy world. Name another folder.")
+            raise UserError(f"{root} is not empty and not a toy world. Choose another folder.")
         root.mkdir(parents=True, exist_ok=True)
         write_json(started, settings)
         return
@@ -259,7 +260,7 @@ def mark_started(root, settings):
         if existing.get(key) != settings[key]:
             raise UserError(
                 f"{root} has a toy world with {key} = {existing.get(key)!r}, not {settings[key]!r}."
-                " Use the same flags, delete the folder, or name another one."
+                " Use the same flags, delete the folder, or choose another one."
             )
 
 
@@ -321,8 +322,8 @@ def main(argv=None):
             )
             for future in futures:
                 future.result()
-        except OSError as error:  # a full disk, mostly
-            raise UserError(f"cannot write to {root}: {error}", code=1) from None
+        except OSError as error:  # most likely a full disk
+            raise UserError(f"cannot write to {root}: {error}", code=FAILED) from None
         finally:
             pool.shutdown(cancel_futures=True)
     if report:

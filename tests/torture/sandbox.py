@@ -28,7 +28,7 @@ import torch
 import prepare_annotations
 from dataset import load_records
 from runtime import cli, files
-from runtime.errors import DONE, PARTIAL, UserError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.run_folder import CORRUPT
 
 MAIN_LOOP = {  # script: module and name of what it calls once, when its work starts
@@ -88,7 +88,7 @@ def wait_for(*paths, seconds=None):
         if time.perf_counter() > end:
             return False
         if fork_server().poll() is not None:
-            raise UserError("the fork server has ended", code=1)
+            raise UserError("the fork server has ended", code=FAILED)
         time.sleep(0.005)
     return True
 

@@ -1,4 +1,4 @@
-"""Text in pictures, and the check for Pillow and matplotlib.
+"""Draw text with Pillow, and check that Pillow and matplotlib are installed.
 
 Decode workers import this file, so it must not import torch (as runtime.files does).
 """
@@ -6,21 +6,21 @@ Decode workers import this file, so it must not import torch (as runtime.files d
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 
 MARGIN = 8  # pixels around text
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
 
 
 def require(*packages, extra="viz"):
-    """Raise UserError if an optional package is not installed; `extra` installs it."""
+    """Raise UserError if an optional package is missing. extra: the pip extra that installs it."""
     for name in packages or ("PIL", "matplotlib"):
         if find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install -e '.[{extra}]'", code=1)
+            raise UserError(f"{name} is not installed: pip install -e '.[{extra}]'", code=FAILED)
 
 
 def font(size):
-    """DejaVu Sans, which comes with matplotlib and covers more than Latin letters."""
+    """Load DejaVu Sans, which comes with matplotlib and covers more than Latin letters."""
     import matplotlib
     from PIL import ImageFont
 
@@ -29,7 +29,7 @@ def font(size):
 
 
 def wrap(text, width, letters):
-    """Break a text into lines of at most `width` pixels, inside a word only if the word is wider."""
+    """Break a text into lines of at most `width` pixels. Only words wider than a line are split."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -45,9 +45,9 @@ def wrap(text, width, letters):
 
 
 def panel(texts, width, size, height=0):
-    """A white PIL image of `width` pixels with wrapped texts [(text, colour)], one below the other.
+    """Draw wrapped texts [(text, colour)] below each other on a white PIL image, `width` pixels wide.
 
-    size: of the letters, in pixels. The image is as high as the texts need, and at least `height`.
+    size: font size in pixels. The image is as high as the texts need, and at least `height`.
     """
     from PIL import Image, ImageDraw
 
@@ -63,7 +63,7 @@ def panel(texts, width, size, height=0):
 
 
 def stacked(pictures):
-    """PIL images, one below the other, as one."""
+    """Combine PIL images into one, from top to bottom."""
     from PIL import Image
 
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
