@@ -107,24 +107,29 @@ class VideoCaptioner(nn.Module):
             )
         return out
 
-    def continued(self, cache, input_ids):
-        """Compute the hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L).
+    def continued(self, cache, input_ids, clips=None):
+        """Compute the hidden states (R, L, D) of texts that follow the prefixes of B clips.
 
-        cache: the prefixes of the B clips, from `prefix`. It is modified and cannot be used again.
+        cache: from `prefix`. It is modified and cannot be used again. input_ids: (R, L). clips: int64
+        (R,), the clip of each text. None means that each clip has R/B texts.
         """
-        cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))  # B -> B*K, differentiable
+        # both are differentiable; B -> R
+        if clips is None:
+            cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))
+        else:
+            cache.batch_select_indices(clips)
         return self.run_lm(cache, input_ids).last_hidden_state
 
-    def loss(self, cache, input_ids, positions, targets):
-        """Compute the summed cross-entropy of K captions per clip, a float32 scalar.
+    def loss(self, cache, text):
+        """Compute the cross-entropy (M,) of each caption and eos token, in float32.
 
         cache: from `prefix`. It is modified and cannot be used again.
-        input_ids (B*K, L), positions (M,), targets (M,): see `dataset.collate`. Rows are padded on the
-        right, where causal attention does not look, so no attention mask is needed.
+        text: from `dataset.collate` or `collate_text`. Rows are padded on the right, where causal
+        attention does not look, so no attention mask is needed.
         """
-        hidden = self.continued(cache, input_ids)  # (B*K, L, D)
-        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (M, D)
-        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, targets)
+        hidden = self.continued(cache, text["input_ids"], text.get("clips"))  # (R, L, D)
+        hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
+        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, text["targets"])
 
     @torch.inference_mode()
     def generate(self, cache, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
@@ -197,16 +202,12 @@ class VideoCaptioner(nn.Module):
         clips, scores = clips_of(cache), []
         for start in range(0, len(texts), TEXTS_CHUNK):
             chunk = texts[start : start + TEXTS_CHUNK]
-            pairs = [encode_caption(self.tokenizer, style, text) for text in chunk]
-            text = {k: v.to(self.device) for k, v in collate_text(pairs * clips).items()}
-            hidden = self.continued(copy.deepcopy(cache), text["input_ids"])  # (B*K, L, D)
-            hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
-            chunks = zip(*(x.split(LOGITS_CHUNK) for x in (hidden, text["targets"])), strict=True)
-            head = self.lm.get_output_embeddings()
-            log_p = [-F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks]
+            captions = [encode_caption(self.tokenizer, style, text) for text in chunk]
+            text = {k: v.to(self.device) for k, v in collate_text([captions] * clips).items()}
+            log_p = -self.loss(copy.deepcopy(cache), text)  # (M,)
             rows = text["positions"] // text["input_ids"].shape[1]  # (M,)
             sums = torch.zeros(clips * len(chunk), device=self.device)
-            sums.index_add_(0, rows, torch.cat(log_p))
+            sums.index_add_(0, rows, log_p.float())
             scores.append((sums / rows.bincount()).unflatten(0, (clips, -1)))  # (B, K)
         return torch.cat(scores, 1)
 
@@ -230,8 +231,7 @@ class VideoCaptioner(nn.Module):
             total = None
             tokens = len(batch["targets"])
             if len(batch["input_ids"]) == len(batch["ids"]):  # one reference per clip
-                text = batch["input_ids"], batch["positions"], batch["targets"]
-                total = self.loss(copy.deepcopy(cache), *text).item()
+                total = self.loss(copy.deepcopy(cache), batch).sum().item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
 
 
@@ -259,7 +259,7 @@ def max_positions(lm):
 
 
 def chunked_cross_entropy(head, hidden, targets):
-    """Compute the summed cross-entropy of head(hidden), in float32 or wider.
+    """Compute the cross-entropy (M,) of head(hidden), in float32 or wider.
 
     hidden: (M, D), targets: (M,). Logits are computed in chunks and recomputed in the backward pass.
     V is 99 times D in Qwen2, so the logits of all tokens would be the largest tensor in memory.
@@ -269,14 +269,11 @@ def chunked_cross_entropy(head, hidden, targets):
     def cross_entropy(h, t):
         # On a GPU, autograd repeats this in another thread. If the first CUDA call of that thread were
         # the matrix product instead of this clone, torch would warn about a missing CUDA context.
-        return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="sum")
+        return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="none")
 
-    total = hidden.new_zeros((), dtype=dtype)
-    for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
-        total = total + checkpoint(
-            cross_entropy, h, t, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
+    chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
+    no_state = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(cross_entropy, h, t, **no_state) for h, t in chunks])
 
 
 def build(manifest, lm_name, device, dtype, captions=(), **sizes):
@@ -417,14 +414,14 @@ def check_room(model, name, captions):
     """Raise UserError unless the longest caption fits after the prefix and the longest prompt."""
 
     def prompt_length(style):
-        return len(encode_caption(model.tokenizer, style, "")[0])
+        return len(encode_caption(model.tokenizer, style, "").prompt)
 
     style = max(STYLES, key=prompt_length)
     queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
     room = max_positions(model.lm) - queries - prompt_length(style)
     # A token is at least one byte of text, so short texts fit and need not be tokenised.
     long = [text for text in captions if len(text.encode()) + 2 > room]
-    lengths = {text: len(encode_caption(model.tokenizer, style, text)[1]) for text in long}
+    lengths = {text: len(encode_caption(model.tokenizer, style, text).target) for text in long}
     longest = max([MAX_NEW_TOKENS, *lengths.values()])
     if longest > room:
         text = next((text for text in long if lengths[text] == longest), None)

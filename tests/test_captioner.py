@@ -38,7 +38,7 @@ def loss_and_gradient(captioner, batch):
     batch = double(batch)
     captioner.zero_grad()
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-    total = captioner.loss(cache, batch["input_ids"], batch["positions"], batch["targets"])
+    total = captioner.loss(cache, batch).sum()
     total.backward()
     return total.detach(), [p.grad.clone() for p in captioner.qformer.parameters()]
 
@@ -75,6 +75,23 @@ def test_shared_prefix_equals_separate_passes(captioner, make_batch, make_clips)
     assert len(batch["targets"]) == sum(lengths)
 
 
+def test_clips_may_have_different_numbers_of_captions(captioner, make_batch, make_clips):
+    """The label of a clip without paraphrases was once computed K times to fill a rectangle."""
+    clips = make_clips(3)
+    texts = [CAPTIONS[0], CAPTIONS[1][:1], CAPTIONS[2] + CAPTIONS[1][1:]]
+    total, grads = loss_and_gradient(captioner, make_batch(texts, clips))
+    captioner.zero_grad()
+    plain = sum(
+        plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
+        for i, of_clip in enumerate(texts)
+        for style, text in of_clip
+    )
+    plain.backward()
+    torch.testing.assert_close(total, plain.detach(), **EXACT)
+    for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_chunked_logits_give_the_same_loss(captioner, make_batch, monkeypatch):
     batch = make_batch(CAPTIONS)
     whole = loss_and_gradient(captioner, batch)
@@ -90,9 +107,8 @@ def test_the_loss_does_not_depend_on_other_captions_in_the_batch(captioner, make
     def loss_of_first(second):
         batch = double(make_batch([[("label", "up")], [("label", second)]], clips))
         first = len(" up") + 1  # targets of the first caption
-        text = batch["input_ids"], batch["positions"][:first], batch["targets"][:first]
         cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-        return captioner.loss(cache, *text)
+        return captioner.loss(cache, batch)[:first]
 
     torch.testing.assert_close(loss_of_first("down"), loss_of_first("d" * 60), **EXACT)
 
@@ -263,7 +279,7 @@ def test_accumulated_micro_batches_equal_one_batch(
                 double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
                 for i in range(0, clips, size)
             ]
-            loss, tokens = train.accumulate(model, window)
+            loss, tokens, _ = train.accumulate(model, window)
             optim.average_and_clip(model.qformer, tokens, 1.0)
             optimizer.step()
             after.append((loss, tokens, [p.detach() for p in model.qformer.parameters()]))
@@ -278,13 +294,18 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     """The logged loss equals torch's own mean cross-entropy over the same tokens."""
 
     batch = double(make_batch(CAPTIONS))
-    total, tokens = train.accumulate(captioner.eval(), [batch])
+    total, tokens, by_style = train.accumulate(captioner.eval(), [batch])
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
     cache.batch_repeat_interleave(2)
     cached = {captioner.cache_name: cache}
     logits = captioner.lm(input_ids=batch["input_ids"], **cached).logits
     mean = F.cross_entropy(logits.flatten(0, 1)[batch["positions"]], batch["targets"])
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1)[batch["positions"]], batch["targets"], reduction="none"
+    )
+    of_style = [losses[batch["styles"] == n].mean().item() for n in range(2)]
+    assert by_style == {s: pytest.approx(x) for s, x in zip(STYLES, of_style, strict=True)}
 
 
 def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
@@ -319,7 +340,7 @@ def test_log_likelihoods_equal_those_of_each_text_alone(captioner, make_clips, t
         soft, expected = captioner.qformer(*clips), torch.empty(2, 3)
         embed = captioner.lm.get_input_embeddings()
         for n, text in enumerate(texts[:3]):
-            prompt, target = encode_caption(tokenizer, "label", text)
+            _, prompt, target = encode_caption(tokenizer, "label", text)
             ids = torch.tensor([prompt + target])
             for clip in range(2):
                 x = torch.cat([soft[clip : clip + 1], embed(ids)], 1)
