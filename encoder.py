@@ -27,6 +27,7 @@ def transform(frames, size, resize):
         takes the central crop.
         "pad" keeps the whole picture and the aspect ratio, and fills the rest with the mean colour,
         which is zero after normalisation.
+    A new mode also needs an entry in `feature_cache.CHOICES` and in the help of --resize.
     """
     x = frames.permute(0, 3, 1, 2).float()  # (F, 3, H, W)
     height, width = x.shape[-2:]

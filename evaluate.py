@@ -51,7 +51,7 @@ def parse_args(argv=None):
         "--control",
         choices=["none", "still"],
         default="none",
-        help="control to run; still means that --features was computed with preprocess_ssv2.py --still",
+        help="still: --features contains first frames only (preprocess_ssv2.py --still)",
     )
     add(
         "--allow-missing",

@@ -3,7 +3,7 @@
     python infer.py clip.webm other.mp4 folder/ --checkpoint results/ssv2/best.pt
     python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (clips of the SSv2 test split)
 
-Prints one line per clip, `path<TAB>caption`. Clips longer than --window seconds are split into windows,
+Prints one line per clip, `path<TAB>caption`. Clips of at least 1.5 x --window seconds are split into windows,
 with one line `path<TAB>start-end<TAB>caption` for each. The exit code is 3 if some clips failed and 1 if
 all failed. With --output FOLDER, the captions are also written to FOLDER/captions.json, from which
 python -m viz.films makes captioned videos.

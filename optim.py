@@ -22,7 +22,7 @@ def split_step(batch_size, grad_accum, processes):
 
     The defaults make a step of 64 clips. If both values are None, each process gets one micro-batch, or
     two if there is only one process: on a GPU, 32 clips at once need 14 GB and 64 need 23 GB. Raises
-    UserError if 64 is not divisible.
+    UserError if 64 clips cannot be divided evenly.
     """
     if batch_size and grad_accum:
         return batch_size, grad_accum

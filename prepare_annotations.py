@@ -1,4 +1,4 @@
-"""Convert captions to the annotation files that all other scripts read: <output>/<split>.json.
+"""Convert captions to the annotation files that the other scripts read: <output>/<split>.json.
 
 Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases

@@ -12,7 +12,7 @@ from torch import nn
 class StoredFeatures:
     """A batch of features as they are stored, with the parameters that map them to tokens:
 
-        token = W_p (scale * feature + offset - mean) / std + position
+        token = W_p ((scale * feature + offset - mean) / std) + position
 
     features: (B, N, E), int8, float16 or float. scale, offset: (B, E). mean, std: (E,).
     project: the Linear layer W_p. pos: one table per axis of the grid, (T, D), (H, D) and (W, D).
@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
 
         Returns (B, Q, D) and, if `need_weights`, the weights (B, A, Q, N) before dropout, else None. All is
         computed in float32 or wider: if the values of a channel are far from zero, the pooled vector is a
-        small difference of large numbers, too small for bfloat16.
+        small difference of large numbers, which bfloat16 cannot resolve.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):

@@ -12,7 +12,7 @@ SCORES = {  # key of a run: heading, decimals
     "cider_objects": ("CIDEr, unseen objects", 2),
     "template_accuracy": ("template accuracy", 3),
     "exact_match": ("exact match", 3),
-    "right": ("right in either style", 3),
+    "right": ("correct in either style", 3),
 }
 COMPARED = ("cider", "cider_objects")  # the table shows their difference from the base
 
@@ -25,7 +25,7 @@ order of the clips and choice of captions; world and language model are the same
 clips; the learning rate is 2e-3 unless the row names another. K is the number of captions per clip and pass.
 
 Scores are mean ± standard deviation over the seeds; CIDEr is on a 0-10 scale. Seconds are processor time of
-training: number of steps times the median step. A caption is "right in either style" if it equals the clip's
+training: number of steps times the median step. A caption is "correct in either style" if it equals the clip's
 label or one of the sentences that the toy world has for the clip. Noise is the standard deviation of the runs
 around their row's mean, pooled over all rows except the original's, whose scores are near zero. A difference from
 the base is bold if it exceeds twice the noise.

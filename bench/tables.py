@@ -91,7 +91,10 @@ def summary(results):
         row = rows[group, name]
         return "left out" if "left_out" in row else f"{row[field]:.1f}x"
 
-    lines = [f"| times the reference | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"| improvement over the reference | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for text, where in SUMMARY.items():
         lines.append(f"| {text} | {' | '.join(cell(c, *where) for c in columns.values())} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Serve a web page that captions uploaded or recorded clips and shows where the model looked.
+"""Serve the web demo, a page that captions uploaded or recorded clips and shows where the model looked.
 
     python -m viz.app --checkpoint results/demo/best.pt     (after `make demo`; then http://127.0.0.1:7860)
 

@@ -1,4 +1,4 @@
-"""Write a web page that shows each clip of a split with its reference, caption and score.
+"""Write the gallery, an HTML page that shows each clip of a split with its reference, caption and score.
 
     python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
     python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, for sharing)

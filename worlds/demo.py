@@ -87,7 +87,9 @@ def main(argv=None):
     write_json(run / "summary.json", summary)
     print(table(summary))
     note(f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}")
-    note(f"for your own clips: python -m viz.app --checkpoint {shlex.quote(args.output)}")
+    note(
+        f"to try single clips in a browser: python -m viz.app --checkpoint {shlex.quote(args.output)}"
+    )
 
 
 def steps(args):
