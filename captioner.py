@@ -9,6 +9,8 @@ and V the vocabulary size of the language model.
 
 import copy
 import inspect
+import math
+import random
 import sys
 
 import torch
@@ -24,7 +26,8 @@ from runtime.errors import FAILED, UserError, out_of_memory
 
 READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
 TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
-MAX_NEW_TOKENS = 50  # of a generated caption
+MAX_NEW_TOKENS = 50  # of a generated caption; more if the training captions are longer
+LENGTHS_SAMPLE = 20_000  # training captions that are tokenised to find out
 LOGITS_CHUNK = 256  # target tokens at a time; 256 x V floats take 156 MB for Qwen2
 
 
@@ -35,12 +38,16 @@ class VideoCaptioner(nn.Module):
     lm: a causal language model of transformers.
     tokenizer: the tokenizer of `lm`. It must have an eos token.
     bos: the id of a token to put before the soft prompts, or None.
+    max_new_tokens: the default limit for generated captions.
+
+    The attribute `cut_captions` counts the generated captions that reached their limit.
     """
 
-    def __init__(self, qformer, lm, tokenizer, bos=None):
+    def __init__(self, qformer, lm, tokenizer, bos=None, max_new_tokens=MAX_NEW_TOKENS):
         super().__init__()
         self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
         self.bos, self.cache_name = bos, cache_name(lm)
+        self.max_new_tokens, self.cut_captions = max_new_tokens, 0
         self.train(self.training)
 
     def train(self, mode=True):
@@ -132,12 +139,13 @@ class VideoCaptioner(nn.Module):
         return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, text["targets"])
 
     @torch.inference_mode()
-    def generate(self, cache, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
+    def generate(self, cache, style, max_new_tokens=None, num_beams=1):
         """Caption B clips from their `prefix` cache and return B strings.
 
-        The cache is modified and cannot be used again. Raises UserError if `max_new_tokens` exceeds
-        the context length of the language model.
+        The cache is modified and cannot be used again. max_new_tokens: None means the captioner's own
+        limit. Raises UserError if it exceeds the context length of the language model.
         """
+        max_new_tokens = max_new_tokens or self.max_new_tokens
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
         ids = ids.expand(clips_of(cache), -1)  # (B, L)
@@ -151,6 +159,9 @@ class VideoCaptioner(nn.Module):
             rows = self._greedy(cache, ids, max_new_tokens)
         else:
             rows = self._beams(cache, ids, max_new_tokens, num_beams)
+        eos = self.tokenizer.eos_token_id
+        self.cut_captions += sum(eos not in row for row in rows)
+        rows = [row[: row.index(eos)] if eos in row else row for row in rows]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
@@ -166,8 +177,7 @@ class VideoCaptioner(nn.Module):
             if done.all():
                 break
             ids = token[:, None]
-        rows = torch.stack(columns, 1).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
+        return torch.stack(columns, 1).tolist()
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Run the beam search of transformers after the cached prefix."""
@@ -190,7 +200,7 @@ class VideoCaptioner(nn.Module):
             generation_config=config,
             **{self.cache_name: cache},
         )
-        return out[:, full.shape[1] :]
+        return out[:, full.shape[1] :].tolist()
 
     @torch.inference_mode()
     def log_likelihoods(self, cache, style, texts):
@@ -212,7 +222,7 @@ class VideoCaptioner(nn.Module):
         return torch.cat(scores, 1)
 
     @torch.inference_mode()
-    def captions(self, batch, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
+    def captions(self, batch, style, max_new_tokens=None, num_beams=1):
         """Caption B clips and return B strings.
 
         batch: their stored features, `features` (B, N, E), `scale` (B, E) and `offset` (B, E).
@@ -220,7 +230,7 @@ class VideoCaptioner(nn.Module):
         cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
         return self.generate(cache, style, max_new_tokens, num_beams)
 
-    def validation(self, batch, style, max_new_tokens, num_beams=1):
+    def validation(self, batch, style, max_new_tokens=None, num_beams=1):
         """Compute the loss and the captions of B clips, with one pass over the prefix.
 
         Returns (summed loss, number of tokens, B strings). The loss is None unless each clip has
@@ -300,8 +310,24 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
     )
     model = VideoCaptioner(qformer.to(device), lm, tokenizer, first_token(tokenizer))
     check_lm(model, lm_name)
+    captions = list(captions)
     check_room(model, lm_name, captions)
+    model.max_new_tokens = length_limit(tokenizer, captions)
     return model, fingerprint
+
+
+def length_limit(tokenizer, captions):
+    """Return the number of tokens that 99.9 % of captions do not exceed, at least `MAX_NEW_TOKENS`.
+
+    It is computed on a sample of the captions, with their eos tokens.
+    """
+    sample = random.Random(0).sample(captions, min(len(captions), LENGTHS_SAMPLE))
+    texts = [" " + text for text in sample if len(text.encode()) + 2 > MAX_NEW_TOKENS]
+    if not texts:  # a token is at least one byte of text
+        return MAX_NEW_TOKENS
+    lengths = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = sorted([0] * (len(sample) - len(lengths)) + lengths)
+    return max(MAX_NEW_TOKENS, lengths[math.ceil(0.999 * len(lengths)) - 1])
 
 
 def embedding_table(lm):

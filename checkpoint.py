@@ -5,6 +5,8 @@ best.pt is a dict of tensors and plain types with
     manifest             of the features it was trained on, with the encoder's name and fingerprint
     lm, styles           name and fingerprint of the language model; the style prompts
     templates            the action templates of the training clips
+    trained_styles       the styles of the training captions
+    max_new_tokens       the default limit for generated captions
     step, best           optimizer steps done; validation CIDEr, or -loss if there is none
     best_loss            validation loss per token
     checkpoint_version
@@ -27,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from captioner import VideoCaptioner, load_lm
+from captioner import MAX_NEW_TOKENS, VideoCaptioner, load_lm
 from dataset import STYLES
 from encoder import VideoEncoder
 from feature_cache import Manifest, is_count
@@ -43,6 +45,7 @@ VERSION = 1
 # Files of an exported folder, and the keys in its config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
+KEYS += ("trained_styles", "max_new_tokens")
 WEIGHTS_BYTES = 4 << 30  # limit: the file is read into memory; the default Q-Former has 0.16 GB
 
 # Flags that a resumed run may change because they do not affect the trained weights
@@ -116,6 +119,9 @@ def check_content(checkpoint):
     require(type(checkpoint.get("step")) is int and checkpoint["step"] >= 0, "step")
     templates = checkpoint.get("templates", [])
     require(isinstance(templates, list) and all(isinstance(t, str) for t in templates), "templates")
+    styles = checkpoint.get("trained_styles", [])
+    require(isinstance(styles, list) and all(s in STYLES for s in styles), "trained_styles")
+    require(is_count(checkpoint.get("max_new_tokens", 1)), "max_new_tokens")
     names = lm.get("name"), lm.get("fingerprint"), manifest["info"].get("encoder")
     require(all(isinstance(name, str) for name in names), "model name")
     require("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0), "bos")
@@ -166,11 +172,11 @@ def read_export(folder):
 # ---- writing and rebuilding ----------------------------------------------------------------
 
 
-def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
+def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates, styles):
     """The entries of a checkpoint that stay the same during training, as plain types.
 
-    With the weights they suffice to rebuild the captioner. templates: the action templates of the
-    training clips.
+    With the weights they suffice to rebuild the captioner. templates, styles: the action templates and
+    the styles that occur in the training captions.
     """
     lm = {"name": str(lm_name), "fingerprint": lm_fingerprint}
     return {
@@ -180,6 +186,8 @@ def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
         "lm": lm if captioner.bos is None else lm | {"bos": captioner.bos},
         "styles": dict(STYLES),
         "templates": templates,
+        "trained_styles": styles,
+        "max_new_tokens": captioner.max_new_tokens,
     }
 
 
@@ -221,7 +229,18 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
         raise UserError(f"the width of the checkpoint's Q-Former does not match --lm {name}")
     qformer = QFormer(**checkpoint["sizes"])
     load_weights(qformer, checkpoint["qformer"])
-    return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()
+    limit = checkpoint.get("max_new_tokens", MAX_NEW_TOKENS)  # earlier versions did not store it
+    bos = checkpoint["lm"].get("bos")
+    return VideoCaptioner(qformer.to(device), lm, tokenizer, bos, limit).eval()
+
+
+def warn_if_untrained(checkpoint, style):
+    """Print a warning if the training captions of a checkpoint had no caption of this style."""
+    if style not in checkpoint.get("trained_styles", STYLES):
+        note(
+            f"WARNING: no {style} was among the captions that this checkpoint was trained on; --style"
+            f" {style} may write nonsense"
+        )
 
 
 def load_models(checkpoint, device, dtype, encoder=None, lm=None):

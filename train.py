@@ -296,10 +296,13 @@ def build(args, data, recipe, device, dtype):
         dropout=args.dropout,
     )
     templates = sorted({r["template"] for r in data.train} - {None})
+    styles = ["label", "sentence"] if any(r["paraphrases"] for r in data.train) else ["label"]
     return TrainingState(
         model,
         make_optimizer(model.qformer, recipe.lr, recipe.weight_decay),
-        fixed=checkpoint.fixed_state(model, data.manifest, args.lm, lm_fingerprint, templates),
+        fixed=checkpoint.fixed_state(
+            model, data.manifest, args.lm, lm_fingerprint, templates, styles
+        ),
         identity=checkpoint.run_identity(vars(args), data.train, (data.subset, data.split)),
     )
 
@@ -500,7 +503,7 @@ def print_plan(model, data, recipe):
         f" ({len(data.subset):,} scored each epoch)\n"
         f"captions     {clips:,} labels, {paraphrases:,} paraphrases,"
         f" {per_epoch / clips:.3g} per clip and epoch"
-        f"{'' if paraphrases else '; --style sentence will not work'}\n"
+        f"{'' if paraphrases else ', so --style sentence is not trained'}\n"
         f"step         {recipe.batch_size} x {recipe.grad_accum} = {step} clips,"
         f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import captioner as module
 import optim
 import train
-from captioner import VideoCaptioner
+from captioner import VideoCaptioner, length_limit
 from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
 from feature_cache import Manifest
@@ -90,6 +90,27 @@ def test_clips_may_have_different_numbers_of_captions(captioner, make_batch, mak
     torch.testing.assert_close(total, plain.detach(), **EXACT)
     for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_captions_that_reach_the_limit_are_counted(captioner, make_batch, num_beams):
+    """Scores were computed on captions cut at 50 tokens, without a note."""
+    batch, eos = double(make_batch(CAPTIONS)), captioner.tokenizer.eos_token_id
+    head = captioner.lm.get_output_embeddings()
+    captioner.captions(batch, "label", 3, num_beams)
+    assert captioner.cut_captions == 3
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features, dtype=torch.float64))
+    head.bias.data[eos] = 1e4
+    captioner.captions(batch, "label", 3, num_beams)
+    assert captioner.cut_captions == 3
+
+
+def test_the_limit_is_that_of_the_training_captions(tokenizer):
+    """All captions were cut at 50 tokens, however long those of the data set were."""
+    short = [f"moving it {n}" for n in range(3000)]
+    assert length_limit(tokenizer, short) == 50
+    assert length_limit(tokenizer, [*short, "x" * 90]) == 50  # one in 3,001
+    assert length_limit(tokenizer, [*short, *["x" * 90] * 9]) == 90 + 2  # a space and eos
 
 
 def test_chunked_logits_give_the_same_loss(captioner, make_batch, monkeypatch):
@@ -211,7 +232,7 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
 
 def checkpoint_of(captioner, manifest=None):
     manifest = Manifest.parse(manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}})
-    state = fixed_state(captioner, manifest, "toy", "f" * 16, [])
+    state = fixed_state(captioner, manifest, "toy", "f" * 16, [], ["label"])
     return state | {"qformer": captioner.qformer.state_dict(), "step": 0}
 
 
