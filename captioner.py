@@ -9,6 +9,8 @@ and V the vocabulary size of the language model.
 
 import copy
 import inspect
+import math
+import random
 import sys
 
 import torch
@@ -24,7 +26,8 @@ from runtime.errors import FAILED, UserError, out_of_memory
 
 READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
 TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
-MAX_NEW_TOKENS = 50  # of a generated caption
+MAX_NEW_TOKENS = 50  # of a generated caption; more if the training captions are longer
+LENGTHS_SAMPLE = 20_000  # training captions that are tokenised to find out
 LOGITS_CHUNK = 256  # target tokens at a time; 256 x V floats take 156 MB for Qwen2
 
 
@@ -35,12 +38,16 @@ class VideoCaptioner(nn.Module):
     lm: a causal language model of transformers.
     tokenizer: the tokenizer of `lm`. It must have an eos token.
     bos: the id of a token to put before the soft prompts, or None.
+    max_new_tokens: the default limit for generated captions.
+
+    The attribute `cut_captions` counts the generated captions that reached their limit.
     """
 
-    def __init__(self, qformer, lm, tokenizer, bos=None):
+    def __init__(self, qformer, lm, tokenizer, bos=None, max_new_tokens=MAX_NEW_TOKENS):
         super().__init__()
         self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
         self.bos, self.cache_name = bos, cache_name(lm)
+        self.max_new_tokens, self.cut_captions = max_new_tokens, 0
         self.train(self.training)
 
     def train(self, mode=True):
@@ -107,32 +114,38 @@ class VideoCaptioner(nn.Module):
             )
         return out
 
-    def continued(self, cache, input_ids):
-        """Compute the hidden states (B*K, L, D) of K texts per clip, `input_ids` (B*K, L).
+    def continued(self, cache, input_ids, clips=None):
+        """Compute the hidden states (R, L, D) of texts that follow the prefixes of B clips.
 
-        cache: the prefixes of the B clips, from `prefix`. It is modified and cannot be used again.
+        cache: from `prefix`. It is modified and cannot be used again. input_ids: (R, L). clips: int64
+        (R,), the clip of each text. None means that each clip has R/B texts.
         """
-        cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))  # B -> B*K, differentiable
+        # both are differentiable; B -> R
+        if clips is None:
+            cache.batch_repeat_interleave(len(input_ids) // clips_of(cache))
+        else:
+            cache.batch_select_indices(clips)
         return self.run_lm(cache, input_ids).last_hidden_state
 
-    def loss(self, cache, input_ids, positions, targets):
-        """Compute the summed cross-entropy of K captions per clip, a float32 scalar.
+    def loss(self, cache, text):
+        """Compute the cross-entropy (M,) of each caption and eos token, in float32.
 
         cache: from `prefix`. It is modified and cannot be used again.
-        input_ids (B*K, L), positions (M,), targets (M,): see `dataset.collate`. Rows are padded on the
-        right, where causal attention does not look, so no attention mask is needed.
+        text: from `dataset.collate` or `collate_text`. Rows are padded on the right, where causal
+        attention does not look, so no attention mask is needed.
         """
-        hidden = self.continued(cache, input_ids)  # (B*K, L, D)
-        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (M, D)
-        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, targets)
+        hidden = self.continued(cache, text["input_ids"], text.get("clips"))  # (R, L, D)
+        hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
+        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, text["targets"])
 
     @torch.inference_mode()
-    def generate(self, cache, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
+    def generate(self, cache, style, max_new_tokens=None, num_beams=1):
         """Caption B clips from their `prefix` cache and return B strings.
 
-        The cache is modified and cannot be used again. Raises UserError if `max_new_tokens` exceeds
-        the context length of the language model.
+        The cache is modified and cannot be used again. max_new_tokens: None means the captioner's own
+        limit. Raises UserError if it exceeds the context length of the language model.
         """
+        max_new_tokens = max_new_tokens or self.max_new_tokens
         prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
         ids = prompt["input_ids"].to(self.device)  # (1, L)
         ids = ids.expand(clips_of(cache), -1)  # (B, L)
@@ -146,6 +159,9 @@ class VideoCaptioner(nn.Module):
             rows = self._greedy(cache, ids, max_new_tokens)
         else:
             rows = self._beams(cache, ids, max_new_tokens, num_beams)
+        eos = self.tokenizer.eos_token_id
+        self.cut_captions += sum(eos not in row for row in rows)
+        rows = [row[: row.index(eos)] if eos in row else row for row in rows]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
@@ -161,8 +177,7 @@ class VideoCaptioner(nn.Module):
             if done.all():
                 break
             ids = token[:, None]
-        rows = torch.stack(columns, 1).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
+        return torch.stack(columns, 1).tolist()
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Run the beam search of transformers after the cached prefix."""
@@ -185,7 +200,7 @@ class VideoCaptioner(nn.Module):
             generation_config=config,
             **{self.cache_name: cache},
         )
-        return out[:, full.shape[1] :]
+        return out[:, full.shape[1] :].tolist()
 
     @torch.inference_mode()
     def log_likelihoods(self, cache, style, texts):
@@ -197,21 +212,17 @@ class VideoCaptioner(nn.Module):
         clips, scores = clips_of(cache), []
         for start in range(0, len(texts), TEXTS_CHUNK):
             chunk = texts[start : start + TEXTS_CHUNK]
-            pairs = [encode_caption(self.tokenizer, style, text) for text in chunk]
-            text = {k: v.to(self.device) for k, v in collate_text(pairs * clips).items()}
-            hidden = self.continued(copy.deepcopy(cache), text["input_ids"])  # (B*K, L, D)
-            hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
-            chunks = zip(*(x.split(LOGITS_CHUNK) for x in (hidden, text["targets"])), strict=True)
-            head = self.lm.get_output_embeddings()
-            log_p = [-F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks]
+            captions = [encode_caption(self.tokenizer, style, text) for text in chunk]
+            text = {k: v.to(self.device) for k, v in collate_text([captions] * clips).items()}
+            log_p = -self.loss(copy.deepcopy(cache), text)  # (M,)
             rows = text["positions"] // text["input_ids"].shape[1]  # (M,)
             sums = torch.zeros(clips * len(chunk), device=self.device)
-            sums.index_add_(0, rows, torch.cat(log_p))
+            sums.index_add_(0, rows, log_p.float())
             scores.append((sums / rows.bincount()).unflatten(0, (clips, -1)))  # (B, K)
         return torch.cat(scores, 1)
 
     @torch.inference_mode()
-    def captions(self, batch, style, max_new_tokens=MAX_NEW_TOKENS, num_beams=1):
+    def captions(self, batch, style, max_new_tokens=None, num_beams=1):
         """Caption B clips and return B strings.
 
         batch: their stored features, `features` (B, N, E), `scale` (B, E) and `offset` (B, E).
@@ -219,7 +230,7 @@ class VideoCaptioner(nn.Module):
         cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
         return self.generate(cache, style, max_new_tokens, num_beams)
 
-    def validation(self, batch, style, max_new_tokens, num_beams=1):
+    def validation(self, batch, style, max_new_tokens=None, num_beams=1):
         """Compute the loss and the captions of B clips, with one pass over the prefix.
 
         Returns (summed loss, number of tokens, B strings). The loss is None unless each clip has
@@ -230,8 +241,7 @@ class VideoCaptioner(nn.Module):
             total = None
             tokens = len(batch["targets"])
             if len(batch["input_ids"]) == len(batch["ids"]):  # one reference per clip
-                text = batch["input_ids"], batch["positions"], batch["targets"]
-                total = self.loss(copy.deepcopy(cache), *text).item()
+                total = self.loss(copy.deepcopy(cache), batch).sum().item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
 
 
@@ -259,7 +269,7 @@ def max_positions(lm):
 
 
 def chunked_cross_entropy(head, hidden, targets):
-    """Compute the summed cross-entropy of head(hidden), in float32 or wider.
+    """Compute the cross-entropy (M,) of head(hidden), in float32 or wider.
 
     hidden: (M, D), targets: (M,). Logits are computed in chunks and recomputed in the backward pass.
     V is 99 times D in Qwen2, so the logits of all tokens would be the largest tensor in memory.
@@ -269,14 +279,11 @@ def chunked_cross_entropy(head, hidden, targets):
     def cross_entropy(h, t):
         # On a GPU, autograd repeats this in another thread. If the first CUDA call of that thread were
         # the matrix product instead of this clone, torch would warn about a missing CUDA context.
-        return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="sum")
+        return F.cross_entropy(head(h.clone()).to(dtype), t, reduction="none")
 
-    total = hidden.new_zeros((), dtype=dtype)
-    for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
-        total = total + checkpoint(
-            cross_entropy, h, t, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
+    chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
+    no_state = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(cross_entropy, h, t, **no_state) for h, t in chunks])
 
 
 def build(manifest, lm_name, device, dtype, captions=(), **sizes):
@@ -303,8 +310,24 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
     )
     model = VideoCaptioner(qformer.to(device), lm, tokenizer, first_token(tokenizer))
     check_lm(model, lm_name)
+    captions = list(captions)
     check_room(model, lm_name, captions)
+    model.max_new_tokens = length_limit(tokenizer, captions)
     return model, fingerprint
+
+
+def length_limit(tokenizer, captions):
+    """Return the number of tokens that 99.9 % of captions do not exceed, at least `MAX_NEW_TOKENS`.
+
+    It is computed on a sample of the captions, with their eos tokens.
+    """
+    sample = random.Random(0).sample(captions, min(len(captions), LENGTHS_SAMPLE))
+    texts = [" " + text for text in sample if len(text.encode()) + 2 > MAX_NEW_TOKENS]
+    if not texts:  # a token is at least one byte of text
+        return MAX_NEW_TOKENS
+    lengths = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = sorted([0] * (len(sample) - len(lengths)) + lengths)
+    return max(MAX_NEW_TOKENS, lengths[math.ceil(0.999 * len(lengths)) - 1])
 
 
 def embedding_table(lm):
@@ -417,14 +440,14 @@ def check_room(model, name, captions):
     """Raise UserError unless the longest caption fits after the prefix and the longest prompt."""
 
     def prompt_length(style):
-        return len(encode_caption(model.tokenizer, style, "")[0])
+        return len(encode_caption(model.tokenizer, style, "").prompt)
 
     style = max(STYLES, key=prompt_length)
     queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
     room = max_positions(model.lm) - queries - prompt_length(style)
     # A token is at least one byte of text, so short texts fit and need not be tokenised.
     long = [text for text in captions if len(text.encode()) + 2 > room]
-    lengths = {text: len(encode_caption(model.tokenizer, style, text)[1]) for text in long}
+    lengths = {text: len(encode_caption(model.tokenizer, style, text).target) for text in long}
     longest = max([MAX_NEW_TOKENS, *lengths.values()])
     if longest > room:
         text = next((text for text in long if lengths[text] == longest), None)

@@ -5,12 +5,16 @@ best.pt is a dict of tensors and plain types with
     manifest             of the features it was trained on, with the encoder's name and fingerprint
     lm, styles           name and fingerprint of the language model; the style prompts
     templates            the action templates of the training clips
+    trained_styles       the styles of the training captions
+    max_new_tokens       the default limit for generated captions
     step, best           optimizer steps done; validation CIDEr, or -loss if there is none
+    best_loss            validation loss per token
     checkpoint_version
 last.pt also has what a resumed run needs
     optimizer            its state
     scored, bad          step of the last evaluation; consecutive steps that were not finite
-    args, data           flags, and a hash of the training clips and captions
+    args                 flags
+    data, validation     hashes of the training and validation clips and captions
 An exported folder (tools/export.py) has the content of best.pt as config.json and model.safetensors.
 """
 
@@ -25,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from captioner import VideoCaptioner, load_lm
+from captioner import MAX_NEW_TOKENS, VideoCaptioner, load_lm
 from dataset import STYLES
 from encoder import VideoEncoder
 from feature_cache import Manifest, is_count
@@ -41,6 +45,7 @@ VERSION = 1
 # Files of an exported folder, and the keys in its config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
+KEYS += ("trained_styles", "max_new_tokens")
 WEIGHTS_BYTES = 4 << 30  # limit: the file is read into memory; the default Q-Former has 0.16 GB
 
 # Flags that a resumed run may change because they do not affect the trained weights
@@ -114,6 +119,9 @@ def check_content(checkpoint):
     require(type(checkpoint.get("step")) is int and checkpoint["step"] >= 0, "step")
     templates = checkpoint.get("templates", [])
     require(isinstance(templates, list) and all(isinstance(t, str) for t in templates), "templates")
+    styles = checkpoint.get("trained_styles", [])
+    require(isinstance(styles, list) and all(s in STYLES for s in styles), "trained_styles")
+    require(is_count(checkpoint.get("max_new_tokens", 1)), "max_new_tokens")
     names = lm.get("name"), lm.get("fingerprint"), manifest["info"].get("encoder")
     require(all(isinstance(name, str) for name in names), "model name")
     require("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0), "bos")
@@ -164,11 +172,11 @@ def read_export(folder):
 # ---- writing and rebuilding ----------------------------------------------------------------
 
 
-def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
+def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates, styles):
     """The entries of a checkpoint that stay the same during training, as plain types.
 
-    With the weights they suffice to rebuild the captioner. templates: the action templates of the
-    training clips.
+    With the weights they suffice to rebuild the captioner. templates, styles: the action templates and
+    the styles that occur in the training captions.
     """
     lm = {"name": str(lm_name), "fingerprint": lm_fingerprint}
     return {
@@ -178,6 +186,8 @@ def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates):
         "lm": lm if captioner.bos is None else lm | {"bos": captioner.bos},
         "styles": dict(STYLES),
         "templates": templates,
+        "trained_styles": styles,
+        "max_new_tokens": captioner.max_new_tokens,
     }
 
 
@@ -219,7 +229,18 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
         raise UserError(f"the width of the checkpoint's Q-Former does not match --lm {name}")
     qformer = QFormer(**checkpoint["sizes"])
     load_weights(qformer, checkpoint["qformer"])
-    return VideoCaptioner(qformer.to(device), lm, tokenizer, checkpoint["lm"].get("bos")).eval()
+    limit = checkpoint.get("max_new_tokens", MAX_NEW_TOKENS)  # earlier versions did not store it
+    bos = checkpoint["lm"].get("bos")
+    return VideoCaptioner(qformer.to(device), lm, tokenizer, bos, limit).eval()
+
+
+def warn_if_untrained(checkpoint, style):
+    """Print a warning if the training captions of a checkpoint had no caption of this style."""
+    if style not in checkpoint.get("trained_styles", STYLES):
+        note(
+            f"WARNING: no {style} was among the captions that this checkpoint was trained on; --style"
+            f" {style} may write nonsense"
+        )
 
 
 def load_models(checkpoint, device, dtype, encoder=None, lm=None):
@@ -241,6 +262,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     best_score: float = -math.inf  # of best.pt: validation CIDEr, or -loss if CIDEr is not computed
+    best_loss: float = math.inf  # of best.pt: validation loss per token, which decides between ties
     evaluated: int = 0  # the step of the last evaluation that best_score includes
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
 
@@ -260,8 +282,9 @@ class TrainingState:
 
     def best(self):
         """The content of best.pt."""
-        weights = {"qformer": self.model.qformer.state_dict()}
-        return self.fixed | weights | {"step": self.progress.step, "best": self.progress.best_score}
+        p, weights = self.progress, {"qformer": self.model.qformer.state_dict()}
+        best = {"step": p.step, "best": p.best_score, "best_loss": p.best_loss}
+        return self.fixed | weights | best
 
     def last(self):
         """The content of last.pt."""
@@ -270,11 +293,23 @@ class TrainingState:
         return self.best() | self.identity | counters | optimizer
 
 
-def run_identity(flags, records):
-    """What must match to resume a run: its flags and a hash of the training clips and captions."""
-    text = json.dumps([(r["id"], r["label"], r["paraphrases"]) for r in records])
-    flags = {k: v for k, v in flags.items() if k not in MAY_CHANGE}
-    return {"args": flags, "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
+def run_identity(flags, train, validation):
+    """Return what must match to resume a run: its flags, and hashes of its clips and captions.
+
+    train: records. validation: the records that are scored after each epoch, and all records of the
+    split, on which CIDEr counts document frequencies.
+    """
+    train = [(r["id"], r["label"], r["paraphrases"]) for r in train]
+    validation = [[(r["id"], r["label"]) for r in records] for records in validation]
+    return {
+        "args": {k: v for k, v in flags.items() if k not in MAY_CHANGE},
+        "data": json_digest(train),
+        "validation": json_digest(validation),
+    }
+
+
+def json_digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_newest(folder, dry_run=False):
@@ -319,6 +354,10 @@ def resume(state, saved, folder, total):
     fixed, identity = state.fixed, state.identity
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
+    # runs of earlier versions have neither of these
+    added = {"best_loss": math.inf, "validation": identity["validation"]}
+    kinds |= {"best_loss": float, "validation": str}
+    saved = added | saved
     if not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise UserError(
             f"--resume: {folder / LAST} has no training state (is it a copy of best.pt?)"
@@ -331,6 +370,11 @@ def resume(state, saved, folder, total):
         raise UserError(f"--resume: --lm {name} is not the model the run was started with")
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
+    if saved["validation"] != identity["validation"]:
+        raise UserError(
+            "--resume: the validation clips or their captions have changed, so new scores could not be"
+            f" compared with that of {folder / BEST}; restore them, or start over with --overwrite"
+        )
     if saved["step"] > total:
         raise UserError(f"--resume: {folder / LAST} is at step {saved['step']} of {total}")
     load_weights(state.model.qformer, saved["qformer"])
@@ -344,7 +388,8 @@ def resume(state, saved, folder, total):
             f"--resume: the run was started on {before} and continues on {device}; results may differ"
             " slightly"
         )
-    progress = Progress(saved["step"], saved["best"], saved["scored"], saved["bad"])
+    progress = Progress(saved["step"], saved["best"], saved["best_loss"])
+    progress.evaluated, progress.bad_steps = saved["scored"], saved["bad"]
     state.progress = progress
     if progress.best_score > -math.inf:
         try:
@@ -352,7 +397,7 @@ def resume(state, saved, folder, total):
         except UserError as error:
             note(f"WARNING: {error}")
             note("WARNING: the best checkpoint is lost; the next evaluation writes a new best.pt")
-            progress.best_score, progress.evaluated = -math.inf, 0
+            progress.best_score, progress.best_loss, progress.evaluated = -math.inf, math.inf, 0
 
 
 def check_same_flags(now, before, folder):

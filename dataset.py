@@ -13,6 +13,7 @@ import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -109,26 +110,33 @@ def by_hash(ids, seed):
 def choose_captions(record, count, seed, epoch):
     """Sample `count` pairs (style, text) for one clip, as a pure function of (seed, epoch, id).
 
-    The first pair is the label. The others are paraphrases, sampled without replacement and repeated
-    if there are too few. If the clip has no paraphrases, all pairs are the label. If `count` is 1,
-    the pair is the label or a paraphrase, with probability 1/2 each.
+    The first pair is the label. The others are paraphrases, sampled without replacement. There are
+    fewer than `count` pairs if the clip has too few paraphrases: computing a caption twice would cost
+    time and give the same gradient. If `count` is 1, the pair is the label or a paraphrase, with
+    probability 1/2 each.
     """
     rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
     label = ("label", record["label"])
     paraphrases = [("sentence", text) for text in record["paraphrases"]]
     rng.shuffle(paraphrases)
-    if not paraphrases:
-        return [label] * count
-    if count == 1:
+    if paraphrases and count == 1:
         return [label if rng.random() < 0.5 else paraphrases[0]]
-    return [label] + [paraphrases[i % len(paraphrases)] for i in range(count - 1)]
+    return [label, *paraphrases[: count - 1]]
+
+
+class Caption(NamedTuple):
+    """A tokenised caption."""
+
+    style: str
+    prompt: list  # ids of the style prompt
+    target: list  # ids of ' ' + caption + eos
 
 
 def encode_caption(tokenizer, style, caption):
-    """Tokenise one caption. Returns the ids of the style prompt and the ids of ' ' + caption + eos."""
+    """Tokenise one caption. Returns a `Caption`."""
     prompt = tokenizer(STYLES[style], add_special_tokens=False)["input_ids"]
     target = tokenizer(" " + caption, add_special_tokens=False)["input_ids"]
-    return prompt, [*target, tokenizer.eos_token_id]
+    return Caption(style, prompt, [*target, tokenizer.eos_token_id])
 
 
 # ---- batches ----------------------------------------------------------------------------
@@ -138,9 +146,9 @@ class FeatureDataset(Dataset):
     """The clips of one split, with features and tokenised captions.
 
     Item i: {"id", "features" int8 or fp16 (N, E), "scale" (E,), "offset" (E,),
-             "captions": K pairs (prompt ids, target ids)}.
-    `choose(record)` returns the K pairs (style, text) of a clip. It runs in the loader's workers, and
-    so does the tokenizer.
+             "captions": a list of `Caption`}.
+    `choose(record)` returns the pairs (style, text) of a clip. It runs in the loader's workers, and so
+    does the tokenizer.
     """
 
     def __init__(self, features, split, records, settings, tokenizer, choose):
@@ -161,18 +169,14 @@ class FeatureDataset(Dataset):
 
 
 def collate(items):
-    """Stack B clips with K captions each.
+    """Stack B clips with their captions.
 
-    Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E),
-             "input_ids" int64 (B*K, L), "targets" int64 (M,), "positions" int64 (M,)}.
-    Texts are padded on the right, so with causal attention no caption token sees the padding. Only
-    the M caption and eos tokens contribute to the loss. `positions` are the indices in the flattened
-    (B*K*L) text at which they are predicted. They are computed here, in the worker, because finding
-    them on the GPU would need a synchronisation.
+    Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E)} and the texts as
+    in `collate_text`.
     """
     if error := next((item for item in items if isinstance(item, UserError)), None):
         return error
-    batch = stack_stored(items) | collate_text(pair for item in items for pair in item["captions"])
+    batch = stack_stored(items) | collate_text([item["captions"] for item in items])
     # Move the batch to shared memory here, so that a full /dev/shm raises an error. In the worker's
     # sending thread, torch would drop the batch silently.
     if torch.utils.data.get_worker_info():
@@ -181,21 +185,34 @@ def collate(items):
     return {"ids": [item["id"] for item in items], **batch}
 
 
-def collate_text(pairs):
-    """Pad pairs (prompt ids, target ids) into `input_ids`, `positions` and `targets`, see `collate`."""
-    pairs = list(pairs)
-    length = max((len(prompt) + len(target) for prompt, target in pairs), default=0)
-    input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
-    positions, targets = [], []
-    for row, (prompt, target) in enumerate(pairs):
+def collate_text(captions):
+    """Pad the captions of B clips, which are B lists of `Caption`, with R captions in total.
+
+    Returns int64 tensors {"input_ids" (R, L), "targets" (M,), "positions" (M,), "styles" (M,)}. Texts
+    are padded on the right, so with causal attention no caption token sees the padding. Only the M
+    caption and eos tokens contribute to the loss. `positions` are the indices in the flattened (R*L)
+    text at which they are predicted, and `styles` are the indices of their styles in `STYLES`. They are
+    computed here, in the worker, because finding them on the GPU would need a synchronisation.
+    If the clips have different numbers of captions, there is also "clips" (R,), the clip of each text.
+    """
+    texts = [caption for of_clip in captions for caption in of_clip]
+    length = max((len(prompt) + len(target) for _, prompt, target in texts), default=0)
+    input_ids = torch.zeros(len(texts), length, dtype=torch.long)
+    positions, targets, styles = [], [], []
+    for row, (style, prompt, target) in enumerate(texts):
         end = len(prompt) + len(target)
         input_ids[row, :end] = torch.tensor(prompt + target)
         # the prompt's last token predicts the caption's first
         first = row * length + len(prompt) - 1
         positions.extend(range(first, first + len(target)))
         targets.extend(target)
-    positions, targets = (torch.tensor(x, dtype=torch.long) for x in (positions, targets))
-    return {"input_ids": input_ids, "positions": positions, "targets": targets}
+        styles.extend([[*STYLES].index(style)] * len(target))
+    text = {"positions": positions, "targets": targets, "styles": styles}
+    counts = list(map(len, captions))
+    if len(set(counts)) > 1:
+        text["clips"] = [clip for clip, count in enumerate(counts) for _ in range(count)]
+    text = {k: torch.tensor(v, dtype=torch.long) for k, v in text.items()}
+    return {"input_ids": input_ids, **text}
 
 
 def loader(dataset, batch_size, workers, device):

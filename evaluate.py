@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import metrics
-from checkpoint import is_export, load_captioner, read_checkpoint, weights_digest
+from checkpoint import is_export, load_captioner, read_checkpoint, warn_if_untrained, weights_digest
 from dataset import STYLES, TRAIN, VALIDATION, FeatureDataset, load_records, loader, shared_memory
 from dataset import batches as read_batches
 from feature_cache import load_manifest, require_features
@@ -168,7 +168,7 @@ def result_name(args, skipped):
     parts += [args.control] if args.control != "none" else []
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [f"beams{args.num_beams}"] if args.num_beams != 1 else []
-    parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens != 50 else []
+    parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens else []
     parts += [f"without{skipped}"] if skipped else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
     path = Path(args.checkpoint)
@@ -189,6 +189,7 @@ def predict(args, records):
     if args.control == "still":
         wanted = replace(wanted, sampling="still")
     wanted.check_same(manifest.settings, f"the cache {args.features}")
+    warn_if_untrained(checkpoint, args.style)
     captioner = load_captioner(checkpoint, device, dtype, args.lm)
     source = args.features, manifest.settings
     batches = clip_batches(
@@ -199,7 +200,8 @@ def predict(args, records):
             captioner, batches, args.style, args.max_new_tokens, args.num_beams
         )
     predictions = {r["id"]: predictions[r["id"]] for r in clips}
-    settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    limit = args.max_new_tokens or captioner.max_new_tokens
+    settings = {"num_beams": args.num_beams, "max_new_tokens": limit}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}
     settings["weights"] = weights_digest(checkpoint["qformer"])
     return predictions, settings | {
@@ -227,7 +229,7 @@ def reference(record, style):
     return [(style, text) for text in texts if text]
 
 
-def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
+def caption(captioner, batches, style, max_new_tokens=None, num_beams=1):
     """Caption every clip of a loader. Returns {id: caption} and the mean loss per reference token.
 
     The loss is None if any clip has no reference or if it is not finite. The captioner is returned to
@@ -236,7 +238,7 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
     """
     mode = captioner.training
     captioner.eval()
-    predictions, total, tokens = {}, 0.0, 0
+    predictions, total, tokens, cut = {}, 0.0, 0, captioner.cut_captions
     try:
         with tqdm(total=len(batches.dataset), unit="clip", desc="caption", leave=False) as bar:
             for batch in read_batches(batches):
@@ -247,12 +249,16 @@ def caption(captioner, batches, style, max_new_tokens=50, num_beams=1):
                 bar.update(len(texts))
     finally:
         captioner.train(mode)
-    *sums, without_loss = distributed.sums(total or 0.0, tokens, total is None)
+    cut = captioner.cut_captions - cut
+    *sums, without_loss, cut = distributed.sums(total or 0.0, tokens, total is None, cut)
     predictions = [
         item for part in distributed.all_gather(list(predictions.items())) for item in part
     ]
     if duplicates := len(predictions) - len(dict(predictions)):
         raise UserError(f"{duplicates} clips were captioned by more than one process", code=FAILED)
+    if cut:
+        limit = max_new_tokens or captioner.max_new_tokens
+        note(f"{cut:.0f} of {len(predictions)} captions reached the limit of {limit} tokens")
     mean = sums[0] / sums[1] if sums[1] and not without_loss else math.nan
     return dict(predictions), mean if math.isfinite(mean) else None
 

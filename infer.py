@@ -15,7 +15,7 @@ import json
 import shutil
 from pathlib import Path
 
-from checkpoint import load_models, read_checkpoint
+from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
 from runtime.cli import note
@@ -68,6 +68,7 @@ def main(argv=None):
 
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
+    warn_if_untrained(checkpoint, args.style)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     generation = args.style, args.max_new_tokens, args.num_beams
     results = []
@@ -81,6 +82,8 @@ def main(argv=None):
     finally:  # if the script is stopped, write the results so far
         if output:
             save_results(output, results, copy_clips=bool(args.num_samples))
+    if captioner.cut_captions:
+        note(f"{captioner.cut_captions} captions reached the limit of --max-new-tokens")
     failed = sum("error" in r for r in results)
     if failed:
         note(f"{failed} of {len(results)} clips failed")

@@ -24,6 +24,7 @@ from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
 RESAMPLES = 1000
 CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
 PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  # means over clips
+ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contain the same n-grams"
 
 
 # ---- tokenizer -----------------------------------------------------------------------------
@@ -478,6 +479,8 @@ def table(result):
         rows.append([name, cell(value), interval, *(cell(c.get(name)) for c in controls.values())])
     scale = "CIDEr is on a 0-10 scale (papers print it x100)"
     lines = [f"{result['n']} clips, tokenizer {result['tokenizer']}; {scale}"]
+    if result["controls"].get("ceiling", {}).get("CIDEr") == 0:
+        lines.append(ALL_ZERO)
     lines += [f"{name}: mean over {count} clips" for name, count in result["counts"].items()]
     reasons = defaultdict(list)
     for name, reason in result["skipped"].items():

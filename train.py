@@ -21,6 +21,7 @@ from itertools import islice
 from statistics import fmean, median
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import captioner
@@ -28,6 +29,7 @@ import checkpoint
 import metrics
 from checkpoint import TrainingState
 from dataset import (
+    STYLES,
     TRAIN,
     VALIDATION,
     FeatureDataset,
@@ -218,7 +220,7 @@ def train(state, data, recipe, run, save_every):
 
         # forward and backward; afterwards .grad is that of the loss summed over all processes
         seed = dropout_seed(recipe.seed, progress.step)
-        loss, tokens = accumulate(model, micro_batches, seed)
+        loss, tokens, by_style = accumulate(model, micro_batches, seed)
 
         # average over the tokens of the step, clip, and update the weights if all values are finite
         grad_norm = average_and_clip(model.qformer, tokens, recipe.clip_grad)  # before clipping
@@ -230,7 +232,7 @@ def train(state, data, recipe, run, save_every):
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
         waited = micro_batches.seconds
-        run.log.step(progress.step, epoch, ids, loss, tokens, lr, grad_norm, waited)
+        run.log.step(progress.step, epoch, ids, loss, tokens, by_style, lr, grad_norm, waited)
         if progress.bad_steps == MAX_BAD_STEPS:
             raise not_finite_error(run.folder)
 
@@ -256,12 +258,15 @@ def end_epoch(state, data, recipe, run):
     ]
     epoch = progress.step // recipe.steps_per_epoch(len(data.train))
     run.log.evaluation(progress.step, epoch, loss, result, samples)
+    if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0 and not progress.evaluated:
+        note(f"note: {metrics.ALL_ZERO}; the validation loss chooses {BEST}")
     if not ranks.rank():
         curves.update(run.folder)
-    # if there is no CIDEr, the lowest loss is the best
-    score = result["metrics"].get("CIDEr", -math.inf if loss is None else -loss)
-    if score > progress.best_score or not progress.evaluated:
-        progress.best_score = score
+    # the highest CIDEr is the best; between equal ones, or without CIDEr, the lowest loss
+    loss = math.inf if loss is None else loss
+    score = result["metrics"].get("CIDEr", -loss)
+    if (score, -loss) > (progress.best_score, -progress.best_loss) or not progress.evaluated:
+        progress.best_score, progress.best_loss = score, loss
         run.save_best(state.best())
     progress.evaluated = progress.step
     run.save(state.last())  # again, since what counts as evaluated and best has changed
@@ -291,11 +296,14 @@ def build(args, data, recipe, device, dtype):
         dropout=args.dropout,
     )
     templates = sorted({r["template"] for r in data.train} - {None})
+    styles = ["label", "sentence"] if any(r["paraphrases"] for r in data.train) else ["label"]
     return TrainingState(
         model,
         make_optimizer(model.qformer, recipe.lr, recipe.weight_decay),
-        fixed=checkpoint.fixed_state(model, data.manifest, args.lm, lm_fingerprint, templates),
-        identity=checkpoint.run_identity(vars(args), data.train),
+        fixed=checkpoint.fixed_state(
+            model, data.manifest, args.lm, lm_fingerprint, templates, styles
+        ),
+        identity=checkpoint.run_identity(vars(args), data.train, (data.subset, data.split)),
     )
 
 
@@ -403,29 +411,36 @@ class TimedIterator:
 def accumulate(model, micro_batches, seed=0):
     """Run forward and backward for each micro-batch of a step, and sum over micro-batches and processes.
 
-    Sums the gradients into .grad, and returns the summed loss and the number of tokens. There is one
+    Sums the gradients into .grad. Returns the summed loss, the number of tokens, and the mean loss per
+    token of each style, {style: float}. There is one
     all-reduce per step. This is like DistributedDataParallel with `no_sync`, except that gradients are
     summed and not averaged, and that a process without a micro-batch in a short step contributes zeros.
     An earlier all-reduce would not overlap with any computation, because the backward pass reaches the
     Q-Former last.
     """
-    total_loss, total_tokens = torch.zeros((), device=model.device), 0
+    # sums over the tokens of each style
+    losses, tokens = torch.zeros(2, len(STYLES), dtype=torch.float64, device=model.device)
+    has_loss = False
     for n, batch in enumerate(micro_batches):
         torch.manual_seed(seed + ranks.rank() + n * ranks.world_size())
         b = to_device(batch, model.device)
         cache = model.prefix(b["features"], b["scale"], b["offset"])
-        loss = model.loss(cache, b["input_ids"], b["positions"], b["targets"])
-        loss.backward()
-        total_loss += loss.detach()
-        total_tokens += len(b["targets"])
+        loss = model.loss(cache, b)  # (M,)
+        loss.sum().backward()
+        of_style = F.one_hot(b["styles"], len(STYLES)).double()  # (M, styles)
+        losses += loss.detach().double() @ of_style
+        tokens += of_style.sum(0)
+        has_loss = True
     for name, p in model.qformer.named_parameters():
         if p.grad is None:
-            assert not total_tokens, f"the loss has no gradient for {name}"
+            assert not has_loss, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     distributed.all_reduce(p.grad for p in model.qformer.parameters())
     # apart from the gradient norm, this is the only synchronisation with the GPU in a step
-    total_loss, total_tokens = distributed.sums(total_loss.item(), total_tokens)
-    return total_loss, int(total_tokens)
+    sums = distributed.sums(*losses.tolist(), *tokens.tolist())
+    losses, tokens = sums[: len(STYLES)], sums[len(STYLES) :]
+    means = {s: a / n for s, a, n in zip(STYLES, losses, tokens, strict=True) if n}
+    return sum(losses), int(sum(tokens)), means
 
 
 def evaluate(model, data, recipe, records, with_meteor=False):
@@ -480,14 +495,16 @@ def print_plan(model, data, recipe):
     trained = sum(p.numel() for p in model.qformer.parameters())
     frozen = sum(p.numel() for p in model.lm.parameters())
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
+    per_epoch = sum(min(k, 1 + len(r["paraphrases"])) for r in data.train)
     clips, step = len(data.train), recipe.batch_size * recipe.grad_accum
     note(
         f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
         f"clips        {clips:,} training, {len(data.validation):,} validation"
         f" ({len(data.subset):,} scored each epoch)\n"
         f"captions     {clips:,} labels, {paraphrases:,} paraphrases,"
-        f" {k} per clip and epoch, {k * recipe.epochs} per clip in total\n"
-        f"step         {recipe.batch_size} x {recipe.grad_accum} x {k} = {step * k} captions,"
+        f" {per_epoch / clips:.3g} per clip and epoch"
+        f"{'' if paraphrases else ', so --style sentence is not trained'}\n"
+        f"step         {recipe.batch_size} x {recipe.grad_accum} = {step} clips,"
         f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
         f" {settings.clip_bytes * (clips + len(data.validation)) / 1e9:.1f} GB"

@@ -131,7 +131,7 @@ def features(batch, device):
     return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
 
 
-def caption_files(paths, encoder, captioner, how, style, max_new_tokens=50, num_beams=1):
+def caption_files(paths, encoder, captioner, how, style, max_new_tokens=None, num_beams=1):
     """Caption all windows of all files. Yields the `description` of each file, in order."""
 
     def captioned():

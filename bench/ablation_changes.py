@@ -108,12 +108,14 @@ def collate_with_pads(items):
     """Pad captions to the longest of the batch with end-of-text tokens, which all have a loss."""
     if any(isinstance(item, UserError) for item in items):
         return dataset.collate(items)
-    longest = max(len(prompt) + len(target) for i in items for prompt, target in i["captions"])
+    longest = max(len(c.prompt) + len(c.target) for i in items for c in i["captions"])
 
-    def pad(prompt, target):
-        return prompt, target + target[-1:] * (longest - len(prompt) - len(target))
+    def pad(caption):
+        eos = caption.target[-1:]
+        missing = longest - len(caption.prompt) - len(caption.target)
+        return caption._replace(target=caption.target + eos * missing)
 
-    return dataset.collate([i | {"captions": [pad(*c) for c in i["captions"]]} for i in items])
+    return dataset.collate([i | {"captions": list(map(pad, i["captions"]))} for i in items])
 
 
 CHANGES = {

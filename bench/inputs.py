@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
+from dataset import Caption
 from encoder import VideoEncoder
 from feature_cache import Settings
 from qformer import QFormer
@@ -184,7 +185,7 @@ def as_items(stored, captions):
         {
             "id": str(i),
             **{k: v[i] for k, v in stored.items()},
-            "captions": [(PROMPT, c) for c in texts],
+            "captions": [Caption("label", PROMPT, c) for c in texts],
         }
         for i, texts in enumerate(captions)
     ]

@@ -76,7 +76,7 @@ def loss_where_labelled(head, hidden, targets):
     positions = (targets != IGNORED).nonzero()[:, 0]  # (M,)
     labelled = targets[positions].to(hidden.device)
     hidden = hidden.index_select(0, positions.to(hidden.device))  # (M, D)
-    return chunked_cross_entropy(head, hidden, labelled)
+    return chunked_cross_entropy(head, hidden, labelled).sum()
 
 
 def loss(lm, soft, captions, cross_entropy=loss_everywhere):

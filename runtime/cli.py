@@ -146,8 +146,11 @@ def add_generation(group):
     """Add the flags of caption generation."""
     text = "beams of beam search; 1 is greedy search"
     group.add_argument("--num-beams", type=whole(1), default=1, help=text)
-    text = "maximum length of a caption, in tokens"
-    group.add_argument("--max-new-tokens", type=whole(1), default=50, help=text)
+    text = (
+        "maximum length of a caption, in tokens (default: 50, or more if the checkpoint was trained"
+    )
+    text += " on longer captions)"
+    group.add_argument("--max-new-tokens", type=whole(1), help=text)
 
 
 def add_workers(group, most, least=0):

@@ -161,20 +161,22 @@ class Log:
         if not self.quiet:
             os.fsync(self.metrics.fileno())
 
-    def step(self, step, epoch, ids, loss, tokens, lr, grad_norm, data_seconds):
+    def step(self, step, epoch, ids, loss, tokens, by_style, lr, grad_norm, data_seconds):
         """Log one training step.
 
-        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. grad_norm: before
-        clipping. data_seconds: the part of the step's duration spent waiting for data.
+        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. by_style: the mean
+        loss per token of each style. grad_norm: before clipping. data_seconds: the part of the step's
+        duration spent waiting for data.
         """
         if self.quiet:
             return
         seconds, self.start_time = time.perf_counter() - self.start_time, time.perf_counter()
         mean = loss / tokens
+        losses = {"loss": mean} | {f"loss_{style}": value for style, value in by_style.items()}
         entry = {
             "step": step,
             "epoch": epoch + 1,
-            "loss": mean if math.isfinite(mean) else None,
+            **{k: v if math.isfinite(v) else None for k, v in losses.items()},
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": tokens,
@@ -189,7 +191,7 @@ class Log:
             self.print(f"step {step} skipped: loss or gradient is not finite (clips {some})")
         self.metrics.write(json.dumps(entry) + "\n")
         self.metrics.flush()
-        shown = ("loss", "lr", "grad_norm", "clips_per_second", "data_seconds")
+        shown = (*losses, "lr", "grad_norm", "clips_per_second", "data_seconds")
         self.dashboard.log(step, {f"train/{k}": entry[k] for k in shown if entry[k] is not None})
         text = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
         text += f", data {100 * data_seconds / seconds:.0f} %"

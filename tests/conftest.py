@@ -37,6 +37,8 @@ class CharTokenizer:
     eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=False, return_tensors=None):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
         ids = [min(ord(c), VOCABULARY - 1) for c in text]
         return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
 

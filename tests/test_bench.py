@@ -109,7 +109,7 @@ def test_missing_tokens_are_noticed_in_bfloat16(setup, monkeypatch, bench_gpu):
     def lossy(model, micro_batches):
         b = micro_batches[0]
         keep = torch.arange(len(b["targets"])) % 10 > 0
-        short = b | {k: b[k][keep].pin_memory() for k in ("positions", "targets")}
+        short = b | {k: b[k][keep].pin_memory() for k in ("positions", "targets", "styles")}
         return accumulate(model, [short])
 
     monkeypatch.setattr(train, "accumulate", lossy)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import captioner as module
 import optim
 import train
-from captioner import VideoCaptioner
+from captioner import VideoCaptioner, length_limit
 from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
 from feature_cache import Manifest
@@ -38,7 +38,7 @@ def loss_and_gradient(captioner, batch):
     batch = double(batch)
     captioner.zero_grad()
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-    total = captioner.loss(cache, batch["input_ids"], batch["positions"], batch["targets"])
+    total = captioner.loss(cache, batch).sum()
     total.backward()
     return total.detach(), [p.grad.clone() for p in captioner.qformer.parameters()]
 
@@ -75,6 +75,44 @@ def test_shared_prefix_equals_separate_passes(captioner, make_batch, make_clips)
     assert len(batch["targets"]) == sum(lengths)
 
 
+def test_clips_may_have_different_numbers_of_captions(captioner, make_batch, make_clips):
+    """The label of a clip without paraphrases was once computed K times to fill a rectangle."""
+    clips = make_clips(3)
+    texts = [CAPTIONS[0], CAPTIONS[1][:1], CAPTIONS[2] + CAPTIONS[1][1:]]
+    total, grads = loss_and_gradient(captioner, make_batch(texts, clips))
+    captioner.zero_grad()
+    plain = sum(
+        plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
+        for i, of_clip in enumerate(texts)
+        for style, text in of_clip
+    )
+    plain.backward()
+    torch.testing.assert_close(total, plain.detach(), **EXACT)
+    for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_captions_that_reach_the_limit_are_counted(captioner, make_batch, num_beams):
+    """Scores were computed on captions cut at 50 tokens, without a note."""
+    batch, eos = double(make_batch(CAPTIONS)), captioner.tokenizer.eos_token_id
+    head = captioner.lm.get_output_embeddings()
+    captioner.captions(batch, "label", 3, num_beams)
+    assert captioner.cut_captions == 3
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features, dtype=torch.float64))
+    head.bias.data[eos] = 1e4
+    captioner.captions(batch, "label", 3, num_beams)
+    assert captioner.cut_captions == 3
+
+
+def test_the_limit_is_that_of_the_training_captions(tokenizer):
+    """All captions were cut at 50 tokens, however long those of the data set were."""
+    short = [f"moving it {n}" for n in range(3000)]
+    assert length_limit(tokenizer, short) == 50
+    assert length_limit(tokenizer, [*short, "x" * 90]) == 50  # one in 3,001
+    assert length_limit(tokenizer, [*short, *["x" * 90] * 9]) == 90 + 2  # a space and eos
+
+
 def test_chunked_logits_give_the_same_loss(captioner, make_batch, monkeypatch):
     batch = make_batch(CAPTIONS)
     whole = loss_and_gradient(captioner, batch)
@@ -90,9 +128,8 @@ def test_the_loss_does_not_depend_on_other_captions_in_the_batch(captioner, make
     def loss_of_first(second):
         batch = double(make_batch([[("label", "up")], [("label", second)]], clips))
         first = len(" up") + 1  # targets of the first caption
-        text = batch["input_ids"], batch["positions"][:first], batch["targets"][:first]
         cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-        return captioner.loss(cache, *text)
+        return captioner.loss(cache, batch)[:first]
 
     torch.testing.assert_close(loss_of_first("down"), loss_of_first("d" * 60), **EXACT)
 
@@ -195,7 +232,7 @@ SETTINGS = {"format_version": 1, "num_frames": 8, "size": 64, "pool": 1, "width"
 
 def checkpoint_of(captioner, manifest=None):
     manifest = Manifest.parse(manifest or {"settings": SETTINGS, "info": {"encoder": "toy"}})
-    state = fixed_state(captioner, manifest, "toy", "f" * 16, [])
+    state = fixed_state(captioner, manifest, "toy", "f" * 16, [], ["label"])
     return state | {"qformer": captioner.qformer.state_dict(), "step": 0}
 
 
@@ -263,7 +300,7 @@ def test_accumulated_micro_batches_equal_one_batch(
                 double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
                 for i in range(0, clips, size)
             ]
-            loss, tokens = train.accumulate(model, window)
+            loss, tokens, _ = train.accumulate(model, window)
             optim.average_and_clip(model.qformer, tokens, 1.0)
             optimizer.step()
             after.append((loss, tokens, [p.detach() for p in model.qformer.parameters()]))
@@ -278,13 +315,18 @@ def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
     """The logged loss equals torch's own mean cross-entropy over the same tokens."""
 
     batch = double(make_batch(CAPTIONS))
-    total, tokens = train.accumulate(captioner.eval(), [batch])
+    total, tokens, by_style = train.accumulate(captioner.eval(), [batch])
     cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
     cache.batch_repeat_interleave(2)
     cached = {captioner.cache_name: cache}
     logits = captioner.lm(input_ids=batch["input_ids"], **cached).logits
     mean = F.cross_entropy(logits.flatten(0, 1)[batch["positions"]], batch["targets"])
     assert total / tokens == pytest.approx(mean.item(), rel=1e-6)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1)[batch["positions"]], batch["targets"], reduction="none"
+    )
+    of_style = [losses[batch["styles"] == n].mean().item() for n in range(2)]
+    assert by_style == {s: pytest.approx(x) for s, x in zip(STYLES, of_style, strict=True)}
 
 
 def test_a_parameter_that_the_loss_does_not_reach_is_an_error(captioner, make_batch):
@@ -319,7 +361,7 @@ def test_log_likelihoods_equal_those_of_each_text_alone(captioner, make_clips, t
         soft, expected = captioner.qformer(*clips), torch.empty(2, 3)
         embed = captioner.lm.get_input_embeddings()
         for n, text in enumerate(texts[:3]):
-            prompt, target = encode_caption(tokenizer, "label", text)
+            _, prompt, target = encode_caption(tokenizer, "label", text)
             ids = torch.tensor([prompt + target])
             for clip in range(2):
                 x = torch.cat([soft[clip : clip + 1], embed(ids)], 1)

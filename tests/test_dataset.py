@@ -116,7 +116,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_caption_choice():
-    """Slot 0 is the label, then paraphrases without repetition, wrapping when they run out."""
+    """The label comes first, then paraphrases without repetition.
+
+    Labels of clips without paraphrases were once computed K times, for the same gradient."""
     for epoch in range(5):
         chosen = dataset.choose_captions(RECORD, 4, seed=0, epoch=epoch)
         assert chosen[0] == ("label", "moving it")
@@ -125,10 +127,11 @@ def test_caption_choice():
         assert chosen == dataset.choose_captions(RECORD, 4, seed=0, epoch=epoch)
     orders = {tuple(dataset.choose_captions(RECORD, 4, 0, e)) for e in range(20)}
     assert len(orders) > 3
-    wrapped = Counter(text for _, text in dataset.choose_captions(RECORD, 6, 0, 0))
-    assert sorted(wrapped.values()) == [1, 1, 2, 2]
+    assert len(set(dataset.choose_captions(RECORD, 6, 0, 0))) == 4
+    assert len(dataset.choose_captions(RECORD, 6, 0, 0)) == 4
     alone = RECORD | {"paraphrases": []}
-    assert dataset.choose_captions(alone, 3, 0, 0) == [("label", "moving it")] * 3
+    for count in (1, 3):
+        assert dataset.choose_captions(alone, count, 0, 0) == [("label", "moving it")]
 
 
 def test_a_single_slot_is_a_label_half_of_the_time():

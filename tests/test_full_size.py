@@ -63,7 +63,7 @@ def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     captions = [("label", "holding a potato"), ("sentence", "A hand holds a potato.")]
     item = {"id": "1", **stored, "captions": [encode_caption(tokenizer, *c) for c in captions]}
     began = time.perf_counter()
-    loss, tokens = train.accumulate(model, [collate([item])])
+    loss, tokens, _ = train.accumulate(model, [collate([item])])
     norm = optim.average_and_clip(model.qformer, tokens, args.clip_grad)
     step = time.perf_counter() - began
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qformer.parameters())

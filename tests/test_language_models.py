@@ -192,9 +192,10 @@ def test_bos_precedes_the_soft_prompts(make_batch, make_clips, tokenizer):
     check_against_plain_passes(model, make_batch, make_clips)
     assert model.prefix(*(t.double() for t in make_clips(2))).get_seq_length() == 7
     manifest = Manifest(Settings(), {})
-    assert fixed_state(model, manifest, "tiny", "abc", [])["lm"]["bos"] == 2
+    assert fixed_state(model, manifest, "tiny", "abc", [], [])["lm"]["bos"] == 2
     assert (
-        "bos" not in fixed_state(make(*GOOD["Llama"], tokenizer), manifest, "tiny", "abc", [])["lm"]
+        "bos"
+        not in fixed_state(make(*GOOD["Llama"], tokenizer), manifest, "tiny", "abc", [], [])["lm"]
     )
     stored = dict(zip(("features", "scale", "offset"), make_clips(2), strict=True))
     assert embeddings.embed(model.float(), **stored)["hidden"].shape == (2, 32)

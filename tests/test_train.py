@@ -12,6 +12,7 @@ import torch
 from conftest import train_flags
 from torture.sandbox import TIMING
 
+import evaluate
 import optim
 import train
 from dataset import load_records
@@ -124,6 +125,62 @@ def test_resume_refuses_other_captions(world, prepared, trained, tmp_path):
     (other / "train.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match="captions have changed"):
         train.main(train_flags(world, prepared, trained, "--resume", "--annotations", other))
+
+
+def test_resume_refuses_other_validation_captions(world, prepared, trained, tmp_path):
+    """The best score was compared with scores on other captions."""
+    other = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
+    records = json.loads((other / "validation.json").read_text())
+    records[-1]["label"] = "something else"
+    (other / "validation.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="validation clips or their captions have changed"):
+        train.main(train_flags(world, prepared, trained, "--resume", "--annotations", other))
+
+
+def test_the_loss_decides_between_equal_scores(world, prepared, tmp_path, monkeypatch, capsys):
+    """best.pt stayed that of the first epoch if CIDEr was 0 in all of them, as for equal references."""
+
+    def validation(*args, **kwargs):
+        result, predictions, _ = evaluate(*args, **kwargs)
+        assert result["metrics"]["CIDEr"] == 0
+        return result, predictions, losses.pop(0)
+
+    annotations = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
+    records = json.loads((annotations / "validation.json").read_text())
+    for record in records:
+        record["label"] = "moving it"
+    (annotations / "validation.json").write_text(json.dumps(records))
+    evaluate, losses = train.evaluate, [3.0, 2.0, 2.5, 2.0]
+    monkeypatch.setattr(train, "evaluate", validation)
+    flags = ("--annotations", annotations, "--epochs", 3)
+    assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
+    best = torch.load(str(tmp_path / "run/best.pt"), weights_only=True)
+    assert (best["step"], best["best_loss"]) == (10, 2.0)
+    printed = capsys.readouterr()
+    assert printed.err.count("the validation loss chooses best.pt") == 1
+    assert "CIDEr is 0 for every possible caption" in printed.out
+
+
+def test_a_run_without_sentences_says_so(world, prepared, trained, tmp_path, capsys):
+    """Without paraphrases only labels are trained, but --style sentence wrote something all the same."""
+    annotations = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
+    for split in ("train", "validation"):
+        records = json.loads((annotations / f"{split}.json").read_text())
+        records = [r | {"paraphrases": []} if split == "train" else r for r in records]
+        (annotations / f"{split}.json").write_text(json.dumps(records))
+    flags = ("--annotations", annotations, "--epochs", 1, "--limit", 30)
+    assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
+    assert (
+        "0 paraphrases, 1 per clip and epoch, so --style sentence is not" in capsys.readouterr().err
+    )
+    assert all("loss_label" in s and "loss_sentence" not in s for s in log(tmp_path / "run"))
+    assert all({"loss_label", "loss_sentence"} < s.keys() for s in log(trained))
+    flags = ["--features", prepared / "features", "--annotations", prepared / "annotations"]
+    flags += ["--limit", 4, "--workers", 0, "--style", "sentence"]
+    for run, warned in ((tmp_path / "run", True), (trained, False)):
+        flags[-1:] = ["label"] if run == trained else ["sentence"]
+        evaluate.main([*map(str, flags), "--checkpoint", str(run), "--output", str(tmp_path / "e")])
+        assert ("no sentence was among the captions" in capsys.readouterr().err) == warned
 
 
 def test_resume_without_a_checkpoint_starts(world, prepared, tmp_path, capsys):

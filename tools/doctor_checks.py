@@ -112,7 +112,7 @@ def try_step(device):
     items = [{"id": str(n), **with_scale(s), "captions": pairs} for n, s in enumerate(stored)]
     batches = list(loader(items, 2, 0, device))
     optimizer = optim.make_optimizer(qformer, 1e-3, 0.03)
-    loss, tokens = train.accumulate(model.train(), batches)
+    loss, tokens, _ = train.accumulate(model.train(), batches)
     norm = optim.average_and_clip(qformer, tokens, 1.0)
     optimizer.step()
     model.eval()

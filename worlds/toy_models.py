@@ -123,7 +123,7 @@ def pretrain_lm(model, tokenizer, examples, steps, seed, progress, lr=2e-3):
             style = rng.choice(tuple(STYLES))
             caption = label_of(clip) if style == "label" else rng.choice(sentences_of(clip))
             context = [i for word in keywords_of(clip, rng).split() for i in word_ids(word)]
-            rows.append((context, *tokens(style, caption)))
+            rows.append((context, *tokens(style, caption)[1:]))
 
         # pad on the right
         length = max(sum(map(len, row)) for row in rows)
@@ -164,7 +164,7 @@ def check_lm(model, tokenizer, examples, seed):
         rows = []
         for clip in examples:
             words = tokenizer(" " + keywords_of(clip, rng), add_special_tokens=False)["input_ids"]
-            rows.append(words + encode_caption(tokenizer, style, "")[0])
+            rows.append(words + encode_caption(tokenizer, style, "").prompt)
         batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         out = model.generate(**batch, max_new_tokens=40, do_sample=False)
         texts = tokenizer.batch_decode(
