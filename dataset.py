@@ -94,7 +94,7 @@ def unsafe_content(record):
         if not text.isprintable() and (control := list(filter(is_control, text))):
             return f"contains the control character {control[0]!r} in {text!r:.80}"
     video = PurePosixPath((record.get("video") or "").replace("\\", "/"))  # as written on Windows
-    if video.is_absolute() or PureWindowsPath(video).is_absolute() or ".." in video.parts:
+    if video.is_absolute() or PureWindowsPath(str(video)).is_absolute() or ".." in video.parts:
         return f"names a video outside the video folder: {str(video)!r}"
     if len(str(video)) > 1000 or any(len(part.encode()) > 255 for part in video.parts):
         return f"has a video file name that is too long: {str(video)[:80]!r}…"
