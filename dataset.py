@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError
-from runtime.files import id_problem, list_files, read_json
+from runtime.files import read_json
+from runtime.names import id_problem, list_files
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
-from runtime.files import list_names, read_json, read_torch, torch_bytes, write_atomic
+from runtime.files import read_json, read_torch, torch_bytes, write_atomic
+from runtime.names import list_names
 
 FORMAT_VERSION = 1
 STORES = {"int8": torch.int8, "fp16": torch.float16}

@@ -19,16 +19,8 @@ from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, refuse
-from runtime.files import (
-    id_problem,
-    list_files,
-    normal_form,
-    read_json,
-    read_text,
-    safe_id,
-    visible,
-    write_json,
-)
+from runtime.files import read_json, read_text, write_json
+from runtime.names import id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"

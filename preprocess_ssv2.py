@@ -33,16 +33,8 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.failure_log import failure_log
-from runtime.files import (
-    in_shard,
-    json_bytes,
-    list_names,
-    lock,
-    remove_unfinished,
-    torch_bytes,
-    visible,
-    write_new,
-)
+from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
+from runtime.names import list_names, visible
 
 MANIFEST = "manifest.json"
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from runtime.errors import UserError, VideoError
-from runtime.files import normal_form, visible
+from runtime.names import normal_form, visible
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 

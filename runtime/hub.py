@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from runtime.errors import UserError, out_of_memory
-from runtime.files import list_files, read_json
+from runtime.files import read_json
+from runtime.names import list_files
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub repository
 

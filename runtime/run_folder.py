@@ -23,14 +23,8 @@ from tqdm import tqdm
 from runtime import devices, distributed, ranks
 from runtime.cli import note, output_folder
 from runtime.errors import Stopped, UserError
-from runtime.files import (
-    lock,
-    remove_unfinished,
-    torch_bytes,
-    visible,
-    write_atomic,
-    write_json,
-)
+from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from runtime.names import visible
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
 

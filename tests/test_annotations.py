@@ -11,7 +11,7 @@ import prepare_annotations
 from dataset import load_records
 from prepare_annotations import main
 from runtime.errors import UserError
-from runtime.files import is_clip_id
+from runtime.names import is_clip_id
 
 TRAIN = [
     {

@@ -9,7 +9,8 @@ from feature_cache import require_features
 from prepare_annotations import record
 from runtime import hub, run_folder
 from runtime.errors import UserError, explain
-from runtime.files import is_clip_id, list_names, read_json, read_text, safe_id
+from runtime.files import read_json, read_text
+from runtime.names import is_clip_id, list_names, safe_id
 from runtime.table import read_table
 from video import find_files
 from worlds import toy_ssv2

@@ -24,7 +24,7 @@ from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
 from runtime.errors import UserError
-from runtime.files import list_files, visible
+from runtime.names import list_files, visible
 from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
 
 SHARED = "/dev/shm"

@@ -21,7 +21,8 @@ from checkpoint import CONFIG, KEYS, WEIGHTS, read_checkpoint, weights_digest
 from runtime import cli, hub
 from runtime.cli import output_folder, printable
 from runtime.errors import UserError
-from runtime.files import json_bytes, lock, read_json, remove_unfinished, visible, write_atomic
+from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
+from runtime.names import visible
 
 CARD = "README.md"
 MARK = {"exported_by": "train.py"}  # a single key, because safetensors does not keep the order

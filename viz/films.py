@@ -18,7 +18,8 @@ from runtime import cli
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
-from runtime.files import list_files, read_json, write_atomic
+from runtime.files import read_json, write_atomic
+from runtime.names import list_files
 from video import file_finder
 from viz import draw_text, subtitles
 from windows import output_names

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
 from runtime.errors import FAILED, UserError
-from runtime.files import list_names, read_json, visible, write_json
+from runtime.files import read_json, write_json
+from runtime.names import list_names, visible
 from worlds.shapes import (
     ACTIONS,
     COLOURS,
