@@ -12,7 +12,7 @@ import signal
 import unicodedata
 import warnings
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError
-from runtime.files import is_clip_id, read_json
+from runtime.files import read_json
+from runtime.names import id_problem, list_files
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -45,11 +46,11 @@ def load_records(annotations, split):
     Raises UserError if the file is missing, is not a list of records, contains an id twice, contains
     control characters, or names a video outside the video folder.
     """
-    if not is_clip_id(split):
-        raise UserError(f"split {split!r} is not a valid name")
+    if problem := id_problem(split):
+        raise UserError(f"split {split!r} is not a valid name: it {problem}")
     path = Path(annotations) / f"{split}.json"
     if not path.is_file():
-        available = sorted(p.stem for p in Path(annotations).glob("*.json"))
+        available = [p.stem for p in list_files(annotations, ".json")]
         raise UserError(
             f"no annotations for split {split!r}: {path} does not exist"
             f" (available splits: {', '.join(available) or 'none'}). Run prepare_annotations.py first."
@@ -61,7 +62,6 @@ def load_records(annotations, split):
     def is_record(r):
         return (
             isinstance(r, dict)
-            and is_clip_id(r.get("id"))
             and all(r.get(k) is None or isinstance(r[k], t) for k, t in texts.items())
             and all(isinstance(t, str) for k in lists for t in r.get(k) or [])
         )
@@ -71,6 +71,11 @@ def load_records(annotations, split):
     for i, record in enumerate(records):
         if not is_record(record):
             raise UserError(f"annotations {path}: entry {i} is not a valid record: {record!r:.120}")
+        if problem := id_problem(record.get("id")):
+            raise UserError(
+                f"annotations {path}: entry {i} is not a valid record: its id {problem}:"
+                f" {record.get('id')!r:.120}"
+            )
         if problem := unsafe_content(record):
             raise UserError(f"annotations {path}: clip {record['id']} {problem}")
     if len({r["id"] for r in records}) < len(records):
@@ -90,8 +95,8 @@ def unsafe_content(record):
     for text in texts + [t for k in ("placeholders", "paraphrases") for t in record.get(k) or []]:
         if not text.isprintable() and (control := list(filter(is_control, text))):
             return f"contains the control character {control[0]!r} in {text!r:.80}"
-    video = PurePosixPath(record.get("video") or "")
-    if video.is_absolute() or ".." in video.parts:
+    video = PurePosixPath((record.get("video") or "").replace("\\", "/"))  # as written on Windows
+    if video.is_absolute() or PureWindowsPath(str(video)).is_absolute() or ".." in video.parts:
         return f"names a video outside the video folder: {str(video)!r}"
     if len(str(video)) > 1000 or any(len(part.encode()) > 255 for part in video.parts):
         return f"has a video file name that is too long: {str(video)[:80]!r}…"

@@ -7,7 +7,6 @@ Shapes: N video tokens, E video width, B clips.
 """
 
 import math
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
+from runtime.names import list_names
 
 FORMAT_VERSION = 1
 STORES = {"int8": torch.int8, "fp16": torch.float16}
@@ -245,7 +245,7 @@ def channel_statistics(features, split, ids, settings, workers):
 def require_features(features, split, records, allow_missing=0):
     """Return the records that have features. Raises UserError if more than `allow_missing` do not."""
     root = Path(features) / split
-    existing = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
+    existing = set(list_names(root, ".pt"))
     missing = [r["id"] for r in records if f"{r['id']}.pt" not in existing]
     if len(missing) > allow_missing:
         raise UserError(

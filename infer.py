@@ -21,7 +21,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
-from video import file_names, find_clips
+from video import file_finder, find_clips
 from windows import Windowing, add_flags, caption_files
 
 
@@ -99,10 +99,9 @@ def sample_clips(count, videos, annotations, seed):
     videos = cli.existing(
         videos, "--videos", "This must be the folder that contains the clips of the dataset."
     )
-    paths = []
+    find, paths = file_finder(videos), []
     for clip_id in by_hash(records, seed):
-        files = (videos / name for name in file_names(records[clip_id]))
-        paths += [path for path in files if path.is_file()][:1]
+        paths += filter(None, [find(records[clip_id])])
         if len(paths) == count:
             break
     if len(paths) < count:

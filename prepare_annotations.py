@@ -2,7 +2,7 @@
 
 Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
-Your own clips, from a CSV or JSON-lines file with video,caption[,split] (a clip may have several rows):
+Your own clips, from a CSV or JSON file with video,caption[,split] (a clip may have several rows):
     python prepare_annotations.py --captions mine.csv
 """
 
@@ -11,16 +11,17 @@ import runtime.start
 import csv
 import glob
 import io
-import json
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from dataset import TRAIN, VALIDATION, by_hash, is_control, unsafe_content
+from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError
-from runtime.files import is_clip_id, read_json, read_text, write_json
+from runtime.errors import UserError, refuse
+from runtime.files import read_json, read_text, write_json
+from runtime.names import id_problem, list_files, normal_form, safe_id, visible
+from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release
@@ -36,7 +37,7 @@ def parse_args(argv=None):
         f" (default: {PARAPHRASES}, if it exists)",
     )
     add = parser.add_argument_group("your own clips").add_argument
-    add("--captions", help="CSV with a header, or .jsonl, with the columns video,caption[,split]")
+    add("--captions", help="CSV with a header, or JSON, with the columns video,caption[,split]")
     add(
         "--validation-share",
         type=cli.number(least=0, below=1),
@@ -66,12 +67,24 @@ def main(argv=None):
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
     problems = [(r["id"], unsafe_content(r)) for records in splits.values() for r in records]
     refuse([f"{i} {why}" for i, why in problems if why], "clips have unsafe values")
+    for split in splits.keys() - {TRAIN, VALIDATION, TEST}:
+        note(about_split(split))
     output.mkdir(parents=True, exist_ok=True)
-    if stale := sorted({p.stem for p in output.glob("*.json")} - splits.keys()):
+    if stale := sorted({p.stem for p in list_files(output, ".json")} - splits.keys()):
         note(f"note: {output} also contains splits of an earlier run: {', '.join(stale)}")
     for split, records in splits.items():
         write_json(output / f"{split}.json", records)
     print(describe(splits, output))
+
+
+def about_split(name):
+    """Return a note about a split whose name the other scripts do not use by default."""
+    text = f"note: split {name!r} is used only with --splits {name} and --split {name}"
+    short = name.lower().removesuffix("ing")
+    known = {"dev": VALIDATION, "eval": VALIDATION}.get(short) or next(
+        (k for k in (TRAIN, VALIDATION, TEST) if k.startswith(short)), None
+    )
+    return f"{text}; did you mean {known!r}?" if known else text
 
 
 def describe(splits, output):
@@ -95,13 +108,6 @@ def describe(splits, output):
         lines.append(f"  {r['id']}: {r['label']}")
         lines += [f"    {text}" for text in r["paraphrases"][:1]]
     return "\n".join([*lines, f"written to {output}"])
-
-
-def refuse(problems, what):
-    """Raise UserError if there are problems, with their number and the first three."""
-    if problems:
-        first = "; ".join(str(p)[:160] for p in problems[:3])
-        raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
 
 
 def record(clip_id, video=None, label=None, template=None, placeholders=(), paraphrases=()):
@@ -131,23 +137,33 @@ def clean(text):
 def read_labels(folder):
     """Read an SSv2 labels folder, with old or new file names. Returns {split: records}.
 
-    Raises UserError if a file is missing or not valid, or an id occurs twice.
+    Other JSON files that are a list of objects with an id are read as splits too. All others are skipped
+    with a note. Raises UserError if train or validation is missing or not valid, if two files are the
+    same split, or if an id occurs twice.
     """
     folder = cli.existing(
         folder,
         "--labels",
         "This must be the SSv2 folder that contains train.json, validation.json and labels.json.",
     )
-    files = {p.stem.removeprefix(PREFIX): p for p in sorted(folder.glob("*.json"))}
+    files = {}
+    for path in list_files(folder, ".json"):
+        split = path.stem.removeprefix(PREFIX)
+        if split in files:
+            raise UserError(
+                f"--labels {folder} has two files for split {split!r}: {files[split].name} and"
+                f" {path.name}. Remove one of them."
+            )
+        files[split] = path
     files.pop("labels", None)
     if TRAIN not in files or VALIDATION not in files:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        found = ", ".join(entry.name for entry in visible(folder)[:8]) or "nothing"
         raise UserError(
             f"--labels {folder} must contain train.json and validation.json (or {PREFIX}train.json,"
             f" …); found {found}"
         )
-    order = [TRAIN, VALIDATION, *sorted(files.keys() - {TRAIN, VALIDATION})]
-    splits = {split: read_split(files[split]) for split in order}
+    others = sorted(split for split in files.keys() - {TRAIN, VALIDATION} if is_split(files[split]))
+    splits = {split: read_split(files[split]) for split in [TRAIN, VALIDATION, *others]}
     owner, twice = {}, []
     for split, records in splits.items():
         for r in records:
@@ -161,13 +177,33 @@ def read_labels(folder):
     return splits
 
 
+def is_split(path):
+    """Return True for test.json and for JSON lists of objects with an id, else False with a note."""
+    if path.stem.removeprefix(PREFIX) == TEST:
+        return True
+    try:
+        entries = read_json(path, "labels")
+    except UserError as error:
+        note(f"note: skipped a file: {error}")
+        return False
+    if isinstance(entries, list) and all(isinstance(e, dict) and "id" in e for e in entries):
+        return True
+    note(f"note: skipped {path}: it is not a list of clips with an id")
+    return False
+
+
 def read_split(path):
     """Read one SSv2 label file and return its records. Clips of the test split only have an id."""
     entries = read_json(path, "labels")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise UserError(f"labels {path} must contain a JSON list of objects with an id")
-    ids = [str(e["id"]) if isinstance(e.get("id"), str | int) else None for e in entries]
-    refuse([repr(i) for i in ids if not is_clip_id(i)], f"ids in {path} are not valid file names")
+    ids = [
+        normal_form(str(e["id"])) if isinstance(e.get("id"), str | int) else None for e in entries
+    ]
+    refuse(
+        [f"{i!r:.60} of entry {n} {why}" for n, i in enumerate(ids, 1) if (why := id_problem(i))],
+        f"ids in {path} are not valid file names",
+    )
     refuse(
         [i for i, e in zip(ids, entries, strict=True) if "label" in e and not clean(e["label"])],
         f"clips in {path} have an empty label",
@@ -202,9 +238,9 @@ def add_answers(splits, path):
     """
     known = {r["template"] for records in splits.values() for r in records if r["template"]}
     bracketed = {without_brackets(t).lower(): t for t in known}
-    rows = csv.reader(io.StringIO(read_text(path, "answers", "utf-8-sig")), delimiter=";")
+    rows = csv.reader(io.StringIO(read_text(path, "answers")), delimiter=";")
     try:
-        answers = {row[0]: row[1] for row in rows if len(row) == 2}
+        answers = {normal_form(row[0]): row[1] for row in rows if len(row) == 2}
     except csv.Error as error:
         raise UserError(f"answers {path} is not a valid CSV file: {error}") from None
     for r in splits["test"]:
@@ -216,7 +252,10 @@ def add_answers(splits, path):
 def add_paraphrases(splits, pattern):
     """Fill in `paraphrases` from the JSON files given by a file name, folder or glob pattern."""
     path = Path(pattern)
-    files = sorted(path.glob("*.json")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
+    files = list_files(path, ".json")
+    if not path.is_dir():  # a name with [brackets] may be a file or a pattern
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(pattern))))
+        files = [p for p in found if p.is_file() and not p.name.startswith(".")]
     if not files:
         raise UserError(
             f"--paraphrases {pattern} does not match a file or a folder that contains .json files"
@@ -229,7 +268,7 @@ def add_paraphrases(splits, pattern):
             raise UserError(
                 f'paraphrases {file} must contain a JSON object {{"id": ["sentence", …]}}'
             )
-        for clip_id, texts in table.items():
+        for clip_id, texts in zip(map(normal_form, table), table.values(), strict=True):
             if clip_id not in records:
                 unknown += 1
             elif records[clip_id]["paraphrases"]:
@@ -253,33 +292,38 @@ def read_captions(path, validation_share, seed):
     not valid.
     """
     path = cli.existing(path, "--captions", "It must have the columns video,caption[,split].")
-    rows = read_rows(path)
+    rows = read_table(path, "--captions", ("video", "caption"), ("split",))
     bad = [
-        n
-        for n, r in rows
+        where
+        for where, r in rows
         if not (clean(r.get("video")) and PurePosixPath(r["video"].strip()).name)
         or not clean(r.get("caption"))
     ]
-    refuse([f"line {n}" for n in bad], f"rows of {path} have no video or no caption")
-    bad = [n for n, r in rows if None in r or not isinstance(r.get("split") or "", str)]
-    refuse(
-        [f"line {n}" for n in bad],
-        f"rows of {path} have more cells than the header (captions with commas need quotes) or a split"
-        " that is not a string",
-    )
-    clips = {}  # video -> record, in order of appearance
+    refuse(bad, f"rows of {path} have no text as video or caption")
+    bad = [where for where, r in rows if not isinstance(r.get("split") or "", str)]
+    refuse(bad, f"rows of {path} have a split that is not a string")
+    hidden = [
+        f"{r['video']!r:.100} ({where})"
+        for where, r in rows
+        if re.search(r"(^|[/\\])\.(?!\.?$)[^/\\]*$", r["video"].strip())
+    ]
+    refuse(hidden, f"rows of {path} name hidden files, which are not videos")
+    clips = {}  # normal form of the video's name -> record, in order of appearance
     split_of, clash = {}, []
-    for n, row in rows:
-        video, split = row["video"].strip(), clean(row.get("split")) or None
+    for where, row in rows:
+        name, split = row["video"].strip(), clean(row.get("split")) or None
+        video = normal_form(name)
         if video not in clips:
-            clips[video], split_of[video] = record(None, video, clean(row["caption"])), split
+            clips[video], split_of[video] = record(None, name, clean(row["caption"])), split
         else:
             clips[video]["paraphrases"].append(clean(row["caption"]))
-            clash += [f"{video} (line {n})"] if split_of[video] != split else []
+            clash += [f"{name} ({where})"] if split_of[video] != split else []
     refuse(clash, "clips are in more than one split")
     name_clips(clips)
     given = {s for s in split_of.values() if s}
-    refuse([s for s in given if not is_clip_id(s)], "split names are not valid")
+    refuse(
+        [f"{s!r:.60} {why}" for s in given if (why := id_problem(s))], "split names are not valid"
+    )
     if given and None in split_of.values():
         refuse([v for v, s in split_of.items() if s is None], "clips have no split, but others do")
     if not given:
@@ -300,48 +344,22 @@ def read_captions(path, validation_share, seed):
     return splits
 
 
-def read_rows(path):
-    """Read a CSV or JSON-lines file. Returns [(line number, row)], where a row is a dict."""
-    text = read_text(path, "--captions", "utf-8-sig")
-    if path.suffix.lower() in (".jsonl", ".json"):
-        try:
-            rows = [(n, json.loads(t)) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--captions {path} is not a valid JSON-lines file: {error}") from None
-        refuse(
-            [f"line {n}" for n, r in rows if not isinstance(r, dict)],
-            f"lines of {path} are not JSON objects",
-        )
-    else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            names = reader.fieldnames or []
-            rows = [(reader.line_num, row) for row in reader]
-        except csv.Error as error:
-            raise UserError(
-                f"--captions {path} is not a valid CSV file, line {reader.line_num}: {error}"
-            ) from None
-        if not {"video", "caption"} <= set(names):
-            raise UserError(
-                f"--captions {path} needs a header with video,caption[,split];"
-                f" its first line is {','.join(names or ['empty'])[:100]!r}"
-            )
-    if not rows:
-        raise UserError(f"--captions {path} contains no rows")
-    return rows
-
-
 def name_clips(clips):
-    """Set the id of each clip to the stem of its file name, or to its path if the stem is not unique."""
-    stems = Counter(PurePosixPath(video).stem for video in clips)
+    """Set the id of each clip to the stem of its file name, or to its path if the stem is not unique.
+
+    Characters that are not safe in file names are replaced. If that makes two ids equal, a hash of the
+    path is added. clips: {normal form of the video's name: record}.
+    """
+    paths = {video: PurePosixPath(video.replace("\\", "/")) for video in clips}
+    stems = Counter(path.stem for path in paths.values())
+    names = {  # unique, except for videos that differ only in the extension
+        video: path.stem if stems[path.stem] == 1 else "__".join((*path.parent.parts, path.stem))
+        for video, path in paths.items()
+    }
+    ids = Counter(map(safe_id, names.values()))
     for video, r in clips.items():
-        stem = PurePosixPath(video).stem
-        path = "__".join(PurePosixPath(video).with_suffix("").parts).replace("/", "")
-        r["id"] = stem if stems[stem] == 1 else path
-    refuse(
-        [repr(v) for v, r in clips.items() if not is_clip_id(r["id"])],
-        "videos have names that are not valid",
-    )
+        name, shared = names[video], ids[safe_id(names[video])] > 1
+        r["id"] = safe_id(name, add_hash=shared and safe_id(name) != paths[video].stem)
     twice = [i for i, n in Counter(r["id"] for r in clips.values()).items() if n > 1]
     refuse(twice, "videos have the same id, because their names differ only in the extension")
 

@@ -11,7 +11,6 @@ shard), and the exit code is then 3 (0 under torchrun).
 
 import runtime.start
 
-import os
 import shutil
 import tempfile
 import time
@@ -34,14 +33,8 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.failure_log import failure_log
-from runtime.files import (
-    in_shard,
-    json_bytes,
-    lock,
-    remove_unfinished,
-    torch_bytes,
-    write_new,
-)
+from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
+from runtime.names import list_names, visible
 
 MANIFEST = "manifest.json"
 
@@ -122,10 +115,7 @@ def in_part(keys, part):
 
 def complete(features, paths):
     """Return the keys of `paths` that have a feature file. A file gets its name once it is complete."""
-    have = {}
-    for split in {split for split, _ in paths}:
-        folder = features / split
-        have[split] = {e.name for e in os.scandir(folder)} if folder.is_dir() else set()
+    have = {split: set(list_names(features / split, ".pt")) for split in {s for s, _ in paths}}
     return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
 
 
@@ -177,7 +167,7 @@ def matching_encoder(args, features, device, dtype, needed):
         "store": args.store,
     }
     existing = load_manifest(features).settings if (features / MANIFEST).is_file() else None
-    if not existing and any(features.glob("*/*.pt")):
+    if not existing and any(list_names(folder, ".pt") for folder in visible(features)):
         raise UserError(
             f"{features} contains features but no {MANIFEST}, which records how they were made: restore"
             " it, or use another folder"

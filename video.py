@@ -13,11 +13,13 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from runtime.errors import UserError, VideoError
+from runtime.names import normal_form, visible
 
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 
@@ -38,7 +40,38 @@ DECORD_BYTES = 256 * 2**20
 
 def file_names(record):
     """Return the possible file names of an annotated clip, relative to the video folder."""
-    return [*filter(None, (record["video"], f"{record['id']}.webm", f"{record['id']}.mp4"))]
+    video = record["video"] or ""
+    on_windows = video.replace("\\", "/")
+    names = video, on_windows, f"{record['id']}.webm", f"{record['id']}.mp4"
+    return [*filter(None, dict.fromkeys(names))]
+
+
+def file_finder(videos):
+    """Return a function from the record of a clip to its file in the folder `videos`, or None.
+
+    Names are compared in Unicode normal form C; of two names that differ only in the form, the one that
+    is written like the record wins. Each folder is listed once, because SSv2 would need 220,847 stat calls.
+    """
+
+    @cache
+    def listed(folder):
+        entries = visible(folder)
+        # on disk names are UTF-8, also if the locale has another encoding
+        forms = {os.fsencode(e.name).decode(errors="surrogateescape"): e for e in entries}
+        return {normal_form(f): e for f, e in forms.items()} | {e.name: e for e in entries}
+
+    def locate(name):
+        if "/" in name and (videos / name).is_file():
+            return videos / name
+        folder, entry = videos, None
+        for part in PurePosixPath(name).parts:
+            entry = listed(folder).get(part) or listed(folder).get(normal_form(part))
+            if entry is None:
+                return None
+            folder = folder / entry.name
+        return folder if entry and entry.is_file() else None
+
+    return lambda record: next(filter(None, map(locate, file_names(record))), None)
 
 
 def find_clips(names):
@@ -74,23 +107,18 @@ def find_files(videos, records):
             f"--videos not found: {videos}. This must be the folder that contains the clips,"
             " <id>.webm or <id>.mp4."
         )
-    names = {entry.name for entry in os.scandir(videos)}
-    paths, missing = {}, []
-    for key, record in records.items():
-        for name in file_names(record):
-            # SSv2 would need 220,847 stat calls, so the folder is listed once. Subfolders are not listed.
-            if name in names or ("/" in name and (videos / name).is_file()):
-                paths[key] = videos / name
-                break
-        else:
-            missing.append(key)
+    find = file_finder(videos)
+    found = {key: find(record) for key, record in records.items()}
+    paths = {key: path for key, path in found.items() if path}
+    missing = [key for key in found if key not in paths]
     if not paths and missing:
         first = records[missing[0]]["id"]
+        names = [entry.name for entry in visible(videos)]
         raise UserError(
             f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
             f" {first}.mp4, …, but the folder "
             + (
-                f"contains {len(names)} other files, for example {', '.join(sorted(names)[:3])}"
+                f"contains {len(names)} other files, for example {', '.join(names[:3])}"
                 if names
                 else "is empty"
             )

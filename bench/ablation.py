@@ -219,7 +219,7 @@ def step_times():
 
 def read_run(folder, step_seconds):
     """Collect the figures of a finished run. step_seconds: its median time per step."""
-    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     facts = read_json(folder / "args.json", "args")
     scores = read_json(folder / "evaluation_validation.json", "scores")["metrics"]
     objects = read_json(folder / f"evaluation_{OBJECTS}.json", "scores")["metrics"]
@@ -289,7 +289,7 @@ def start(study, name, seed):
     command = [sys.executable, "-m", "bench.ablation", "--row", name, "--seed", str(seed)]
     command += ["--data", str(study.data), "--runs", str(study.runs), "--clips", str(study.clips)]
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(study.folder(name, seed).with_suffix(".log"), "w") as log:
+    with open(study.folder(name, seed).with_suffix(".log"), "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment() | one)
 
 

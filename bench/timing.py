@@ -176,7 +176,9 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        names = re.findall(
+            r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        )
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {cores} cores"

@@ -51,7 +51,7 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     if ranks.rank():  # only rank 0 shows results and progress; every rank shows its errors
         name = f"[rank {ranks.rank()}] {name}"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until exit)
         os.environ["TQDM_DISABLE"] = "1"
 
     def fail(why):

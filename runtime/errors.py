@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
 SIGNALLED = 128  # plus the signal's number, as shells do: 130 for Ctrl-C, 143 for SIGTERM
@@ -15,6 +16,13 @@ class UserError(Exception):
     def __init__(self, message, code=USAGE):
         super().__init__(message)
         self.code = code
+
+
+def refuse(problems, what):
+    """Raise UserError if there are problems, with their number and the first three."""
+    if problems:
+        first = "; ".join(str(p)[:160] for p in problems[:3])
+        raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
 
 
 class Stopped(BaseException):
@@ -43,6 +51,11 @@ def explain(error):
         return (
             f"the disk is full ({error.filename or 'while writing'}); existing files are intact. Free"
             " some space and run the same command again"
+        )
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        return (
+            f"the file name {error.object!r:.100} cannot be written in this locale's encoding"
+            f" ({sys.getfilesystemencoding()}); run `export PYTHONUTF8=1` and the same command again"
         )
     if out_of_files(error):
         return "too many open files; raise the limit with `ulimit -n 4096` in this shell or lower --workers"

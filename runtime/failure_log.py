@@ -10,7 +10,8 @@ import json
 from contextlib import contextmanager
 
 from runtime import distributed, ranks
-from runtime.files import is_clip_id, write_atomic
+from runtime.files import write_atomic
+from runtime.names import is_clip_id
 
 
 @contextmanager

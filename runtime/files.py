@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,13 @@ from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 
 JSON_BYTES = 2 << 30  # limit for text files; SSv2's annotations with all paraphrases take 0.3 GB
 HASHES = 1 << 32  # a clip's hash is in [0, HASHES)
+# longest first, because UTF-32's mark starts with UTF-16's
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 # ---- writing -------------------------------------------------------------------------------
@@ -113,19 +121,47 @@ def torch_bytes(value):
 # ---- reading -------------------------------------------------------------------------------
 
 
-def read_text(path, what, encoding="utf-8"):
-    """Read a text file of at most 2 GiB. Raises UserError naming `what` and the file."""
+def read_text(path, what):
+    """Read a text file of at most 2 GiB, in UTF-8 with or without a byte order mark.
+
+    Raises UserError naming `what` and the file. For another encoding it names the command that converts
+    the file.
+    """
     try:
         if (size := os.path.getsize(path)) > JSON_BYTES:
             raise UserError(
                 f"{what} {path} has {size / 1e9:.1f} GB, but the limit for text files is"
                 f" {JSON_BYTES / 1e9:.1f} GB. Is it an archive?"
             )
-        return Path(path).read_text(encoding=encoding)
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, what, error.object, error.start) from None
+    if "\0" in text[:2]:  # UTF-16 without a byte order mark can be valid UTF-8
+        raise _not_utf8(path, what, text[:4].encode(), 0)
+    return text
+
+
+def _not_utf8(path, what, data, start):
+    """Return a UserError about the bytes `data` of a text, which are not UTF-8 from `start` on."""
+    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    if marked:
+        encoding = marked[0]
+    elif b"\0" in data[:2]:
+        encoding = "UTF-16BE" if data.startswith(b"\0") else "UTF-16LE"
+    elif b"\0" in data[:1000]:
+        return UserError(f"{what} {path} is not a text file")
+    else:
+        encoding = "WINDOWS-1252"  # Latin-1 with more characters
+    line = data.count(b"\n", 0, start) + 1
+    place = f"{data[start]:#04x} in line {line}"
+    return UserError(
+        f"{what} {path} is not UTF-8 text (byte {place}) but probably {encoding}. Convert it:"
+        f" iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > new{Path(path).suffix}"
+    )
 
 
 def read_json(path, what):
@@ -177,17 +213,6 @@ def read_ahead(file):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def is_clip_id(name):
-    """Return True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
-    return (
-        isinstance(name, str)
-        and not name.startswith(".")
-        and not any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
-        # a file name may have 255 bytes, and suffixes are added
-        and 0 < len(name.encode()) <= 200
-    )
-
-
 # ---- shards and locks ----------------------------------------------------------------------
 
 
@@ -219,7 +244,7 @@ def lock(folder, busy_message, part=0, parts=1):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 (closed below)
     except OSError as error:
         why = f"{error.filename}: {error.strerror}"
         raise UserError(f"{folder} is not writable ({why}); choose another folder") from None

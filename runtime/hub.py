@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
+from runtime.names import list_files
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub repository
 
@@ -112,12 +113,12 @@ def fingerprint(folder):
     a folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     if (folder / "tokenizer.json").is_file():
         digest.update((folder / "tokenizer.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in list_files(folder, ".safetensors"):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with open(path, "rb") as file:

@@ -24,6 +24,7 @@ from runtime import devices, distributed, ranks
 from runtime.cli import note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from runtime.names import visible
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
 
@@ -38,7 +39,7 @@ def check(output, resume, overwrite, dry_run=False):
     folder = output_folder(output, "--output")
     if resume and overwrite:
         raise UserError("--resume and --overwrite are mutually exclusive")
-    has_run = any(path.name != ".lock" for path in folder.glob("*"))
+    has_run = bool(visible(folder))
     if has_run and not (resume or overwrite or dry_run):
         raise UserError(
             f"--output {folder} already contains a run: continue it with --resume, replace it with"
@@ -69,7 +70,7 @@ def write_args(folder, args, overwrite, device, **facts):
             path.unlink()
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip() or None
     except FileNotFoundError:
         commit = None
     facts = {
@@ -146,7 +147,7 @@ class Log:
             return
         kept = truncate_log(folder / "metrics.jsonl", step)
         self.skipped = sum("skipped" in json.loads(line) for line in kept)
-        self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 (closed in `close`)
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
         self.bar = tqdm(total=total, initial=step, unit="step", smoothing=0.1)
 
     def close(self):
@@ -232,7 +233,11 @@ def truncate_log(path, step):
         except (ValueError, KeyError, TypeError):  # a line truncated by a crash
             return False
 
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if path.is_file()
+        else []
+    )
     kept = list(filter(is_kept, lines))
     write_atomic(path, "".join(kept))
     return kept

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import prepare_annotations
 from dataset import load_records
 from prepare_annotations import main
 from runtime.errors import UserError
+from runtime.names import is_clip_id
 
 TRAIN = [
     {
@@ -103,6 +105,7 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
         ([*TRAIN, VALIDATION[0]], r"3 \(train and validation\)"),
         ([TRAIN[0] | {"id": "../../x"}], "1 ids .*not valid file names.*x"),
         ([TRAIN[0] | {"id": None}], "not valid file names"),
+        ([*TRAIN, TRAIN[0] | {"id": "a?"}], r"'a\?' of entry 3 contains '\?'"),
         ([TRAIN[0] | {"label": " \n"}], "1 clips .* empty label"),
         ([TRAIN[0] | {"template": 3}], "wrong type"),
         ({"1": "x"}, "must contain a JSON list"),
@@ -127,6 +130,50 @@ def test_bad_paraphrases_are_refused(labels, tmp_path):
             run(tmp_path, "--labels", labels(), "--paraphrases", file)
     with pytest.raises(UserError, match="does not match a file"):
         run(tmp_path, "--labels", labels(), "--paraphrases", tmp_path / "none*.json")
+
+
+def test_a_labels_folder_with_other_files(labels, tmp_path, capsys):
+    """Any .json in --labels became a split or ended the run, even `._train.json`, which macOS leaves."""
+    folder = labels()
+    (folder / "._train.json").write_bytes(b"\0\5\x16\7\xff")
+    (folder / "classes.json").write_text('["Dropping something"]')
+    (folder / "notes.json").write_text("not JSON")
+    (folder / "val.json").write_text('[{"id": "9", "label": "x"}]')
+    out = run(tmp_path, "--labels", folder)
+    assert sorted(p.stem for p in out.iterdir()) == ["test", "train", "val", "validation"]
+    noted = capsys.readouterr().err
+    assert "skipped" in noted and "classes.json: it is not a list of clips" in noted
+    assert "notes.json cannot be read as JSON" in noted
+    assert "split 'val'" in noted and "did you mean 'validation'?" in noted
+
+
+def test_two_files_of_one_split_are_refused(labels, tmp_path):
+    """If both releases of SSv2 were in one folder, one of the two train files was ignored."""
+    folder = labels()
+    (folder / "something-something-v2-train.json").write_text("[]")
+    with pytest.raises(UserError, match=r"something-something-v2-train\.json and train\.json"):
+        run(tmp_path, "--labels", folder)
+
+
+def test_paraphrases_next_to_hidden_files(labels, tmp_path):
+    folder = tmp_path / "paraphrases [1]"  # brackets are part of a glob pattern
+    folder.mkdir()
+    (folder / "p.json").write_text('{"1": ["A."]}')
+    (folder / "._p.json").write_bytes(b"\0\5\x16\7\xff")
+    for given in (folder, folder / "p.json"):
+        out = run(tmp_path, "--labels", labels(), "--paraphrases", given)
+        assert load_records(out, "train")[0]["paraphrases"] == ["A."]
+
+
+def test_ids_are_compared_in_one_unicode_form(labels, tmp_path):
+    """The paraphrases of an id from a Mac were skipped as "in no split"."""
+    composed, decomposed = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    (tmp_path / "p.json").write_text(json.dumps({decomposed: ["A."]}))
+    folder = labels(train=[TRAIN[0] | {"id": composed}])
+    (record,) = load_records(
+        run(tmp_path, "--labels", folder, "--paraphrases", tmp_path / "p.json"), "train"
+    )
+    assert record["paraphrases"] == ["A."]
 
 
 def test_missing_labels_are_reported_with_the_files_found(tmp_path):
@@ -195,14 +242,50 @@ def test_ids_of_clips_with_the_same_name_contain_their_folders(tmp_path):
     ]
 
 
+def test_names_that_are_no_ids_get_one(tmp_path):
+    """A clip named `what?.mp4`, or with a long name, stopped the whole data set."""
+    names = ["what?", "what:", "what_", "x/1", "y/1", "x__1", "é" * 120, "é" * 121]
+    rows = "".join(f"{name}.mp4,c,train\n" for name in names)
+    (tmp_path / "mine.csv").write_text("video,caption,split\n" + rows)
+    records = load_records(run(tmp_path, "--captions", tmp_path / "mine.csv"), "train")
+    assert [r["video"] for r in records] == [f"{name}.mp4" for name in names]
+    ids = [r["id"] for r in records]
+    assert len(set(ids)) == len(ids) and all(map(is_clip_id, ids))
+    assert [ids[2], ids[4], ids[5]] == ["what_", "y__1", "x__1"]
+
+
+def test_a_clip_in_both_unicode_forms_is_one_clip(tmp_path):
+    names = [unicodedata.normalize(form, "Café.mp4") for form in ("NFD", "NFC")]
+    rows = "".join(f"{name},caption {n},train\n" for n, name in enumerate(names))
+    (tmp_path / "mine.csv").write_text("video,caption,split\n" + rows)
+    (record,) = load_records(run(tmp_path, "--captions", tmp_path / "mine.csv"), "train")
+    assert (record["id"], record["video"]) == ("Café", names[0])
+    assert (record["label"], record["paraphrases"]) == ("caption 0", ["caption 1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("val", "validation"), ("Train", "train"), ("testing", "test"), ("dev", "validation")],
+)
+def test_an_unusual_split_is_noted(tmp_path, capsys, name, meant):
+    """A split named `val` was written, and train.py then missed the validation split."""
+    (tmp_path / "mine.csv").write_text(f"video,caption,split\na,b,{name}\nc,d,unseen\n")
+    run(tmp_path, "--captions", tmp_path / "mine.csv")
+    noted = capsys.readouterr().err
+    assert f"split {name!r} is used only with" in noted and f"did you mean {meant!r}?" in noted
+    assert "split 'unseen' is used only with" in noted and noted.count("did you mean") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "needs a header"),
+        ("video,caption\n\n._a.mp4,hi\n", r"hidden files.*'\._a\.mp4' \(line 3\)"),
+        ("video,caption,split\na,hi,a?\n", r"'a\?' contains '\?'"),
         ("clip,text\na.mp4,hi\n", "needs a header"),
         ("video,caption\n", "contains no rows"),
         ("video,caption\na.mp4,hi\nb.mp4,ho\n", "too few clips to hold out two"),
-        ("video,caption\na.mp4,\n", "line 2.*|1 rows .* have no"),
+        ("video,caption\na.mp4,\n", "1 rows .* have no text .* line 2"),
         ("video,caption,split\na.mp4,hi,train\na.mp4,ho,validation\n", "more than one split"),
         ("video,caption,split\na.mp4,hi,../x\n", "not valid"),
         ("video,caption,split\na.mp4,hi,train\nb.mp4,ho,\n", "have no split"),

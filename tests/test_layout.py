@@ -93,3 +93,22 @@ def test_imports_are_at_the_top_of_a_file():
 
 def test_the_root_has_few_modules():
     assert len([*ROOT.glob("*.py")]) <= 17
+
+
+def test_every_text_file_is_opened_with_an_encoding():
+    """In an ASCII locale doctor and the gallery crashed, and a model's fingerprint changed."""
+
+    def lacks_encoding(call):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+        if name in ("run", "Popen", "check_output"):
+            return given.get("text") and "encoding" not in given
+        if name in ("read_text", "write_text"):  # runtime.files.read_text is UTF-8
+            return isinstance(call.func, ast.Attribute) and "encoding" not in given
+        texts = [a.value for a in call.args[1:2] if isinstance(a, ast.Constant)]
+        mode = given.get("mode") or (texts[0] if texts else "r")
+        is_open = isinstance(call.func, ast.Name) and name == "open"
+        return is_open and "b" not in str(mode) and "encoding" not in given
+
+    calls = [(f, n) for f, tree in sources().items() for n in ast.walk(tree) if type(n) is ast.Call]
+    assert not [(name, call.lineno) for name, call in calls if lacks_encoding(call)]

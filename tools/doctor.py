@@ -96,7 +96,7 @@ def table(findings, lacks):
 
 def software():
     """Check Python and the packages. Returns (findings, {list: {package: version range}})."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lists = {"packages": project["dependencies"], "viz": extras["viz"], "app": extras["app"]}
     packages = {extra: dict(map(name_and_range, lines)) for extra, lines in lists.items()}

@@ -24,6 +24,7 @@ from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
 from runtime.errors import UserError
+from runtime.names import list_files, visible
 from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
 
 SHARED = "/dev/shm"
@@ -248,7 +249,7 @@ def check_model(what, name):
     try:
         folder, missing = hub.look_here(name, f"--{what.split()[-1]}")
         if folder and not missing:
-            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            size = sum(path.stat().st_size for path in list_files(folder, ".safetensors"))
             return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
     except UserError as error:
         return Finding(MISSING, what, str(error)), None
@@ -263,7 +264,7 @@ def check_data(args):
     records = {}
 
     def folder(path):
-        if not os.path.isdir(path) or not any(os.scandir(path)):
+        if not os.path.isdir(path) or not visible(path):
             raise UserError(
                 f"{path} is empty or does not exist; to download SSv2, see docs/ssv2.md"
             )

@@ -22,6 +22,7 @@ from runtime import cli, hub
 from runtime.cli import output_folder, printable
 from runtime.errors import UserError
 from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
+from runtime.names import visible
 
 CARD = "README.md"
 MARK = {"exported_by": "train.py"}  # a single key, because safetensors does not keep the order
@@ -74,7 +75,7 @@ def export(run, folder):
 
 def _foreign_file(folder):
     """Describe a file in the folder that an export did not write, else None. Ignores hidden files."""
-    names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+    names = [entry.name for entry in visible(folder)]
     if others := [name for name in names if name not in (CONFIG, WEIGHTS, CARD)]:
         return f"contains {others[0]}, which is not part of an export"
     try:

@@ -31,7 +31,8 @@ def in_child(function, *args):
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environment() | quiet,
             timeout=LIMIT,
         )

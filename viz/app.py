@@ -26,6 +26,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import FAILED, UserError
+from runtime.names import list_files
 from video import is_video
 from viz import attention_map, draw_text
 from windows import Windowing
@@ -105,8 +106,7 @@ def serve(blocks, host, port, max_megabytes):
 
 def example_clips(folder, seed):
     """Sample up to EXAMPLES clips of a folder. Returns an empty list if the folder does not exist."""
-    clips = folder.iterdir() if folder.is_dir() else []
-    names = {path.name: path for path in clips if is_video(path)}
+    names = {path.name: path for path in list_files(folder) if is_video(path)}
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
 
 

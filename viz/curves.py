@@ -80,7 +80,7 @@ def read(folder):
 def read_steps(path):
     """Read the steps from a file of JSON lines. Invalid lines, which a crash may leave, are skipped."""
     steps = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             entry = json.loads(line)
             steps += [entry] if isinstance(entry, dict) and entry.keys() >= STEP else []

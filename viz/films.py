@@ -19,7 +19,8 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import read_json, write_atomic
-from video import file_names
+from runtime.names import list_files
+from video import file_finder
 from viz import draw_text, subtitles
 from windows import output_names
 
@@ -130,12 +131,12 @@ def refuse_own_inputs(films, clips):
 def references(paths, videos, annotations):
     """Return {path: label} of the files inside the folder `videos` that have a label in any split."""
     root, labels = videos.resolve(), {}
-    inside = {p.resolve().relative_to(root): p for p in paths if root in p.resolve().parents}
-    for split in sorted(Path(annotations).glob("*.json")) if inside else []:
+    inside = {p.resolve(): p for p in paths if root in p.resolve().parents}
+    find = file_finder(root)
+    for split in list_files(annotations, ".json") if inside else []:
         for r in load_records(annotations, split.stem):
-            for name in file_names(r):
-                if r["label"] and Path(name) in inside:
-                    labels.setdefault(inside[Path(name)], r["label"])
+            if r["label"] and (path := find(r)) in inside:
+                labels.setdefault(inside[path], r["label"])
     return labels
 
 

@@ -34,6 +34,7 @@ from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
 from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
+from runtime.names import list_names, visible
 from worlds.shapes import (
     ACTIONS,
     COLOURS,
@@ -96,7 +97,7 @@ def write_labels(folder, clips, old_names):
     ordered = sorted(bare.values(), key=str.lower)
     write_json(folder / f"{prefix}labels.json", {text: str(i) for i, text in enumerate(ordered)})
     rows = [f"{c['id']};{bare[c['action']]}\n" for c in clips if c["split"] == TEST]
-    (folder / "test-answers.csv").write_text("".join(rows))
+    (folder / "test-answers.csv").write_text("".join(rows), encoding="utf-8")
 
 
 def write_paraphrases(folder, clips, seed):
@@ -249,7 +250,7 @@ def mark_started(root, settings):
         raise UserError(f"{root} is a file, not a folder")
     marker = next((m for m in (done, started) if m.is_file()), None)
     if marker is None:
-        if root.exists() and any(root.iterdir()):
+        if visible(root):
             raise UserError(f"{root} is not empty and not a toy world. Choose another folder.")
         root.mkdir(parents=True, exist_ok=True)
         write_json(started, settings)
@@ -280,7 +281,7 @@ def make_folder(root, name, fill):
 def start_clips(pool, folder, clips, seed, bar):
     """Submit the missing clips to the pool in batches of 20. Returns the futures."""
     folder.mkdir(exist_ok=True)
-    existing = {entry.name for entry in os.scandir(folder)}
+    existing = set(list_names(folder, ".webm"))
     missing = [c for c in clips if f"{c['id']}.webm" not in existing]
     bar.update(len(clips) - len(missing))
     bar.initial = bar.n  # otherwise existing clips would count towards the speed

@@ -1,0 +1,85 @@
+"""List folders, compare names of files, and make ids of clips. Standard library only."""
+
+import hashlib
+import os
+import unicodedata
+from pathlib import Path
+
+ID_BYTES = 200  # limit for clip ids; a file name may have 255 bytes, and suffixes are added
+RESERVED = '/\\:*?"<>|'  # characters that Windows does not allow in file names
+
+
+def visible(folder):
+    """Return the entries (os.DirEntry) of a folder that are not hidden, sorted by name, or [].
+
+    macOS leaves a hidden `._x.json` beside x.json on foreign disks, and our own unfinished files are
+    hidden too.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def list_names(folder, *endings):
+    """Return the names of the visible regular files of a folder, sorted. Links to files count.
+
+    endings: such as ".json", in lower case; a name may have any of them, in any case. Default: all files.
+    """
+    return [
+        entry.name
+        for entry in visible(folder)
+        if entry.name.lower().endswith(endings or "") and entry.is_file()
+    ]
+
+
+def list_files(folder, *endings):
+    """Return the paths of the files in `list_names`."""
+    return [Path(folder, name) for name in list_names(folder, *endings)]
+
+
+def is_clip_id(name):
+    """Return True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
+    return id_problem(name) is None
+
+
+def id_problem(name):
+    """Describe why `name` cannot be the id of a clip or the name of a split, or return None."""
+    if not isinstance(name, str) or not name:
+        return "is empty or not a string"
+    if name.startswith("."):
+        return "starts with a dot"
+    if bad := next(filter(_is_unsafe, name), None):
+        return f"contains {bad!r}"
+    if (size := len(name.encode())) > ID_BYTES:
+        return f"has {size} bytes, but the limit is {ID_BYTES}"
+    return None
+
+
+def _is_unsafe(character):
+    return character in RESERVED or not character.isprintable()
+
+
+def safe_id(name, add_hash=False):
+    """Return `name` as a clip id: unsafe characters become "_", and a long name is shortened.
+
+    The end of a shortened name is replaced by a hash of the name. add_hash: always add the hash, for
+    names that would have the same id.
+    """
+    name = normal_form(name)
+    safe = "".join("_" if _is_unsafe(c) else c for c in name).lstrip(".") or "_"
+    if add_hash or len(safe.encode()) > ID_BYTES:
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+        start = safe.encode()[: ID_BYTES - 1 - len(digest)].decode(errors="ignore")
+        safe = f"{start}-{digest}"
+    return safe
+
+
+def normal_form(name):
+    """Return a name in Unicode normal form C, in which names are compared.
+
+    macOS writes é as two characters, e and an accent (form D), where most software writes one.
+    """
+    return unicodedata.normalize("NFC", name)

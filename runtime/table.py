@@ -1,0 +1,99 @@
+"""Read a table that a user wrote: CSV with a header, JSON lines or a JSON list of objects."""
+
+import csv
+import io
+import json
+from collections import Counter
+
+from runtime.errors import UserError, refuse
+from runtime.files import read_text
+
+DELIMITERS = ",;\t"
+
+
+def read_table(path, what, required, optional=()):
+    """Read the rows of a file. Returns [(where, row)].
+
+    where: "line 3" or, in a JSON list, "entry 3". row: a dict by column. Capitals and spaces around the
+    names of columns do not matter. required, optional: names of columns in lower case. Raises UserError,
+    with `what` and the place, if the file cannot be read or can be read in more than one way.
+    """
+    text = read_text(path, what)
+    is_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    read = _read_json if is_json or text.lstrip()[:1] in ("[", "{") else _read_csv
+    rows = read(f"{what} {path}", text, required, optional)
+    if not rows:
+        raise UserError(f"{what} {path} contains no rows")
+    return rows
+
+
+def _read_json(file, text, required, optional):
+    def parse(text, where=""):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            why = str(error)
+            if where and isinstance(error, json.JSONDecodeError):
+                why = f"{error.msg}, at character {error.pos + 1}"  # its line number is of one line
+            raise UserError(f"{file} is not valid JSON{where}: {why}") from None
+
+    if text.lstrip().startswith("["):
+        rows = [(f"entry {n}", row) for n, row in enumerate(parse(text), 1)]
+    else:  # not splitlines(), which also splits at U+2028 and the like
+        lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(where, parse(line, f", {where}")) for where, line in lines]
+    refuse([w for w, row in rows if not isinstance(row, dict)], f"rows of {file} are not objects")
+    names = (*required, *optional)
+    twice = [where for where, row in rows if _repeated(map(_column, row), names)]
+    refuse(twice, f"rows of {file} have a key twice, apart from capitals and spaces")
+    return [(where, {_column(k): value for k, value in row.items()}) for where, row in rows]
+
+
+def _read_csv(file, text, required, optional):
+    delimiter = _delimiter(text, required)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, start = (
+        [],
+        1,
+    )  # start: the line on which a row starts; a quoted cell may have several lines
+    try:
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                rows.append((f"line {start}", cells))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file} is not valid CSV, in the row on line {start}: {error}") from None
+    header = [_column(cell) for cell in rows[0][1]] if rows else []
+    if not set(required) <= set(header):
+        columns = ",".join(required) + "".join(f"[,{name}]" for name in optional)
+        raise UserError(
+            f"{file} needs a header with {columns}, separated by commas, semicolons or tabs; its first"
+            f" line is {','.join(header or ['empty'])[:100]!r}"
+        )
+    if twice := _repeated(header, (*required, *optional)):
+        raise UserError(f"{file} has two columns named {twice!r}; remove one of them")
+    refuse(
+        [where for where, cells in rows if any(map(str.strip, cells[len(header) :]))],
+        f"rows of {file} have more cells than the header (text that contains {delimiter!r} needs quotes)",
+    )
+    return [(where, dict(zip(header, cells, strict=False))) for where, cells in rows[1:]]
+
+
+def _delimiter(text, required):
+    """Return the delimiter with which the first line that is not blank has all required columns."""
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    for delimiter in DELIMITERS:
+        cells = next(csv.reader([header], delimiter=delimiter), [])
+        if set(required) <= set(map(_column, cells)):
+            return delimiter
+    return DELIMITERS[0]
+
+
+def _column(name):
+    return " ".join(name.split()).lower()
+
+
+def _repeated(found, names):
+    """Return the first of `names` that occurs more than once in `found`, or None."""
+    counts = Counter(found)
+    return next((name for name in names if counts[name] > 1), None)
