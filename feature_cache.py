@@ -2,6 +2,7 @@
 
 data/features/manifest.json          how the features were computed, see `Manifest`
 data/features/<split>/<id>.pt        the features of one clip, see `save_features`
+data/features/sources.jsonl          the video file of each clip, see `recorded_sources`
 
 Shapes: N video tokens, E video width, B clips.
 """
@@ -15,11 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from runtime import clip_log
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
 from runtime.names import list_names
+from runtime.sources import Source
 
 FORMAT_VERSION = 1
+SOURCES = "sources"  # the name of sources.jsonl in clip_log
 STORES = {"int8": torch.int8, "fp16": torch.float16}
 CHOICES = {
     "sampling": ("bin_centres", "still"),  # still: the first frame, repeated
@@ -133,6 +137,34 @@ def _are_settings(value):
         and all(map(is_count, value["grid"]))
         and all(value[k] in choices for k, choices in CHOICES.items())
     )
+
+
+def feature_file(features, split, clip_id):
+    return features / split / f"{clip_id}.pt"
+
+
+def complete(features, paths):
+    """Return the keys of `paths` that have a feature file. A file gets its name once it is complete."""
+    have = {}
+    for split in {split for split, _ in paths}:
+        folder = features / split
+        have[split] = set(list_names(folder, ".pt"))
+    return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
+
+
+def recorded_sources(features, part):
+    """Return {(split, id): `Source`}: the files that the features of a part, (i, n), were computed from.
+
+    A cache made before sources were recorded has none.
+    """
+    entries = clip_log.read(features, SOURCES, part)
+    found = {key: Source.parse(entry) for key, entry in entries.items()}
+    return {key: source for key, source in found.items() if source}
+
+
+def source_entry(key, source):
+    """Return the line of sources.jsonl for the `Source` of the clip `key` (split, id), as a dict."""
+    return {"split": key[0], "id": key[1], **source._asdict()}
 
 
 def checksum(clip_id, stored):

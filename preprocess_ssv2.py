@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
 You can stop it at any time and start it again, with the same --shard or another. Clips that are done are
-skipped. Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
+skipped, unless their files have changed (see runtime/sources.py). Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
 shard), and the exit code is then 3 (0 under torchrun).
 """
 
@@ -27,22 +27,39 @@ from tqdm import tqdm
 import video
 from dataset import TRAIN, VALIDATION, load_records
 from encoder import VideoEncoder
-from feature_cache import CHOICES, STORES, Manifest, load_features, load_manifest, save_features
-from runtime import cli, devices, distributed, hub, ranks
+from feature_cache import (
+    CHOICES,
+    SOURCES,
+    STORES,
+    Manifest,
+    complete,
+    feature_file,
+    load_features,
+    load_manifest,
+    recorded_sources,
+    save_features,
+    source_entry,
+)
+from runtime import cli, clip_log, devices, distributed, hub, ranks, sources
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
-from runtime.failure_log import failure_log
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
 from runtime.names import list_names, visible
 
 MANIFEST = "manifest.json"
+FAILURES = "failures"  # the name of failures.jsonl in clip_log
+MAX_ERROR = 0.03  # of int8 storage, see `quantisation_error`; 0.008 for Gaussian features
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--videos", default=cli.VIDEOS, help="folder that contains the clips")
+    add(
+        "--videos",
+        help=f"folder that contains the clips (default: {cli.VIDEOS}); --verify looks for changed clips only"
+        " if this flag is given",
+    )
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     add("--features", default=cli.FEATURES, help="folder of the feature cache")
     add("--splits", nargs="+", help=f"splits to encode (default: {TRAIN} {VALIDATION})")
@@ -98,12 +115,15 @@ def main(argv=None):
         return DONE  # rank 0 prints the estimate for all
     part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
     with nullcontext() if args.dry_run else distributed.joined():
-        if args.verify:
-            keys = [(s, r["id"]) for s, records in wanted.items() for r in records]
-            return verify(Path(args.features), in_part(keys, part), args.workers)
         records = {(s, r["id"]): r for s, split in wanted.items() for r in split}
-        paths, missing = video.find_files(Path(args.videos), records)
-        paths = {key: paths[key] for key in in_part(paths, part)}
+        paths, missing = {}, []
+        if args.videos or not args.verify:
+            paths, missing = video.find_files(Path(args.videos or cli.VIDEOS), records)
+            paths = {key: paths[key] for key in in_part(paths, part)}
+        if args.verify:
+            known = recorded_sources(Path(args.features), part)
+            keys = in_part(records, part)
+            return verify(Path(args.features), keys, paths, known, args.workers)
         device, dtype = devices.resolve(args.device, args.dtype)
         return fill(args, part, paths, in_part(missing, part), device, dtype)
 
@@ -111,12 +131,6 @@ def main(argv=None):
 def in_part(keys, part):
     """Return the keys (split, id) that are in part i of n."""
     return [key for key in keys if in_shard(key[1], *part)]
-
-
-def complete(features, paths):
-    """Return the keys of `paths` that have a feature file. A file gets its name once it is complete."""
-    have = {split: set(list_names(features / split, ".pt")) for split in {s for s, _ in paths}}
-    return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
 
 
 def fill(args, part, paths, missing, device, dtype):
@@ -128,20 +142,51 @@ def fill(args, part, paths, missing, device, dtype):
     features = cli.output_folder(args.features, "--features")
     busy = f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
     with nullcontext() if args.dry_run else lock(features, busy, *part):
-        done = complete(features, paths)
-        todo = {key: path for key, path in paths.items() if key not in done}
-        counts = [len(paths), len(missing), len(done)]
-        counts = counts if args.dry_run else map(int, distributed.sums(*counts))
-        note("{:,} clips found, {:,} missing, {:,} already encoded".format(*counts))
+        known, encoded = recorded_sources(features, part), complete(features, paths)
+        changed, current = sources.compare({key: paths[key] for key in encoded}, known)
+        todo = {key: path for key, path in paths.items() if key not in encoded - changed}
+        unrecorded = sum(key not in known for key in current)
+        counts = [len(paths), len(missing), len(paths) - len(todo), len(changed), unrecorded]
+        note_counts(*(counts if args.dry_run else map(int, distributed.sums(*counts))))
         encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
         if args.dry_run:
             pool = WorkerPool(args.workers, args.timeout)
             return dry_run(encoder, todo, features, args.batch_size, pool)
         clear(features, args.splits, part)
-        with failure_log(features, args.shard, part, {*paths, *missing}) as log:
+        failures = old_failures(features, part, {*paths, *missing})
+        entries = {key: source_entry(key, source) for key, source in (known | current).items()}
+        with (
+            clip_log.appending(features, FAILURES, args.shard, part, failures) as log_failure,
+            clip_log.appending(features, SOURCES, args.shard, part, entries) as log_source,
+        ):
             pool = WorkerPool(args.workers, args.timeout)
-            failed = encode_all(encoder, todo, features, args.batch_size, pool, log) if todo else {}
+            how = args.batch_size, pool, log_failure, log_source
+            failed = encode_all(encoder, todo, changed, features, *how) if todo else {}
     return report(len(paths) - len(failed), failed, missing)
+
+
+def note_counts(found, missing, encoded, changed, unrecorded):
+    note(f"{found:,} clips found, {missing:,} missing, {encoded:,} already encoded")
+    if changed:
+        note(
+            f"{changed:,} clips have changed since they were encoded; they are encoded again, and their"
+            " features are replaced one by one"
+        )
+    if unrecorded:
+        note(
+            f"{unrecorded:,} clips were encoded by a version that did not record their files; their"
+            " features are kept, and later changes to the files will be noticed"
+        )
+
+
+def old_failures(features, part, clips):
+    """Return the entries of failures.jsonl to keep: of clips not in `clips` that have no features yet."""
+    entries = clip_log.read(features, FAILURES, part)
+    return {
+        k: e
+        for k, e in entries.items()
+        if k not in clips and not feature_file(features, *k).exists()
+    }
 
 
 def clear(features, splits, part):
@@ -194,36 +239,63 @@ def matching_encoder(args, features, device, dtype, needed):
     return encoder
 
 
-def encode_all(encoder, todo, features, batch_size, pool, log):
-    """Run `encode` with a progress bar. Logs the clips that fail and returns {key: (reason, detail)}."""
+def encode_all(encoder, todo, changed, features, batch_size, pool, log_failure, log_source):
+    """Run `encode` with a progress bar. Returns {key: (reason, detail)} of the clips that fail.
+
+    changed: keys of clips whose features are of an earlier version of the file. They are deleted once
+    the new features are computed or the new file has failed. log_failure, log_source: functions that
+    append an entry to failures.jsonl and sources.jsonl.
+    """
+
+    def delete_outdated(key):
+        if key in changed:
+            feature_file(features, *key).unlink(missing_ok=True)
+
+    def before_saving(key, source):
+        # in this order, so that a kill never leaves features beside the source of others
+        delete_outdated(key)
+        log_source(source_entry(key, source))
+
     failed = {}
     with progress(len(todo), "clip") as bar:
-        for key, error in encode(encoder, todo, features, batch_size, pool):
+        for key, error in encode(encoder, todo, features, batch_size, pool, before_saving):
             bar.update()
             if error:
-                failed[key] = error
-                log(*key, todo[key], *error)
+                delete_outdated(key)
+                failed[key] = reason, detail = error
+                entry = {"id": key[1], "split": key[0], "path": str(todo[key])}
+                log_failure(entry | {"reason": reason, "detail": detail})
     return failed
 
 
-def encode(encoder, todo, features, batch_size, pool):
+def encode(encoder, todo, features, batch_size, pool, before_saving):
     """Decode, encode and save clips. Yields (key, None) for each, or (key, (reason, detail)) if it failed.
 
     todo: {key: path}. features: the folder of the cache. pool: a `WorkerPool` for decoding.
+    before_saving: a function of the key and the `Source` of a clip, called before a file is written.
     """
 
     def save(key, stored, decoder):
-        save_features(features / key[0] / f"{key[1]}.pt", key[1], stored, decoder)
+        save_features(feature_file(features, *key), key[1], stored, decoder)
 
     def launch(batch):
-        names = [(key, clip.decoder) for key, clip in batch]  # without the frames, to free memory
-        return names, encoder.launch([clip.frames for _, clip in batch])
+        # without the frames, to free memory
+        names = [(key, source, clip.decoder) for key, source, clip in batch]
+        return names, encoder.launch([clip.frames for *_, clip in batch], measure=not errors)
 
     def collect(names, finish):
-        for (key, decoder), record in zip(names, finish(), strict=True):
+        records = finish()
+        measured = [
+            record.pop("error").item() for record in records if record and "error" in record
+        ]
+        if measured and not errors:
+            errors.extend(measured)
+            note_quantisation(sum(errors) / len(errors), len(errors))
+        for (key, source, decoder), record in zip(names, records, strict=True):
             if record is None:
                 yield key, ("non_finite", "the encoder returned NaN or infinity")
             else:
+                before_saving(key, source)
                 writes.append((key, disk.submit(save, key, record, decoder)))
 
     def written(limit):
@@ -232,18 +304,18 @@ def encode(encoder, todo, features, batch_size, pool):
             write.result()  # raises if the write failed
             yield key, None
 
-    batch, running, writes = [], [], []
+    batch, running, writes, errors = [], [], [], []
     jobs = ((key, path, encoder.settings.num_frames) for key, path in todo.items())
     ahead = 2 * (batch_size + pool.workers)  # so that decoding continues while a batch is encoded
-    clips = pool.map(video.decode, jobs, ahead)
+    clips = pool.map(video.decode_source, jobs, ahead)
     with ThreadPoolExecutor(4) as disk:  # so that encoding does not wait for fsync
-        for key, clip in clips:
-            if isinstance(clip, VideoError):
-                yield key, (clip.reason, str(clip))
-            elif clip.truncated:
+        for key, result in clips:
+            if isinstance(result, VideoError):
+                yield key, (result.reason, str(result))
+            elif (clip := result[1]).truncated:
                 yield key, ("truncated", f"ends before its declared {clip.duration:.2f} s")
             else:
-                batch.append((key, clip))
+                batch.append((key, *result))
             if len(batch) == batch_size:
                 # queue this batch on the GPU before collecting the previous one, so that it stays busy
                 running.append(launch(batch))
@@ -255,6 +327,18 @@ def encode(encoder, todo, features, batch_size, pool):
         for launched in running:
             yield from collect(*launched)
         yield from written(0)
+
+
+def note_quantisation(error, clips):
+    """Print the quantisation error of the first batch, with a warning if it is high."""
+    text = f"int8 storage: relative error {error:.1%} (mean of the first {clips} clips)"
+    if error > MAX_ERROR:
+        text = (
+            f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"
+            " which lose precision. Use --store fp16 with another --features folder; it takes twice the"
+            " space"
+        )
+    note(text)
 
 
 def dry_run(encoder, todo, features, batch_size, pool):
@@ -277,7 +361,8 @@ def dry_run(encoder, todo, features, batch_size, pool):
             for split, _ in sample:
                 Path(folder, split).mkdir(exist_ok=True)
             times, failed = [time.perf_counter()], 0
-            for _, error in encode(encoder, sample, Path(folder), batch_size, pool):
+            how = batch_size, pool, lambda key, source: None
+            for _, error in encode(encoder, sample, Path(folder), *how):
                 times.append(time.perf_counter())
                 failed += error is not None
         seconds = (times[-1] - times[0]) / len(sample) * len(todo)
@@ -318,21 +403,25 @@ def report(ok, failed, missing):
     return PARTIAL if failed or missing else DONE
 
 
-def verify(features, keys, workers):
+def verify(features, keys, paths, known, workers):
     """Check the feature files of all keys (split, id) for damage, wrong shapes and NaN.
 
-    Returns exit code 1 if any file is damaged or missing, else 0.
+    paths: {key: path} of the clips to compare with `known`, the recorded {key: `Source`}.
+    Returns exit code 1 if any file is damaged or missing or any clip has changed, else 0.
     """
     settings = load_manifest(features).settings
 
     def check(key):
-        split, clip_id = key
         try:
-            load_features(features / split / f"{clip_id}.pt", clip_id, settings)
+            load_features(feature_file(features, *key), key[1], settings)
         except UserError as error:
-            return str(error)
+            return "damaged", str(error)
+        if key in comparable and sources.has_changed(paths[key], known[key]):
+            path = paths[key]
+            return "changed", f"clip {key[1]}: {path} has changed since its features were computed"
 
     have = complete(features, dict.fromkeys(keys))
+    comparable = have & paths.keys() & known.keys()
     bad = []
     with ThreadPoolExecutor(max(1, workers)) as threads, progress(len(have), "file") as bar:
         for problem in threads.map(check, sorted(have)):
@@ -340,12 +429,20 @@ def verify(features, keys, workers):
             if problem:
                 bad.append(problem)
     bad = [problem for part in distributed.all_gather(bad) for problem in part]
-    for problem in bad[:20]:
-        note(problem)
+    for _, text in bad[:20]:
+        note(text)
     if len(bad) > 20:
         note(f"… and {len(bad) - 20} more")
-    have, wanted = map(int, distributed.sums(len(have), len(keys)))
-    print(f"{have - len(bad):,} intact, {len(bad):,} damaged, {wanted - have:,} missing")
+    counts = distributed.sums(len(have), len(keys), len(comparable), len(paths))
+    have, wanted, compared, found = map(int, counts)
+    if found and compared < have:
+        note(
+            f"{have - compared:,} clips were not compared with their files, which are not in --videos or"
+            " were not recorded when the clip was encoded"
+        )
+    damaged, changed = (sum(kind == k for kind, _ in bad) for k in ("damaged", "changed"))
+    text = f"{have - len(bad):,} intact, {damaged:,} damaged, {wanted - have:,} missing"
+    print(text + (f", {changed:,} changed" if found else ""))
     return FAILED if bad or have < wanted else DONE
 
 

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from runtime import sources
 from runtime.errors import UserError, VideoError
 from runtime.names import normal_form, visible
 
@@ -280,6 +281,16 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
             f" {STRIP}:1",
         )
     return Clip(frames, decoder, scan.duration, bool(corrupt or (short and reaches_gap)))
+
+
+def decode_source(path, num_frames):
+    """Return (the `Source` of a file, `decode(path, num_frames)`). Raises VideoError like `decode`."""
+    try:
+        # before decoding: if the file is replaced meanwhile, its date will differ from the source's
+        source = sources.identify(path)
+    except OSError as error:
+        raise VideoError("unreadable", f"{path} cannot be read: {error.strerror}") from None
+    return source, decode(path, num_frames)
 
 
 def stream(path, rate=None):

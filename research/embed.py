@@ -170,6 +170,7 @@ def query(args):
     checkpoint = read_checkpoint(args.checkpoint)
     path = output_path(args.output, args.checkpoint, f"embeddings_{args.split}.npz")
     ids, vectors, split = embeddings.read(path, args.kind, checkpoint)
+    embeddings.check_current(path, ids, split, args.features)
     labels = {}
     if Path(args.annotations, f"{split}.json").is_file():
         labels = {r["id"]: r["label"] for r in load_records(args.annotations, split)}
@@ -228,6 +229,7 @@ def score(args):
     checkpoint, by_kind = read_checkpoint(args.checkpoint), {}
     for kind in embeddings.KINDS:
         ids, by_kind[kind], split = embeddings.read(path, kind, checkpoint)
+    embeddings.check_current(path, ids, split, args.features)
     known = {r["id"]: r for r in load_records(args.annotations, split)}
     if unknown := [i for i in ids if i not in known]:
         raise UserError(f"{path} has {len(unknown)} clips that are not in {args.annotations}")

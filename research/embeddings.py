@@ -4,6 +4,7 @@ Shapes: B clips, n clips of a split or windows of a film, N video tokens, E vide
 D language model width.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import windows
 from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
-from feature_cache import Settings
+from feature_cache import Settings, recorded_sources
 from runtime.cli import note, printable
 from runtime.errors import FAILED, UserError
 from runtime.files import temporary_name
@@ -152,6 +153,7 @@ def write(path, captioner, checkpoint, clips):
         "weights": weights_digest(checkpoint["qformer"]),
         "step": checkpoint["step"],
         "split": clips.split,
+        "sources": sources_digest(clips.features, clips.split, [r["id"] for r in clips.records]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(path)
@@ -171,6 +173,34 @@ def write(path, captioner, checkpoint, clips):
         out.flush()
         os.fsync(out.fileno())
         os.replace(unfinished, path)
+
+
+def sources_digest(features, split, ids):
+    """Return a digest of the video files that the features of clips were computed from.
+
+    None if not all of them are recorded in the cache.
+    """
+    known = recorded_sources(Path(features), (0, 1))
+    sources = [known.get((split, i)) for i in ids]
+    if None in sources:
+        return None
+    files = [(source.size, source.digest) for source in sources]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+
+def check_current(path, ids, split, features):
+    """Raise UserError if a file of embeddings was written before clips of its cache were encoded again.
+
+    path, ids, split: as in `read`. features: a cache, compared only if it records sources of these clips.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        before = json.loads(str(file["about"])).get("sources")
+    now = sources_digest(features, split, ids)
+    if before and now and before != now:
+        raise UserError(
+            f"{path} was made from other clips than those that are now in {features}."
+            " Run python -m research.embed again."
+        )
 
 
 def read(path, kind, checkpoint):

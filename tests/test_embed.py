@@ -243,6 +243,21 @@ def test_embeddings_of_another_checkpoint_are_refused(flags, written, world, tra
         embed.main([*flags, *more])
 
 
+def test_embeddings_of_clips_that_have_changed_are_refused(flags, written, prepared, tmp_path):
+    """After films were replaced and encoded again, search still used the vectors of the old ones."""
+    lines = (prepared / "features" / "sources.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    ids = [r["id"] for r in load_records(prepared / "annotations", "validation")]
+    embeddings.check_current(written, ids, "validation", prepared / "features")
+    embeddings.check_current(written, ids, "validation", tmp_path)  # another cache
+    for entry in entries:
+        if entry["id"] == ids[3]:
+            entry["digest"] = "0"
+    (tmp_path / "sources.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    with pytest.raises(UserError, match="was made from other clips"):
+        embed.main([*flags, "--features", str(tmp_path), "--output", str(written), "--score"])
+
+
 def test_invalid_vectors_are_refused(written, trained, tmp_path):
     """--query printed nan as a score."""
     with np.load(written) as file:

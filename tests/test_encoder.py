@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoder import MEAN, STD, VideoEncoder, quantise, transform
+from encoder import MEAN, STD, VideoEncoder, quantisation_error, quantise, transform
 from feature_cache import Manifest
 from runtime import hub
 from runtime.errors import UserError
@@ -96,6 +96,14 @@ def test_quantise_is_accurate_far_from_zero():
     assert (back[:, 5] == 4.5).all()
     spread = x[:, :5] - x[:, :5].mean(0)
     assert ((back - x)[:, :5].norm(dim=0) / spread.norm(dim=0)).max() < 0.011
+
+
+def test_outlier_tokens_do_not_hide_the_quantisation_error():
+    """Ordinary tokens lost 10 % in int8 if a few tokens were 30 times larger, without a message."""
+    x = torch.randn(2, 4096, 64) + 5 * torch.randn(64)
+    x[1, ::512] += 30 * torch.randn(8, 64)
+    error = quantisation_error(x, quantise(x))
+    assert error.tolist() == pytest.approx([0.008, 0.1], rel=0.1)
 
 
 def test_features_do_not_depend_on_the_batch(folder):

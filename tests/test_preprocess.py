@@ -1,13 +1,18 @@
 """preprocess_ssv2.py on real files: its output, refused input and reports."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from conftest import preprocess
 
+import feature_cache
+import preprocess_ssv2
 from dataset import load_records
-from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from encoder import VideoEncoder
+from runtime.errors import DONE, FAILED, PARTIAL, Stopped, UserError
 
 
 def files(folder):
@@ -153,3 +158,161 @@ def test_a_folder_without_the_clips_is_refused(world, few):
         preprocess(world, few, "--splits", "train", videos=few / "nowhere")
     with pytest.raises(UserError, match="no annotations for split 'test'"):
         preprocess(world, few, "--splits", "test")
+
+
+# ---- files that have changed -----------------------------------------------------------------
+
+
+@pytest.fixture
+def films(world, few):
+    """Folders a and b: 4 clips each, of the same names. Returns a function that encodes a folder."""
+    ids = [r["id"] for r in load_records(few / "annotations", "train")]
+    for folder, names in (("a", ids[:4]), ("b", ids[4:8])):
+        (few / folder).mkdir()
+        for new, old in zip(ids, names, strict=False):
+            shutil.copy(world / "videos" / f"{old}.webm", few / folder / f"{new}.webm")
+
+    def encode(name, *flags, features="features"):
+        flags = ["--splits", "train", "--limit", 4, *flags]
+        return preprocess(world, few, *flags, videos=few / name, features=few / features)
+
+    return encode
+
+
+def sources_of(features):
+    lines = (features / "sources.jsonl").read_text().splitlines()
+    return {entry["id"]: entry for entry in map(json.loads, lines)}
+
+
+def test_other_films_of_the_same_names_are_encoded(films, few, capsys):
+    """With another --videos, "4 already encoded" was printed and training used the old pictures."""
+    assert films("a") == DONE and films("b", features="expected") == DONE
+    capsys.readouterr()
+    old = files(few / "features")
+    assert films("b", "--dry-run") == DONE
+    assert "4 clips have changed" in capsys.readouterr().err and files(few / "features") == old
+    assert films("b") == DONE
+    assert "0 already encoded\n4 clips have changed" in capsys.readouterr().err
+    assert files(few / "features") == files(few / "expected")
+    assert sources_of(few / "features") == sources_of(few / "expected")
+    assert films("b", "--shard", "1/2") == films("b") == DONE
+    assert "changed" not in capsys.readouterr().err
+
+
+def test_verify_compares_clips_with_the_files_that_were_encoded(films, few, capsys):
+    """A cache made from other files of the same names was "4 intact"."""
+    films("a")
+    assert films("a", "--verify") == DONE
+    assert "4 intact, 0 damaged, 0 missing, 0 changed" in capsys.readouterr().out
+    path = sorted((few / "b").iterdir())[1]
+    (few / "a" / path.name).write_bytes(path.read_bytes())
+    assert films("a", "--verify") == FAILED
+    printed = capsys.readouterr()
+    assert "3 intact, 0 damaged, 0 missing, 1 changed" in printed.out
+    assert f"{few / 'a' / path.name} has changed" in printed.err
+    flags = ["--annotations", str(few / "annotations"), "--features", str(few / "features")]
+    flags += ["--splits", "train", "--limit", "4", "--verify"]
+    assert preprocess_ssv2.main(flags) == DONE  # without --videos, only the features are checked
+    assert capsys.readouterr().out == "4 intact, 0 damaged, 0 missing\n"
+
+
+def test_unchanged_files_are_not_opened(films, few, monkeypatch):
+    """Opening the clips of SSv2 at each start would take minutes. Another date alone is no change."""
+    films("a")
+    made = sources_of(few / "features")
+    monkeypatch.setattr("video.decode_source", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.sources.identify", None)
+        assert films("a") == DONE
+    for path in (few / "a").iterdir():
+        os.utime(path, (1, 1))
+    assert films("a") == DONE
+    found = sources_of(few / "features")
+    assert {i: s["digest"] for i, s in found.items()} == {i: s["digest"] for i, s in made.items()}
+    assert {s["mtime_ns"] for s in found.values()} == {10**9}
+
+
+def test_features_of_a_film_that_was_replaced_by_a_damaged_one_are_deleted(films, few):
+    """They are of another film. Until the new file has been tried they stay, in case of a typing error."""
+    films("a")
+    path = sorted((few / "b").iterdir())[0]
+    path.write_bytes(b"no film")
+    assert films("b") == PARTIAL
+    assert f"train/{path.stem}.pt" not in files(few / "features")
+    assert len(files(few / "features")) == 3
+
+
+def test_features_never_stand_beside_the_source_of_others(films, few, monkeypatch):
+    """A run on other films that is stopped between two writes must not leave features of one film that
+    count as those of another, whichever folder is encoded next."""
+    films("a")
+    whole, save, seen = files(few / "features"), feature_cache.save_features, []
+
+    def stop(path, *args):
+        seen.append(path.exists())
+        save(path, *args)
+        if len(seen) > 2:
+            raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess_ssv2.save_features", stop)
+        with pytest.raises(Stopped):
+            films("b", "--batch-size", 1)
+    assert len(seen) >= 3 and not any(seen)
+    assert films("a") == DONE
+    assert files(few / "features") == whole
+
+
+def test_sources_of_shards_are_merged(films, few, capsys):
+    """The newest entry counts, in whichever file it is. One shard is of b, then everything is."""
+    films("a")
+    films("b", "--shard", "0/2")
+    half = files(few / "features")
+    capsys.readouterr()
+    assert films("b", "--shard", "0/2") == films("b") == DONE
+    changed = [line for line in capsys.readouterr().err.splitlines() if "changed" in line]
+    assert len(changed) == 1 and 0 < int(changed[0].split()[0]) < 4
+    assert films("b", features="expected") == DONE
+    assert files(few / "features") == files(few / "expected") != half
+    assert sources_of(few / "features") == sources_of(few / "expected")
+    assert not list((few / "features").glob("sources_part*"))
+
+
+def test_a_cache_without_sources_is_kept(films, few, capsys):
+    """A cache of an earlier version is not computed again, and a later change is noticed."""
+    films("a")
+    old = files(few / "features")
+    (few / "features" / "sources.jsonl").unlink()
+    capsys.readouterr()
+    assert films("a") == DONE
+    assert "4 clips were encoded by a version that did not record" in capsys.readouterr().err
+    assert films("a") == films("a", "--verify") == DONE and files(few / "features") == old
+    assert "did not record" not in capsys.readouterr().err
+    path = sorted((few / "b").iterdir())[0]
+    (few / "a" / path.name).write_bytes(path.read_bytes())
+    assert films("a", "--verify") == FAILED and films("a") == DONE
+    assert "1 clips have changed" in capsys.readouterr().err
+    assert films("a", "--verify") == DONE
+
+
+# ---- precision -------------------------------------------------------------------------------
+
+
+def test_a_high_quantisation_error_is_reported(films, capsys, monkeypatch):
+    """A few tokens of large norm cost all others 10 % of their precision in int8, without a message."""
+    films("a", "--dry-run")
+    printed = capsys.readouterr().err
+    assert "int8 storage: relative error" in printed and "WARNING" not in printed
+    films("a", "--store", "fp16", "--dry-run")
+    assert "relative error" not in capsys.readouterr().err
+    encode = VideoEncoder.encode
+
+    def with_outliers(self, clips):
+        x = encode(self, clips)
+        x[:, ::64] *= 100
+        return x
+
+    monkeypatch.setattr(VideoEncoder, "encode", with_outliers)
+    films("a", "--dry-run")
+    printed = capsys.readouterr().err
+    assert "WARNING: int8 storage: relative error" in printed and "--store fp16" in printed

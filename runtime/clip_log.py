@@ -1,0 +1,78 @@
+"""JSON lines about clips, kept beside a feature cache: failures.jsonl and sources.jsonl.
+
+Each process appends to its own file, <name>_part<i>of<n>.jsonl for part i of n, so that a kill loses no
+line and shards do not conflict. At the end, rank 0 merges the files of its --shard into one sorted file.
+A run over all clips merges the files of all shards into <name>.jsonl.
+"""
+
+import json
+from contextlib import contextmanager, suppress
+from operator import itemgetter
+
+from runtime import distributed, ranks
+from runtime.files import in_shard, write_atomic
+from runtime.names import is_clip_id
+
+
+def read(features, name, part):
+    """Return {(split, id): entry} of the clips in a part, given as (i, n).
+
+    Lines that are not valid, such as one truncated by a kill, are skipped. Of several entries for one
+    clip the last counts, that in the most recently modified file first.
+    """
+    files = []
+    for path in (features / f"{name}.jsonl", *features.glob(f"{name}_part*of*.jsonl")):
+        with suppress(FileNotFoundError):  # another shard may merge and delete its files meanwhile
+            files.append((path.stat().st_mtime_ns, path.read_bytes()))
+    entries = {}
+    for _, data in sorted(files, key=itemgetter(0)):
+        entries |= parse(data)
+    return {key: entry for key, entry in entries.items() if in_shard(key[1], *part)}
+
+
+def parse(data):
+    """Parse the bytes of a file into {(split, id): entry}."""
+    entries = {}
+    for line in data.splitlines():
+        try:
+            entry = json.loads(line)
+            if is_clip_id(entry["split"]) and is_clip_id(entry["id"]):
+                entries[entry["split"], entry["id"]] = entry
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return entries
+
+
+@contextmanager
+def appending(features, name, shard, part, entries):
+    """Yield a function that appends an entry, a dict with `split` and `id`.
+
+    shard: the value of --shard, as (i, n). part: the part that this process handles, as (i, n).
+    entries: what the file contains at the start, the result of `read` for this part with any changes.
+    It must include all entries to keep, because this file is now the most recently modified one.
+    """
+    process_log, shard_log = (log_path(features, name, *p) for p in (part, shard))
+    others = [*features.glob(f"{name}_part*of*.jsonl")] if shard == (0, 1) else []
+    write_atomic(process_log, "".join(map(as_line, entries.values())))
+    with open(process_log, "a", encoding="utf-8") as file:
+
+        def append(entry):
+            file.write(as_line(entry))
+            file.flush()
+
+        yield append
+    logs = distributed.all_gather(process_log.read_bytes())
+    if ranks.rank() == 0:
+        merged = {key: entry for log in logs for key, entry in parse(log).items()}
+        write_atomic(shard_log, "".join(sorted(map(as_line, merged.values()))))
+    distributed.all_gather(None)  # barrier: the merged log is on disk before its parts are deleted
+    for log in {process_log, *others} - {shard_log}:
+        log.unlink(missing_ok=True)
+
+
+def as_line(entry):
+    return json.dumps(entry) + "\n"
+
+
+def log_path(features, name, part, parts):
+    return features / (f"{name}.jsonl" if parts == 1 else f"{name}_part{part}of{parts}.jsonl")
