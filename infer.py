@@ -21,7 +21,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
-from video import file_names, find_clips
+from video import find_clips, find_files
 from windows import Windowing, add_flags, caption_files
 
 
@@ -93,21 +93,13 @@ def sample_clips(count, videos, annotations, seed):
     Raises UserError if fewer clips have a file in `videos`.
     """
     records = {r["id"]: r for r in load_records(annotations, TEST)}
-    videos = cli.existing(
-        videos, "--videos", "This must be the folder that contains the clips of the dataset."
-    )
-    paths = []
-    for clip_id in by_hash(records, seed):
-        files = (videos / name for name in file_names(records[clip_id]))
-        paths += [path for path in files if path.is_file()][:1]
-        if len(paths) == count:
-            break
+    paths, _ = find_files(Path(videos), records)
     if len(paths) < count:
         raise UserError(
             f"--num-samples {count}: only {len(paths)} of the {len(records)} test clips"
             f" are in {videos}"
         )
-    return paths
+    return [paths[clip_id] for clip_id in by_hash(paths, seed)[:count]]
 
 
 def text_lines(result):

@@ -250,8 +250,8 @@ def encode(encoder, todo, features, batch_size, pool):
         for key, clip in clips:
             if isinstance(clip, VideoError):
                 yield key, (clip.reason, str(clip))
-            elif clip.truncated:
-                yield key, ("truncated", f"ends before its declared {clip.duration:.2f} s")
+            elif clip.damage:
+                yield key, clip.damage
             else:
                 batch.append((key, clip))
             if len(batch) == batch_size:

@@ -26,7 +26,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import FAILED, UserError
-from video import is_video
+from runtime.folders import is_video
 from viz import attention_map, draw_text
 from windows import Windowing
 

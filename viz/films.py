@@ -131,9 +131,10 @@ def references(paths, videos, annotations):
     """Return {path: label} of the files inside the folder `videos` that have a label in any split."""
     root, labels = videos.resolve(), {}
     inside = {p.resolve().relative_to(root): p for p in paths if root in p.resolve().parents}
+    stems = {path.stem for path in inside}
     for split in sorted(Path(annotations).glob("*.json")) if inside else []:
         for r in load_records(annotations, split.stem):
-            for name in file_names(r):
+            for name in file_names(r) if r["video"] or r["id"] in stems else ():
                 if r["label"] and Path(name) in inside:
                     labels.setdefault(inside[Path(name)], r["label"])
     return labels
