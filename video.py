@@ -249,7 +249,7 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     start, end: seconds; None means the start or end of the file. If no frame starts in this window, the
     frame before it is used.
     backend: auto, decord or pyav.
-    Raises VideoError with the reason unreadable, no_video, empty or truncated.
+    Raises VideoError with the reason unreadable, no_video, empty, truncated or corrupt.
     """
     scan = _scan(path)
     low, high = _bounds(path, scan, start, end)
