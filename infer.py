@@ -19,9 +19,9 @@ from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
 from runtime.cli import note
+from runtime.clip_files import file_finder, find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
-from video import file_finder, find_clips
 from windows import Windowing, add_flags, caption_files
 
 
@@ -109,7 +109,7 @@ def sample_clips(count, videos, annotations, seed):
             f"--num-samples {count}: only {len(paths)} of the {len(records)} test clips"
             f" are in {videos}"
         )
-    return paths
+    return [paths[clip_id] for clip_id in by_hash(paths, seed)[:count]]
 
 
 def text_lines(result):

@@ -40,7 +40,7 @@ from feature_cache import (
     save_features,
     source_entry,
 )
-from runtime import cli, clip_log, devices, distributed, hub, ranks, sources
+from runtime import cli, clip_files, clip_log, devices, distributed, hub, ranks, sources
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
@@ -118,7 +118,7 @@ def main(argv=None):
         records = {(s, r["id"]): r for s, split in wanted.items() for r in split}
         paths, missing = {}, []
         if args.videos or not args.verify:
-            paths, missing = video.find_files(Path(args.videos or cli.VIDEOS), records)
+            paths, missing = clip_files.find_files(Path(args.videos or cli.VIDEOS), records)
             paths = {key: paths[key] for key in in_part(paths, part)}
         if args.verify:
             known = recorded_sources(Path(args.features), part)
@@ -312,8 +312,8 @@ def encode(encoder, todo, features, batch_size, pool, before_saving):
         for key, result in clips:
             if isinstance(result, VideoError):
                 yield key, (result.reason, str(result))
-            elif (clip := result[1]).truncated:
-                yield key, ("truncated", f"ends before its declared {clip.duration:.2f} s")
+            elif result[1].damage:
+                yield key, result[1].damage
             else:
                 batch.append((key, *result))
             if len(batch) == batch_size:

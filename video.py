@@ -13,16 +13,21 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime import sources
-from runtime.errors import UserError, VideoError
-from runtime.names import normal_form, visible
+from runtime.errors import VideoError
 
-VIDEO_EXTENSIONS = (".webm", ".mp4", ".mkv", ".mov", ".avi", ".m4v", ".gif")
+# FFmpeg opens only these containers, whatever the file's name. Others refer to further files (hls, dash,
+# concat, sdp, image2) or are no videos (images, text).
+CONTAINERS = (
+    "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,rm,nut,ivf,obu,av1,h261,h263"
+    ",h264,hevc,vvc,m4v,vc1,vc1test,dv,dirac,dnxhd,mjpeg,yuv4mpegpipe,wtv,ty,pva,nsv,gxf,lxf,swf,dhav"
+)
 
 # Frames whose shorter edge is at least 2 x ENOUGH pixels are downscaled by an integer factor. 32 frames
 # of 4K would take 0.8 GB, and V-JEPA 2 only needs 256 x 256.
@@ -36,97 +41,6 @@ STRIP = 32
 DECORD_BYTES = 256 * 2**20
 
 
-# ---- which files are clips -----------------------------------------------------------------
-
-
-def file_names(record):
-    """Return the possible file names of an annotated clip, relative to the video folder."""
-    video = record["video"] or ""
-    on_windows = video.replace("\\", "/")
-    names = video, on_windows, f"{record['id']}.webm", f"{record['id']}.mp4"
-    return [*filter(None, dict.fromkeys(names))]
-
-
-def file_finder(videos):
-    """Return a function from the record of a clip to its file in the folder `videos`, or None.
-
-    Names are compared in Unicode normal form C; of two names that differ only in the form, the one that
-    is written like the record wins. Each folder is listed once, because SSv2 would need 220,847 stat calls.
-    """
-
-    @cache
-    def listed(folder):
-        entries = visible(folder)
-        # on disk names are UTF-8, also if the locale has another encoding
-        forms = {os.fsencode(e.name).decode(errors="surrogateescape"): e for e in entries}
-        return {normal_form(f): e for f, e in forms.items()} | {e.name: e for e in entries}
-
-    def locate(name):
-        if "/" in name and (videos / name).is_file():
-            return videos / name
-        folder, entry = videos, None
-        for part in PurePosixPath(name).parts:
-            entry = listed(folder).get(part) or listed(folder).get(normal_form(part))
-            if entry is None:
-                return None
-            folder = folder / entry.name
-        return folder if entry and entry.is_file() else None
-
-    return lambda record: next(filter(None, map(locate, file_names(record))), None)
-
-
-def find_clips(names):
-    """Return the paths of all videos in a list of files and folders, which are searched recursively.
-
-    Raises UserError if a path does not exist or a folder contains no videos.
-    """
-    paths = []
-    for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_video(p))
-            if not inside:
-                raise UserError(f"folder {path} contains no videos ({' '.join(VIDEO_EXTENSIONS)})")
-            paths += inside
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"clip not found: {path}")
-    return paths
-
-
-def is_video(path):
-    return path.suffix.lower() in VIDEO_EXTENSIONS
-
-
-def find_files(videos, records):
-    """Find the files of annotated clips. Returns ({key: path}, [keys without a file]).
-
-    videos: the video folder; records: {key: record}. Raises UserError if no clip has a file.
-    """
-    if not videos.is_dir():
-        raise UserError(
-            f"--videos not found: {videos}. This must be the folder that contains the clips,"
-            " <id>.webm or <id>.mp4."
-        )
-    find = file_finder(videos)
-    found = {key: find(record) for key, record in records.items()}
-    paths = {key: path for key, path in found.items() if path}
-    missing = [key for key in found if key not in paths]
-    if not paths and missing:
-        first = records[missing[0]]["id"]
-        names = [entry.name for entry in visible(videos)]
-        raise UserError(
-            f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
-            f" {first}.mp4, …, but the folder "
-            + (
-                f"contains {len(names)} other files, for example {', '.join(names[:3])}"
-                if names
-                else "is empty"
-            )
-        )
-    return paths, missing
-
-
 # ---- frames --------------------------------------------------------------------------------
 
 
@@ -138,21 +52,22 @@ class Clip:
         2 x `ENOUGH` pixels.
     decoder: decord or pyav.
     duration: the length of the whole video in seconds.
-    truncated: True if the file ends early or contains corrupt frames. `frames` are then taken from the
-        frames that could be decoded.
+    damage: None if all frames are intact, else (reason, sentence). The reason is truncated if the file
+        ends early, or corrupt. `frames` are then taken from the frames that could be decoded.
     """
 
     frames: np.ndarray
     decoder: str
     duration: float
-    truncated: bool
+    damage: tuple | None
 
 
 @dataclass(frozen=True)
 class Info:
-    """Properties of a video from its header.
+    """Properties of a video.
 
-    duration: seconds; if the header's value is implausible, the length of the data in the file.
+    duration: seconds, the longer of what the header declares and what the file contains; implausible
+        headers are ignored.
     rate: frames per second. width, height: pixels, upright. rotation: degrees.
     """
 
@@ -173,14 +88,23 @@ class _Scan:
     tick: Fraction  # seconds per pts unit
     rate: float  # frames per second
     covered: float  # seconds from the start of the first frame to the end of the last
-    corrupt: bool
-    claimed: float | None  # seconds, according to the header
+    corrupt: list  # seconds at which a packet is corrupt
+    incomplete: bool  # True if the last packet is
+    claimed: float  # seconds according to the header, or 0
     plain_vp9: bool  # True if decord returns the same bytes as PyAV, or an error
     size: int  # bytes of one RGB frame
+    end: int  # a file without damage has no packets after this byte
+
+    @property
+    def ends_early(self):
+        # Comparing the frame count to duration x rate would reject intact clips of variable frame rate.
+        return self.claimed - self.covered > max(0.25, 0.05 * self.claimed)
 
     @property
     def duration(self):
-        return self.claimed or self.covered
+        # a corrupt header can claim a thousand years, or less than the file contains
+        plausible = self.claimed <= 60 + 2 * self.covered
+        return max(self.covered, self.claimed if plausible else 0.0)
 
     def time(self, frame, ordinal):
         if self.first is None or frame.pts is None:
@@ -238,13 +162,8 @@ def probe(path):
         width, height = frame.width, frame.height
         if frame.rotation % 180 == 90:
             width, height = height, width
-        duration = _claimed_duration(container, stream)
         rate = float(stream.average_rate or 0)
-    covered = _scan(path).covered
-    # a corrupt header can claim a thousand years
-    if duration is None or duration > 60 + 2 * covered:
-        duration = covered
-    return Info(duration, rate, width, height, frame.rotation % 360)
+    return Info(_scan(path).duration, rate, width, height, frame.rotation % 360)
 
 
 def decode(path, num_frames, start=None, end=None, backend="auto"):
@@ -253,14 +172,14 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     start, end: seconds; None means the start or end of the file. If no frame starts in this window, the
     frame before it is used.
     backend: auto, decord or pyav.
-    Raises VideoError with the reason unreadable, no_video, empty or truncated.
+    Raises VideoError with the reason unreadable, no_video, empty, truncated or corrupt.
     """
     scan = _scan(path)
     low, high = _bounds(path, scan, start, end)
     chosen = np.flatnonzero((scan.times >= low) & (scan.times < high))
-    frames, decoder, corrupt = None, "decord", scan.corrupt
+    frames, decoder, corrupt = None, "decord", any(low <= t < high for t in scan.corrupt)
     # decord raises an error for corrupt VP9 frames, but conceals them in other codecs.
-    use_decord = scan.plain_vp9 and not corrupt and len(scan.times) * scan.size <= DECORD_BYTES
+    use_decord = scan.plain_vp9 and not scan.corrupt and len(scan.times) * scan.size <= DECORD_BYTES
     if backend == "decord" or (backend == "auto" and use_decord):
         picks = chosen[frame_indices(len(chosen), num_frames)]
         frames = _decode_decord(path, picks, len(scan.times))
@@ -270,9 +189,15 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
         decoder = "pyav"
         frames, corrupt_frames = _decode_pyav(path, scan, low, high, len(chosen), num_frames)
         corrupt = corrupt or corrupt_frames
-    # Comparing the frame count to duration x rate would reject intact clips of variable frame rate.
-    short = scan.covered < scan.duration - max(0.25, 0.05 * scan.duration)
-    reaches_gap = min(high, scan.duration) > scan.covered + 0.25
+    damage = None
+    if high >= scan.covered and (scan.ends_early or scan.incomplete):
+        claim = f", but its header declares {scan.claimed:,.2f} s" if scan.ends_early else ""
+        damage = "truncated", f"the file is truncated: it ends at {scan.covered:.2f} s{claim}"
+        if _continues(path, scan.end):
+            text = f"the file is corrupt: it cannot be read after {scan.covered:.2f} s{claim}"
+            damage = "corrupt", text
+    elif corrupt:
+        damage = "corrupt", "the file is corrupt: some of its frames cannot be decoded"
     height, width = frames.shape[1:3]
     if max(height, width) > STRIP * min(height, width):
         raise VideoError(
@@ -280,7 +205,7 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
             f"{path} has frames of {width} x {height} pixels; the aspect ratio may not exceed"
             f" {STRIP}:1",
         )
-    return Clip(frames, decoder, scan.duration, bool(corrupt or (short and reaches_gap)))
+    return Clip(frames, decoder, scan.duration, damage)
 
 
 def decode_source(path, num_frames):
@@ -325,7 +250,8 @@ def _open(path):
         if path.stat().st_size == 0:
             raise VideoError("empty", f"{path} is an empty file")
         # Without "file:", ffmpeg would parse a name that contains a colon as a protocol.
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        with av.open(f"file:{path}", metadata_errors="replace", options=only) as container:
             streams = _video_streams(container)
             if not streams:
                 raise VideoError("no_video", f"{path} has no video stream")
@@ -335,6 +261,12 @@ def _open(path):
             streams[0].codec_context.thread_count = 1
             streams[0].codec_context.thread_type = "NONE"
             yield container, streams[0]
+    except av.ArgumentError:  # the container is not in the list
+        raise VideoError(
+            "unreadable",
+            f"{path} is not in a supported video container; playlists, lists of files and images are not"
+            " opened",
+        ) from None
     except (av.FFmpegError, OSError) as error:
         why = error.strerror or type(error).__name__
         raise VideoError("unreadable", f"{path} cannot be read as a video: {why}") from None
@@ -346,45 +278,43 @@ def _video_streams(container):
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
-def _claimed_duration(container, stream):
-    """Return the duration of the video stream in seconds from the file's headers, or None."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
+def _claimed_duration(container, stream, first):
+    """Return the duration of the video stream in seconds from the file's headers, or 0.
+
+    first: seconds from the start of the file to the first frame.
+    """
+    from av.format import Flags
+
+    # MPEG and raw streams have no header that contains it, so that FFmpeg estimates it, often badly.
+    if container.format.flags & (Flags.ts_discont | Flags.no_timestamps).value:
+        return 0.0
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
-    seconds = tag and int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-    if not seconds and len(container.streams) == 1 and container.duration:
-        seconds = container.duration / 1_000_000
-    if seconds and "matroska" in container.format.name and (stream.start_time or 0) > 0:
-        seconds -= float(stream.start_time * stream.time_base)  # Matroska includes the start time
-    return seconds or None
+    if stream.duration:
+        seconds = float(stream.duration * stream.time_base)
+    elif tag:
+        seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    else:
+        seconds = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+    # all but MP4 count from the start of the file
+    return seconds if "mp4" in container.format.name else seconds - max(0.0, first)
+
+
+class _Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_keyframe: bool
+    is_corrupt: bool
+    end: int  # in bytes
+    size: int
 
 
 def _scan(path):
     import av
 
-    pts, keys, corrupt, shown = [], [], False, {}
+    packets, failed = [], False
     with _open(path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    pts.append(packet.pts)
-                    shown[packet.pts] = packet.duration or 0
-                    corrupt |= packet.is_corrupt
-                    if packet.is_keyframe:
-                        keys.append(packet.pts)
-        except av.FFmpegError:
-            corrupt = True
-        if not pts:
-            raise VideoError("empty", f"{path} has no decodable frame")
-        rate, tick = float(stream.average_rate or 25), stream.time_base
         context = stream.codec_context
-        if None in pts:  # AVI and raw streams have no timestamps
-            times, keys, first, last = np.arange(len(pts)) / rate, [], None, 1 / rate
-        else:
-            first = min(pts)
-            times = np.array([float((p - first) * tick) for p in sorted(pts)])
-            last = max(float(shown[max(pts)] * tick), times[-1] / max(1, len(pts) - 1))
-        covered = float(times[-1] + last)
         # decord and PyAV differ in chroma scaling at odd heights, and may choose different streams.
         plain_vp9 = (
             (context.codec.canonical_name, context.pix_fmt) == ("vp9", "yuv420p")
@@ -392,8 +322,73 @@ def _scan(path):
             and min(context.width, context.height) < 2 * ENOUGH
             and len(_video_streams(container)) == 1
         )
-        claimed, size = _claimed_duration(container, stream), context.width * context.height * 3
-    return _Scan(times, sorted(keys), first, tick, rate, covered, corrupt, claimed, plain_vp9, size)
+        try:
+            for p in container.demux(stream):
+                if p.size and not p.is_discard:
+                    plain_vp9 = plain_vp9 and (bool(packets) or _is_upright(p))
+                    end = (p.pos or 0) + p.size
+                    packets.append(
+                        _Packet(
+                            p.pts, p.dts, p.duration or 0, p.is_keyframe, p.is_corrupt, end, p.size
+                        )
+                    )
+        except av.FFmpegError:
+            failed = True
+        if not packets:
+            raise VideoError("empty", f"{path} has no decodable frame")
+        rate, tick = float(stream.average_rate or 25), stream.time_base
+        if _has_clock(packets, tick):
+            start, last = (choose(packets, key=lambda p: p.pts) for choose in (min, max))
+            first = start.pts
+            clock = [float((p.pts - first) * tick) for p in packets]
+            keys = sorted(p.pts for p in packets if p.is_keyframe)
+            rest = max(float(last.duration * tick), max(clock) / max(1, len(packets) - 1))
+        else:
+            first, clock, keys, rest = None, [n / rate for n in range(len(packets))], [], 1 / rate
+        claimed = _claimed_duration(container, stream, float((first or 0) * tick))
+    return _Scan(
+        times=np.sort(clock),
+        keys=keys,
+        first=first,
+        tick=tick,
+        rate=rate,
+        covered=max(clock) + rest,
+        claimed=claimed,
+        corrupt=[t for t, p in zip(clock, packets, strict=True) if p.is_corrupt],
+        incomplete=failed or packets[-1].is_corrupt,
+        end=packets[-1].end + max(p.size for p in packets),
+        plain_vp9=plain_vp9,
+        size=context.width * context.height * 3,
+    )
+
+
+def _has_clock(packets, tick):
+    """Return whether the packets have usable timestamps.
+
+    Raw streams have none, and in files that were joined, or are corrupt, they go back by seconds.
+    """
+    clock = [p.pts if p.dts is None else p.dts for p in packets]  # in the order of the file
+    return all(p.pts is not None for p in packets) and all(
+        (before - after) * tick <= 1 for before, after in pairwise(clock)
+    )
+
+
+def _continues(path, end):
+    """Return whether a file contains data after the byte `end`, other than a tail of zeros."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4096))
+        return size > end + 4096 and any(file.read())
+
+
+def _is_upright(packet):
+    """Decode the first packet. decord rotates MP4, but not WebM."""
+    import av
+
+    try:
+        return not any(frame.rotation for frame in packet.decode())
+    except av.FFmpegError:
+        return False
 
 
 def _bounds(path, scan, start, end):
@@ -416,8 +411,9 @@ def _decode_decord(path, picks, count):
         return None
     decord.logging.set_level(decord.logging.QUIET)
     try:
+        # An absolute path, because FFmpeg would parse "concat:…" and others as protocols.
         # fault_tol: raise an error instead of replacing a corrupt frame with its neighbour
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
+        reader = decord.VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
         return reader.get_batch(picks).asnumpy() if len(reader) == count else None
     except Exception:  # decord does not document its exceptions; PyAV tries again
         return None
@@ -435,6 +431,8 @@ def _decode_pyav(path, scan, low, high, count, num_frames):
             seek = None
         elif found:  # some packets contain no frame (VP8 alt-ref), or are corrupt
             count = found
+        elif high - low < scan.covered:
+            raise VideoError("corrupt", f"{path} has no decodable frame in {low:g}-{high:g} s")
         else:
             raise VideoError("empty", f"{path} has no decodable frame")
 

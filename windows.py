@@ -14,7 +14,7 @@ import video
 from feature_cache import stack_stored
 from runtime import cli
 from runtime.decode_workers import WorkerPool
-from runtime.errors import UserError, VideoError
+from runtime.errors import VideoError
 
 MAX_WINDOWS = 100_000  # per file; 28 hours with one window per second
 STEM_BYTES = 100  # of the 255 bytes of a file name, to leave room for suffixes
@@ -26,7 +26,7 @@ class Window:
 
     file: index of the file. start, end: seconds. alone: True if the window is the whole file.
     error: a VideoError if the window could not be decoded or encoded, else None.
-    truncated: True if the file ends early or is corrupt, so that some of the window may be missing.
+    damage: a sentence if the file ends early or is corrupt, so that some of the window may be missing.
     frames: uint8 (F, H, W, 3). stored: the features in the form of `feature_cache.save_features`.
     """
 
@@ -35,7 +35,7 @@ class Window:
     end: float
     alone: bool
     error: Exception | None = None
-    truncated: bool = False
+    damage: str | None = None
     frames: Any = None
     stored: dict | None = None
 
@@ -76,8 +76,8 @@ def read(paths, encoder, how, limit=None):
     """Decode and encode all windows of all files. Yields lists of up to `how.batch_size` `Window`s.
 
     how: a `Windowing`. limit: the maximum number of windows per file, or None for all.
-    The windows are ordered by file and time. A file that cannot be decoded, or makes the decoder hang
-    or crash, does not affect the other files. Raises UserError if a file has too many windows.
+    The windows are ordered by file and time. A file that cannot be decoded, has too many windows, or
+    makes the decoder hang or crash, does not affect the other files.
     """
     pool = WorkerPool(how.workers, how.timeout)
     num_frames = encoder.settings.num_frames
@@ -88,11 +88,10 @@ def read(paths, encoder, how, limit=None):
             info = pool.call(video.probe, path)  # in a worker, because reading a header can hang
             # If the length is unknown, use one window. Decoding it reports the error.
             length = how.window if isinstance(info, VideoError) else info.duration
-            if length / how.stride > MAX_WINDOWS:
-                raise UserError(
-                    f"{path} is {length:.0f} s long, which is more than {MAX_WINDOWS:,} windows at"
-                    f" --stride {how.stride:g}; use a larger --stride"
-                )
+            if length / how.stride > MAX_WINDOWS:  # or a header that is wrong by hours
+                spans[n] = [(0.0, length)]
+                yield Window(n, 0.0, length, True, too_long(path, length, how)), path, 1, 0.0, 1e-3
+                continue
             spans[n] = video.windows(length, how.window, how.stride)
             alone = len(spans[n]) == 1
             spans[n] = spans[n][:limit]
@@ -110,9 +109,9 @@ def read(paths, encoder, how, limit=None):
             bar.total = total()
             for window, clip in pairs:
                 if isinstance(clip, VideoError):
-                    window.error = clip
+                    window.error = window.error or clip
                 else:
-                    window.frames, window.truncated = clip.frames, clip.truncated
+                    window.frames, window.damage = clip.frames, clip.damage and clip.damage[1]
             decoded = [window for window, _ in pairs if not window.error]
             stored = encoder.stored([window.frames for window in decoded]) if decoded else []
             for window, features in zip(decoded, stored, strict=True):
@@ -121,6 +120,14 @@ def read(paths, encoder, how, limit=None):
                     window.error = VideoError("non_finite", "the encoder returned NaN")
             yield [window for window, _ in pairs]
             bar.update(len(pairs))
+
+
+def too_long(path, length, how):
+    return VideoError(
+        "unreadable",
+        f"{path} is {length:.0f} s long, which is more than {MAX_WINDOWS:,} windows at --stride"
+        f" {how.stride:g}; use a larger --stride",
+    )
 
 
 def features(batch, device):
@@ -165,11 +172,11 @@ def description(path, pairs):
     else:
         spans = [{"start": w.start, "end": w.end, "caption": text} for w, text in captioned]
         result = {"path": str(path), "windows": spans}
+    damage = dict.fromkeys(w.damage for w, _ in captioned if w.damage)
+    problems = [f"{text}; the caption covers the readable part" for text in damage]
     if failed := len(pairs) - len(captioned):
-        result["warning"] = f"{failed} of {len(pairs)} windows could not be decoded"
-    elif any(w.truncated for w, _ in pairs):
-        result["warning"] = "the file is truncated or corrupt; the caption covers the readable part"
-    return result
+        problems.insert(0, f"{failed} of {len(pairs)} windows could not be decoded")
+    return result | ({"warning": "; ".join(problems)} if problems else {})
 
 
 def output_names(paths):

@@ -30,9 +30,9 @@ from research.words import Corpus, sample_labels
 from research.words import draw as draw_words
 from runtime import cli, devices
 from runtime.cli import note, printable
+from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
-from video import find_clips
 from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
@@ -295,7 +295,7 @@ def words(args):
     [first] = next(windows.read([path], encoder, windows.Windowing.of(args), limit=1))
     if first.error:
         raise UserError(str(first.error), code=FAILED)
-    embeddings.note_truncated([first], [path])
+    embeddings.note_damage([first], [path])
     if not first.alone:
         note(f"{path}: using only the first {first.end:.1f} s")
     features = windows.features([first], captioner.device)

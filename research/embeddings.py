@@ -101,7 +101,7 @@ def embed_windows(paths, encoder, captioner, windowing, limit=None):
     Windows that could not be decoded have an `error` and no row. The dict is empty if all failed.
     """
     for batch in windows.read(paths, encoder, windowing, limit):
-        note_truncated(batch, paths)
+        note_damage(batch, paths)
         vectors = {}
         if decoded := [w for w in batch if not w.error]:
             vectors = embed(captioner, **windows.features(decoded, captioner.device))
@@ -133,10 +133,10 @@ def embed_film(path, encoder, captioner, windowing, limit=None):
     return [(w.start, w.end) for w in read], whole
 
 
-def note_truncated(batch, paths):
-    """Warn about files that end early, given a batch of their windows."""
-    for n in sorted({w.file for w in batch if w.truncated}):
-        note(f"{printable(paths[n])}: the file is truncated; using the part that can be read")
+def note_damage(batch, paths):
+    """Warn about files that end early or are corrupt, given a batch of their windows."""
+    for n, damage in sorted({(w.file, w.damage) for w in batch if w.damage}):
+        note(f"{printable(paths[n])}: {damage}; using the part that can be read")
 
 
 # ---- the file ------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ class VideoError(Exception):
     """Raised if a clip cannot be used. The message is shown to the user.
 
     `reason` is one of: unreadable, empty (no bytes or no frames), no_video, truncated (the requested
-    window is in the missing part), timeout, crashed, or non_finite (the encoder returned NaN or infinity).
+    window is in the missing part), corrupt (damage within the file), timeout, crashed, or non_finite (the
+    encoder returned NaN or infinity).
     """
 
     def __init__(self, reason, message):

@@ -8,11 +8,11 @@ from dataset import load_records, unsafe_content
 from feature_cache import require_features
 from prepare_annotations import record
 from runtime import hub, run_folder
+from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
 from runtime.files import read_json, read_text
 from runtime.names import is_clip_id, list_names, safe_id
 from runtime.table import read_table
-from video import find_files
 from worlds import toy_ssv2
 
 CAFE, LONG = "Café 1", "é" * 120

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from torture import odd_clips
 from torture.odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
 
 import video
+from runtime import clip_files
 from runtime.decode_workers import WorkerPool
-from runtime.errors import VideoError
+from runtime.errors import UserError, VideoError
 from video import decode, frame_indices, probe, windows
+from windows import Windowing, description, read
 
 av = pytest.importorskip("av")
 
@@ -70,7 +74,7 @@ def test_the_chosen_frames_are_decoded(tmp_path):
     clip = both(write(tmp_path / "a.webm"), 8)
     assert numbers(clip) == frame_indices(48, 8).tolist()
     assert clip.frames.dtype == np.uint8 and clip.frames.shape == (8, 48, 64, 3)
-    assert clip.duration == pytest.approx(4.0) and not clip.truncated
+    assert clip.duration == pytest.approx(4, abs=1e-3) and clip.damage is None
 
 
 def test_short_clip_repeats_frames_and_never_pads_with_black(tmp_path):
@@ -86,7 +90,7 @@ def test_window_takes_frames_by_timestamp(tmp_path, backend):
     for start, end in [(0, 1), (1.5, 2.5), (3, 4), (3.2, None), (None, 0.5)]:
         inside = [i for i in range(48) if (start or 0) <= i / 12 + 1e-3 < (end or 9)]
         clip = decode(path, len(inside), start, end, backend)
-        assert numbers(clip) == inside and not clip.truncated
+        assert numbers(clip) == inside and clip.damage is None
 
 
 @pytest.mark.parametrize("codec", ["libvpx-vp9", "libx264"])
@@ -144,9 +148,9 @@ def test_missing_part_of_a_webm_is_noticed(tmp_path, where):
     """Every decoder returns 24 of 48 frames of a half-downloaded clip without an error."""
     path = damage(write(tmp_path / "a.webm", frame=noise, options={"b": "1M"}), *where)
     for backend in ("auto", "pyav"):
-        assert decode(path, 8, backend=backend).truncated
-    assert decode(path, 8, 0, 4).truncated
-    assert not decode(path, 8, 0, 1).truncated
+        assert decode(path, 8, backend=backend).damage
+    assert decode(path, 8, 0, 4).damage
+    assert decode(path, 8, 0, 1).damage is None
 
 
 @pytest.mark.parametrize("where", [(0.5, 1, True), (0.5, 1), (0.4, 0.6)])
@@ -154,7 +158,7 @@ def test_damage_in_an_mp4_is_noticed(tmp_path, where):
     """decord returns concealed H.264 frames as if they were intact, at any fault_tol."""
     path = write(tmp_path / "a.mp4", frame=noise, codec="libx264", movflags="faststart")
     clip = decode(damage(path, *where), 8)
-    assert clip.truncated and clip.decoder == "pyav"
+    assert clip.damage and clip.decoder == "pyav"
 
 
 def test_cut_mp4_with_its_index_at_the_end_is_unreadable(tmp_path):
@@ -170,7 +174,7 @@ def test_undecodable_packet_is_damage_not_a_repeated_frame(tmp_path):
         packet = [bytes(p) for p in container.demux(video=0)][20]
     path.write_bytes(path.read_bytes().replace(packet, b"\xff" * 12 + packet[12:]))
     clip = decode(path, 48)
-    assert clip.truncated and clip.decoder == "pyav" and len(clip.frames) == 48
+    assert clip.damage and clip.decoder == "pyav" and len(clip.frames) == 48
 
 
 @pytest.mark.parametrize("suffix, codec", [("webm", "libvpx-vp9"), ("mp4", "libx264")])
@@ -178,7 +182,7 @@ def test_intact_clip_of_variable_rate_is_not_called_truncated(tmp_path, suffix, 
     """`frames < duration x rate` also holds for phone and screen recordings that dropped frames."""
     pts = [0, 33, 66, 100, 1500, 1533, 1566, 3000, 3033, 3066, 4500]
     clip = decode(write(tmp_path / f"a.{suffix}", n=11, pts=pts, codec=codec), 11)
-    assert not clip.truncated and len(clip.frames) == 11
+    assert clip.damage is None and len(clip.frames) == 11
 
 
 def test_files_that_are_no_video(tmp_path):
@@ -229,7 +233,7 @@ def test_rotated_clip_comes_out_upright(tmp_path, degrees):
 )
 def test_formats_beyond_decord(tmp_path, name, codec, pix):
     clip = decode(write(tmp_path / name, n=24, codec=codec, pix=pix), 6)
-    assert clip.decoder == "pyav" and not clip.truncated
+    assert clip.decoder == "pyav" and clip.damage is None
     assert np.abs(np.array(numbers(clip)) - frame_indices(24, 6)).max() <= 3  # gif: few greys
     assert clip.duration == pytest.approx(2, abs=0.1)
 
@@ -244,7 +248,222 @@ def test_large_frames_are_downscaled(tmp_path):
 
 def test_probe_reads_the_header(tmp_path):
     info = probe(write(tmp_path / "a:b %d.webm"))
-    assert info == video.Info(pytest.approx(4.0), pytest.approx(12.0), 64, 48, 0)
+    assert info == video.Info(pytest.approx(4.0, abs=1e-3), pytest.approx(12.0), 64, 48, 0)
+
+
+# ---- headers that are wrong ----------------------------------------------------------------
+
+
+def claim(path, seconds):
+    """Make the header of a 4 s WebM declare another duration."""
+    data = path.read_bytes()
+    assert data.count(b"00:00:04.") == 1
+    path.write_bytes(data.replace(b"00:00:04.", seconds + b"."))
+    return path
+
+
+def test_frames_after_the_declared_end_are_read(tmp_path):
+    """The header of a 20 s film declared 7 s. The film was captioned as 7 s long, without a message."""
+    path = claim(write(tmp_path / "a.webm"), b"00:00:01")
+    assert probe(path).duration == pytest.approx(4, abs=0.01)
+    assert decode(path, 8).damage is None and numbers(decode(path, 2, 3, 4)) == [39, 45]
+
+
+def test_a_header_that_declares_more_means_truncation(tmp_path):
+    path = claim(write(tmp_path / "a.webm"), b"00:00:09")
+    assert probe(path).duration == pytest.approx(9)
+    reason, text = decode(path, 8).damage
+    assert reason == "truncated" and "ends at 4.00 s" in text and "declares 9.00 s" in text
+
+
+def test_an_implausible_header_is_reported_with_the_last_window(tmp_path):
+    """A film of 20 s whose header declared 99 hours got windows over 20 s, without a message."""
+    path = claim(write(tmp_path / "a.webm"), b"99:00:00")
+    length = probe(path).duration
+    assert length == pytest.approx(4, abs=0.01)
+    assert decode(path, 8, 0, 2).damage is None
+    assert "declares 356,400.00 s" in decode(path, 8, 2, length).damage[1]
+
+
+CONTAINERS = {
+    "a.mpg": "mpeg2video",
+    "a.vob": "mpeg2video",
+    "a.m1v": "mpeg1video",
+    "a.ts": "libx264",
+    "a.flv": "flv1",
+    "a.wmv": "wmv2",
+    "a.avi": "libx264",
+    "a.mkv": "libx264",
+    "a.mov": "libx264",
+}
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_is_read_to_its_last_frame(tmp_path, name, start):
+    """MPEG program streams lost up to a second, raw MPEG was 0.002 s long or "truncated", and WMV and
+    AVI whose first frame was at 5 s lacked their last 5 s."""
+    options = (
+        {"b": "4k", "minrate": "4k", "maxrate": "4k", "bufsize": "40k"} if "m1v" in name else {}
+    )
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        track = container.add_stream(CONTAINERS[name], rate=24, options=options)
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        for i in range(48):
+            image = av.VideoFrame.from_ndarray(grey(i), format="rgb24")
+            image.pts, image.time_base = i + start * 24, Fraction(1, 24)
+            container.mux(track.encode(image))
+        container.mux(track.encode())
+    length = probe(path).duration
+    assert 1.9 < length < 2.1 or (name, start) == ("a.avi", 5)
+    assert decode(path, 48).damage is None
+    last = numbers(decode(path, 4, length - 0.5, length))
+    assert abs(last[0] - 37) <= 2 and abs(last[-1] - 46) <= 2
+
+
+def test_films_that_were_joined_are_read_to_the_end(tmp_path):
+    """The parts of a DVD joined by `cat` have two frames at each time. The second part was left out."""
+    path = write(tmp_path / "a.vob", codec="mpeg2video")
+    path.write_bytes(2 * path.read_bytes())
+    assert probe(path).duration == pytest.approx(8, abs=0.1)
+    clip = decode(path, 4, 4, 8)
+    assert clip.damage is None
+    assert np.abs(np.array(numbers(clip)) - frame_indices(48, 4)).max() <= 1
+
+
+def test_a_rotated_webm_is_upright_with_any_decoder(tmp_path):
+    """decord knows the rotation of MP4, but not that of WebM."""
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        track = container.add_stream("libvpx-vp9", rate=12, options=LOSSLESS)
+        track.width, track.height, track.pix_fmt = 128, 64, "yuv420p"
+        track.set_display_rotation(90)
+        for i in range(4):
+            image = av.VideoFrame.from_ndarray(grey(i, 128, 64), format="rgb24")
+            image.pts, image.time_base = i, Fraction(1, 12)
+            container.mux(track.encode(image))
+        container.mux(track.encode())
+    assert decode(tmp_path / "a.webm", 2).frames.shape == (2, 128, 64, 3)
+
+
+# ---- early end or damage inside ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "where", "reason"),
+    [
+        ("webm", "libvpx-vp9", (0.5, 1, True), "truncated"),
+        ("webm", "libvpx-vp9", (0.5, 1), "truncated"),  # zeros, as in an unfinished download
+        ("webm", "libvpx-vp9", (0.4, 0.6), "corrupt"),
+        ("mp4", "libx264", (0.5, 1, True), "truncated"),
+        ("mp4", "libx264", (0.4, 0.6), "corrupt"),
+        ("flv", "flv1", (0.5, 1, True), "truncated"),
+        ("mpg", "mpeg2video", (0.4, 0.6), "corrupt"),
+    ],
+)
+def test_an_early_end_is_told_from_damage_inside(tmp_path, suffix, codec, where, reason):
+    """A clip with damage in its middle "ends before its declared 4.00 s", at 4.00 s. And an intact part
+    before the end of a truncated MP4 was called damaged."""
+    options = {"b": "1M"} if codec == "libvpx-vp9" else {}
+    box = {"movflags": "faststart"} if suffix == "mp4" else {}
+    path = write(tmp_path / f"a.{suffix}", frame=noise, codec=codec, options=options, **box)
+    assert decode(path, 8).damage is None
+    damage(path, *where)
+    found, text = decode(path, 8).damage
+    assert found == reason and reason in text
+    assert decode(path, 4, 0, 1).damage is None
+
+
+def test_a_window_without_decodable_frames_is_corrupt_not_empty(tmp_path):
+    path = write(tmp_path / "a.mp4", frame=noise, codec="libx264", movflags="faststart")
+    with pytest.raises(VideoError, match="no decodable frame in 3-4 s") as error:
+        decode(damage(path, 0.5, 1), 4, 3, 4)
+    assert error.value.reason == "corrupt"
+
+
+# ---- files that refer to other files -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a.m3u8", "a.mp4", "a.webm", "a.sdp", "a.mpd", "a.png", "a%d.jpg"]
+)
+def test_playlists_and_images_are_never_opened(tmp_path, name):
+    """An ffconcat file named .mp4, or an .m3u8, opened any file of the disk that it named."""
+    Image = pytest.importorskip("PIL.Image")
+    write(tmp_path / "secret.ts", n=4, codec="libx264")
+    texts = {
+        "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nsecret.ts\n#EXT-X-ENDLIST\n",
+        "a.mp4": "ffconcat version 1.0\nfile secret.ts\n",
+        "a.webm": "ffconcat version 1.0\nfile secret.ts\n",
+        "a.sdp": "v=0\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "a.mpd": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet mimeType="video/mp4">'
+        "<Representation><BaseURL>secret.ts</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    }
+    path = tmp_path / name
+    if name in texts:
+        path.write_text(texts[name])
+    else:
+        Image.fromarray(grey(0)).save(path)
+    for backend in ("auto", "decord", "pyav"):
+        with pytest.raises(VideoError, match=r"playlists, lists of files|Invalid data") as error:
+            decode(path, 4, backend=backend)
+        assert error.value.reason == "unreadable"
+
+
+def test_names_are_no_protocols(tmp_path, monkeypatch):
+    """decord took a file name such as `concat:a|b` for a list of files to open."""
+    monkeypatch.chdir(tmp_path)
+    both(write(tmp_path / "a.webm").rename("subfile,,start,0,end,0,,:a.webm"), 4)
+
+
+# ---- which files are clips -----------------------------------------------------------------
+
+
+def test_folders_are_searched_for_all_containers(tmp_path, capsys):
+    """A folder's .wmv, .ts and linked folders were passed over without a message, and macOS's ._ files
+    were taken for clips."""
+    films, other = tmp_path / "films", tmp_path / "other"
+    (films / "sub").mkdir(parents=True)
+    (films / ".cache").mkdir()
+    other.mkdir()
+    clip = write(tmp_path / "a.ts", n=2, codec="mpeg2video").read_bytes()
+    found = ("B.WMV", "a.ts", "sub/no_ending", "sub/x.dat")
+    for name in (*found, "._B.WMV", ".cache/c.mp4", "d.json", "../other/e.mp4"):
+        (films / name).write_bytes(clip)
+    (films / "f.ts").write_text("export const answer = 42\n" * 50)
+    os.mkfifo(films / "pipe")
+    (films / "loop").symlink_to(films)
+    (films / "sub" / "self").symlink_to("self")
+    (films / "linked").symlink_to(other)
+    (films / "again").symlink_to(other)
+    paths = [path.relative_to(films).as_posix() for path in clip_files.find_clips([films])]
+    assert [name.replace("again/", "linked/") for name in paths] == sorted([*found, "linked/e.mp4"])
+    assert (
+        "passed over 4 files that are not videos: d.json, f.ts, pipe, …" in capsys.readouterr().err
+    )
+
+
+def test_a_folder_without_videos_names_what_it_contains(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match=r"no videos, but 1 file that is not a video: a\.txt"):
+        clip_files.find_clips([tmp_path])
+
+
+def test_annotated_clips_may_have_any_ending(tmp_path):
+    """Clips named <id>.avi or <id>.MOV were missing, and a folder of folders was "other files"."""
+    for name in ("1.avi", "2.MOV", "3.mp4", "3.webm", "._4.mp4"):
+        (tmp_path / name).touch()
+    records = {i: {"id": i, "video": None} for i in "1234"}
+    paths, missing = clip_files.find_files(tmp_path, records)
+    assert {i: path.name for i, path in paths.items()} == {
+        "1": "1.avi",
+        "2": "2.MOV",
+        "3": "3.webm",
+    }
+    assert missing == ["4"]
+    (tmp_path / "outer" / "videos").mkdir(parents=True)
+    with pytest.raises(UserError, match="subfolders such as videos are not searched"):
+        clip_files.find_files(tmp_path / "outer", records)
 
 
 # ---- windows -------------------------------------------------------------------------------
@@ -262,6 +481,17 @@ def test_windows_cover_the_video_without_slivers(duration, window, stride):
     assert all(a < b for (a, _), (b, _) in itertools.pairwise(spans))
     if stride <= window:
         assert all(b <= a for (_, a), (b, _) in itertools.pairwise(spans))
+
+
+def test_a_file_with_too_many_windows_does_not_stop_the_others(tmp_path):
+    """One file whose timestamps were wrong by days ended the captioning of a whole folder."""
+    long = write(tmp_path / "a.webm", n=2, pts=[0, 10**9])
+    whole = write(tmp_path / "b.webm", n=2)
+    encoder = SimpleNamespace(settings=SimpleNamespace(num_frames=2), stored=lambda clips: clips)
+    [[first, second]] = read([long, whole], encoder, Windowing())
+    assert "use a larger --stride" in str(first.error) and second.error is None
+    results = [description("a", [(w, None if w.error else "text")]) for w in (first, second)]
+    assert "100,000 windows" in results[0]["error"] and results[1]["caption"] == "text"
 
 
 # ---- many clips ----------------------------------------------------------------------------

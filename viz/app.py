@@ -24,10 +24,10 @@ from dataset import STYLES, by_hash
 from metrics import Templates, fill
 from runtime import cli, devices
 from runtime.cli import note
+from runtime.clip_files import is_video
 from runtime.decode_workers import WorkerPool
 from runtime.errors import FAILED, UserError
 from runtime.names import list_files
-from video import is_video
 from viz import attention_map, draw_text
 from windows import Windowing
 

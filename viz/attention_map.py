@@ -23,9 +23,9 @@ from dataset import STYLES
 from encoder import MEAN, STD, transform
 from runtime import cli, devices
 from runtime.cli import note
+from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL
 from runtime.files import write_atomic
-from video import find_clips
 from viz import draw_text
 
 COLUMNS = 8  # time steps drawn

@@ -16,11 +16,11 @@ from pathlib import Path
 from dataset import load_records
 from runtime import cli
 from runtime.cli import note
+from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import read_json, write_atomic
 from runtime.names import list_files
-from video import file_finder
 from viz import draw_text, subtitles
 from windows import output_names
 

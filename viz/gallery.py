@@ -21,10 +21,9 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 import metrics
-import video
 from dataset import STYLES, VALIDATION, by_hash, load_records
 from evaluate import read_predictions, score
-from runtime import cli
+from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
@@ -111,7 +110,7 @@ def main(argv=None):
     if args.embed:
         sample = set(by_hash(predictions, args.seed)[: args.embed])
         shown = [r for r in records if r["id"] in sample]
-    clips, _ = video.find_files(Path(args.videos), {r["id"]: r for r in shown})
+    clips, _ = clip_files.find_files(Path(args.videos), {r["id"]: r for r in shown})
 
     _, scores = score(predictions, records, split, args.annotations, args.style, with_meteor=False)
     sources = gifs(clips, args.workers) if args.embed else links(clips, output.parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 import video
 from dataset import VALIDATION, by_hash, load_records
 from evaluate import read_predictions
-from runtime import cli
+from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, VideoError
 from runtime.files import write_atomic
@@ -67,7 +67,7 @@ def main(argv=None):
     sample = by_hash(predictions.keys() & records.keys(), args.seed)[: args.num_samples]
     if not sample:
         raise UserError(f"no prediction is for a clip in split {args.split!r}")
-    paths, missing = video.find_files(Path(args.videos), {i: records[i] for i in sample})
+    paths, missing = clip_files.find_files(Path(args.videos), {i: records[i] for i in sample})
     if missing:
         note(f"{len(missing)} of {len(sample)} clips are not in {args.videos}")
 

@@ -107,11 +107,11 @@ CLIPS = {
         None,
     ),
     "zeroed tail": (".webm", lambda p: damage(noisy(p), 0.6, 1), "truncated", None),
-    "zeroed middle": (".webm", lambda p: damage(noisy(p), 0.4, 0.6), "truncated", None),
+    "zeroed middle": (".webm", lambda p: damage(noisy(p), 0.4, 0.6), "corrupt", None),
     "H.264 with a zeroed middle": (
         ".mp4",
         lambda p: damage(h264(p, frame=noise, movflags="faststart"), 0.4, 0.6),
-        "truncated",
+        "corrupt",
         None,
     ),
     "audio only": (".mkv", write_sound, "no_video", None),
