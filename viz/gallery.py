@@ -218,7 +218,7 @@ def render(result, clips):
         "NOTES": "".join(f"<li>{html.escape(line)}</li>" for line in notes),
         "CLIPS": as_script(clips),
     }
-    page = Path(__file__).with_name("gallery.template.html").read_text()
+    page = Path(__file__).with_name("gallery.template.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)
 
 
