@@ -15,7 +15,7 @@ UNSPACED = (
     "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf"  # Tai Le, New Tai Lue, Tai Tham, Tai Viet
     "\ua000-\ua4cf\ua980-\ua9df\u1b00-\u1b7f"  # Yi, Javanese, Balinese
 )
-# Combining marks, without variation selectors. \\w does not match them.
+# Combining marks, without variation selectors. \w matches none of them.
 MARKS = "".join(
     c
     for c in map(chr, range(0x300, 0x1F000))
