@@ -9,6 +9,7 @@ import gzip
 import random
 import re
 import tempfile
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
 from runtime.errors import UserError
 from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
+from runtime.writing_systems import (
+    MARKS,
+    NOT_LATIN,
+    UNSPACED,
+    is_foreign_punctuation,
+    is_unspaced,
+    pieces,
+)
 
 RESAMPLES = 1000
 CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
@@ -30,36 +39,92 @@ ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contai
 # ---- tokenizer -----------------------------------------------------------------------------
 
 # the fallback without Java: words, numbers and contractions (do n't, it 's)
-SIMPLE_TOKEN = re.compile(r"n't|'(?:s|m|re|ve|ll|d)\b|\d+(?:[.,]\d+)+|\w+(?=n't)|\w+(?:-\w+)*")
+LETTER = rf"[\w{MARKS}]"
+SIMPLE_TOKEN = re.compile(
+    rf"n't|'(?:s|m|re|ve|ll|d)\b|\d+(?:[.,]\d+)+|{LETTER}+(?=n't)|{LETTER}+(?:-{LETTER}+)*"
+)
+# Java's tokenizer drops vowel signs and whole letters of these scripts, which splits their words: Oriya,
+# Telugu to Sinhala, Tibetan, Cherokee to Vedic extensions, Lisu to Meetei Mayek, and all beyond U+FFFF.
+UNKNOWN_TO_JAVA = re.compile(
+    "[\u0b00-\u0b7f\u0c00-\u0dff\u0f00-\u0fff\u13a0-\u1cff\ua4d0-\ua71f\ua800-\uabff\U00010000-\U0003ffff]"
+)
+WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc]+")  # full or half
+CHARACTERS = "+characters"  # in the tokenizer's name if some texts are tokenised by character
+ENGLISH = 0.01  # METEOR is skipped if a larger share of the clips has references in other scripts
+
+
+def normalise(text):
+    """Return a text in one of several equivalent spellings.
+
+    Combining marks are composed ("é" may be one character or two, Qwen2 writes one). Letters and digits
+    are not full-width, Katakana is. Joiners are removed. "İ", which Python and Java lower-case to two
+    characters, is "i".
+    """
+    if text.isascii():
+        return text
+    text = WIDTH.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    text = unicodedata.normalize("NFC", text).replace("İ", "i")
+    return text.replace("\u200c", "").replace("\u200d", "")
 
 
 def clean(text):
-    """Put a caption on one line: unprintable characters and those beyond U+FFFF become spaces.
+    """Put a caption on one line. Unprintable characters and emoji become spaces.
 
     Java's tokenizer treats `\\r`, `\\f` and U+2028 as line ends, which would shift all later captions
-    by a line. It drops most characters beyond U+FFFF (emoji), but they change how the text next to them
-    is tokenised.
+    by a line. It drops most characters beyond U+FFFF, but they change how the text next to them is
+    tokenised, so only letters are kept. Java also keeps the punctuation of scripts other than Latin.
     """
-    text = "".join(c if c.isprintable() and c <= "\uffff" else " " for c in text)
+
+    def is_kept(c):
+        printable = c.isprintable() and (c <= "\uffff" or c.isalnum() or c in MARKS)
+        return printable and not is_foreign_punctuation(c)
+
+    text = "".join(c if is_kept(c) else " " for c in normalise(text))
     return " ".join(text.split())
 
 
 def tokenize(texts, time_limit):
     """Tokenise and lower-case captions and drop punctuation, as pycocoevalcap's PTBTokenizer does.
 
+    Scripts that put no spaces between words, such as Chinese, Japanese and Thai, are split into
+    characters. Words of scripts that Java's tokenizer does not know are split at spaces.
+
     time_limit: seconds for Java. Returns ({text: tokens joined by spaces}, tokenizer, reason). The
     tokenizer is "ptb" and the reason None, or, if Java fails, the tokenizer is "simple" and the reason
-    is the error. Predictions and references must be tokenised in one call, because the two tokenizers
-    differ.
+    is the error. If any text was split into characters, the tokenizer ends in "+characters". Predictions
+    and references must be tokenised in one call, because the two tokenizers differ.
     """
-    texts = sorted(set(texts))
-    cleaned, tokenizer, reason = [clean(text) for text in texts], "ptb", None
+    parts = {text: _parts(clean(text)) for text in sorted(set(texts))}
+    spaced = sorted({part for some in parts.values() for part, known in some if known}) or [""]
+    tokenizer, reason = "ptb", None
     try:
-        tokens = _ptb_tokens(cleaned, time_limit)
+        tokens = _ptb_tokens(spaced, time_limit)
     except JavaError as error:
         reason = f"{error}; simple tokenizer used, scores are NOT comparable with published ones"
-        tokens, tokenizer = [" ".join(SIMPLE_TOKEN.findall(t.lower())) for t in cleaned], "simple"
-    return dict(zip(texts, tokens, strict=True)), tokenizer, reason
+        tokens, tokenizer = [" ".join(SIMPLE_TOKEN.findall(t.lower())) for t in spaced], "simple"
+    tokens = dict(zip(spaced, tokens, strict=True))
+    tokenised = {
+        text: " ".join(filter(None, (tokens[part] if known else part for part, known in some)))
+        for text, some in parts.items()
+    }
+    if any(is_unspaced(part) for some in parts.values() for part, _ in some):
+        tokenizer += CHARACTERS
+    return tokenised, tokenizer, reason
+
+
+def _parts(text):
+    """Split a clean text into [(part, whether Java has to tokenise it)]. Other parts are tokens."""
+    parts = []
+    for piece in pieces(text):
+        if is_unspaced(piece):
+            parts.append((piece, False))
+        elif UNKNOWN_TO_JAVA.search(piece):
+            parts += [(word, False) for word in SIMPLE_TOKEN.findall(piece.lower())]
+        elif parts and parts[-1][1]:
+            parts[-1] = f"{parts[-1][0]} {piece}", True
+        else:
+            parts.append((piece, True))
+    return parts
 
 
 def _ptb_tokens(texts, time_limit):
@@ -180,8 +245,16 @@ def placeholder_match(hypotheses, records, tokens):
 # ---- templates: action classification by caption -------------------------------------------
 
 
+# Spaces mean nothing next to a character of a script without them, unless a word is on the other side.
+NO_SPACE = re.compile(
+    rf" (?<=[{UNSPACED}{MARKS}\[\]] )(?=[{UNSPACED}])| (?<=[{UNSPACED}{MARKS}] )(?=[\[\]])"
+)
+FULL_STOPS = ".。．｡।॥۔።။។"
+
+
 def _plain(text):
-    return " ".join(text.lower().split())
+    text = " ".join(normalise(text).lower().split())
+    return text if text.isascii() else NO_SPACE.sub("", text)
 
 
 def canonical(template):
@@ -216,7 +289,7 @@ class Templates:
 
         Full stops at the end of the caption are ignored.
         """
-        text = _plain(caption).rstrip(". ")
+        text = _plain(caption).rstrip(FULL_STOPS + " ")
         for template, parts in self._parts:
             fillers = self._fillers(parts, text)
             if fillers is not None:
@@ -351,6 +424,12 @@ def _skipped(records, split, style, templates, most_frequent, with_meteor):
         skipped["template_accuracy"] = "no list of templates"
     if not any(r["placeholders"] for r in records):
         skipped.setdefault("placeholder_match", "the clips have no placeholders")
+    others = sum(any(map(NOT_LATIN.search, texts)) for texts in split.values())
+    if others > ENGLISH * len(split):
+        reason = (
+            f"defined for English; {others} of {len(split)} clips have references in other scripts"
+        )
+        skipped.setdefault("METEOR", reason)
     if len(records) == 1:
         skipped["shuffled"] = "there is only one clip"
     if not most_frequent:
@@ -386,7 +465,7 @@ def score(
         ci95: {metric: [low, high]}.
         counts: {metric: number of clips} for metrics that are defined for some of the clips only.
         parser_on_references: the template accuracy of the labels themselves.
-        tokenizer: "ptb" or "simple".
+        tokenizer: "ptb" or "simple", followed by "+characters" if some texts were split into characters.
         skipped: {metric, control or tokenizer: reason}.
     `per_clip` is {id: {metric: float}} for the metrics that are means over clips (PER_CLIP).
 
@@ -481,6 +560,8 @@ def table(result):
     lines = [f"{result['n']} clips, tokenizer {result['tokenizer']}; {scale}"]
     if result["controls"].get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
+    if CHARACTERS in result["tokenizer"]:
+        lines.append("characters: scripts without spaces between words are scored by character")
     lines += [f"{name}: mean over {count} clips" for name, count in result["counts"].items()]
     reasons = defaultdict(list)
     for name, reason in result["skipped"].items():

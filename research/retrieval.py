@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import FAILED, UserError
+from runtime.writing_systems import MARKS, is_unspaced
 
 WIDENED = 1 << 14  # vectors converted to float32 at a time: 100 MB at Qwen2's width
 BLOCK = 512  # queries compared at a time: 512 x 25,000 similarities are 51 MB
@@ -67,8 +68,8 @@ def score_kinds(by_kind, records, seed):
 
 def object_words(record):
     """Return the words of a record's placeholders, such as {"red", "cup"} for "the Red cup"."""
-    words = re.findall(r"\w+", " ".join(record["placeholders"]).lower())
-    return {word for word in words if len(word) > 2} - {"the", "and", "with"}
+    words = re.findall(rf"[\w{MARKS}]+", " ".join(record["placeholders"]).lower())
+    return {word for word in words if len(word) > 2 or is_unspaced(word)} - {"the", "and", "with"}
 
 
 def score(vectors, templates, objects=None):

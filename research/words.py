@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from dataset import STYLES, TRAIN, by_hash, load_records
 from runtime.errors import UserError
+from runtime.writing_systems import MARKS, is_unspaced, pieces
+from viz.draw_text import for_matplotlib
 
 CORPUS = 2000  # captions
 CAPTIONS_AT_ONCE = 32
@@ -135,11 +137,16 @@ def decode_each(tokenizer, ids):
 def match_words(tokens, caption):
     """Return (the words of a caption that start with one of the tokens' texts, all its words).
 
-    Tokens and words of fewer than `MIN_LETTERS` letters are ignored.
+    Tokens and words of fewer than `MIN_LETTERS` letters are ignored. In scripts without spaces, every
+    character is a word, which is found if it is in one of the tokens.
     """
-    words = {word for word in re.findall(r"\w+", caption.lower()) if len(word) >= MIN_LETTERS}
-    pieces = tuple({t.lower() for t in tokens if len(t) >= MIN_LETTERS})
-    return {word for word in words if word.startswith(pieces)}, words
+    parts = pieces(caption.lower())
+    characters = {part for part in parts if is_unspaced(part)}
+    found = re.findall(rf"[\w{MARKS}]+", " ".join(p for p in parts if p not in characters))
+    words = {word for word in found if len(word) >= MIN_LETTERS}
+    starts = tuple({t.lower() for t in tokens if len(t) >= MIN_LETTERS})
+    matched = {word for word in words if word.startswith(starts)}
+    return matched | {c for c in characters if any(c in t for t in tokens)}, words | characters
 
 
 def draw(table, title, columns=5):
@@ -161,13 +168,14 @@ def draw(table, title, columns=5):
         for x, column in enumerate(cells):
             for y, (text, *_) in enumerate(column):
                 text = "".join(c if c.isprintable() else "?" for c in text[:14])
-                text = text.replace("$", r"\$")  # a pair of $ would start a formula
-                panel.text(x, y, text, ha="center", va="center", fontsize=8)
+                text, family = for_matplotlib(text)
+                panel.text(x, y, text, ha="center", va="center", fontsize=8, family=family)
         panel.set(xlabel=f"nearest tokens {name}", ylabel="query", yticks=range(len(table)))
         panel.set_xticks(range(len(cells)), [str(n + 1) for n in range(len(cells))])
         panel.tick_params(labelsize=7)
         figure.colorbar(image, ax=panel, label="cosine")
-    figure.suptitle(title.replace("$", r"\$"), wrap=True)
+    title, family = for_matplotlib(title)
+    figure.suptitle(title, wrap=True, family=family)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()

@@ -563,6 +563,8 @@ def test_match_words():
     found, every = words.match_words(["whi", "Cup", "th", "o", ""], "moving the white cup to a box")
     assert found == {"white", "cup"} and every == {"moving", "the", "white", "cup", "box"}
     assert words.match_words([], "a") == (set(), set())
+    found, every = words.match_words(["杯子", "cup"], "把杯子、cups हिन्दी")
+    assert found == {"杯", "子", "cups"} and every == {*"把杯子", "cups", "हिन्दी"}
 
 
 def test_words(flags, world, tmp_path, capsys):

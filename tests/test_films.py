@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,10 +19,12 @@ import video
 import windows
 from runtime import start
 from runtime.errors import UserError
-from viz import draw_text, films, strips, subtitles
+from viz import attention_map, draw_text, films, strips, subtitles
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+FontBuilder = pytest.importorskip("fontTools.fontBuilder").FontBuilder  # matplotlib needs fontTools
+TTGlyphPen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen
 LONG = "pretending to take something out of something but nothing is really in it at all, is it"
 
 
@@ -177,6 +180,92 @@ def test_letters_of_other_scripts_are_drawn():
     font = draw_text.font(20)
     drawn = {bytes(font.getmask(letter)) for letter in "щψüß"}
     assert len(drawn) == 4 and bytes(font.getmask("\uffff")) not in drawn
+
+
+CHINESE = "把 iPhone 放在（桌子）上。然后「拿走」杯子，看起来什么都没有发生"
+
+
+def make_font(path, text):
+    """Write a font in which every character of `text` is a black square, and nothing else is."""
+    builder = FontBuilder(1000, isTTF=True)
+    names = [".notdef", *(f"uni{ord(c):04X}" for c in text)]
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 800), (800, 800), (800, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(c): name for c, name in zip(text, names[1:], strict=True)})
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=1200, descent=-300)
+    builder.setupNameTable({"familyName": f"Test {path.stem}", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that sets the paths of the installed fonts."""
+
+    def set_fonts(*paths):
+        monkeypatch.setattr(draw_text, "installed_fonts", lambda: list(paths))
+        draw_text.note_missing.cache_clear()
+
+    return set_fonts
+
+
+def test_a_font_that_has_the_characters_is_used(tmp_path, installed):
+    """Chinese captions were drawn as boxes although a font for them was installed."""
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    han = make_font(tmp_path / "han.ttf", "杯子放")
+    installed(str(tmp_path / "damaged.ttf"), make_font(tmp_path / "thai.ttf", "กข"), han)
+    assert draw_text.find_fonts("a cup") == ([draw_text.default_font()], set())
+    assert draw_text.find_fonts("a 杯子 把") == ([draw_text.default_font(), han], {"把"})
+    letters = draw_text.Letters("a 杯子 cup", 20)
+    assert [text for _, text in letters.runs("a 杯子 cup")] == ["a ", "杯子 ", "cup"]
+    dark = (np.array(draw_text.panel([("杯子", "#000000")], 100, 20)) < 50).mean(-1).sum()
+    assert dark == pytest.approx(2 * 16 * 16, rel=0.1)  # two squares
+    text, families = draw_text.for_matplotlib("$杯$ 把")
+    assert text == rf"\$杯\$ {draw_text.BOX}" and families == ["DejaVu Sans", "Test han"]
+
+
+def test_missing_characters_are_reported_once(tmp_path, installed, capsys):
+    """Boxes were drawn without a note, and matplotlib printed a warning for each character."""
+    installed(make_font(tmp_path / "thai.ttf", "กข"))
+    for _ in range(2):
+        draw_text.warn_missing(["a cup ก \u200b❤\ufe0f", "杯子、把", "កខ"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "CJK" in lines[0] and "KHMER" in lines[1]
+    assert "fonts-noto-cjk" in lines[0] and "fonts-noto-core" in lines[1]
+
+    pictures = [draw_text.panel([(t, "#000000")], 200, 20) for t in ("杯子", draw_text.BOX * 2)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    clip = np.zeros((2, 64, 64, 3), np.uint8), np.full((2, 2, 2), 1 / 8)
+    attention_map.draw(*clip, SimpleNamespace(size=64, resize="squash"), CHINESE * 3)  # warns not
+
+
+def test_films_report_missing_characters(tmp_path, installed, capsys):
+    installed()
+    clip = film(tmp_path / "a.webm", 12, grey)
+    windows = [{"start": 0.0, "end": 1.0, "caption": "杯子"}]
+    results = [{"path": str(clip), "caption": "มือ"}, {"path": str(clip), "windows": windows}]
+    (tmp_path / "captions.json").write_text(json.dumps(results))
+    films.main([str(tmp_path / "captions.json"), "--videos", str(tmp_path / "v"), "--workers", "0"])
+    assert [line.split()[5] for line in capsys.readouterr().err.splitlines()] == ["CJK", "THAI"]
+
+
+def test_lines_are_broken_between_characters_of_scripts_without_spaces():
+    """A Chinese sentence began on a new line, and Thai tone marks and Latin words were torn apart."""
+    width = SimpleNamespace(getlength=len)
+    assert draw_text.wrap(CHINESE, 10, width) == [
+        *("把 iPhone 放", "在（桌子）上。然后", "「拿走」杯子，看起来", "什么都没有发生"),
+    ]
+    assert draw_text.wrap("reference: 把杯子放下", 13, width) == ["reference: 把杯", "子放下"]
+    assert draw_text.wrap("แก้วน้ำ", 3, width) == ["แก้", "วน้", "ำ"]
+    assert draw_text.wrap("holding (a cup)", 10, width) == ["holding (a", "cup)"]
 
 
 def film_flags(world, prepared, *flags):

@@ -165,6 +165,95 @@ def test_simple_tokenizer(no_java):
     assert "java not found" in reason and "NOT comparable with published ones" in reason
 
 
+# ---- other scripts -------------------------------------------------------------------------
+
+# texts that have the same tokens, and these tokens
+SAME_TOKENS = {
+    "把 杯 子 放 在 桌 子 上": ["把杯子放在桌子上。", "把杯子、放在桌子上！", "把 杯子 放在桌子上"],
+    "把 iphone do n't 放 在": ["把iPhone don't放在。"],
+    "コ ッ プ が t シ ャ ツ": ["コップが、Tシャツ", "ｺｯﾌﾟが「Ｔシャツ」", "コップか\u3099Tシャツ"],
+    "ว า ง แ ก้ ว": ["วางแก้ว"],
+    "ວ າ ງ ຈ ອ ກ": ["ວາງຈອກ"],
+    "ដា ក់ ពែ ង": ["ដាក់ពែង។", "ដាក់\u200bពែង"],
+    "ခွ က် ချ": ["ခွက်ချ။"],
+    "𠮷 野 家": ["𠮷野家"],
+}
+SPACED = {
+    "ಕನ್ನಡ ಭಾಷೆ": ["ಕನ್ನಡ ಭಾಷೆ."],
+    "තේ ක්රම": ["තේ ක්\u200dරම"],
+    "हिन्दी में": ["हिन्दी में।"],
+    "𞤢𞤣𞤤 a": ["𞤀𞤁𞤂 a"],
+    "وضع كوب نعم": ["وضع كوب؟ نعم،"],
+    "컵을 놓기": ["컵을 놓기", "\u110f\u1165\u11b8을 놓기"],
+    "café istanbul": ["Cafe\u0301 İstanbul", "café istanbul."],
+}
+
+
+@pytest.fixture(params=[pytest.param("ptb", marks=needs_java), "simple"])
+def tokenizer(request, monkeypatch):
+    """The name of the tokenizer that is in use."""
+    if request.param == "simple":
+        monkeypatch.setenv("PATH", "")
+    return request.param
+
+
+def test_scripts_without_spaces_are_split_into_characters(tokenizer):
+    """Every Chinese, Japanese or Thai sentence was one word, and Java dropped the vowel signs of Khmer
+    and Burmese and all characters beyond U+FFFF."""
+    found, name, _ = metrics.tokenize([t for texts in SAME_TOKENS.values() for t in texts], 60)
+    assert name == f"{tokenizer}+characters"
+    assert [found[t] for texts in SAME_TOKENS.values() for t in texts] == [
+        tokens for tokens, texts in SAME_TOKENS.items() for _ in texts
+    ]
+
+
+def test_words_of_other_scripts_keep_their_marks(tokenizer):
+    """Java dropped the vowel signs of Kannada, Sinhala and others, which split their words. Without
+    Java, Hindi words were split at each vowel sign. "é" of two characters was not "é" of one."""
+    found, name, _ = metrics.tokenize([t for texts in SPACED.values() for t in texts], 60)
+    assert name == tokenizer
+    assert [found[t] for texts in SPACED.values() for t in texts] == [
+        tokens for tokens, texts in SPACED.items() for _ in texts
+    ]
+
+
+CHINESE = ["把杯子放在桌子上", "把书放在椅子上", "假装把笔拿起来", "撕纸", "打开盒子然后关上"]
+
+
+def test_chinese_captions_get_scores(no_java):
+    """All scores were 0.000, without a note."""
+    records = [record(i, text, placeholders=[text[1:3]]) for i, text in enumerate(CHINESE)]
+    perfect, _ = score({i: f"{t}。" for i, t in labels(records).items()}, records)
+    assert perfect["metrics"]["exact_match"] == perfect["metrics"]["placeholder_match"] == 1
+    close, _ = score({i: t[:-1] + "下" for i, t in labels(records).items()}, records)
+    assert close["controls"]["shuffled"]["CIDEr"] < close["metrics"]["CIDEr"] < 9
+    assert close["metrics"]["Bleu_4"] > 0.5 and close["metrics"]["exact_match"] == 0
+    assert close["tokenizer"] == "simple+characters"
+    assert "scored by character" in metrics.format_table(close)
+
+
+@pytest.mark.parametrize("text", ["把杯子放在桌子上", "Поставить чашку на стол"])
+def test_meteor_is_skipped_for_other_scripts(text, no_java):
+    """METEOR's English rules gave a number for Chinese and Russian references."""
+    result, _ = score({"0": "a", "1": "b"}, [record(0, text), record(1, "holding a cup")])
+    assert "defined for English; 1 of 2 clips" in result["skipped"]["METEOR"]
+    one_of_many = [record(0, text), *world(200)[1:]]
+    result, _ = score(labels(one_of_many), one_of_many)
+    assert result["skipped"]["METEOR"] == "java not found"
+
+
+def test_templates_without_spaces():
+    """A Chinese full stop, or spaces around the brackets of a template, made the template wrong."""
+    templates = ["把 [某物] 放在 [某物] 上", "把[某物]拿起来"]
+    parser = Templates(templates)
+    assert parser.parse("把杯子放在桌子上。") == (templates[0], ["杯子", "桌子"])
+    assert parser.parse("把 杯子 拿起来") == (templates[1], ["杯子"])
+    english = Templates(["Holding [something] next to [something]"])
+    assert english.parse("holding 杯子 next to 桌子")[1] == ["杯子", "桌子"]
+    records = [record(0, "把杯子拿起来", templates[1])]
+    assert metrics.template_accuracy({"0": "把杯子拿起来。"}, records, parser) == {"0": 1.0}
+
+
 # ---- n-gram metrics ------------------------------------------------------------------------
 
 

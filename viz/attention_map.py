@@ -29,6 +29,7 @@ from runtime.files import write_atomic
 from viz import draw_text
 
 COLUMNS = 8  # time steps drawn
+DPI, TITLE = 100, 12  # pixels per inch; font size in points
 
 
 def parse_args(argv=None):
@@ -161,9 +162,12 @@ def draw(frames, share, settings, title=""):
     highest = 1.4 * share.sum((1, 2)).max()  # room for the legend
     below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5), ylim=(0, highest))
     below.legend(loc="upper right", fontsize=8)
-    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # a pair of $ would start a formula
+    letters = draw_text.Letters(title, round(TITLE * DPI / 72))
+    lines = draw_text.wrap(title, 0.95 * DPI * figure.get_figwidth(), letters)
+    title, family = draw_text.for_matplotlib("\n".join(lines))
+    figure.suptitle(title, fontsize=TITLE, family=family)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
+    figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()
 
 

@@ -78,6 +78,7 @@ def main(argv=None):
         result |= {"reference": labels[path]} if path in labels else {}
 
     output.mkdir(parents=True, exist_ok=True)
+    draw_text.warn_missing(texts(result) for _, _, result, _ in films)
 
     # draw; a clip that fails is reported once, even if it has two films
     errors = {path: r["error"] for path, r in zip(paths, results, strict=True) if "error" in r}
@@ -118,6 +119,12 @@ def read_captions(path):
     if not (isinstance(results, list) and results and all(map(is_result, results))):
         raise UserError(f"{path} was not written by infer.py --output")
     return results
+
+
+def texts(result):
+    """Join all texts that are drawn below a clip. result: see `subtitles.Subtitles`."""
+    spans = result.get("windows") or [result]
+    return "".join(span["caption"] for span in spans) + result.get("reference", "")
 
 
 def refuse_own_inputs(films, clips):

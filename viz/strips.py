@@ -71,6 +71,8 @@ def main(argv=None):
     if missing:
         note(f"{len(missing)} of {len(sample)} clips are not in {args.videos}")
 
+    draw_text.warn_missing(predictions[i] + (records[i]["label"] or "") for i in paths)
+
     strips = []
     for clip_id, path in paths.items():
         try:
