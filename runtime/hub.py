@@ -68,7 +68,7 @@ def recorded(key, entry, flag):
     """
     name = entry[key]
     on_hub = entry.get("hub") is True or name in (cli.ENCODER, cli.LM)
-    if os.path.isdir(name) or (is_id(name) and (on_hub or is_complete(name))):
+    if on_hub or os.path.isdir(name) or (is_id(name) and is_complete(name)):
         return name
     download = f", or {flag} {name} if that is a model of the Hub" if is_id(name) else ""
     raise UserError(
