@@ -100,6 +100,9 @@ def read_checkpoint(path, flag="--checkpoint"):
             load_weights(QFormer(**checkpoint["sizes"]), dict(checkpoint["qformer"]), assign=True)
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise CorruptCheckpoint(f"{flag} {path} was not written by train.py: {error}") from None
+    if not exported:
+        hub.locate("name", checkpoint["lm"], location)
+        hub.locate("encoder", checkpoint["manifest"].info, location)
     return checkpoint
 
 
@@ -178,7 +181,7 @@ def fixed_state(captioner, manifest, lm_name, lm_fingerprint, templates, styles)
     With the weights they suffice to rebuild the captioner. templates, styles: the action templates and
     the styles that occur in the training captions.
     """
-    lm = {"name": str(lm_name), "fingerprint": lm_fingerprint}
+    lm = hub.record("name", lm_name) | {"fingerprint": lm_fingerprint}
     return {
         "checkpoint_version": VERSION,
         "sizes": captioner.qformer.sizes,
@@ -214,7 +217,7 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
     lm_name: the language model's folder or Hub id, if it is not the one stored in the checkpoint. Raises
     UserError if the language model or the style prompts differ from those in training.
     """
-    name = lm_name or checkpoint["lm"]["name"]
+    name = lm_name or hub.recorded("name", checkpoint["lm"], "--lm")
     lm, tokenizer, fingerprint = load_lm(name, device, dtype)
     if fingerprint != checkpoint["lm"]["fingerprint"]:
         raise UserError(

@@ -143,7 +143,7 @@ class VideoEncoder:
         another model.
         """
         settings = manifest.settings
-        name = name or manifest.info["encoder"]
+        name = name or hub.recorded("encoder", manifest.info, "--encoder")
         model, fingerprint = _load(name, getattr(torch, settings.compute_dtype))
         if fingerprint != settings.encoder_fingerprint:
             raise UserError(

@@ -12,6 +12,7 @@ that shows each clip with its caption and score, run python -m viz.gallery RUN.
 import runtime.start
 
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
@@ -98,7 +99,9 @@ def main(argv=None):
     source = args.predictions[0] if args.predictions else args.checkpoint
     output = cli.output_folder(args.output or default_output(source), "--output")
     if args.predictions:
-        predictions, settings = read_predictions(args.predictions), {}
+        later = {r["id"] for r in all_records[args.limit :]} if args.limit else {}
+        predictions = read_predictions(args.predictions)
+        predictions, settings = {i: t for i, t in predictions.items() if i not in later}, {}
     else:
         with distributed.joined():
             predictions, settings = predict(args, records)
@@ -132,7 +135,8 @@ def main(argv=None):
         with_meteor=not args.no_meteor,
     )
     result |= {
-        "checkpoint": args.predictions or args.checkpoint,
+        # absolute, because viz.gallery may compare them in another working directory
+        "checkpoint": [os.path.abspath(path) for path in args.predictions or []] or args.checkpoint,
         "settings": {"split": args.split, "style": args.style, "missing": skipped} | settings,
     }
     write_json(output / f"evaluation_{name}.json", result)

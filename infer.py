@@ -12,6 +12,7 @@ python -m viz.films makes captioned videos.
 import runtime.start
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -125,7 +126,9 @@ def text_lines(result):
 def save_results(output, results, copy_clips):
     """Write captions.json and, if `copy_clips`, copy the captioned clips into the same folder."""
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "captions.json", results)
+    # absolute paths, so that viz.films finds the clips from every working directory
+    absolute = [r | {"path": os.path.abspath(r["path"])} for r in results]
+    write_json(output / "captions.json", absolute)
     for path in [Path(r["path"]) for r in results if copy_clips and "error" not in r]:
         copy = output / path.name
         if not (copy.exists() and copy.samefile(path)):

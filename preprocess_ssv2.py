@@ -230,7 +230,8 @@ def matching_encoder(args, features, device, dtype, needed):
     if not existing and not args.dry_run:
         # without the date, so that caches of the same features are byte-identical
         versions = {name: version(name) for name in ("torch", "transformers", "av")}
-        manifest = Manifest(encoder.settings, {"encoder": args.encoder, "versions": versions})
+        info = hub.record("encoder", args.encoder) | {"versions": versions}
+        manifest = Manifest(encoder.settings, info)
         # if several shards start together, one writes the manifest and the others are checked against it
         write_new(features / MANIFEST, json_bytes(manifest.as_dict()))
         existing = load_manifest(features).settings

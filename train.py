@@ -192,8 +192,10 @@ def main(argv=None):
         board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
         trainable = sum(p.numel() for p in state.model.qformer.parameters())
         facts = {"clips": len(data.train), "trainable_parameters": trainable}
-        run_folder.write_args(folder, vars(args), args.overwrite, device, **facts)
-        with run_folder.Run(folder, state.progress.step, total, board) as run:
+        with (
+            run_folder.recorded(folder, vars(args), args.overwrite, device, **facts),
+            run_folder.Run(folder, state.progress.step, total, board) as run,
+        ):
             if not resumed:
                 run.save(state.last())  # from now on, a missing last.pt means that it was deleted
             train(state, data, recipe, run, args.save_every)
@@ -234,7 +236,7 @@ def train(state, data, recipe, run, save_every):
         waited = micro_batches.seconds
         run.log.step(progress.step, epoch, ids, loss, tokens, by_style, lr, grad_norm, waited)
         if progress.bad_steps == MAX_BAD_STEPS:
-            raise not_finite_error(run.folder)
+            raise not_finite_error()
 
         # save; at the end of an epoch also evaluate, and keep the best checkpoint
         run.writer.raise_if_failed()
@@ -272,11 +274,11 @@ def end_epoch(state, data, recipe, run):
     run.save(state.last())  # again, since what counts as evaluated and best has changed
 
 
-def not_finite_error(folder):
+def not_finite_error():
     return UserError(
         f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps, which did not change"
-        f" the weights (their clips are listed in {folder / 'metrics.jsonl'}). Check the features with"
-        " preprocess_ssv2.py --verify, or use a lower --lr.",
+        " the weights (their clips are listed above). Check the features with preprocess_ssv2.py"
+        " --verify, or use a lower --lr.",
         code=FAILED,
     )
 

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import select
 import signal
+import stat
 import sys
 from pathlib import Path
 
 from runtime import ranks, start
 from runtime.errors import DONE, FAILED, SIGNALLED, Stopped, UserError, explain
+from runtime.stop_signals import StopSignals
 
 # Defaults that several scripts share, for Something-Something-V2
 LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
@@ -37,63 +39,80 @@ def printable(text, keep="\n"):
 
 
 def run(main):
-    """Run `main()` and exit with its code. A `UserError` is printed as `train.py: message` on stderr."""
+    """Run `main()` and exit with its code. A `UserError` is printed as `train.py: message` on stderr.
 
-    def on_signals(handler):
-        for number in start.SIGNALS:
-            signal.signal(number, handler)
-
-    def stop(number, frame):
-        on_signals(signal.SIG_DFL)  # a second signal ends the process at once
-        raise Stopped(number)
-
-    name = start.program()
+    If a signal was received, the exit code says so, even if `main` returned or raised another error.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     if ranks.rank():  # only rank 0 shows results and progress; every rank shows its errors
-        name = f"[rank {ranks.rank()}] {name}"
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until exit)
         os.environ["TQDM_DISABLE"] = "1"
-
-    def fail(why):
-        print(printable(f"{name}: {why}"), file=sys.stderr, flush=True)
-
+    signals = StopSignals()
+    number = 0
     try:
-        on_signals(stop)
-        start.release_signals()
-        code = main() or DONE
-        sys.stdout.flush()
-    except UserError as error:
-        fail(error)
-        code = error.code
+        with signals:
+            code = exit_code(main, signals)
     except Stopped as error:
-        number = signal.Signals(error.args[0])
-        fail(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
-        code = SIGNALLED + number
-    except BrokenPipeError:
-        # After `infer.py … | head` the exit code is 0, because `head` has read all it needs. If stderr is
-        # closed too (`train.py 2>&1 | head`), the run was cut short, which is a failure.
-        code = FAILED if is_closed(sys.stderr) else DONE
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except Exception as error:
-        why = explain(error)
-        if why is None:  # a bug in this project, so show the traceback
-            raise
-        fail(why)
-        code = FAILED
+        number = error.args[0]
     finally:
-        on_signals(signal.SIG_DFL)  # do not raise `Stopped` while the interpreter shuts down
         kill_children()
+    if number := signals.number or number:
+        drop_closed_streams()
+        fail(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        code = SIGNALLED + number
     sys.exit(code)
 
 
-def is_closed(stream):
-    """Return True if `stream` is a pipe whose reading end is closed."""
+def exit_code(main, signals):
+    """Run `main()`, print its error if there is one, and return the exit code."""
+    try:
+        code = main() or DONE
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        fail(error)
+        return error.code
+    except BrokenPipeError:
+        # After `infer.py … | head` the exit code is 0, because `head` has read all it needs. If stderr is
+        # closed too (`train.py 2>&1 | head`), the run was cut short, which is a failure.
+        code = FAILED if is_closed(2) else DONE
+        drop_closed_streams()
+        return code
+    except Exception as error:
+        why = explain(error)
+        if why is None and not signals.number:  # a bug in this project, so show the traceback
+            raise
+        if why is not None:
+            fail(why)
+        return FAILED
+
+
+def fail(why):
+    name = f"[rank {ranks.rank()}] {start.program()}" if ranks.rank() else start.program()
+    print(printable(f"{name}: {why}"), file=sys.stderr, flush=True)
+
+
+def is_closed(descriptor, wait=0):
+    """Return True if `descriptor` is a pipe whose reading end is closed, or is closed within `wait` s."""
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()
-    poll.register(stream, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(1000 * wait))
+
+
+def drop_closed_streams(wait=0):
+    """Redirect stdout and stderr to the null device if they are pipes that nobody reads any more.
+
+    wait: seconds in which the reader may still end.
+    """
+    for descriptor in (2, 1):
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            if is_closed(descriptor, wait):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
+            wait = 0
 
 
 def kill_children():
@@ -102,6 +121,23 @@ def kill_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that expands a leading `~` in all values, which shells do not in --output=~/run."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, expand_home(value))
+        return namespace, rest
+
+
+def expand_home(value):
+    if isinstance(value, list):
+        return [*map(expand_home, value)]
+    is_path = isinstance(value, str) and (value == "~" or "/" in value)
+    return os.path.expanduser(value) if is_path else value
 
 
 def parser(doc):
@@ -113,7 +149,7 @@ def parser(doc):
                 return action.help
             return super()._get_help_string(action)
 
-    return argparse.ArgumentParser(
+    return Parser(
         prog=start.program(), description=doc, formatter_class=Formatter, allow_abbrev=False
     )
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from runtime import cli
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
 from runtime.names import list_files
@@ -47,6 +48,52 @@ def is_id(name):
 def is_cached(name):
     """Return True if `name` is a Hub id whose config.json is in the Hub cache, so the model is known."""
     return is_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def record(key, name):
+    """Return how a checkpoint or manifest names a model, as a dict with the entry `key`.
+
+    A folder is named by its absolute path, so that it is found from every working directory. A Hub id is
+    marked with "hub", because a relative folder, as older versions recorded it, may look the same.
+    """
+    if os.path.isdir(name):
+        return {key: os.path.abspath(name)}
+    return {key: str(name), "hub": True}
+
+
+def recorded(key, entry, flag):
+    """Return the model that `entry`, the result of `record`, names, as an argument for `find_model`.
+
+    Raises UserError naming `flag` if the model is or may be a folder that is not there. The Hub is not
+    asked for such a name, because it may have an unrelated model of that name.
+    """
+    name = entry[key]
+    on_hub = entry.get("hub") is True or name in (cli.ENCODER, cli.LM)
+    if on_hub or os.path.isdir(name) or (is_id(name) and is_complete(name)):
+        return name
+    download = f", or {flag} {name} if that is a model of the Hub" if is_id(name) else ""
+    raise UserError(
+        f"the checkpoint was trained with the model in the folder {name}, which does not exist. If it"
+        f" has moved, pass {flag} FOLDER{download}."
+    )
+
+
+def locate(key, entry, checkpoint):
+    """Complete a relative folder in the result of `record` that an older version wrote.
+
+    Such a path is relative to the working directory of the training run, which usually is one of the
+    folders around its checkpoint.
+    """
+    name = entry[key]
+    if len(name) < 1000 and not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
+        folders = [os.path.join(parent, name) for parent in Path(checkpoint).absolute().parents]
+        entry[key] = next(filter(os.path.isdir, folders), name)
+
+
+def is_complete(name):
+    """Return True if all files of the Hub id `name` are in the Hub cache, so that the Hub is not asked."""
+    folder, missing = look_here(name, "model")
+    return bool(folder) and not missing
 
 
 def find_model(name, flag):

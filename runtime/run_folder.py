@@ -9,29 +9,32 @@ from runtime.start import ROOT, SIGNALS
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 import torch
 from tqdm import tqdm
 
 from runtime import devices, distributed, ranks
-from runtime.cli import note, output_folder
+from runtime.cli import drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
 
-# The files that --overwrite deletes. Other files in the folder are kept. Checkpoints are deleted first:
-# after a kill during the deletion, --resume must not continue the old run with the new flags.
+# The files that --overwrite replaces. Other files in the folder are kept. Checkpoints come first: after a
+# kill in between, --resume must not continue the old run with the new flags.
 RUN_FILES = [LAST, PREVIOUS, CORRUPT, BEST, "args.json", "metrics.jsonl", "curves.png"]
 RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "gallery*.html"]
+DASHBOARD_FILES = ["report_id.json", "tensorboard/events.*"]
+REPLACED = ".replaced"  # the old run, until the run that replaces it has saved a checkpoint
 
 
 def check(output, resume, overwrite, dry_run=False):
@@ -61,13 +64,35 @@ def locked(folder, resume, overwrite, dry_run=False):
         yield
 
 
-def write_args(folder, args, overwrite, device, **facts):
-    """Record flags, versions and hardware in args.json. With --overwrite, delete the old run first."""
+@contextmanager
+def recorded(folder, args, overwrite, device, **facts):
+    """Record flags, versions and hardware in args.json, and train in the block.
+
+    If the block fails before a new run has saved a checkpoint of a later step than 0, there is nothing to
+    resume. The files of the run are then deleted, so that the same command can be run again. With
+    overwrite, the old run is kept until that checkpoint and restored after such a failure.
+    """
     if ranks.rank():
+        yield
         return
+    saved = any((folder / name).exists() for name in (LAST, PREVIOUS, BEST))
+    is_new = overwrite or not saved or (folder / REPLACED).exists()
     if overwrite:
-        for path in (p for pattern in RUN_FILES for p in folder.glob(pattern)):
-            path.unlink()
+        set_aside(folder)
+    try:
+        write_args(folder, args, device, **facts)
+        yield
+    except BaseException:
+        # the first checkpoint, of step 0, is renamed as soon as the second one is on disk
+        if is_new and not (folder / PREVIOUS).exists():
+            undo(folder)
+            note(f"no step was saved, so {folder} is as it was before")
+        raise
+    finally:
+        delete_replaced(folder)
+
+
+def write_args(folder, args, device, **facts):
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip() or None
@@ -83,6 +108,37 @@ def write_args(folder, args, overwrite, device, **facts):
         **facts,
     }
     write_json(folder / "args.json", facts)
+
+
+def find(folder, patterns):
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def set_aside(folder):
+    """Move the files of a run to a hidden folder. If an older run is still there, delete them instead."""
+    replaced, is_first = folder / REPLACED, not (folder / REPLACED).exists()
+    replaced.mkdir(exist_ok=True)
+    for path in find(folder, RUN_FILES):
+        if is_first:
+            path.replace(replaced / path.name)
+        else:  # they are from a run that was killed before it saved a step
+            path.unlink()
+
+
+def undo(folder):
+    """Delete the files of a run, and move back those of the run that it should have replaced."""
+    for path in find(folder, RUN_FILES + DASHBOARD_FILES):
+        path.unlink()
+    with suppress(OSError):  # there is none, or it has other files
+        (folder / "tensorboard").rmdir()
+    # checkpoints last, see RUN_FILES
+    for path in reversed(find(folder / REPLACED, RUN_FILES)):
+        path.replace(folder / path.name)
+
+
+def delete_replaced(folder):
+    if (folder / REPLACED).exists():
+        shutil.rmtree(folder / REPLACED)
 
 
 class Run:
@@ -112,6 +168,8 @@ class Run:
         """Write last.pt."""
         self.log.sync()  # the log must reach the disk before the checkpoint that refers to it
         self.writer.write(self.folder / LAST, state)
+        if (self.folder / PREVIOUS).exists() and not ranks.rank():  # a later step than 0 is on disk
+            delete_replaced(self.folder)
 
     def save_best(self, state):
         self.writer.write(self.folder / BEST, state)
@@ -261,12 +319,18 @@ class Stop:
 
     def request(self, number, frame):
         self.signal = int(number)
+        if self.saved:
+            self.restore()
+            signal.raise_signal(number)  # `cli.run` raises `Stopped`, again if it is lost
         for other in self.before:
             signal.signal(other, signal.SIG_IGN if ranks.launched() else signal.SIG_DFL)
-        if self.saved:
-            raise Stopped(self.signal)
-        if ranks.rank() == 0:  # `print` is not reentrant, and the signal may interrupt one
-            os.write(2, b"\nfinishing this step, then saving; a second signal stops at once\n")
+        if ranks.rank() == 0:
+            # `print` is not reentrant, and the signal may interrupt one
+            text = b"\nfinishing this step, then saving; a second signal stops at once\n"
+            with suppress(OSError):
+                os.write(2, text)
+            # after Ctrl-C, the `tee` of `train.py 2>&1 | tee log` has gone as well
+            drop_closed_streams(wait=0.5)
 
 
 class Writer:

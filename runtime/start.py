@@ -14,10 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DOCTOR = "python -m tools.doctor"  # needs no packages, and reports which are missing
 NEEDED = ("torch", "numpy", "transformers", "tqdm", "pycocoevalcap")
-# The signals that stop a run. `nohup` starts a process with SIGHUP ignored, which must stay ignored.
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-    SIGNALS.append(signal.SIGHUP)
+# The signals that stop a run. A signal that is ignored on entry stays ignored: `nohup` starts a process
+# with SIGHUP ignored, and a shell without job control starts `train.py &` with SIGINT ignored.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def program():
@@ -56,6 +56,19 @@ def is_script():
     return path.is_relative_to(ROOT) and len(path.relative_to(ROOT).parts) <= 2
 
 
+def open_standard_streams():
+    """Open stdin, stdout and stderr on the null device if they are closed, as with `>&-` in a shell.
+
+    Otherwise the next file that is opened would get the number of a standard stream, and whatever a
+    library prints would be written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, that of the stream
+            os.set_inheritable(null, True)  # otherwise it would be closed in child processes
+            setattr(sys, name, open(null, mode, errors="backslashreplace"))  # noqa: SIM115
+
+
 def hold_signals():
     """Block the signals that stop a run, until `release_signals`."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
@@ -69,6 +82,7 @@ def release_signals():
 
 check_python()
 if is_script():
+    open_standard_streams()
     if program() != DOCTOR:
         check_packages()
     hold_signals()

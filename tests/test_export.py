@@ -127,12 +127,14 @@ def test_evaluate_and_infer_take_runs_exports_and_hub_ids(
     on_the_hub(tmp_path / "out" / "toy", "me/toy", tmp_path / "hub", monkeypatch)
     clips = sorted(map(str, (world / "videos").iterdir()))[:2]
     printed = []
+    lm = ["--lm", str(world / "lm")]  # an export does not contain the path of a folder
+    clips += ["--workers", "0", "--encoder", str(world / "encoder"), *lm]
     for checkpoint in (str(trained), "out/toy", "me/toy"):
-        assert not infer.main([*clips, "--checkpoint", checkpoint, "--workers", "0"])
+        assert not infer.main([*clips, "--checkpoint", checkpoint])
         printed.append(capsys.readouterr().out)
     assert printed[0] and printed[0] == printed[1] == printed[2]
     flags = ["--features", str(prepared / "features"), "--workers", "0", "--limit", "8"]
-    flags += ["--annotations", str(prepared / "annotations"), "--checkpoint"]
+    flags += ["--annotations", str(prepared / "annotations"), *lm, "--checkpoint"]
     scores = tmp_path / "results" / "toy" / "evaluation_validation_first8.json"
     for checkpoint in ("out/toy", "me/toy"):
         evaluate.main([*flags, checkpoint])

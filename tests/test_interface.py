@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -258,6 +259,12 @@ def test_constraints_fit_every_machine():
     assert len(pinned) > 4 and all(doctor.within(versions[n], ranges[n]) for n in pinned)
 
 
+def as_in_a_terminal():
+    """Undo `nohup pytest` and `pytest &`, in which these signals are ignored. A `preexec_fn`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_signal_during_imports_prints_one_line():
     """Importing torch takes seconds, and Ctrl-C in that time printed a traceback from an import."""
@@ -269,10 +276,7 @@ def test_a_signal_during_imports_prints_one_line():
     command = [sys.executable, HERE / "infer.py", "/nowhere.mp4"]
     numbers = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
-    def reset_hangup():
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-
-    how = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": reset_hangup}
+    how = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": as_in_a_terminal}
     runs = [subprocess.Popen(command, **how) for _ in numbers]
     for process, number in zip(runs, numbers, strict=True):
         until(lambda pid=process.pid: blocks_signals(pid))
@@ -280,3 +284,124 @@ def test_a_signal_during_imports_prints_one_line():
     for process, (number, name) in zip(runs, numbers.items(), strict=True):
         assert process.communicate(timeout=60)[1] == f"infer.py: stopped by {name}\n"
         assert process.returncode == 128 + number
+
+
+def run_main(code, preexec_fn=as_in_a_terminal):
+    """Run the body of a `main` as a script, and return its exit code, stdout and stderr."""
+    lines = ["import ctypes, gc, os, signal, time", "from runtime import cli, start"]
+    lines += ["def main():", *(f"    {line}" for line in code.splitlines()), "cli.run(main)"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    how = {"env": start.environment(), "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, preexec_fn=preexec_fn, **how)
+    return done.returncode, done.stdout, done.stderr
+
+
+SWALLOWED = {
+    "finalizer": """
+class Foreign:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+Foreign()
+""",
+    "garbage collector": """
+gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGTERM))
+gc.collect()
+""",
+    "C library": """
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def compare(a, b):
+    signal.raise_signal(signal.SIGTERM)
+    return 0
+ctypes.CDLL(None).qsort((ctypes.c_int * 2)(), 2, 4, compare)
+""",
+    "bare except": """
+try:
+    signal.raise_signal(signal.SIGTERM)
+except:
+    pass
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "then"),
+    [
+        *((where, "time.sleep(50)") for where in SWALLOWED),
+        *(("finalizer", then) for then in ("return", "raise ValueError")),
+    ],
+)
+def test_a_signal_is_not_lost_in_foreign_code(where, then):
+    """The exception of the signal handler was discarded there, and the run went on and ended with 0. A
+    blocking call is interrupted, and a script that is at its end does not report success."""
+    code, out, err = run_main(f"{SWALLOWED[where]}\nprint('went on', flush=True)\n{then}")
+    assert (code, out) == (143, "went on\n")
+    assert err.splitlines()[-1].endswith("stopped by SIGTERM") and "Traceback" not in err
+
+
+def test_cleanup_is_not_disturbed_by_a_signal():
+    """`Stopped` is raised again only if it is lost: not while `finally` blocks or generators end."""
+    code, out, err = run_main("""
+def clips():
+    try:
+        yield 1
+    finally:
+        time.sleep(0.5)
+        print("generator", flush=True)
+try:
+    for clip in clips():
+        signal.raise_signal(signal.SIGINT)
+finally:
+    time.sleep(0.5)
+    print("finally", flush=True)
+""")
+    assert (code, out) == (130, "generator\nfinally\n")
+    assert err.splitlines() == ["-c: stopped by Ctrl-C"]
+
+
+def test_a_second_signal_ends_a_script_that_hangs():
+    code, out, _ = run_main("""
+try:
+    signal.raise_signal(signal.SIGINT)
+finally:
+    signal.raise_signal(signal.SIGTERM)
+    print("went on", flush=True)
+""")
+    assert (code, out) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signals_that_are_ignored_on_entry_stay_ignored(number):
+    """`nohup` ignores SIGHUP, and a shell without job control ignores SIGINT for `train.py &`: a Ctrl-C
+    in that shell stopped the run in the background."""
+    code, out, err = run_main(
+        f"signal.raise_signal({int(number)})\nprint('went on')",
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    assert (code, out, err) == (0, "went on\n", "")
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_closed_standard_streams(prepared, trained, tmp_path, closed):
+    """With `>&-`, sys.stdout is None, and every script ended with an AttributeError. The next file that
+    was opened got the number of the stream, and what was printed was written into it."""
+    flags = ["--annotations", prepared / "annotations", "--no-meteor", "--output", tmp_path]
+    flags += ["--predictions", trained / "predictions_validation.json"]
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    command = f"{shlex.join(map(str, [sys.executable, HERE / 'evaluate.py', *flags]))} {closing}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert ("CIDEr" in done.stdout) == ("1" not in closed)
+    result = json.loads((tmp_path / "evaluation_validation_rescored.json").read_text())
+    assert result["n"] > 1
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells do not expand `~` in --output=~/run, and a folder named `~` was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, flag in (("train", "output"), ("infer", "output"), ("evaluate", "features")):
+        args = importlib.import_module(name).parse_args([f"--{flag}=~/run"])
+        assert getattr(args, flag) == f"{tmp_path}/run"
+    module = importlib.import_module("evaluate")
+    args = module.parse_args(["--predictions", "a.json", "~/b.json", "--split", "~"])
+    assert args.predictions == ["a.json", f"{tmp_path}/b.json"]
+    assert importlib.import_module("infer").parse_args(["~clip.mp4"]).clips == ["~clip.mp4"]

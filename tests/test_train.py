@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from contextlib import closing
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,9 @@ import train
 from dataset import load_records
 from runtime import run_folder
 from runtime.errors import TERMINATED, Stopped, UserError
+from runtime.stop_signals import StopSignals
+
+STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
 
@@ -241,25 +245,93 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     assert [bool(s.get("skipped")) for s in log(tmp_path / "other")] == [0, 0, 1, 0, 0]
 
 
-def test_only_the_second_signal_ends_the_process_at_once():
+@pytest.fixture
+def handlers(monkeypatch):
+    """Restore the handlers of signals, also of those that are ignored in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP}
+    monkeypatch.setattr("runtime.start.SIGNALS", STOP)
+    monkeypatch.setattr(run_folder, "SIGNALS", STOP)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_only_the_second_signal_ends_the_process_at_once(handlers):
     stop = run_folder.Stop()
-    try:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-        assert {signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_DFL}
-    finally:
-        stop.restore()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    assert {signal.getsignal(number) for number in STOP} == {signal.SIG_DFL}
 
 
-def test_a_signal_stops_at_once_if_everything_is_saved():
+@pytest.mark.parametrize("number", STOP)
+def test_a_signal_stops_at_once_if_everything_is_saved(handlers, number):
     """The evaluation after an epoch may take longer than a batch system waits."""
-    stop = run_folder.Stop()
-    stop.saved = True
+    with pytest.raises(Stopped), StopSignals():
+        stop = run_folder.Stop()
+        stop.saved = True
+        signal.raise_signal(number)
+
+
+def test_ctrl_c_also_ends_the_reader_of_the_progress(handlers):
+    """`train.py 2>&1 | tee log` ended with a BrokenPipeError instead of a checkpoint, because Ctrl-C
+    ends `tee` as well."""
+    reader, writer = os.pipe()
+    before = os.dup(2)
     try:
-        with pytest.raises(Stopped):
-            signal.raise_signal(signal.SIGINT)
+        os.dup2(writer, 2)
+        os.close(writer)
+        os.close(reader)
+        run_folder.Stop()
+        signal.raise_signal(signal.SIGINT)
+        assert os.write(2, b"step 1 of 2") == 11
     finally:
-        stop.restore()
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def fail(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_failure_in_the_first_step_leaves_no_run_behind(world, prepared, tmp_path, monkeypatch):
+    """The same command, with a smaller batch, was refused because the folder contained a run."""
+    run, monitor = tmp_path / "run", ["--report-to", "tensorboard"]
+    flags = train_flags(world, prepared, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train.main(flags if find_spec("tensorboard") is None else flags + monitor)
+        assert not run.exists()
+        run.mkdir()
+        (run / "notes.txt").write_text("mine")
+        with pytest.raises(torch.OutOfMemoryError):
+            train.main([*flags, "--overwrite"])
+    assert {p.name for p in run.iterdir()} == {"notes.txt", ".lock"}
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_is_saved(
+    world, prepared, trained, tmp_path, monkeypatch
+):
+    """If its first step ran out of memory, --overwrite had already deleted the trained model."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    flags = train_flags(world, prepared, run, "--overwrite", "--epochs", 1, "--save-every", 1)
+    accumulate, steps = train.accumulate, []
+
+    def third_fails(*args):
+        steps.append(args)
+        return fail() if len(steps) == 3 else accumulate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train.main(flags)
+        assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+        patch.setattr(train, "accumulate", third_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            train.main(flags)
+    names = {"last.pt", "previous.pt", "args.json", "metrics.jsonl", ".lock"}
+    assert {p.name for p in run.iterdir()} == names and state(run)["step"] == 2
 
 
 def test_a_run_that_cannot_be_resumed_is_not_restarted(world, prepared, trained, tmp_path, capsys):

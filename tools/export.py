@@ -56,7 +56,9 @@ def export(run, folder):
         raise UserError(f"folder {folder} {problem}; choose another folder")
     weights = save({k: w.contiguous() for k, w in checkpoint["qformer"].items()}, MARK)
     config = {k: checkpoint[k] for k in KEYS if k in checkpoint}
-    config["manifest"] = checkpoint["manifest"].as_dict()
+    manifest = checkpoint["manifest"].as_dict()
+    config["lm"] = public("name", checkpoint["lm"])
+    config["manifest"] = manifest | {"info": public("encoder", manifest["info"])}
     config["sha256"] = hashlib.sha256(weights).hexdigest()
     if config.get("best") in (float("inf"), -float("inf")):  # the run has no score
         config["best"] = None
@@ -182,6 +184,14 @@ def _recipe(run):
         return {"training clips": f"{facts['clips']:,}", "flags": flags}
     except (UserError, KeyError, TypeError, ValueError):
         return {}
+
+
+def public(key, entry):
+    """The result of `hub.record` without the path of a folder, which may be private."""
+    name = entry[key]
+    if entry.get("hub") is True or hub.is_cached(name):
+        return entry | {"hub": True}
+    return entry | {key: name if hub.is_id(name) else Path(name).name}
 
 
 def _model(name):

@@ -209,7 +209,7 @@ def render(result, clips):
     title = f"{settings['split']}, style {settings['style']}"
     if settings.get("control", "none") != "none":
         title += f", control {settings['control']}"
-    source = source if isinstance(source, str) else ", ".join(source)
+    source = source if isinstance(source, str) else ", ".join(map(os.path.basename, source))
     parts = {
         "TITLE": html.escape(title),
         "SOURCE": html.escape(cli.printable(source)),

@@ -98,13 +98,17 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
+def heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @cache
 def fork_server():
     """Return a process that has imported everything and forks to run scripts, which saves seconds."""
     code = "from torture import sandbox; sandbox.serve()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True
-    )
+    how = {"cwd": ROOT, "env": environment(), "stdin": subprocess.PIPE, "text": True}
+    # `pytest &` in a script starts with SIGINT ignored, and the scripts would ignore it too
+    return subprocess.Popen([sys.executable, "-c", code], preexec_fn=heed_ctrl_c, **how)
 
 
 def serve():
