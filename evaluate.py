@@ -196,7 +196,7 @@ def predict(args, records):
     warn_if_untrained(checkpoint, args.style)
     captioner = load_captioner(checkpoint, device, dtype, args.lm)
     source = args.features, manifest.settings
-    batches = clip_batches(
+    batches = clip_loader(
         captioner, *source, args.split, clips, args.style, args.batch_size, args.workers
     )
     with shared_memory(manifest.settings, args.workers, captioning=args.batch_size):
@@ -214,7 +214,7 @@ def predict(args, records):
     }
 
 
-def clip_batches(captioner, features, settings, split, records, style, batch_size, workers):
+def clip_loader(captioner, features, settings, split, records, style, batch_size, workers):
     """Make a loader over cached clips, each with one reference in the given style if there is one.
 
     features, settings: the cache folder and the settings in its manifest. If there are several
@@ -272,21 +272,21 @@ def to_device(batch, device):
     return {k: v if k == "ids" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def score(predictions, records, everything, annotations, style="label", seed=0, **kwargs):
+def score(predictions, records, all_records, annotations, style="label", seed=0, **kwargs):
     """Call `metrics.score` with the class templates and the most frequent training caption.
 
-    everything: all records of the split. CIDEr counts its document frequencies on them, so that a clip
+    all_records: all records of the split. CIDEr counts its document frequencies on them, so that a clip
     gets the same score whether a part or all of the split is scored. Their templates are added to those
     of the training split.
     """
     templates, most_frequent = training_facts(str(annotations), style)
-    templates = templates | {r["template"] for r in everything} - {None}
+    templates = templates | {r["template"] for r in all_records} - {None}
     return metrics.score(
         predictions,
         records,
         style=style,
         templates=sorted(templates),
-        all_records=everything,
+        all_records=all_records,
         most_frequent=most_frequent,
         seed=seed,
         **kwargs,

@@ -41,7 +41,7 @@ from dataset import (
     shared_memory,
 )
 from evaluate import BATCH as VALIDATION_BATCH
-from evaluate import caption, clip_batches, score, to_device, write_predictions
+from evaluate import caption, clip_loader, score, to_device, write_predictions
 from feature_cache import Manifest, channel_statistics, load_manifest, require_features
 from optim import (
     CLIPS_PER_STEP,
@@ -76,7 +76,7 @@ class Data:
     train: list
     validation: list
     subset: list  # the part of `validation` that is scored after each epoch
-    split: list  # all labelled validation records, which set the document frequencies of CIDEr
+    all_validation: list  # also without features; they set the document frequencies of CIDEr
     workers: int
 
 
@@ -178,11 +178,11 @@ def main(argv=None):
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # --resume compares the actual dtype, not "auto"
     state = build(args, data, recipe, device, dtype)
-    memory = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
+    batch_sizes = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
     with (
         distributed.joined(devices.backend(device)),
         run_folder.locked(folder, args.resume, args.overwrite, args.dry_run),
-        shared_memory(data.manifest.settings, data.workers, **memory),
+        shared_memory(data.manifest.settings, data.workers, **batch_sizes),
     ):
         resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run)
         print_plan(state.model, data, recipe)
@@ -208,16 +208,16 @@ def main(argv=None):
 def train(state, data, recipe, run, save_every):
     """Run the training loop until the last step or a signal."""
     model, optimizer, progress = state.model, state.optimizer, state.progress
-    per_epoch = recipe.steps_per_epoch(len(data.train))
+    steps_per_epoch = recipe.steps_per_epoch(len(data.train))
     model.train()
     # the run may have stopped between an epoch's last step and its evaluation, or have lost best.pt
-    epoch_ended = progress.step > 0 and progress.step % per_epoch == 0
+    epoch_ended = progress.step > 0 and progress.step % steps_per_epoch == 0
     if epoch_ended and progress.step > progress.evaluated:
         end_epoch(state, data, recipe, run)
     for epoch, ids, micro_batches in training_steps(
         data, recipe, model.tokenizer, model.device, progress.step
     ):
-        lr = lr_at(progress.step, recipe.epochs * per_epoch, recipe.lr, recipe.warmup_steps)
+        lr = lr_at(progress.step, recipe.epochs * steps_per_epoch, recipe.lr, recipe.warmup_steps)
         set_lr(optimizer, lr)
 
         # forward and backward; afterwards .grad is that of the loss summed over all processes
@@ -233,14 +233,15 @@ def train(state, data, recipe, run, save_every):
         progress.step += 1
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
-        waited = micro_batches.seconds
+        waited = micro_batches.seconds_waiting
         run.log.step(progress.step, epoch, ids, loss, tokens, by_style, lr, grad_norm, waited)
         if progress.bad_steps == MAX_BAD_STEPS:
             raise not_finite_error()
 
         # save; at the end of an epoch also evaluate, and keep the best checkpoint
         run.writer.raise_if_failed()
-        stop, epoch_ended = run.stop_signal(), progress.step % per_epoch == 0
+        stop = run.stop_signal()
+        epoch_ended = progress.step % steps_per_epoch == 0
         if epoch_ended or stop or progress.step % save_every == 0:
             run.save(state.last())
         if stop:
@@ -253,7 +254,7 @@ def end_epoch(state, data, recipe, run):
     """Evaluate on the validation subset, and write best.pt if the score is the best so far."""
     progress = state.progress
     with run.evaluating():
-        result, predictions, loss = evaluate(state.model, data, recipe, data.subset)
+        result, predictions, loss = validate(state.model, data, recipe, data.subset)
     samples = [
         {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}
         for r in data.subset[:SAMPLES]
@@ -266,19 +267,19 @@ def end_epoch(state, data, recipe, run):
         curves.update(run.folder)
     # the highest CIDEr is the best; between equal ones, or without CIDEr, the lowest loss
     loss = math.inf if loss is None else loss
-    score = result["metrics"].get("CIDEr", -loss)
-    if (score, -loss) > (progress.best_score, -progress.best_loss) or not progress.evaluated:
-        progress.best_score, progress.best_loss = score, loss
+    value = result["metrics"].get("CIDEr", -loss)
+    if (value, -loss) > (progress.best_score, -progress.best_loss) or not progress.evaluated:
+        progress.best_score, progress.best_loss = value, loss
         run.save_best(state.best())
     progress.evaluated = progress.step
-    run.save(state.last())  # again, since what counts as evaluated and best has changed
+    run.save(state.last())  # again, so that --resume knows that this epoch is evaluated
 
 
 def not_finite_error():
     return UserError(
-        f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps, which did not change"
-        " the weights (their clips are listed above). Check the features with preprocess_ssv2.py"
-        " --verify, or use a lower --lr.",
+        f"the loss or gradient was not finite in {MAX_BAD_STEPS} consecutive steps. These steps were"
+        " skipped; their clips are listed above. Check the features with preprocess_ssv2.py --verify, or"
+        " use a lower --lr.",
         code=FAILED,
     )
 
@@ -305,7 +306,9 @@ def build(args, data, recipe, device, dtype):
         fixed=checkpoint.fixed_state(
             model, data.manifest, args.lm, lm_fingerprint, templates, styles
         ),
-        identity=checkpoint.run_identity(vars(args), data.train, (data.subset, data.split)),
+        identity=checkpoint.run_identity(
+            vars(args), data.train, (data.subset, data.all_validation)
+        ),
     )
 
 
@@ -346,11 +349,19 @@ def read_data(args):
 
     manifest = load_manifest(args.features)
     _, train = labelled(TRAIN)
-    split, validation = labelled(VALIDATION)
+    all_validation, validation = labelled(VALIDATION)
     chosen = set(by_hash((r["id"] for r in validation), args.seed)[: args.eval_clips])
     subset = [r for r in validation if r["id"] in chosen]
-    where = args.features, args.annotations, manifest
-    return Data(*where, train, validation, subset, split, args.workers)
+    return Data(
+        features=args.features,
+        annotations=args.annotations,
+        manifest=manifest,
+        train=train,
+        validation=validation,
+        subset=subset,
+        all_validation=all_validation,
+        workers=args.workers,
+    )
 
 
 def statistics(data, seed):
@@ -377,7 +388,8 @@ def training_steps(data, recipe, tokenizer, device, step):
     for epoch in range(first, recipe.epochs):
         order = epoch_order(data.train, recipe.seed, epoch)
         steps = split_into(split_into(order, recipe.batch_size), recipe.grad_accum)[done:]
-        share = [r for micro_batches in steps for m in ranks.share(micro_batches) for r in m]
+        # the records of this process, in order
+        share = [r for step in steps for batch in ranks.share(step) for r in batch]
         choose = partial(
             choose_captions, count=recipe.captions_per_clip, seed=recipe.seed, epoch=epoch
         )
@@ -391,13 +403,13 @@ def training_steps(data, recipe, tokenizer, device, step):
 
 
 class TimedIterator:
-    """An iterator that measures the total time spent waiting for items, in `seconds`.
+    """An iterator that measures the time spent waiting for items, in `seconds_waiting`.
 
     A GPU may be computing in the meantime, so this is an upper bound on the time lost.
     """
 
     def __init__(self, items):
-        self.items, self.seconds = items, 0.0
+        self.items, self.seconds_waiting = items, 0.0
 
     def __iter__(self):
         return self
@@ -407,7 +419,7 @@ class TimedIterator:
         try:
             return next(self.items)
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds_waiting += time.perf_counter() - began
 
 
 def accumulate(model, micro_batches, seed=0):
@@ -435,6 +447,7 @@ def accumulate(model, micro_batches, seed=0):
         has_loss = True
     for name, p in model.qformer.named_parameters():
         if p.grad is None:
+            # only a process without a micro-batch in this step may lack gradients
             assert not has_loss, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     distributed.all_reduce(p.grad for p in model.qformer.parameters())
@@ -445,19 +458,19 @@ def accumulate(model, micro_batches, seed=0):
     return sum(losses), int(sum(tokens)), means
 
 
-def evaluate(model, data, recipe, records, with_meteor=False):
+def validate(model, data, recipe, records, with_meteor=False):
     """Caption validation clips in label style. Returns (result, {id: caption}, loss per token).
 
     Each process captions its share of the clips. Only rank 0 computes scores.
     """
-    predictions, loss = caption(model, validation_batches(model, data, records), "label")
+    predictions, loss = caption(model, validation_loader(model, data, records), "label")
     predictions = {r["id"]: predictions[r["id"]] for r in records}
     if ranks.rank():
         return {"metrics": {}}, predictions, loss
     result, _ = score(
         predictions,
         records,
-        data.split,
+        data.all_validation,
         data.annotations,
         seed=recipe.seed,
         with_meteor=with_meteor,
@@ -465,12 +478,10 @@ def evaluate(model, data, recipe, records, with_meteor=False):
     return result, predictions, loss
 
 
-def validation_batches(model, data, records):
+def validation_loader(model, data, records):
     """Make a loader over this process's share of the clips, with the batch size of evaluate.py."""
     source = data.features, data.manifest.settings
-    return clip_batches(
-        model, *source, VALIDATION, records, "label", VALIDATION_BATCH, data.workers
-    )
+    return clip_loader(model, *source, VALIDATION, records, "label", VALIDATION_BATCH, data.workers)
 
 
 def finish(model, data, recipe, folder, with_meteor):
@@ -478,13 +489,13 @@ def finish(model, data, recipe, folder, with_meteor):
     distributed.all_gather(None)  # wait until rank 0 has written best.pt
     best = checkpoint.read_checkpoint(folder / BEST)
     model.qformer.load_state_dict(best["qformer"])
-    result, predictions, loss = evaluate(model, data, recipe, data.validation, with_meteor)
+    result, predictions, loss = validate(model, data, recipe, data.validation, with_meteor)
     if ranks.rank():
         return
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
     settings["weights"] = checkpoint.weights_digest(best["qformer"])
-    settings["missing"] = len(data.split) - len(data.validation)
+    settings["missing"] = len(data.all_validation) - len(data.validation)
     result |= {"checkpoint": str(folder / BEST), "settings": settings}
     write_json(folder / "evaluation_validation.json", result)
     print(metrics.format_table(result))
@@ -527,8 +538,8 @@ def time_steps(model, data, recipe):
             accumulate(model, micro_batches)
             model.qformer.zero_grad()
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            computing.append(seconds - micro_batches.seconds)
-            waiting.append(micro_batches.seconds)
+            computing.append(seconds - micro_batches.seconds_waiting)
+            waiting.append(micro_batches.seconds_waiting)
     if count > WARM_UP_STEPS:
         computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
     # Workers deliver batches in bursts, so only a few steps wait. A median would ignore them.
@@ -540,7 +551,7 @@ def time_steps(model, data, recipe):
     )
     clips = data.subset[: VALIDATION_BATCH * ranks.world_size()]
     began = time.perf_counter()
-    caption(model, validation_batches(model, data, clips), "label")
+    caption(model, validation_loader(model, data, clips), "label")
     seconds = time.perf_counter() - began
     print(f"validation     {seconds:.1f} s per batch of {len(ranks.share(clips))} clips")
     if devices.on_gpu(model.device):

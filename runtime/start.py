@@ -51,9 +51,14 @@ def check_packages():
 
 
 def is_script():
-    """Return True if the process runs a script or module of this repository."""
+    """Return True if the process runs a script or module of this repository, which calls `cli.run`.
+
+    A user's own script in the same folder may import this file too, but would not release the signals.
+    """
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-    return path.is_relative_to(ROOT) and len(path.relative_to(ROOT).parts) <= 2
+    if not path.is_relative_to(ROOT) or len(path.relative_to(ROOT).parts) > 2:
+        return False
+    return "cli.run(main" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def open_standard_streams():

@@ -28,6 +28,7 @@ def imported(node):
     """Return the modules that a statement imports: `from runtime import cli` imports runtime.cli."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
+    assert not node.level, "a relative import"  # the rules below would not see it
     if node.module in FOLDERS:
         return [f"{node.module}.{alias.name}" for alias in node.names]
     return [node.module]
@@ -75,6 +76,12 @@ def test_each_folder_imports_only_what_is_allowed():
     graph = project_imports()
     wrong = [(name, o) for name, others in graph.items() for o in others if not allowed(name, o)]
     assert not wrong
+
+
+def test_the_product_does_not_import_its_tests():
+    tests = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
+    for name, tree in sources().items():
+        assert not tests & {other.partition(".")[0] for other, _ in imports(tree)}, name
 
 
 def test_there_are_no_circular_imports():

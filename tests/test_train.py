@@ -145,7 +145,7 @@ def test_the_loss_decides_between_equal_scores(world, prepared, tmp_path, monkey
     """best.pt stayed that of the first epoch if CIDEr was 0 in all of them, as for equal references."""
 
     def validation(*args, **kwargs):
-        result, predictions, _ = evaluate(*args, **kwargs)
+        result, predictions, _ = validate(*args, **kwargs)
         assert result["metrics"]["CIDEr"] == 0
         return result, predictions, losses.pop(0)
 
@@ -154,8 +154,8 @@ def test_the_loss_decides_between_equal_scores(world, prepared, tmp_path, monkey
     for record in records:
         record["label"] = "moving it"
     (annotations / "validation.json").write_text(json.dumps(records))
-    evaluate, losses = train.evaluate, [3.0, 2.0, 2.5, 2.0]
-    monkeypatch.setattr(train, "evaluate", validation)
+    validate, losses = train.validate, [3.0, 2.0, 2.5, 2.0]
+    monkeypatch.setattr(train, "validate", validation)
     flags = ("--annotations", annotations, "--epochs", 3)
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
     best = torch.load(str(tmp_path / "run/best.pt"), weights_only=True)
