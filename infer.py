@@ -20,7 +20,7 @@ from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
 from runtime.cli import note
-from runtime.clip_files import file_finder, find_clips
+from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
 from windows import Windowing, add_flags, caption_files
@@ -97,14 +97,7 @@ def sample_clips(count, videos, annotations, seed):
     Raises UserError if fewer clips have a file in `videos`.
     """
     records = {r["id"]: r for r in load_records(annotations, TEST)}
-    videos = cli.existing(
-        videos, "--videos", "This must be the folder that contains the clips of the dataset."
-    )
-    find, paths = file_finder(videos), []
-    for clip_id in by_hash(records, seed):
-        paths += filter(None, [find(records[clip_id])])
-        if len(paths) == count:
-            break
+    paths, _ = find_files(Path(videos), records)
     if len(paths) < count:
         raise UserError(
             f"--num-samples {count}: only {len(paths)} of the {len(records)} test clips"

@@ -71,7 +71,7 @@ def open_standard_streams():
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, that of the stream
             os.set_inheritable(null, True)  # otherwise it would be closed in child processes
-            setattr(sys, name, open(null, mode, errors="backslashreplace"))  # noqa: SIM115
+            setattr(sys, name, open(null, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
 
 
 def hold_signals():

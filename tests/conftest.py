@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one test per core
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # `make test &`: the scripts would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

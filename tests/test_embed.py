@@ -716,7 +716,7 @@ def test_the_documentation_matches_the_figures():
         f"only the first frame {mean('retrieval', 'prompted, first frame only', *apart):.2f}.",
         f"takes {np.median(results['search']['seconds']):.1f} s on two cores",
         f"it reports {mean(*found, 'scenes where none is shared'):.1f} scenes per pair",
-        f"query 3 a thing {100 * queries[3]['things']:.0f} times in 100",
+        f"query 3 a shape for {100 * queries[3]['things']:.0f} % of the clips",
     ):
         assert sentence in text, sentence
 
