@@ -39,15 +39,20 @@ class VideoCaptioner(nn.Module):
     tokenizer: the tokenizer of `lm`. It must have an eos token.
     bos: the id of a token to put before the soft prompts, or None.
     max_new_tokens: the default limit for generated captions.
+    autocast_lm: compute the language model in bfloat16 from float32 weights. This is what --dtype bfloat16
+        means on a CPU, where it is faster than bfloat16 weights.
 
     The attribute `cut_captions` counts the generated captions that reached their limit.
     """
 
-    def __init__(self, qformer, lm, tokenizer, bos=None, max_new_tokens=MAX_NEW_TOKENS):
+    def __init__(
+        self, qformer, lm, tokenizer, bos=None, max_new_tokens=MAX_NEW_TOKENS, autocast_lm=False
+    ):
         super().__init__()
         self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
         self.bos, self.cache_name = bos, cache_name(lm)
         self.max_new_tokens, self.cut_captions = max_new_tokens, 0
+        self.autocast_lm = autocast_lm
         self.train(self.training)
 
     def train(self, mode=True):
@@ -103,9 +108,11 @@ class VideoCaptioner(nn.Module):
         """
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if cache is None:
-            return self.lm.base_model(use_cache=False, **kwargs)
+            with self.lm_precision():
+                return self.lm.base_model(use_cache=False, **kwargs)
         before = cache.get_seq_length()
-        out = self.lm.base_model(use_cache=True, **{self.cache_name: cache}, **kwargs)
+        with self.lm_precision():
+            out = self.lm.base_model(use_cache=True, **{self.cache_name: cache}, **kwargs)
         if cache.get_seq_length() != before + out.last_hidden_state.shape[1]:
             raise UserError(
                 f"--lm: in this version of transformers, {type(self.lm).__name__} does not fill the"
@@ -113,6 +120,15 @@ class VideoCaptioner(nn.Module):
                 code=FAILED,
             )
         return out
+
+    def lm_precision(self):
+        """Return the context in which the language model computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast_lm)
+
+    def logits(self, hidden):
+        """Apply the output head of the language model: (..., D) -> (..., V)."""
+        with self.lm_precision():
+            return self.lm.get_output_embeddings()(hidden)
 
     def continued(self, cache, input_ids, clips=None):
         """Compute the hidden states (R, L, D) of texts that follow the prefixes of B clips.
@@ -136,7 +152,7 @@ class VideoCaptioner(nn.Module):
         """
         hidden = self.continued(cache, text["input_ids"], text.get("clips"))  # (R, L, D)
         hidden = hidden.flatten(0, 1).index_select(0, text["positions"])  # (M, D)
-        return chunked_cross_entropy(self.lm.get_output_embeddings(), hidden, text["targets"])
+        return chunked_cross_entropy(self.logits, hidden, text["targets"])
 
     @torch.inference_mode()
     def generate(self, cache, style, max_new_tokens=None, num_beams=1):
@@ -170,7 +186,7 @@ class VideoCaptioner(nn.Module):
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
             out = self.run_lm(cache, ids)
-            logits = self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])  # (B, V)
+            logits = self.logits(out.last_hidden_state[:, -1])  # (B, V)
             token = logits.argmax(-1).masked_fill(done, eos)  # (B,)
             columns.append(token)
             done |= token == eos
@@ -194,12 +210,13 @@ class VideoCaptioner(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
         )
-        out = self.lm.generate(
-            full,
-            attention_mask=torch.ones_like(full),
-            generation_config=config,
-            **{self.cache_name: cache},
-        )
+        with self.lm_precision():
+            out = self.lm.generate(
+                full,
+                attention_mask=torch.ones_like(full),
+                generation_config=config,
+                **{self.cache_name: cache},
+            )
         return out[:, full.shape[1] :].tolist()
 
     @torch.inference_mode()
@@ -308,7 +325,8 @@ def build(manifest, lm_name, device, dtype, captions=(), **sizes):
         output_norm=embeddings.float().norm(dim=1).mean().item(),
         **sizes,
     )
-    model = VideoCaptioner(qformer.to(device), lm, tokenizer, first_token(tokenizer))
+    bos, autocast = first_token(tokenizer), lm.dtype != dtype
+    model = VideoCaptioner(qformer.to(device), lm, tokenizer, bos, autocast_lm=autocast)
     check_lm(model, lm_name)
     captions = list(captions)
     check_room(model, lm_name, captions)
@@ -358,9 +376,11 @@ def largest_id(tokenizer):
 def load_lm(name, device, dtype):
     """Load a causal language model from a folder or Hub id.
 
-    Returns (model on the device, tokenizer, fingerprint). Raises UserError if it cannot be loaded, is
-    quantised, or does not match its tokenizer.
+    Returns (model on the device, tokenizer, fingerprint). On a CPU its weights are float32, see
+    `VideoCaptioner`. Raises UserError if it cannot be loaded, is quantised, or does not match its
+    tokenizer.
     """
+    dtype = dtype if devices.on_gpu(device) else torch.float32
     folder = hub.find_model(name, "--lm")
     if hub.is_quantised(folder):
         raise UserError(f"--lm {name} is quantised, which is not supported; use the original model")
@@ -398,15 +418,16 @@ def check_lm(model, name):
     later tokens, the loss would be wrong without an error.
     """
     lm, device = model.lm, model.device
+    tolerance = TOLERANCE[torch.bfloat16 if model.autocast_lm else lm.dtype]
     rng = torch.Generator().manual_seed(0)
     prefix, text, texts = (
         torch.randint(lm.get_input_embeddings().num_embeddings, size, generator=rng).to(device)
         for size in ((3, 6), (3, 8), (6, 8))
     )
     try:
-        head = lm.get_output_embeddings()
-        wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
-        found = head(model.run_lm(input_ids=text).last_hidden_state).double()
+        with model.lm_precision():
+            wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
+        found = model.logits(model.run_lm(input_ids=text).last_hidden_state).double()
         if not wanted.isfinite().all():
             raise UserError(
                 f"--lm {name}: the logits are not finite in {lm.dtype}; try another --dtype"
@@ -417,10 +438,11 @@ def check_lm(model, name):
                 " example by scaling them), which is not supported; use another model"
             )
         soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
-        found = head(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
+        found = model.logits(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
         rows = model.embedded(soft).repeat_interleave(2, 0)
         rows = torch.cat([rows, lm.get_input_embeddings()(texts)], 1)
-        wanted = lm(inputs_embeds=rows, use_cache=False).logits[:, -texts.shape[1] :].double()
+        with model.lm_precision():
+            wanted = lm(inputs_embeds=rows, use_cache=False).logits[:, -texts.shape[1] :].double()
         difference = ((found - wanted).std() / wanted.std()).item()
     except (
         *(ArithmeticError, AssertionError, AttributeError, LookupError),
@@ -429,7 +451,7 @@ def check_lm(model, name):
         if out_of_memory(error):
             raise
         difference = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    if isinstance(difference, str) or not difference <= TOLERANCE[lm.dtype]:
+    if isinstance(difference, str) or not difference <= tolerance:
         raise UserError(
             f"--lm {name}: {type(lm).__name__} computes different logits with a cached prefix than in"
             f" one full pass ({difference}), which is not supported; use another model"

@@ -234,7 +234,8 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
     load_weights(qformer, checkpoint["qformer"])
     limit = checkpoint.get("max_new_tokens", MAX_NEW_TOKENS)  # earlier versions did not store it
     bos = checkpoint["lm"].get("bos")
-    return VideoCaptioner(qformer.to(device), lm, tokenizer, bos, limit).eval()
+    autocast = lm.dtype != dtype
+    return VideoCaptioner(qformer.to(device), lm, tokenizer, bos, limit, autocast).eval()
 
 
 def warn_if_untrained(checkpoint, style):

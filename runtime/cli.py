@@ -162,7 +162,7 @@ def add_common(parser, workers=4):
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16"],
-        help="dtype of the frozen models; auto means bfloat16 on CUDA and float32 on CPU",
+        help="dtype in which the frozen models compute; auto means bfloat16 on CUDA and float32 on CPU",
     )
     add_workers(group, workers)
     group.add_argument("--limit", type=whole(1), help="use only the first N clips")

@@ -1,5 +1,7 @@
 """Frames -> pixels -> features -> stored form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,14 @@ def test_features_equal_those_of_the_model(folder):
         want = model.get_vision_features(pixels)
     torch.testing.assert_close(encoder.encode(clips(1)), want)
     assert want.shape == (1, 4 * 4 * 4, 48)
+
+
+def test_a_cpu_computes_in_float32_for_a_cache_in_bfloat16(folder):
+    """infer.py loaded the encoder in the bfloat16 of the cache, which is four times slower on most CPUs."""
+    settings = replace(make(folder).settings, compute_dtype="bfloat16")
+    manifest = Manifest(settings, {"encoder": str(folder)})
+    encoder = VideoEncoder.from_manifest(manifest, torch.device("cpu"))
+    assert torch.equal(encoder.encode(clips(1)), make(folder).encode(clips(1)))
 
 
 def test_pooling_is_over_space_only(folder):
