@@ -17,6 +17,7 @@ from conftest import train_flags, until
 from pages import README, pages, prose
 
 from runtime import start
+from runtime.errors import UserError
 from tools import doctor
 
 HERE = Path(__file__).parent.parent
@@ -104,12 +105,26 @@ def test_help_names_the_command_that_was_typed(name):
         ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
     ],
 )
-def test_mistakes_get_one_message(command, code, sentence, tmp_path):
+def test_mistakes_get_one_message(command, code, sentence, tmp_path, monkeypatch, capsys):
+    name, *args = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        start, "program", lambda: f"python -m {name}" if "." in name else f"{name}.py"
+    )
+    with pytest.raises((UserError, SystemExit)) as error:  # `cli.run` prints both and exits
+        importlib.import_module(name).main(args)
+    printed = capsys.readouterr()
+    message = f"{start.program()}: {error.value}" if error.type is UserError else printed.err
+    assert sentence in message and error.value.code == code and printed.out == ""
+    assert not list(tmp_path.iterdir()), "a mistake must not leave anything behind"
+
+
+@pytest.mark.parametrize("command", ["train --batch 3", "viz.app --checkpoint /nowhere.pt"])
+def test_a_mistake_is_printed_without_a_traceback(command, tmp_path):
     name, *args = shlex.split(command)
     done = script(name, *args, cwd=tmp_path)
-    assert done.returncode == code and sentence in done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == ""
-    assert not list(tmp_path.iterdir()), "a mistake must not leave anything behind"
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.stderr.startswith("usage:") or done.stderr.count("\n") == 1
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path):

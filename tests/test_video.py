@@ -544,9 +544,9 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path):
         import test_video
         from runtime.decode_workers import WorkerPool
         pool = WorkerPool(1, 60)
-        threading.Timer(2, os.kill, (os.getpid(), 9)).start()
         pool.idle.append(pool._start(test_video.behave))
         print(pool.idle[0].pid, flush=True)
+        threading.Timer(1, os.kill, (os.getpid(), 9)).start()
         pool.call(test_video.behave, sys.argv[1])"""
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "hang"],
