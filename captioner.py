@@ -40,7 +40,7 @@ class VideoCaptioner(nn.Module):
     bos: the id of a token to put before the soft prompts, or None.
     max_new_tokens: the default limit for generated captions.
     autocast_lm: compute the language model in bfloat16 from float32 weights. This is what --dtype bfloat16
-        means on a CPU, where it is faster than bfloat16 weights.
+        means on a CPU. It is faster than float32 if the CPU has bfloat16 instructions.
 
     The attribute `cut_captions` counts the generated captions that reached their limit.
     """
