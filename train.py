@@ -426,11 +426,10 @@ def accumulate(model, micro_batches, seed=0):
     """Run forward and backward for each micro-batch of a step, and sum over micro-batches and processes.
 
     Sums the gradients into .grad. Returns the summed loss, the number of tokens, and the mean loss per
-    token of each style, {style: float}. There is one
-    all-reduce per step. This is like DistributedDataParallel with `no_sync`, except that gradients are
-    summed and not averaged, and that a process without a micro-batch in a short step contributes zeros.
-    An earlier all-reduce would not overlap with any computation, because the backward pass reaches the
-    Q-Former last.
+    token of each style, {style: float}. There is one all-reduce per step. This is like
+    DistributedDataParallel with `no_sync`, except that gradients are summed and not averaged, and that a
+    process without a micro-batch in a short step contributes zeros. An earlier all-reduce would not
+    overlap with any computation, because the backward pass reaches the Q-Former last.
     """
     # sums over the tokens of each style
     losses, tokens = torch.zeros(2, len(STYLES), dtype=torch.float64, device=model.device)
