@@ -56,8 +56,8 @@ def is_script():
     A user's own script in the same folder may import this file too, but would not release the signals.
     """
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-    if not path.is_relative_to(ROOT) or len(path.relative_to(ROOT).parts) > 2:
-        return False
+    if not path.is_relative_to(ROOT) or len(path.relative_to(ROOT).parts) > 2 or not path.is_file():
+        return False  # the last condition: `python < script.py` runs the file "<stdin>"
     return "cli.run(main" in path.read_text(encoding="utf-8", errors="replace")
 
 

@@ -200,9 +200,10 @@ def test_files_named_in_the_pages_exist():
 def test_only_scripts_of_the_repository_hold_signals_back(tmp_path, monkeypatch):
     """Nobody released them in a user's own script beside train.py, so Ctrl-C did nothing."""
     monkeypatch.setattr(start, "ROOT", tmp_path)
-    for code, is_script in (("import dataset", False), ("cli.run(main)", True)):
+    for code, is_script in ((None, False), ("import dataset", False), ("cli.run(main)", True)):
         path = tmp_path / "mine.py"
-        path.write_text(code)
+        if code:
+            path.write_text(code)
         monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
         assert start.is_script() == is_script
 
