@@ -19,7 +19,7 @@ from tqdm import tqdm
 from runtime import clip_log
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
-from runtime.names import list_names
+from runtime.names import first_few, list_names
 from runtime.sources import Source
 
 FORMAT_VERSION = 1
@@ -282,7 +282,7 @@ def require_features(features, split, records, allow_missing=0):
     if len(missing) > allow_missing:
         raise UserError(
             f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
-            f" (for example {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
+            f" (for example {first_few(missing)}). Run preprocess_ssv2.py --splits {split},"
             " or skip up to N such clips with --allow-missing N."
         )
     skipped = set(missing)

@@ -21,6 +21,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from runtime.caption_tokens import CHARACTERS, normalise, tokenize
 from runtime.errors import UserError
 from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
+from runtime.names import first_few
 from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
 
 RESAMPLES = 1000
@@ -248,7 +249,7 @@ def predictions_by_id(entries):
         raise UserError('predictions must be a list of {"image_id": id, "caption": text}')
     counts = Counter(str(e["image_id"]) for e in entries)
     if repeated := [i for i, count in counts.items() if count > 1]:
-        raise UserError(f"clips predicted more than once: {_examples(repeated)}")
+        raise UserError(f"clips predicted more than once: {first_few(repeated)}")
     return {str(e["image_id"]): e["caption"] for e in entries}
 
 
@@ -271,11 +272,7 @@ def _check(predictions, references, style):
     }
     for problem, ids in problems.items():
         if ids:
-            raise UserError(f"{len(ids)} of {problem}: {_examples(ids)}")
-
-
-def _examples(ids):
-    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+            raise UserError(f"{len(ids)} of {problem}: {first_few(ids)}")
 
 
 def _systems(predictions, most_frequent, seed):

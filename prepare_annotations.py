@@ -20,7 +20,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, refuse
 from runtime.files import read_json, read_text, write_json
-from runtime.names import id_problem, list_files, normal_form, safe_id, visible
+from runtime.names import first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"
@@ -157,7 +157,7 @@ def read_labels(folder):
         files[split] = path
     files.pop("labels", None)
     if TRAIN not in files or VALIDATION not in files:
-        found = ", ".join(entry.name for entry in visible(folder)[:8]) or "nothing"
+        found = first_few([entry.name for entry in visible(folder)], 8) or "nothing"
         raise UserError(
             f"--labels {folder} must contain train.json and validation.json (or {PREFIX}train.json,"
             f" …); found {found}"

@@ -45,7 +45,7 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
-from runtime.names import list_names, visible
+from runtime.names import first_few, list_names, visible
 
 MANIFEST = "manifest.json"
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
@@ -396,7 +396,7 @@ def report(ok, failed, missing):
         f"{ok:,} ok, {len(failed):,} failed{f' ({text})' if text else ''}, {len(missing):,} missing"
     )
     if missing:
-        note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
+        note(f"missing: {first_few([clip_id for _, clip_id in missing])}")
     if not ok and (failed or missing):
         return FAILED
     if ranks.launched():

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.names import normal_form, visible
+from runtime.names import first_few, normal_form, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -96,8 +96,8 @@ def find_clips(names):
 
 
 def _examples(paths, before):
-    names = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
     files = "file that is not a video" if len(paths) == 1 else "files that are not videos"
+    names = first_few([path.name for path in paths])
     return f"{before}{len(paths):,} {files}: {names}" if paths else ""
 
 
@@ -160,7 +160,7 @@ def find_files(videos, records):
     missing = [key for key in found if key not in paths]
     if not paths and missing:
         first, entries = records[missing[0]]["id"], visible(videos)
-        some = ", ".join(entry.name for entry in entries[:3])
+        some = first_few([entry.name for entry in entries])
         inside = f"contains {len(entries)} other files, for example {some}"
         folders = [entry.name for entry in entries if entry.is_dir()]
         raise UserError(
