@@ -106,8 +106,8 @@ def _examples(paths, before):
 
 def file_names(record):
     """Return the possible file names of an annotated clip, relative to the video folder."""
-    video = record["video"] or ""
-    given = filter(None, dict.fromkeys((video, video.replace("\\", "/"))))
+    video = record["video"]
+    given = [video, video.replace("\\", "/")] if video else []
     return [*given, *(record["id"] + ending for ending in (*VIDEO_EXTENSIONS, ".ts"))]
 
 

@@ -16,19 +16,10 @@ from runtime.writing_systems import split_letters, unbroken
 MARGIN = 8  # pixels around text
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
 BOX = "\u25a1"  # drawn for a character that no font has; DejaVu Sans has it
-STYLED = (
-    "bold|italic|oblique|black|heavy|light|thin|condensed|narrow|serif"  # in names of font files
-)
-EAST_ASIAN = {
-    "CJK",
-    "HIRAGANA",
-    "KATAKANA",
-    "HALFWIDTH",
-    "FULLWIDTH",
-    "IDEOGRAPHIC",
-    "HANGUL",
-    "BOPOMOFO",
-}
+# in names of font files
+STYLED = "bold|italic|oblique|black|heavy|light|thin|condensed|narrow|serif"
+# first words of names of characters
+EAST_ASIAN = ["CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "FULLWIDTH", "IDEOGRAPHIC", "HANGUL", "BOPOMOFO"]
 
 
 def require(*packages, extra="viz"):
@@ -132,9 +123,8 @@ def for_matplotlib(text):
     for path, family in zip(paths, families, strict=True):
         if family not in fontManager.get_font_names():
             fontManager.addfont(path)
-    return drawable(text, missing).replace(
-        "$", r"\$"
-    ), families  # a pair of $ would start a formula
+    text = drawable(text, missing).replace("$", r"\$")  # a pair of $ would start a formula
+    return text, families
 
 
 def font(size):
