@@ -86,7 +86,7 @@ def locate(key, entry, checkpoint):
     folders around its checkpoint.
     """
     name = entry[key]
-    if len(name) < 1000 and not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
+    if not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
         folders = [os.path.join(parent, name) for parent in Path(checkpoint).absolute().parents]
         entry[key] = next(filter(os.path.isdir, folders), name)
 
@@ -127,7 +127,7 @@ def look_here(name, flag):
     Returns (its folder or None, the first file that is missing there or None). Raises UserError naming
     `flag` if `name` is neither a folder nor a Hub id.
     """
-    if len(str(name)) < 1000 and os.path.isdir(name):
+    if os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
