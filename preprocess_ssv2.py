@@ -115,9 +115,9 @@ def main(argv=None):
     with distributed.joined():
         part = ranks.share_of_shard(*args.shard)
         if args.verify:
-            paths = find_clips(args.videos, records, part)[0] if args.videos else {}
+            paths = files_of_part(args.videos, records, part)[0] if args.videos else {}
             return verify(Path(args.features), in_part(records, part), paths, part, args.workers)
-        paths, missing = find_clips(args.videos or cli.VIDEOS, records, part)
+        paths, missing = files_of_part(args.videos or cli.VIDEOS, records, part)
         device, dtype = devices.resolve(args.device, args.dtype)
         features = cli.output_folder(args.features, "--features")
         busy = (
@@ -133,7 +133,7 @@ def in_part(keys, part):
     return [key for key in keys if in_shard(key[1], *part)]
 
 
-def find_clips(videos, records, part):
+def files_of_part(videos, records, part):
     """Find the files of one part. Returns ({key: path}, [keys without a file]).
 
     Raises UserError if no clip of any part has a file.
@@ -301,7 +301,7 @@ def encode_all(encoder, work, features, batch_size, pool, log_failure, log_sourc
 
 def dry_run(args, records):
     """Print the disk space and time that a run needs, without writing a file. Returns the exit code."""
-    paths, missing = find_clips(args.videos or cli.VIDEOS, records, args.shard)
+    paths, missing = files_of_part(args.videos or cli.VIDEOS, records, args.shard)
     device, dtype = devices.resolve(args.device, args.dtype)
     features = cli.output_folder(args.features, "--features")
     work = find_work(features, paths, args.shard)

@@ -28,8 +28,8 @@ FIRST_BYTES = re.compile(
 
 
 def is_video(path):
-    """Return whether a file is a video, by its ending or else by its first bytes. Hidden files are not."""
-    if path.name.startswith(".") or OTHER_FILES.fullmatch(path.name):
+    """Return whether a file is a video, by its ending or else by its first bytes."""
+    if OTHER_FILES.fullmatch(path.name):
         return False
     if path.suffix.lower() in VIDEO_EXTENSIONS:
         return True
@@ -45,15 +45,14 @@ def is_video(path):
 def videos_below(folder):
     """Return the sorted paths of the videos and of the other files in a folder and its subfolders.
 
-    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out,
-    such as the `._clip.mp4` that macOS writes beside `clip.mp4`. A folder that cannot be read is one of
-    the other files.
+    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out.
+    A folder that cannot be read is one of the other files.
     """
     folders, links, seen, videos, others = [folder], [], set(), [], []
     while folders or links:
         folder = Path(folders.pop() if folders else links.pop())
         try:
-            status, entries = os.stat(folder), list(os.scandir(folder))
+            status, entries = os.stat(folder), visible(folder)
         except OSError:
             others.append(folder)
             continue
@@ -61,8 +60,6 @@ def videos_below(folder):
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             if entry.is_symlink() and os.path.isdir(entry):
                 links.append(entry)
             elif entry.is_dir(follow_symlinks=False):
