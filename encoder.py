@@ -4,18 +4,23 @@ Every step is determined by the `Settings` in the manifest, so preprocessing and
 agree. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
 """
 
+from collections import deque
 from functools import cache
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
+import video
 from feature_cache import Settings
 from runtime import devices, hub
-from runtime.errors import UserError
+from runtime.cli import note
+from runtime.errors import UserError, VideoError
 
 # ImageNet mean and standard deviation, used by V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_ERROR = 0.03  # of int8 storage, see `quantisation_error`; 0.008 for Gaussian features
 
 
 def transform(frames, size, resize):
@@ -225,6 +230,65 @@ class VideoEncoder:
         The entry of a clip is None if its features contain NaN or infinity.
         """
         return self.launch(clips)()
+
+
+def encode_files(encoder, paths, batch_size, pool):
+    """Decode and encode whole video files, {key: path}, in batches. Yields a pair (key, result) for each.
+
+    pool: a `WorkerPool` for decoding. The result is (`Source`, stored features, decoder), see
+    `feature_cache.save_features`, or a VideoError if the file cannot be decoded or is damaged, or if its
+    features contain NaN or infinity.
+    """
+
+    def launch(batch):
+        # without the frames, to free memory
+        names = [(key, source, clip.decoder) for key, source, clip in batch]
+        frames = [clip.frames for *_, clip in batch]
+        return names, encoder.launch(frames, measure=next(numbers) == 0)
+
+    def collect(names, finish):
+        records = finish()
+        note_quantisation([r.pop("error").item() for r in records if r and "error" in r])
+        for (key, source, decoder), stored in zip(names, records, strict=True):
+            if stored is None:
+                yield key, VideoError("non_finite", "the encoder returned NaN or infinity")
+            else:
+                yield key, (source, stored, decoder)
+
+    batch, running, numbers = [], deque(), count()
+    jobs = ((key, path, encoder.settings.num_frames) for key, path in paths.items())
+    ahead = 2 * (batch_size + pool.workers)  # so that decoding continues while a batch is encoded
+    for key, result in pool.map(video.decode_source, jobs, ahead):
+        if isinstance(result, VideoError):
+            yield key, result
+        elif damage := result[1].damage:
+            yield key, VideoError(*damage)
+        else:
+            batch.append((key, *result))
+        if len(batch) == batch_size:
+            # queue this batch on the GPU before collecting the previous one, so that it stays busy
+            running.append(launch(batch))
+            batch = []
+            while len(running) > (1 if devices.on_gpu(encoder.device) else 0):
+                yield from collect(*running.popleft())
+    running += [launch(batch)] if batch else []
+    for launched in running:
+        yield from collect(*launched)
+
+
+def note_quantisation(errors):
+    """Print the mean of the quantisation errors of the first clips, if any, and a warning if it is high."""
+    if not errors:
+        return
+    error = sum(errors) / len(errors)
+    text = f"int8 storage: relative error {error:.1%} (mean of the first {len(errors)} clips)"
+    if error > MAX_ERROR:
+        text = (
+            f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"
+            " which lose precision. Use --store fp16 with another --features folder; it takes twice the"
+            " space"
+        )
+    note(text)
 
 
 def _load(name, dtype):

@@ -30,6 +30,7 @@ from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import in_shard, read_json, write_json
+from runtime.names import first_few
 
 BATCH = 64  # clips per batch, here and in the validation of train.py
 
@@ -112,10 +113,8 @@ def main(argv=None):
     skipped = len(missing) if len(missing) <= args.allow_missing else 0
     if skipped:
         records = [r for r in records if r["id"] in predictions]
-        note(
-            f"{skipped} clips have no caption and are left out of the scores, for example"
-            f" {', '.join(missing[:5])}"
-        )
+        some = first_few(missing)
+        note(f"{skipped} clips have no caption and are left out of the scores, for example {some}")
     output.mkdir(parents=True, exist_ok=True)
     name = result_name(args, skipped)
     if not args.predictions:

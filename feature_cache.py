@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime import clip_log
-from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
+from runtime import clip_log, distributed
+from runtime.cli import note
+from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
-from runtime.names import list_names
-from runtime.sources import Source
+from runtime.names import first_few, list_names
+from runtime.sources import Source, has_changed
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 SOURCES = "sources"  # the name of sources.jsonl in clip_log
 STORES = {"int8": torch.int8, "fp16": torch.float16}
 CHOICES = {
@@ -101,7 +103,7 @@ class Manifest:
 
 def load_manifest(features):
     """Read `<features>/manifest.json`. Raises UserError if it is missing or not valid."""
-    path = Path(features) / "manifest.json"
+    path = Path(features) / MANIFEST
     if not path.is_file():
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
     value = read_json(path, "manifest")
@@ -143,13 +145,12 @@ def feature_file(features, split, clip_id):
     return features / split / f"{clip_id}.pt"
 
 
-def complete(features, paths):
-    """Return the keys of `paths` that have a feature file. A file gets its name once it is complete."""
-    have = {}
-    for split in {split for split, _ in paths}:
-        folder = features / split
-        have[split] = set(list_names(folder, ".pt"))
-    return {key for key in paths if f"{key[1]}.pt" in have[key[0]]}
+def complete(features, keys):
+    """Return the keys (split, id) that have a feature file. A file gets its name once it is complete."""
+    have = {
+        split: set(list_names(features / split, ".pt")) for split in {split for split, _ in keys}
+    }
+    return {(split, clip_id) for split, clip_id in keys if f"{clip_id}.pt" in have[split]}
 
 
 def recorded_sources(features, part):
@@ -282,8 +283,48 @@ def require_features(features, split, records, allow_missing=0):
     if len(missing) > allow_missing:
         raise UserError(
             f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
-            f" (for example {', '.join(missing[:3])}). Run preprocess_ssv2.py --splits {split},"
+            f" (for example {first_few(missing)}). Run preprocess_ssv2.py --splits {split},"
             " or skip up to N such clips with --allow-missing N."
         )
     skipped = set(missing)
     return [r for r in records if r["id"] not in skipped]
+
+
+def verify(features, keys, paths, part, workers):
+    """Check the feature files of clips for damage, wrong shapes and NaN, and print the result.
+
+    keys: (split, id) of the clips of a part, (i, n). paths: {key: path} of the clips to compare with their
+    recorded sources. Returns exit code 1 if any file is damaged or missing or any clip has changed, else 0.
+    """
+    settings, known = load_manifest(features).settings, recorded_sources(features, part)
+
+    def check(key):
+        try:
+            load_features(feature_file(features, *key), key[1], settings)
+        except UserError as error:
+            return "damaged", str(error)
+        if key in comparable and has_changed(paths[key], known[key]):
+            path = paths[key]
+            return "changed", f"clip {key[1]}: {path} has changed since its features were computed"
+
+    have = complete(features, keys)
+    comparable = have & paths.keys() & known.keys()
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        found = threads.map(check, sorted(have))
+        bad = list(filter(None, tqdm(found, total=len(have), unit="file", mininterval=1)))
+    bad = [problem for part in distributed.all_gather(bad) for problem in part]
+    for _, text in bad[:20]:
+        note(text)
+    if len(bad) > 20:
+        note(f"… and {len(bad) - 20} more")
+    counts = distributed.sums(len(have), len(keys), len(comparable), len(paths))
+    have, wanted, compared, clips = map(int, counts)
+    if clips and compared < have:
+        note(
+            f"{have - compared:,} clips were not compared with their files, which are not in --videos or"
+            " were not recorded when the clip was encoded"
+        )
+    damaged, changed = (sum(kind == k for kind, _ in bad) for k in ("damaged", "changed"))
+    text = f"{have - len(bad):,} intact, {damaged:,} damaged, {wanted - have:,} missing"
+    print(text + (f", {changed:,} changed" if clips else ""))
+    return FAILED if bad or have < wanted else DONE

@@ -16,11 +16,12 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
+from metrics import canonical
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, refuse
 from runtime.files import read_json, read_text, write_json
-from runtime.names import id_problem, list_files, normal_form, safe_id, visible
+from runtime.names import first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"
@@ -157,7 +158,7 @@ def read_labels(folder):
         files[split] = path
     files.pop("labels", None)
     if TRAIN not in files or VALIDATION not in files:
-        found = ", ".join(entry.name for entry in visible(folder)[:8]) or "nothing"
+        found = first_few([entry.name for entry in visible(folder)], 8) or "nothing"
         raise UserError(
             f"--labels {folder} must contain train.json and validation.json (or {PREFIX}train.json,"
             f" …); found {found}"
@@ -198,22 +199,15 @@ def read_split(path):
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise UserError(f"labels {path} must contain a JSON list of objects with an id")
     ids = [
-        normal_form(str(e["id"])) if isinstance(e.get("id"), str | int) else None for e in entries
+        normal_form(str(i)) if isinstance(i := e.get("id"), str | int) else None for e in entries
     ]
-    refuse(
-        [f"{i!r:.60} of entry {n} {why}" for n, i in enumerate(ids, 1) if (why := id_problem(i))],
-        f"ids in {path} are not valid file names",
-    )
-    refuse(
-        [i for i, e in zip(ids, entries, strict=True) if "label" in e and not clean(e["label"])],
-        f"clips in {path} have an empty label",
-    )
-    bad = [
-        i
-        for i, e in zip(ids, entries, strict=True)
-        if not isinstance(e.get("template") or "", str)
-        or not isinstance(e.get("placeholders") or [], list)
-    ]
+    bad = [f"{i!r:.60} of entry {n} {why}" for n, i in enumerate(ids, 1) if (why := id_problem(i))]
+    refuse(bad, f"ids in {path} are not valid file names")
+    clips = list(zip(ids, entries, strict=True))
+    empty = [i for i, e in clips if "label" in e and not clean(e["label"])]
+    refuse(empty, f"clips in {path} have an empty label")
+    types = {"template": str, "placeholders": list}
+    bad = [i for i, e in clips if not all(isinstance(e.get(k) or t(), t) for k, t in types.items())]
     refuse(bad, f"clips in {path} have a template or placeholders of the wrong type")
     return [
         record(
@@ -223,12 +217,8 @@ def read_split(path):
             clean(e.get("template")) or None,
             map(clean, e.get("placeholders") or []),
         )
-        for i, e in zip(ids, entries, strict=True)
+        for i, e in clips
     ]
-
-
-def without_brackets(template):
-    return re.sub(r"[\[\]]", "", template)
 
 
 def add_answers(splits, path):
@@ -237,14 +227,14 @@ def add_answers(splits, path):
     A row of the file is `id;template`, where the template has no brackets.
     """
     known = {r["template"] for records in splits.values() for r in records if r["template"]}
-    bracketed = {without_brackets(t).lower(): t for t in known}
+    bracketed = {canonical(template): template for template in known}
     rows = csv.reader(io.StringIO(read_text(path, "answers")), delimiter=";")
     try:
         answers = {normal_form(row[0]): row[1] for row in rows if len(row) == 2}
     except csv.Error as error:
         raise UserError(f"answers {path} is not a valid CSV file: {error}") from None
     for r in splits["test"]:
-        r["template"] = bracketed.get(clean(answers.get(r["id"])).lower())
+        r["template"] = bracketed.get(canonical(clean(answers.get(r["id"]))))
     if unknown := sum(r["template"] is None for r in splits["test"]):
         note(f"note: {unknown} of {len(splits['test'])} test clips have no known class in {path}")
 
@@ -293,21 +283,7 @@ def read_captions(path, validation_share, seed):
     """
     path = cli.existing(path, "--captions", "It must have the columns video,caption[,split].")
     rows = read_table(path, "--captions", ("video", "caption"), ("split",))
-    bad = [
-        where
-        for where, r in rows
-        if not (clean(r.get("video")) and PurePosixPath(r["video"].strip()).name)
-        or not clean(r.get("caption"))
-    ]
-    refuse(bad, f"rows of {path} have no text as video or caption")
-    bad = [where for where, r in rows if not isinstance(r.get("split") or "", str)]
-    refuse(bad, f"rows of {path} have a split that is not a string")
-    hidden = [
-        f"{r['video']!r:.100} ({where})"
-        for where, r in rows
-        if re.search(r"(^|[/\\])\.(?!\.?$)[^/\\]*$", r["video"].strip())
-    ]
-    refuse(hidden, f"rows of {path} name hidden files, which are not videos")
+    check_rows(rows, path)
     clips = {}  # normal form of the video's name -> record, in order of appearance
     split_of, clash = {}, []
     for where, row in rows:
@@ -320,28 +296,47 @@ def read_captions(path, validation_share, seed):
             clash += [f"{name} ({where})"] if split_of[video] != split else []
     refuse(clash, "clips are in more than one split")
     name_clips(clips)
-    given = {s for s in split_of.values() if s}
-    refuse(
-        [f"{s!r:.60} {why}" for s in given if (why := id_problem(s))], "split names are not valid"
-    )
-    if given and None in split_of.values():
-        refuse([v for v, s in split_of.items() if s is None], "clips have no split, but others do")
+    given = set(split_of.values()) - {None}
+    bad = [f"{s!r:.60} {why}" for s in given if (why := id_problem(s))]
+    refuse(bad, "split names are not valid")
     if not given:
-        held_out = by_hash((r["id"] for r in clips.values()), seed)
-        least = 2 if validation_share else 0  # CIDEr needs at least two clips
-        held_out = set(held_out[: max(least, round(validation_share * len(clips)))])
-        if len(held_out) == len(clips):
-            raise UserError(
-                f"--captions {path} has too few clips to hold out two for validation; add more clips or"
-                " a split column"
-            )
-        for video, r in clips.items():
-            split_of[video] = VALIDATION if r["id"] in held_out else TRAIN
-        note(f"no split column: {len(held_out)} of {len(clips)} clips held out for validation")
+        split_of = sample_validation(clips, validation_share, seed, path)
+    elif None in split_of.values():
+        refuse([v for v, s in split_of.items() if s is None], "clips have no split, but others do")
     splits = {s: [] for s in sorted(set(split_of.values()), key=lambda s: (s != TRAIN, s))}
     for video, r in clips.items():
         splits[split_of[video]].append(r)
     return splits
+
+
+def check_rows(rows, path):
+    """Raise UserError if a row of a caption file, (where, dict), has no usable video, caption or split."""
+
+    def has_text(row):
+        video = clean(row.get("video")) and PurePosixPath(row["video"].strip()).name
+        return video and clean(row.get("caption"))
+
+    bad = [where for where, row in rows if not has_text(row)]
+    refuse(bad, f"rows of {path} have no text as video or caption")
+    bad = [where for where, row in rows if not isinstance(row.get("split") or "", str)]
+    refuse(bad, f"rows of {path} have a split that is not a string")
+    names = [(re.split(r"[/\\]", row["video"].strip())[-1], where) for where, row in rows]
+    bad = [f"{n!r:.100} ({where})" for n, where in names if n[:1] == "." and n not in (".", "..")]
+    refuse(bad, f"rows of {path} name hidden files, which are not videos")
+
+
+def sample_validation(clips, share, seed, path):
+    """Sample a share of the clips, {video: record}, for validation. Returns {video: split}."""
+    least = 2 if share else 0  # CIDEr needs at least two clips
+    count = max(least, round(share * len(clips)))
+    if count >= len(clips):
+        raise UserError(
+            f"--captions {path} has too few clips to hold out two for validation; add more clips or"
+            " a split column"
+        )
+    held_out = set(by_hash((r["id"] for r in clips.values()), seed)[:count])
+    note(f"no split column: {count} of {len(clips)} clips held out for validation")
+    return {v: VALIDATION if r["id"] in held_out else TRAIN for v, r in clips.items()}
 
 
 def name_clips(clips):

@@ -5,51 +5,49 @@
     torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
 You can stop it at any time and start it again, with the same --shard or another. Clips that are done are
-skipped, unless their files have changed (see runtime/sources.py). Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
-shard), and the exit code is then 3 (0 under torchrun).
+skipped, unless their files have changed (see runtime/sources.py). Clips that fail are recorded in
+<features>/failures.jsonl (failures_part<i>of<n>.jsonl for a shard), and the exit code is then 3 (0 under
+torchrun).
 """
 
 import runtime.start
 
 import shutil
-import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-import video
 from dataset import TRAIN, VALIDATION, load_records
-from encoder import VideoEncoder
+from encoder import VideoEncoder, encode_files
 from feature_cache import (
     CHOICES,
+    MANIFEST,
     SOURCES,
     STORES,
     Manifest,
     complete,
     feature_file,
-    load_features,
     load_manifest,
     recorded_sources,
     save_features,
     source_entry,
+    verify,
 )
 from runtime import cli, clip_files, clip_log, devices, distributed, hub, ranks, sources
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
-from runtime.names import list_names, visible
+from runtime.names import first_few, list_names, visible
 
-MANIFEST = "manifest.json"
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
-MAX_ERROR = 0.03  # of int8 storage, see `quantisation_error`; 0.008 for Gaussian features
 
 
 def parse_args(argv=None):
@@ -110,22 +108,24 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    wanted = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
-    if args.dry_run and ranks.rank():
-        return DONE  # rank 0 prints the estimate for all
-    part = args.shard if args.dry_run else ranks.share_of_shard(*args.shard)
-    with nullcontext() if args.dry_run else distributed.joined():
-        records = {(s, r["id"]): r for s, split in wanted.items() for r in split}
-        paths, missing = {}, []
-        if args.videos or not args.verify:
-            paths, missing = clip_files.find_files(Path(args.videos or cli.VIDEOS), records)
-            paths = {key: paths[key] for key in in_part(paths, part)}
+    splits = {s: load_records(args.annotations, s)[: args.limit] for s in args.splits}
+    records = {(split, r["id"]): r for split, clips in splits.items() for r in clips}
+    if args.dry_run:
+        return dry_run(args, records) if ranks.rank() == 0 else DONE
+    with distributed.joined():
+        part = ranks.share_of_shard(*args.shard)
         if args.verify:
-            known = recorded_sources(Path(args.features), part)
-            keys = in_part(records, part)
-            return verify(Path(args.features), keys, paths, known, args.workers)
+            paths = files_of_part(args.videos, records, part)[0] if args.videos else {}
+            return verify(Path(args.features), in_part(records, part), paths, part, args.workers)
+        paths, missing = files_of_part(args.videos or cli.VIDEOS, records, part)
         device, dtype = devices.resolve(args.device, args.dtype)
-        return fill(args, part, paths, in_part(missing, part), device, dtype)
+        features = cli.output_folder(args.features, "--features")
+        busy = (
+            f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
+        )
+        with lock(features, busy, *part):
+            failed = fill(args, features, part, paths, missing, device, dtype)
+        return report(len(paths) - len(failed), failed, missing)
 
 
 def in_part(keys, part):
@@ -133,36 +133,64 @@ def in_part(keys, part):
     return [key for key in keys if in_shard(key[1], *part)]
 
 
-def fill(args, part, paths, missing, device, dtype):
-    """Encode the clips of one part that are not in the cache yet.
+def files_of_part(videos, records, part):
+    """Find the files of one part. Returns ({key: path}, [keys without a file]).
+
+    Raises UserError if no clip of any part has a file.
+    """
+    paths, missing = clip_files.find_files(Path(videos), records)
+    return {key: paths[key] for key in in_part(paths, part)}, in_part(missing, part)
+
+
+class Work(NamedTuple):
+    """What there is to do for one part.
+
+    todo: {key: path} of the clips to encode. changed: the keys of those that have features of an earlier
+    version of the file. sources: {key: `Source`} of the clips in the cache. unrecorded: the number of them
+    whose source was not recorded until now.
+    """
+
+    todo: dict
+    changed: set
+    sources: dict
+    unrecorded: int
+
+
+def find_work(features, paths, part):
+    """Compare the clips of one part, {key: path}, with the cache. Returns a `Work`."""
+    known, encoded = recorded_sources(features, part), complete(features, paths)
+    changed, current = sources.compare({key: paths[key] for key in encoded}, known)
+    todo = {key: path for key, path in paths.items() if key not in encoded - changed}
+    return Work(todo, changed, known | current, sum(key not in known for key in current))
+
+
+def fill(args, features, part, paths, missing, device, dtype):
+    """Encode the clips of one part that are not in the cache yet. Returns {key: reason} of those that fail.
 
     part: this process's share of --shard, as (i, n). paths: {key: path} of the clips in this part.
     missing: the keys of the clips in this part that have no file.
     """
-    features = cli.output_folder(args.features, "--features")
-    busy = f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
-    with nullcontext() if args.dry_run else lock(features, busy, *part):
-        known, encoded = recorded_sources(features, part), complete(features, paths)
-        changed, current = sources.compare({key: paths[key] for key in encoded}, known)
-        todo = {key: path for key, path in paths.items() if key not in encoded - changed}
-        unrecorded = sum(key not in known for key in current)
-        counts = [len(paths), len(missing), len(paths) - len(todo), len(changed), unrecorded]
-        note_counts(*(counts if args.dry_run else map(int, distributed.sums(*counts))))
-        encoder = matching_encoder(args, features, device, dtype, needed=todo or args.dry_run)
-        if args.dry_run:
-            pool = WorkerPool(args.workers, args.timeout)
-            return dry_run(encoder, todo, features, args.batch_size, pool)
-        clear(features, args.splits, part)
-        failures = old_failures(features, part, {*paths, *missing})
-        entries = {key: source_entry(key, source) for key, source in (known | current).items()}
-        with (
-            clip_log.appending(features, FAILURES, args.shard, part, failures) as log_failure,
-            clip_log.appending(features, SOURCES, args.shard, part, entries) as log_source,
-        ):
-            pool = WorkerPool(args.workers, args.timeout)
-            how = args.batch_size, pool, log_failure, log_source
-            failed = encode_all(encoder, todo, changed, features, *how) if todo else {}
-    return report(len(paths) - len(failed), failed, missing)
+    work = find_work(features, paths, part)
+    note_counts(*map(int, distributed.sums(*counts(paths, missing, work))))
+    encoder = matching_encoder(args, features, device, dtype, needed=bool(work.todo))
+    clear(features, args.splits, part)
+    failures = old_failures(features, part, {*paths, *missing})
+    entries = {key: source_entry(key, source) for key, source in work.sources.items()}
+    with (
+        clip_log.appending(features, FAILURES, args.shard, part, failures) as log_failure,
+        clip_log.appending(features, SOURCES, args.shard, part, entries) as log_source,
+    ):
+        if not work.todo:
+            return {}
+        pool = WorkerPool(args.workers, args.timeout)
+        logs = log_failure, log_source
+        return encode_all(encoder, work, features, args.batch_size, pool, *logs)
+
+
+def counts(paths, missing, work):
+    """Return the arguments of `note_counts` for one part."""
+    encoded = len(paths) - len(work.todo)
+    return len(paths), len(missing), encoded, len(work.changed), work.unrecorded
 
 
 def note_counts(found, missing, encoded, changed, unrecorded):
@@ -198,7 +226,7 @@ def clear(features, splits, part):
         remove_unfinished(features)
 
 
-def matching_encoder(args, features, device, dtype, needed):
+def matching_encoder(args, features, device, dtype, needed=True):
     """Load the encoder and check its settings against those of the cache. Write a new cache's manifest.
 
     Returns None if the encoder is not needed. Raises UserError if the settings differ, before the
@@ -240,139 +268,73 @@ def matching_encoder(args, features, device, dtype, needed):
     return encoder
 
 
-def encode_all(encoder, todo, changed, features, batch_size, pool, log_failure, log_source):
-    """Run `encode` with a progress bar. Returns {key: (reason, detail)} of the clips that fail.
+def encode_all(encoder, work, features, batch_size, pool, log_failure, log_source):
+    """Encode and save the clips to do of a `Work`. Returns {key: reason} of those that fail.
 
-    changed: keys of clips whose features are of an earlier version of the file. They are deleted once
-    the new features are computed or the new file has failed. log_failure, log_source: functions that
-    append an entry to failures.jsonl and sources.jsonl.
+    log_failure, log_source: functions that append an entry to failures.jsonl and sources.jsonl.
     """
-
-    def delete_outdated(key):
-        if key in changed:
-            feature_file(features, *key).unlink(missing_ok=True)
-
-    def before_saving(key, source):
-        # in this order, so that a kill never leaves features beside the source of others
-        delete_outdated(key)
-        log_source(source_entry(key, source))
-
-    failed = {}
-    with progress(len(todo), "clip") as bar:
-        for key, error in encode(encoder, todo, features, batch_size, pool, before_saving):
+    failed, writes = {}, deque()
+    with (
+        ThreadPoolExecutor(4) as disk,  # so that encoding does not wait for fsync
+        tqdm(total=len(work.todo), unit="clip", smoothing=0.05, mininterval=1) as bar,
+    ):
+        for key, result in encode_files(encoder, work.todo, batch_size, pool):
+            path = feature_file(features, *key)
+            # in this order, so that a kill never leaves features beside the source of others
+            if key in work.changed:
+                path.unlink(missing_ok=True)
+            if isinstance(result, VideoError):
+                failed[key] = result.reason
+                entry = {"id": key[1], "split": key[0], "path": str(work.todo[key])}
+                log_failure(entry | {"reason": result.reason, "detail": str(result)})
+            else:
+                source, stored, decoder = result
+                log_source(source_entry(key, source))
+                writes.append(disk.submit(save_features, path, key[1], stored, decoder))
+                if len(writes) > 4 * batch_size:
+                    writes.popleft().result()  # raises if the write failed
             bar.update()
-            if error:
-                delete_outdated(key)
-                failed[key] = reason, detail = error
-                entry = {"id": key[1], "split": key[0], "path": str(todo[key])}
-                log_failure(entry | {"reason": reason, "detail": detail})
+        for write in writes:
+            write.result()
     return failed
 
 
-def encode(encoder, todo, features, batch_size, pool, before_saving):
-    """Decode, encode and save clips. Yields (key, None) for each, or (key, (reason, detail)) if it failed.
-
-    todo: {key: path}. features: the folder of the cache. pool: a `WorkerPool` for decoding.
-    before_saving: a function of the key and the `Source` of a clip, called before a file is written.
-    """
-
-    def save(key, stored, decoder):
-        save_features(feature_file(features, *key), key[1], stored, decoder)
-
-    def launch(batch):
-        # without the frames, to free memory
-        names = [(key, source, clip.decoder) for key, source, clip in batch]
-        return names, encoder.launch([clip.frames for *_, clip in batch], measure=not errors)
-
-    def collect(names, finish):
-        records = finish()
-        measured = [
-            record.pop("error").item() for record in records if record and "error" in record
-        ]
-        if measured and not errors:
-            errors.extend(measured)
-            note_quantisation(sum(errors) / len(errors), len(errors))
-        for (key, source, decoder), record in zip(names, records, strict=True):
-            if record is None:
-                yield key, ("non_finite", "the encoder returned NaN or infinity")
-            else:
-                before_saving(key, source)
-                writes.append((key, disk.submit(save, key, record, decoder)))
-
-    def written(limit):
-        while len(writes) > limit:
-            key, write = writes.pop(0)
-            write.result()  # raises if the write failed
-            yield key, None
-
-    batch, running, writes, errors = [], [], [], []
-    jobs = ((key, path, encoder.settings.num_frames) for key, path in todo.items())
-    ahead = 2 * (batch_size + pool.workers)  # so that decoding continues while a batch is encoded
-    clips = pool.map(video.decode_source, jobs, ahead)
-    with ThreadPoolExecutor(4) as disk:  # so that encoding does not wait for fsync
-        for key, result in clips:
-            if isinstance(result, VideoError):
-                yield key, (result.reason, str(result))
-            elif result[1].damage:
-                yield key, result[1].damage
-            else:
-                batch.append((key, *result))
-            if len(batch) == batch_size:
-                # queue this batch on the GPU before collecting the previous one, so that it stays busy
-                running.append(launch(batch))
-                batch = []
-                while len(running) > (1 if devices.on_gpu(encoder.device) else 0):
-                    yield from collect(*running.pop(0))
-            yield from written(4 * batch_size)
-        running += [launch(batch)] if batch else []
-        for launched in running:
-            yield from collect(*launched)
-        yield from written(0)
+def dry_run(args, records):
+    """Print the disk space and time that a run needs, without writing a file. Returns the exit code."""
+    paths, missing = files_of_part(args.videos or cli.VIDEOS, records, args.shard)
+    device, dtype = devices.resolve(args.device, args.dtype)
+    features = cli.output_folder(args.features, "--features")
+    work = find_work(features, paths, args.shard)
+    note_counts(*counts(paths, missing, work))
+    encoder = matching_encoder(args, features, device, dtype)
+    print_disk(encoder.settings, len(work.todo), features)
+    if work.todo:
+        pool = WorkerPool(args.workers, args.timeout)
+        print_time(encoder, work.todo, args.batch_size, pool)
+    return DONE
 
 
-def note_quantisation(error, clips):
-    """Print the quantisation error of the first batch, with a warning if it is high."""
-    text = f"int8 storage: relative error {error:.1%} (mean of the first {clips} clips)"
-    if error > MAX_ERROR:
-        text = (
-            f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"
-            " which lose precision. Use --store fp16 with another --features folder; it takes twice the"
-            " space"
-        )
-    note(text)
-
-
-def dry_run(encoder, todo, features, batch_size, pool):
-    """Print the disk space and, from a few timed clips, the time that the run would need."""
-    sample = dict(list(todo.items())[: 2 * batch_size])
-    shape = encoder.settings.num_tokens, encoder.settings.width
-    dtype = STORES[encoder.settings.store]
-    features_of_one = {
-        "features": torch.zeros(shape, dtype=dtype),
-        "scale": torch.zeros(2 * shape[1]),
-    }
-    one = len(torch_bytes(features_of_one))
-    needed, free = one * len(todo), shutil.disk_usage(nearest_folder(features)).free
+def print_disk(settings, clips, features):
+    """Print the disk space that the features of a number of clips need."""
+    shape, dtype = (settings.num_tokens, settings.width), STORES[settings.store]
+    stored = {"features": torch.zeros(shape, dtype=dtype), "scale": torch.zeros(2 * shape[1])}
+    one = len(torch_bytes(stored))
+    needed, free = one * clips, shutil.disk_usage(nearest_folder(features)).free
     print(f"bytes per clip   {one:,}")
-    print(f"bytes needed     {needed:,} for {len(todo):,} clips, {free:,} free")
+    print(f"bytes needed     {needed:,} for {clips:,} clips, {free:,} free")
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
-    if sample:
-        with tempfile.TemporaryDirectory() as folder:
-            for split, _ in sample:
-                Path(folder, split).mkdir(exist_ok=True)
-            times, failed = [time.perf_counter()], 0
-            how = batch_size, pool, lambda key, source: None
-            for _, error in encode(encoder, sample, Path(folder), *how):
-                times.append(time.perf_counter())
-                failed += error is not None
-        seconds = (times[-1] - times[0]) / len(sample) * len(todo)
-        print(
-            f"estimated time   {hours(seconds)}, from {len(sample)} timed clips including start-up"
-        )
-        if failed:
-            print(f"failed           {failed} of the {len(sample)} timed clips")
-    return DONE
+
+
+def print_time(encoder, todo, batch_size, pool):
+    """Print the estimated time to encode {key: path}, from two batches, which are not saved."""
+    sample = dict(list(todo.items())[: 2 * batch_size])
+    start = time.perf_counter()
+    results = dict(encode_files(encoder, sample, batch_size, pool))
+    seconds = (time.perf_counter() - start) / len(sample) * len(todo)
+    print(f"estimated time   {hours(seconds)}, from {len(sample)} timed clips including start-up")
+    if failed := sum(isinstance(result, VideoError) for result in results.values()):
+        print(f"failed           {failed} of the {len(sample)} timed clips")
 
 
 def hours(seconds):
@@ -388,67 +350,20 @@ def report(ok, failed, missing):
     """Print the totals over all processes and return the exit code."""
     parts = distributed.all_gather((ok, failed, missing))
     ok = sum(part[0] for part in parts)
-    failed = {key: error for part in parts for key, error in part[1].items()}
+    failed = {key: reason for part in parts for key, reason in part[1].items()}
     missing = [key for part in parts for key in part[2]]
-    reasons = Counter(reason for reason, _ in failed.values())
+    reasons = Counter(failed.values())
     text = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(
         f"{ok:,} ok, {len(failed):,} failed{f' ({text})' if text else ''}, {len(missing):,} missing"
     )
     if missing:
-        note(f"missing: {', '.join(i for _, i in missing[:5])}{' …' if len(missing) > 5 else ''}")
+        note(f"missing: {first_few([clip_id for _, clip_id in missing])}")
     if not ok and (failed or missing):
         return FAILED
     if ranks.launched():
         return DONE  # torchrun would treat any other code as a crash and kill the other processes
     return PARTIAL if failed or missing else DONE
-
-
-def verify(features, keys, paths, known, workers):
-    """Check the feature files of all keys (split, id) for damage, wrong shapes and NaN.
-
-    paths: {key: path} of the clips to compare with `known`, the recorded {key: `Source`}.
-    Returns exit code 1 if any file is damaged or missing or any clip has changed, else 0.
-    """
-    settings = load_manifest(features).settings
-
-    def check(key):
-        try:
-            load_features(feature_file(features, *key), key[1], settings)
-        except UserError as error:
-            return "damaged", str(error)
-        if key in comparable and sources.has_changed(paths[key], known[key]):
-            path = paths[key]
-            return "changed", f"clip {key[1]}: {path} has changed since its features were computed"
-
-    have = complete(features, dict.fromkeys(keys))
-    comparable = have & paths.keys() & known.keys()
-    bad = []
-    with ThreadPoolExecutor(max(1, workers)) as threads, progress(len(have), "file") as bar:
-        for problem in threads.map(check, sorted(have)):
-            bar.update()
-            if problem:
-                bad.append(problem)
-    bad = [problem for part in distributed.all_gather(bad) for problem in part]
-    for _, text in bad[:20]:
-        note(text)
-    if len(bad) > 20:
-        note(f"… and {len(bad) - 20} more")
-    counts = distributed.sums(len(have), len(keys), len(comparable), len(paths))
-    have, wanted, compared, found = map(int, counts)
-    if found and compared < have:
-        note(
-            f"{have - compared:,} clips were not compared with their files, which are not in --videos or"
-            " were not recorded when the clip was encoded"
-        )
-    damaged, changed = (sum(kind == k for kind, _ in bad) for k in ("damaged", "changed"))
-    text = f"{have - len(bad):,} intact, {damaged:,} damaged, {wanted - have:,} missing"
-    print(text + (f", {changed:,} changed" if found else ""))
-    return FAILED if bad or have < wanted else DONE
-
-
-def progress(total, unit):
-    return tqdm(total=total, unit=unit, smoothing=0.05, mininterval=1)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import train
 from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
 from feature_cache import load_manifest
-from runtime import cli, run_folder
+from runtime import cli, run_log
 from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
@@ -204,7 +204,7 @@ def step_times():
 
     Unlike wall-clock time it does not depend on what else the machine is doing.
     """
-    seconds, log = [], run_folder.Log.step
+    seconds, log = [], run_log.Log.step
 
     def step(*args):
         nonlocal began
@@ -213,7 +213,7 @@ def step_times():
         began = time.process_time()
 
     began = time.process_time()
-    with mock.patch.object(run_folder.Log, "step", step):
+    with mock.patch.object(run_log.Log, "step", step):
         yield seconds
 
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.names import normal_form, visible
+from runtime.names import first_few, normal_form, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -28,8 +28,8 @@ FIRST_BYTES = re.compile(
 
 
 def is_video(path):
-    """Return whether a file is a video, by its ending or else by its first bytes. Hidden files are not."""
-    if path.name.startswith(".") or OTHER_FILES.fullmatch(path.name):
+    """Return whether a file is a video, by its ending or else by its first bytes."""
+    if OTHER_FILES.fullmatch(path.name):
         return False
     if path.suffix.lower() in VIDEO_EXTENSIONS:
         return True
@@ -45,15 +45,14 @@ def is_video(path):
 def videos_below(folder):
     """Return the sorted paths of the videos and of the other files in a folder and its subfolders.
 
-    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out,
-    such as the `._clip.mp4` that macOS writes beside `clip.mp4`. A folder that cannot be read is one of
-    the other files.
+    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out.
+    A folder that cannot be read is one of the other files.
     """
     folders, links, seen, videos, others = [folder], [], set(), [], []
     while folders or links:
         folder = Path(folders.pop() if folders else links.pop())
         try:
-            status, entries = os.stat(folder), list(os.scandir(folder))
+            status, entries = os.stat(folder), visible(folder)
         except OSError:
             others.append(folder)
             continue
@@ -61,8 +60,6 @@ def videos_below(folder):
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             if entry.is_symlink() and os.path.isdir(entry):
                 links.append(entry)
             elif entry.is_dir(follow_symlinks=False):
@@ -96,8 +93,8 @@ def find_clips(names):
 
 
 def _examples(paths, before):
-    names = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
     files = "file that is not a video" if len(paths) == 1 else "files that are not videos"
+    names = first_few([path.name for path in paths])
     return f"{before}{len(paths):,} {files}: {names}" if paths else ""
 
 
@@ -106,8 +103,8 @@ def _examples(paths, before):
 
 def file_names(record):
     """Return the possible file names of an annotated clip, relative to the video folder."""
-    video = record["video"] or ""
-    given = filter(None, dict.fromkeys((video, video.replace("\\", "/"))))
+    video = record["video"]
+    given = [video, video.replace("\\", "/")] if video else []
     return [*given, *(record["id"] + ending for ending in (*VIDEO_EXTENSIONS, ".ts"))]
 
 
@@ -160,7 +157,7 @@ def find_files(videos, records):
     missing = [key for key in found if key not in paths]
     if not paths and missing:
         first, entries = records[missing[0]]["id"], visible(videos)
-        some = ", ".join(entry.name for entry in entries[:3])
+        some = first_few([entry.name for entry in entries])
         inside = f"contains {len(entries)} other files, for example {some}"
         folders = [entry.name for entry in entries if entry.is_dir()]
         raise UserError(

@@ -5,13 +5,12 @@ line and shards do not conflict. At the end, rank 0 merges the files of its --sh
 A run over all clips merges the files of all shards into <name>.jsonl.
 """
 
-import json
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 
 from runtime import distributed, ranks
-from runtime.files import in_shard, write_atomic
-from runtime.names import is_clip_id
+from runtime.files import in_shard, json_line, parse_json_lines, write_atomic
+from runtime.names import id_problem
 
 
 def read(features, name, part):
@@ -33,13 +32,10 @@ def read(features, name, part):
 def parse(data):
     """Parse the bytes of a file into {(split, id): entry}."""
     entries = {}
-    for line in data.splitlines():
-        try:
-            entry = json.loads(line)
-            if is_clip_id(entry["split"]) and is_clip_id(entry["id"]):
-                entries[entry["split"], entry["id"]] = entry
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
+    for entry in parse_json_lines(data):
+        key = entry.get("split"), entry.get("id")
+        if not any(map(id_problem, key)):
+            entries[key] = entry
     return entries
 
 
@@ -53,25 +49,21 @@ def appending(features, name, shard, part, entries):
     """
     process_log, shard_log = (log_path(features, name, *p) for p in (part, shard))
     others = [*features.glob(f"{name}_part*of*.jsonl")] if shard == (0, 1) else []
-    write_atomic(process_log, "".join(map(as_line, entries.values())))
+    write_atomic(process_log, "".join(map(json_line, entries.values())))
     with open(process_log, "a", encoding="utf-8") as file:
 
         def append(entry):
-            file.write(as_line(entry))
+            file.write(json_line(entry))
             file.flush()
 
         yield append
     logs = distributed.all_gather(process_log.read_bytes())
     if ranks.rank() == 0:
         merged = {key: entry for log in logs for key, entry in parse(log).items()}
-        write_atomic(shard_log, "".join(sorted(map(as_line, merged.values()))))
+        write_atomic(shard_log, "".join(sorted(map(json_line, merged.values()))))
     distributed.all_gather(None)  # barrier: the merged log is on disk before its parts are deleted
     for log in {process_log, *others} - {shard_log}:
         log.unlink(missing_ok=True)
-
-
-def as_line(entry):
-    return json.dumps(entry) + "\n"
 
 
 def log_path(features, name, part, parts):

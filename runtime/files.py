@@ -173,6 +173,23 @@ def read_json(path, what):
         raise UserError(f"{what} {path} cannot be read as JSON: {error}") from None
 
 
+def json_line(entry):
+    """Encode a dict as a line of a JSON lines file."""
+    return json.dumps(entry) + "\n"
+
+
+def parse_json_lines(data):
+    """Parse the bytes of a JSON lines file. Returns a list of dicts.
+
+    Lines that are not a JSON object, such as one that a kill has truncated, are skipped.
+    """
+    entries = []
+    for line in data.splitlines():
+        with suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
 def read_torch(path, verify=True, mmap=False):
     """Load a file written by `torch_bytes`: tensors and plain values. No code in it is executed.
 

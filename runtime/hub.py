@@ -20,6 +20,7 @@ from runtime import cli
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_json
 from runtime.names import list_files
+from runtime.sources import hash_ends
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub repository
 
@@ -85,7 +86,7 @@ def locate(key, entry, checkpoint):
     folders around its checkpoint.
     """
     name = entry[key]
-    if len(name) < 1000 and not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
+    if not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
         folders = [os.path.join(parent, name) for parent in Path(checkpoint).absolute().parents]
         entry[key] = next(filter(os.path.isdir, folders), name)
 
@@ -126,7 +127,7 @@ def look_here(name, flag):
     Returns (its folder or None, the first file that is missing there or None). Raises UserError naming
     `flag` if `name` is neither a folder nor a Hub id.
     """
-    if len(str(name)) < 1000 and os.path.isdir(name):
+    if os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
@@ -159,7 +160,7 @@ def fingerprint(folder):
     Returns the first 16 hex digits of the sha256. They do not depend on the location: the Hub cache and
     a folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
     """
-    folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
+    folder, digest = Path(folder), hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
@@ -168,10 +169,7 @@ def fingerprint(folder):
     for path in list_files(folder, ".safetensors"):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(mib))
-            file.seek(max(0, size - mib))
-            digest.update(file.read(mib))
+        hash_ends(digest, path, size, 1 << 20)
     return digest.hexdigest()[:16]
 
 

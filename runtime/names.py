@@ -40,13 +40,16 @@ def list_files(folder, *endings):
     return [Path(folder, name) for name in list_names(folder, *endings)]
 
 
-def is_clip_id(name):
-    """Return True if `name` is safe as a file name: it cannot leave its folder and is not hidden."""
-    return id_problem(name) is None
+def first_few(names, count=3):
+    """Join the first names with commas, and add "…" if there are more."""
+    return ", ".join([*names[:count], "…"] if len(names) > count else names)
 
 
 def id_problem(name):
-    """Describe why `name` cannot be the id of a clip or the name of a split, or return None."""
+    """Describe why `name` cannot be the id of a clip or the name of a split, or return None.
+
+    Such a name is used as a file name. It cannot leave its folder and is not hidden.
+    """
     if not isinstance(name, str) or not name:
         return "is empty or not a string"
     if name.startswith("."):

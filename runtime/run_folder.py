@@ -1,4 +1,4 @@
-"""The run folder: the files that a training run writes, and the lock, log and signals around them.
+"""The run folder: the files that a training run writes, and the lock and signal handlers around them.
 
 The files are args.json, metrics.jsonl, validation_epoch_N.json, last.pt, previous.pt and best.pt. If the
 process is killed at any time, they stay valid.
@@ -6,26 +6,22 @@ process is killed at any time, they stay valid.
 
 from runtime.start import ROOT, SIGNALS
 
-import json
-import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 import torch
-from tqdm import tqdm
 
 from runtime import devices, distributed, ranks
 from runtime.cli import drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
+from runtime.run_log import Log
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
 
@@ -190,115 +186,6 @@ class Run:
             raise Stopped(self.stop.signal)
         yield
         self.stop.saved = False
-
-
-class Log:
-    """Logs progress to stderr, metrics.jsonl and the dashboard, on rank 0 only.
-
-    Opening the log deletes the lines of steps after `step`, the step of the checkpoint.
-    """
-
-    def __init__(self, folder, step, total, dashboard):
-        self.folder, self.start_time, self.quiet = folder, time.perf_counter(), ranks.rank() > 0
-        self.dashboard = dashboard
-        if self.quiet:
-            return
-        kept = truncate_log(folder / "metrics.jsonl", step)
-        self.skipped = sum("skipped" in json.loads(line) for line in kept)
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-        self.bar = tqdm(total=total, initial=step, unit="step", smoothing=0.1)
-
-    def close(self):
-        if self.quiet:
-            return
-        for file in (self.metrics, self.bar, self.dashboard):
-            file.close()
-        if self.skipped:
-            note(f"steps skipped: {self.skipped}, see {self.folder / 'metrics.jsonl'}")
-
-    def sync(self):
-        if not self.quiet:
-            os.fsync(self.metrics.fileno())
-
-    def step(self, step, epoch, ids, loss, tokens, by_style, lr, grad_norm, data_seconds):
-        """Log one training step.
-
-        epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. by_style: the mean
-        loss per token of each style. grad_norm: before clipping. data_seconds: the part of the step's
-        duration spent waiting for data.
-        """
-        if self.quiet:
-            return
-        seconds, self.start_time = time.perf_counter() - self.start_time, time.perf_counter()
-        mean = loss / tokens
-        losses = {"loss": mean} | {f"loss_{style}": value for style, value in by_style.items()}
-        entry = {
-            "step": step,
-            "epoch": epoch + 1,
-            **{k: v if math.isfinite(v) else None for k, v in losses.items()},
-            "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
-            "data_seconds": round(data_seconds, 4),
-            "clips_per_second": round(len(ids) / seconds, 2),
-        }
-        if entry["loss"] is None or entry["grad_norm"] is None:
-            entry["skipped"] = ids
-            self.skipped += 1
-            some = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
-            self.print(f"step {step} skipped: loss or gradient is not finite (clips {some})")
-        self.metrics.write(json.dumps(entry) + "\n")
-        self.metrics.flush()
-        shown = (*losses, "lr", "grad_norm", "clips_per_second", "data_seconds")
-        self.dashboard.log(step, {f"train/{k}": entry[k] for k in shown if entry[k] is not None})
-        text = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
-        text += f", data {100 * data_seconds / seconds:.0f} %"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-
-    def evaluation(self, step, epoch, loss, result, samples):
-        """Log an evaluation and write validation_epoch_N.json.
-
-        epoch: from 1. loss: the validation loss or None. samples: example captions to store.
-        """
-        if self.quiet:
-            return
-        head = {"epoch": epoch, "step": step, "loss": loss}
-        path = self.folder / f"validation_epoch_{epoch}.json"
-        write_json(path, head | result | {"samples": samples})
-        values = {"loss": loss} if loss is not None else {}
-        self.dashboard.log(
-            step, {f"validation/{k}": v for k, v in (values | result["metrics"]).items()}
-        )
-        values |= {
-            k: v for k, v in result["metrics"].items() if k in ("CIDEr", "template_accuracy")
-        }
-        text = ", ".join(f"{k} {v:.3f}" for k, v in values.items())
-        self.print(f"epoch {epoch}: validation {text}")
-        self.start_time = time.perf_counter()
-
-    def print(self, text):
-        self.bar.write(text, file=sys.stderr)
-
-
-def truncate_log(path, step):
-    """Delete all lines except complete ones of steps up to `step`. Returns the remaining lines."""
-
-    def is_kept(line):
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # a line truncated by a crash
-            return False
-
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if path.is_file()
-        else []
-    )
-    kept = list(filter(is_kept, lines))
-    write_atomic(path, "".join(kept))
-    return kept
 
 
 class Stop:

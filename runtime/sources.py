@@ -45,11 +45,16 @@ def identify(path):
     if not stat.S_ISREG(found.st_mode):  # opening a pipe could block
         raise OSError(None, "not a regular file", str(path))
     digest = hashlib.sha256(f"{found.st_size}:".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(END))
-        file.seek(max(0, found.st_size - END))
-        digest.update(file.read(END))
+    hash_ends(digest, path, found.st_size, END)
     return Source(found.st_size, found.st_mtime_ns, digest.hexdigest())
+
+
+def hash_ends(digest, path, size, count):
+    """Update a digest with the first and last `count` bytes of a file of `size` bytes."""
+    with open(path, "rb") as file:
+        digest.update(file.read(count))
+        file.seek(max(0, size - count))
+        digest.update(file.read(count))
 
 
 def compare(paths, known):

@@ -28,7 +28,8 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.last, self.ended = 0, None, threading.Event()
-        self.received = threading.Lock()  # held until a signal arrives
+        # held until a signal arrives; not an Event, whose `set` is not safe in a signal handler
+        self.received = threading.Lock()
         self.received.acquire()
 
     def __enter__(self):

@@ -52,10 +52,7 @@ def _read_json(file, text, required, optional):
 def _read_csv(file, text, required, optional):
     delimiter = _delimiter(text, required)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, start = (
-        [],
-        1,
-    )  # start: the line on which a row starts; a quoted cell may have several lines
+    rows, start = [], 1  # start: the line on which a row starts; a quoted cell may have several
     try:
         for cells in reader:
             if any(map(str.strip, cells)):
@@ -72,10 +69,9 @@ def _read_csv(file, text, required, optional):
         )
     if twice := _repeated(header, (*required, *optional)):
         raise UserError(f"{file} has two columns named {twice!r}; remove one of them")
-    refuse(
-        [where for where, cells in rows if any(map(str.strip, cells[len(header) :]))],
-        f"rows of {file} have more cells than the header (text that contains {delimiter!r} needs quotes)",
-    )
+    long = [where for where, cells in rows if any(map(str.strip, cells[len(header) :]))]
+    hint = f"text that contains {delimiter!r} needs quotes"
+    refuse(long, f"rows of {file} have more cells than the header ({hint})")
     return [(where, dict(zip(header, cells, strict=False))) for where, cells in rows[1:]]
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import train_flags
 
 import train
-from runtime import run_folder
+from runtime import run_log
 from runtime.errors import UserError
 from viz import curves
 
@@ -102,7 +102,7 @@ def test_no_run_folder(tmp_path):
 def interrupted_and_resumed(world, prepared, output, dashboard):
     """Kill a run after its 8th step, two steps after its last save, resume it and return its logs."""
     flags = train_flags(world, prepared, output, "--report-to", dashboard, "--save-every", "3")
-    log = run_folder.Log.step
+    log = run_log.Log.step
 
     def killed(self, step, *args):
         log(self, step, *args)
@@ -110,7 +110,7 @@ def interrupted_and_resumed(world, prepared, output, dashboard):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.run_folder.Log.step", killed)
+        patch.setattr("runtime.run_log.Log.step", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     # drawn at the first of two evaluations

@@ -11,7 +11,7 @@ from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
 from runtime.files import read_json, read_text
-from runtime.names import is_clip_id, list_names, safe_id
+from runtime.names import id_problem, list_names, safe_id
 from runtime.table import read_table
 from worlds import toy_ssv2
 
@@ -158,7 +158,7 @@ def test_hidden_files_and_folders_are_not_the_file_of_a_clip(tmp_path):
 
 @pytest.mark.parametrize("name", ["a?b", "a:b|c", "a\u00a0b", "...", LONG, "\ud800", "a\nb", ""])
 def test_every_name_has_a_safe_id(name):
-    assert is_clip_id(safe_id(name)) and is_clip_id(safe_id(name, add_hash=True))
+    assert not id_problem(safe_id(name)) and not id_problem(safe_id(name, add_hash=True))
     assert safe_id(name) == safe_id(safe_id(name))
     assert safe_id(LONG) != safe_id(LONG + "é")
 

@@ -40,7 +40,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert not train.main([*flags, "--dry-run"])
     assert "GPU memory     0.0 GB peak" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.run_folder.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("runtime.run_log.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert train.main(flags) == TERMINATED
     assert not train.main([*flags, "--resume"])
     args = json.loads((run / "args.json").read_text())

@@ -20,6 +20,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 import metrics
 from metrics import Templates, fill
+from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
 from runtime.java import JavaError, jar, java_thread, run_java
 
@@ -124,7 +125,7 @@ def test_tokens_equal_those_of_pycocoevalcap(tmp_path, monkeypatch):
     monkeypatch.setattr(ptbtokenizer, "__file__", str(tmp_path / "ptbtokenizer.py"))
     texts = [t for t in CAPTIONS if t.strip() and not re.search("😀|½|3 1/2|holding", t)]
     expected = ptbtokenizer.PTBTokenizer().tokenize({"all": [{"caption": t} for t in texts]})
-    tokens, tokenizer, reason = metrics.tokenize(texts, 60)
+    tokens, tokenizer, reason = tokenize(texts, 60)
     assert [tokens[t] for t in texts] == expected["all"]
     assert (tokenizer, reason) == ("ptb", None)
 
@@ -143,7 +144,7 @@ HOSTILE = [
 def test_line_ends_inside_captions_do_not_shift_the_others():
     """pycocoevalcap's tokenizer gave every caption after a `\\r` the text of its neighbour."""
     numbered = [f"number {i}." for i in range(9)]
-    tokens, tokenizer, _ = metrics.tokenize([*HOSTILE, *numbered, "", " ", "?"], 60)
+    tokens, tokenizer, _ = tokenize([*HOSTILE, *numbered, "", " ", "?"], 60)
     assert tokenizer == "ptb"
     assert [tokens[text] for text in HOSTILE] == ["one two"] * len(HOSTILE)
     assert [tokens[text] for text in numbered] == [text[:-1] for text in numbered]
@@ -154,12 +155,12 @@ def test_line_ends_inside_captions_do_not_shift_the_others():
 def test_tokens_do_not_depend_on_the_next_caption():
     """Java used the next line's first letter, or an emoji, to decide whether "x." ends a sentence."""
     for text, following in (("holding x.", "zoo"), ("holding x.", "Zoo"), ("holding x.😀", "zoo")):
-        assert metrics.tokenize([text, following], 60)[0][text] == "holding x"
+        assert tokenize([text, following], 60)[0][text] == "holding x"
 
 
 def test_simple_tokenizer(no_java):
     text = "Don't drop (it), it's\r 3.5 T-shirts [and] 1,000 cups!"
-    tokens, tokenizer, reason = metrics.tokenize([text, "?"], 60)
+    tokens, tokenizer, reason = tokenize([text, "?"], 60)
     assert tokens == {text: "do n't drop it it 's 3.5 t-shirts and 1,000 cups", "?": ""}
     assert tokenizer == "simple"
     assert "java not found" in reason and "NOT comparable with published ones" in reason
@@ -200,7 +201,7 @@ def tokenizer(request, monkeypatch):
 def test_scripts_without_spaces_are_split_into_characters(tokenizer):
     """Every Chinese, Japanese or Thai sentence was one word, and Java dropped the vowel signs of Khmer
     and Burmese and all characters beyond U+FFFF."""
-    found, name, _ = metrics.tokenize([t for texts in SAME_TOKENS.values() for t in texts], 60)
+    found, name, _ = tokenize([t for texts in SAME_TOKENS.values() for t in texts], 60)
     assert name == f"{tokenizer}+characters"
     assert [found[t] for texts in SAME_TOKENS.values() for t in texts] == [
         tokens for tokens, texts in SAME_TOKENS.items() for _ in texts
@@ -210,7 +211,7 @@ def test_scripts_without_spaces_are_split_into_characters(tokenizer):
 def test_words_of_other_scripts_keep_their_marks(tokenizer):
     """Java dropped the vowel signs of Kannada, Sinhala and others, which split their words. Without
     Java, Hindi words were split at each vowel sign. "é" of two characters was not "é" of one."""
-    found, name, _ = metrics.tokenize([t for texts in SPACED.values() for t in texts], 60)
+    found, name, _ = tokenize([t for texts in SPACED.values() for t in texts], 60)
     assert name == tokenizer
     assert [found[t] for texts in SPACED.values() for t in texts] == [
         tokens for tokens, texts in SPACED.items() for _ in texts

@@ -18,7 +18,7 @@ import feature_cache
 import infer
 import preprocess_ssv2
 import train
-from runtime import errors, files, run_folder
+from runtime import errors, files, run_log
 from runtime.errors import UserError
 from tools import doctor_checks
 from worlds import toy_ssv2
@@ -282,7 +282,7 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
 
     figures = {}
     reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
-    with closing(run_folder.Log(tmp_path, 0, 2, reporter)) as log:
+    with closing(run_log.Log(tmp_path, 0, 2, reporter)) as log:
         log.start_time -= 100
         log.step(1, 0, ["a", "b"], 3.0, 6, {}, lr=1e-3, grad_norm=1.0, data_seconds=25.0)
         assert log.bar.postfix.endswith("data 25 %")

@@ -17,7 +17,7 @@ import evaluate
 import optim
 import train
 from dataset import load_records
-from runtime import run_folder
+from runtime import run_folder, run_log
 from runtime.errors import TERMINATED, Stopped, UserError
 from runtime.stop_signals import StopSignals
 
@@ -48,7 +48,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(world, prepared, trained, tmp
     """After SIGTERM at the end of an epoch (torture/checks.py stops anywhere), weights, optimizer, logs
     and predictions are equal bit for bit, with dropout and another number of workers."""
     stop_after, workers = 5, 2
-    output, step = tmp_path / "run", run_folder.Log.step
+    output, step = tmp_path / "run", run_log.Log.step
 
     def step_then_stop(self, number, *rest):
         step(self, number, *rest)
@@ -56,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(world, prepared, trained, tmp
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Log, "step", step_then_stop)
+        patch.setattr(run_log.Log, "step", step_then_stop)
         assert train.main(train_flags(world, prepared, output)) == TERMINATED
     assert state(output)["step"] == stop_after
     with open(output / "metrics.jsonl", "a") as file:  # a step that the checkpoint does not have

@@ -22,8 +22,8 @@ import video
 from runtime import clip_files
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
-from video import decode, frame_indices, probe, windows
-from windows import Windowing, description, read
+from video import decode, frame_indices, probe
+from windows import Windowing, description, read, window_spans
 
 av = pytest.importorskip("av")
 
@@ -472,7 +472,7 @@ def test_annotated_clips_may_have_any_ending(tmp_path):
 @pytest.mark.parametrize("duration", [0.5, 6, 6.01, 8.9, 9, 9.1, 12, 12.0001, 61.3, 600])
 @pytest.mark.parametrize("window, stride", [(6, 6), (6, 3), (6, 5.5), (6, 20), (0.7, 0.1)])
 def test_windows_cover_the_video_without_slivers(duration, window, stride):
-    spans = windows(duration, window, stride)
+    spans = window_spans(duration, window, stride)
     assert spans[0][0] == 0 and spans[-1][1] == duration
     if duration <= window:
         assert spans == [(0, duration)]

@@ -14,7 +14,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, VJEPA2Co
 
 import captioner
 import evaluate
-import metrics
 import optim
 import train
 from checkpoint import read_checkpoint
@@ -23,6 +22,7 @@ from encoder import VideoEncoder
 from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
+from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
 from runtime.names import list_files, visible
 from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
@@ -150,7 +150,7 @@ def missing_decoders():
 
 def check_java():
     """Check that Java, which METEOR needs too, can run the PTB tokenizer on a caption."""
-    _, tokenizer, why = metrics.tokenize(["A cup."], time_limit=LIMIT)
+    _, tokenizer, why = tokenize(["A cup."], time_limit=LIMIT)
     if tokenizer == "ptb":
         return Finding(OK, "Java", f"{shutil.which('java')} runs the PTB tokenizer")
     fix = None if shutil.which("java") else "sudo apt-get install openjdk-17-jre-headless"

@@ -9,15 +9,13 @@ matplotlib: pip install -e '.[viz]'.
 import runtime.start
 
 import io
-import json
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.files import read_json, write_atomic
+from runtime.files import parse_json_lines, read_json, write_atomic
 from viz.draw_text import require
 
 STEP = {"step", "loss", "lr"}  # required keys of a line of metrics.jsonl
@@ -78,13 +76,8 @@ def read(folder):
 
 
 def read_steps(path):
-    """Read the steps from a file of JSON lines. Invalid lines, which a crash may leave, are skipped."""
-    steps = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            entry = json.loads(line)
-            steps += [entry] if isinstance(entry, dict) and entry.keys() >= STEP else []
-    return steps
+    """Read the steps from metrics.jsonl. Invalid lines, which a crash may leave, are skipped."""
+    return [e for e in parse_json_lines(path.read_bytes()) if e.keys() >= STEP]
 
 
 def draw(steps, evaluations):

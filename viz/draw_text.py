@@ -16,19 +16,9 @@ from runtime.writing_systems import split_letters, unbroken
 MARGIN = 8  # pixels around text
 BLACK, GREY, GREEN, RED = "#000000", "#555555", "#136313", "#a31515"
 BOX = "\u25a1"  # drawn for a character that no font has; DejaVu Sans has it
-STYLED = (
-    "bold|italic|oblique|black|heavy|light|thin|condensed|narrow|serif"  # in names of font files
-)
-EAST_ASIAN = {
-    "CJK",
-    "HIRAGANA",
-    "KATAKANA",
-    "HALFWIDTH",
-    "FULLWIDTH",
-    "IDEOGRAPHIC",
-    "HANGUL",
-    "BOPOMOFO",
-}
+# regular expressions for names of font files and for the first words of names of characters
+STYLED = "bold|italic|oblique|black|heavy|light|thin|condensed|narrow|serif"
+EAST_ASIAN = "CJK|HIRAGANA|KATAKANA|HALFWIDTH|FULLWIDTH|IDEOGRAPHIC|HANGUL|BOPOMOFO"
 
 
 def require(*packages, extra="viz"):
@@ -104,7 +94,7 @@ def warn_missing(texts):
 @cache
 def note_missing(script):
     """Print which font to install for a script, given as the first word of its characters' names."""
-    package = "fonts-noto-cjk" if script in EAST_ASIAN else "fonts-noto-core"
+    package = "fonts-noto-cjk" if re.fullmatch(EAST_ASIAN, script) else "fonts-noto-core"
     note(
         f"no installed font has the {script} characters of some texts, so boxes are drawn; install one,"
         f" for example with apt install {package}"
@@ -132,9 +122,8 @@ def for_matplotlib(text):
     for path, family in zip(paths, families, strict=True):
         if family not in fontManager.get_font_names():
             fontManager.addfont(path)
-    return drawable(text, missing).replace(
-        "$", r"\$"
-    ), families  # a pair of $ would start a formula
+    text = drawable(text, missing).replace("$", r"\$")  # a pair of $ would start a formula
+    return text, families
 
 
 def font(size):
