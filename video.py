@@ -10,7 +10,7 @@ Shapes: F frames, H and W the upright height and width. Times are seconds from t
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -323,7 +323,7 @@ def _scan(path):
             and len(_video_streams(container)) == 1
         )
         try:
-            for p in container.demux(stream):
+            for p in _packets(container, stream):
                 if p.size and not p.is_discard:
                     plain_vp9 = plain_vp9 and (bool(packets) or _is_upright(p))
                     end = (p.pos or 0) + p.size
@@ -489,11 +489,21 @@ class _Upright:
         return rgb
 
 
+def _packets(container, stream):
+    """Yield the packets of a stream.
+
+    If another stream first appears in the middle of the file, as MPEG allows, PyAV can raise IndexError after
+    the last packet.
+    """
+    with suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def _frames(container, stream):
     """Yield the frames in display order, and None for each decoding error."""
     import av
 
-    packets = container.demux(stream)
+    packets = _packets(container, stream)
     while True:
         try:
             frames = next(packets).decode()

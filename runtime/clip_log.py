@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from operator import itemgetter
 
 from runtime import distributed, ranks
-from runtime.files import in_shard, write_atomic
+from runtime.files import in_shard, parse_json, write_atomic
 from runtime.names import is_clip_id
 
 
@@ -35,10 +35,10 @@ def parse(data):
     entries = {}
     for line in data.splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if is_clip_id(entry["split"]) and is_clip_id(entry["id"]):
                 entries[entry["split"], entry["id"]] = entry
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     return entries
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from runtime import devices, distributed, ranks
 from runtime.cli import drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
-from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from runtime.files import lock, parse_json, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
@@ -287,7 +287,7 @@ def truncate_log(path, step):
 
     def is_kept(line):
         try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
+            return line.endswith("\n") and parse_json(line)["step"] <= step
         except (ValueError, KeyError, TypeError):  # a line truncated by a crash
             return False
 

@@ -662,3 +662,14 @@ def test_a_stream_is_upright_and_skips_damage(tmp_path):
     path = write(tmp_path / "b.webm", frame=noise)
     damage(path, 0.5, 1, cut=True)
     assert 0 < len(list(video.stream(path))) < 48
+
+
+def test_a_stream_that_appears_late_does_not_end_in_an_error():
+    """A film with bytes of another inside gave "crashed: IndexError", which PyAV raises at its end."""
+
+    class Container:
+        def demux(self, stream):
+            yield from stream
+            raise IndexError("list index out of range")
+
+    assert [*video._packets(Container(), [1, 2])] == [1, 2]
