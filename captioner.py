@@ -389,8 +389,12 @@ def load_lm(name, device, dtype):
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: the tokenizer has no end-of-text token")
     word = "moving"
-    ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-    if not ids or word not in tokenizer.batch_decode([ids])[0].lower():
+    try:
+        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        is_complete = bool(ids) and word in tokenizer.batch_decode([ids])[0].lower()
+    except Exception:  # for example, a setting in tokenizer_config.json has the wrong type
+        is_complete = False
+    if not is_complete:
         raise UserError(
             f"--lm {name}: the tokenizer cannot encode {word!r}; check that its files are complete"
         )

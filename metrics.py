@@ -20,6 +20,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from runtime.caption_tokens import CHARACTERS, normalise, tokenize
 from runtime.errors import UserError
+from runtime.files import is_number
 from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
 from runtime.names import first_few
 from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
@@ -419,6 +420,30 @@ def score(
 
 def _mean(values):
     return float(np.mean([*values.values()]))
+
+
+def is_result(value):
+    """Return True if a JSON value is a result of `score` with the entries that `table` reads."""
+
+    def is_scores(value):
+        return isinstance(value, dict) and all(map(is_number, value.values()))
+
+    def is_interval(value):
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+    parts = ("metrics", "controls", "ci95", "counts", "skipped")
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(part), dict) for part in parts)
+        and type(value.get("n")) is int
+        and isinstance(value.get("tokenizer"), str)
+        and is_scores(value["metrics"])
+        and all(map(is_scores, value["controls"].values()))
+        and all(map(is_interval, value["ci95"].values()))
+        and is_scores(value["counts"])
+        and all(isinstance(reason, str) for reason in value["skipped"].values())
+        and is_number(value.get("parser_on_references", 0))
+    )
 
 
 def _pick(scores, names):

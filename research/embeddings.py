@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
 from feature_cache import Settings, recorded_sources
 from runtime.cli import note, printable
-from runtime.errors import FAILED, UserError
-from runtime.files import temporary_name
+from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
+from runtime.files import parse_json, temporary_name
 
 # Ordered from least to most dependent on training for captions
 KINDS = {
@@ -216,10 +215,14 @@ def read(path, kind, checkpoint):
     try:
         # opened here, because numpy leaves a file open if it is not an archive
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
+            about = parse_json(str(file["about"]))
             ids, vectors = file["ids"].tolist(), file[kind]
             split, digest, step = about["split"], about["weights"], about["step"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            if vectors.ndim != 2 or not all(isinstance(i, str) for i in (split, *ids)):
+                raise ValueError("it has other arrays")
+    except Exception as error:  # a damaged file can raise almost anything in zipfile and NumPy
+        if out_of_memory(error) or out_of_files(error):
+            raise
         raise UserError(
             f"{path} is not a valid file of embeddings ({type(error).__name__}: {error})"
         ) from None

@@ -6,7 +6,7 @@ because headers can be wrong and decoders do not report damage. Times are second
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -150,7 +150,7 @@ def scan_packets(path):
             and len(_video_streams(container)) == 1
         )
         try:
-            for p in container.demux(stream):
+            for p in read_packets(container, stream):
                 if p.size and not p.is_discard:
                     plain_vp9 = plain_vp9 and (bool(packets) or _is_upright(p))
                     end = (p.pos or 0) + p.size
@@ -216,11 +216,21 @@ def _is_upright(packet):
         return False
 
 
+def read_packets(container, stream):
+    """Yield the packets of a stream.
+
+    If another stream first appears in the middle of the file, as MPEG allows, PyAV can raise IndexError after
+    the last packet.
+    """
+    with suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def read_frames(container, stream):
     """Yield the frames in display order, and None for each decoding error."""
     import av
 
-    packets = container.demux(stream)
+    packets = read_packets(container, stream)
     while True:
         try:
             frames = next(packets).decode()

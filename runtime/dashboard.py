@@ -79,4 +79,9 @@ def connect(name, folder, step, config):
 def known_id(folder):
     """Return the dashboard id of the run in this folder, or a new unique one."""
     path = folder / ID_FILE
-    return read_json(path, "run id") if path.is_file() else f"{folder.name}-{secrets.token_hex(4)}"
+    if not path.is_file():
+        return f"{folder.name}-{secrets.token_hex(4)}"
+    run_id = read_json(path, "run id")
+    if not isinstance(run_id, str):
+        raise UserError(f"run id {path} must contain a JSON string; delete the file for a new id")
+    return run_id

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 
+LONGEST = 2000  # characters of a message, which may quote what a file contains
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
 SIGNALLED = 128  # plus the signal's number, as shells do: 130 for Ctrl-C, 143 for SIGTERM
 INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
@@ -14,6 +15,8 @@ class UserError(Exception):
     """A mistake that the user can fix. Its message is printed without a traceback."""
 
     def __init__(self, message, code=USAGE):
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
         super().__init__(message)
         self.code = code
 

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shlex
+import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,8 +169,8 @@ def read_json(path, what):
     """Parse a JSON file. Raises UserError naming `what` and the file."""
     text = read_text(path, what)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"{what} {path} cannot be read as JSON: {error}") from None
 
 
@@ -185,9 +186,30 @@ def parse_json_lines(data):
     """
     entries = []
     for line in data.splitlines():
-        with suppress(ValueError, RecursionError):
-            entries.append(json.loads(line))
+        with suppress(ValueError):
+            entries.append(parse_json(line))
     return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def parse_json(text):
+    """`json.loads(text)`. Raises ValueError also if the values are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def is_number(value):
+    """Return True for an int or float that is finite as a float. JSON files may contain others."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_path(value):
+    """Return True for a string that the system accepts as the name of a file, existing or not."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def read_torch(path, verify=True, mmap=False):
@@ -195,7 +217,8 @@ def read_torch(path, verify=True, mmap=False):
 
     verify: check the CRC of every archive member. torch does not, so otherwise a flipped byte in a
     tensor goes unnoticed. mmap: map the file into memory instead of reading it.
-    Raises ValueError, with the reason, for an invalid file. OSError and out-of-memory errors propagate.
+    Raises ValueError, with the reason, for an invalid file, or one with anything but plain values and
+    tensors (see `is_plain`). OSError and out-of-memory errors propagate.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -209,7 +232,9 @@ def read_torch(path, verify=True, mmap=False):
                     raise ValueError("it is a compressed archive, which torch.save never writes")
                 if verify and (bad := archive.testzip()):
                     raise ValueError(f"the checksum of {bad} in it is wrong")
-        return torch.load(str(path), weights_only=True, mmap=mmap, map_location="cpu")
+        value = torch.load(str(path), weights_only=True, mmap=mmap, map_location="cpu")
+        check_plain(value)
+        return value
     except (OSError, ValueError):
         raise
     except Exception as error:  # a corrupt file can raise almost anything in zipfile and torch
@@ -218,6 +243,38 @@ def read_torch(path, verify=True, mmap=False):
         raise ValueError(
             f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
         ) from None
+
+
+def check_plain(value, depth=20):
+    """Raise ValueError unless `value` consists of plain tensors and values, at most `depth` levels deep."""
+    if depth == 0:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, dict):
+        for pair in value.items():
+            check_plain(pair, depth - 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_plain(part, depth - 1)
+    elif isinstance(value, torch.Tensor):
+        if not is_plain(value):
+            raise ValueError("a tensor in it is not a plain one (for example sparse or nested)")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"it contains a {type(value).__name__}")
+
+
+def is_plain(tensor):
+    """Return True for a dense, contiguous tensor on the CPU that does not require a gradient.
+
+    torch.load also returns others. With a sparse, nested or quantised one, most functions raise an error,
+    and an expanded one can have more elements than fit in memory.
+    """
+    return (
+        type(tensor) is torch.Tensor
+        and not tensor.is_nested
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and not (tensor.is_quantized or tensor.requires_grad or tensor.is_neg() or tensor.is_conj())
+        and tensor.is_contiguous()
+    )
 
 
 def read_ahead(file):

@@ -10,10 +10,8 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from runtime import cli
@@ -148,9 +146,9 @@ def _missing_files(folder):
     if index.is_file():
         try:
             shards = sorted(set(read_json(index, "index of weights")["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
+            return next((s for s in shards if not (folder / s).is_file()), None)
+        except (KeyError, TypeError, AttributeError, OSError):  # OSError: a name that is too long
             return "usable model.safetensors.index.json"
-        return next((s for s in shards if not (folder / s).is_file()), None)
     return None if (folder / "model.safetensors").is_file() else "model.safetensors"
 
 
@@ -161,7 +159,7 @@ def fingerprint(folder):
     a folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
     """
     folder, digest = Path(folder), hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     config.pop("_name_or_path", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     if (folder / "tokenizer.json").is_file():
@@ -175,8 +173,16 @@ def fingerprint(folder):
 
 def is_quantised(folder):
     """Return True if the model's configuration has a quantization_config."""
-    config = read_json(Path(folder) / "config.json", "configuration")
-    return isinstance(config, dict) and bool(config.get("quantization_config"))
+    return bool(read_config(folder).get("quantization_config"))
+
+
+def read_config(folder):
+    """Read the config.json of a model folder. Raises UserError if it is not a JSON object."""
+    path = Path(folder) / "config.json"
+    config = read_json(path, "configuration")
+    if not isinstance(config, dict):
+        raise UserError(f"configuration {path} must contain a JSON object")
+    return config
 
 
 def load_model(auto_class, folder, flag, **kwargs):
@@ -210,10 +216,7 @@ def load(auto_class, folder, flag, **kwargs):
         return auto_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **kwargs
         )
-    except (
-        *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
-        *(ImportError, AttributeError, AssertionError, StrictDataclassError),
-    ) as error:
+    except Exception as error:  # a damaged file can raise almost anything in transformers
         if out_of_memory(error):
             raise
         lines = (str(error).strip() or type(error).__name__).splitlines()

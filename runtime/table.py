@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 from runtime.errors import UserError, refuse
-from runtime.files import read_text
+from runtime.files import parse_json, read_text
 
 DELIMITERS = ",;\t"
 
@@ -30,8 +30,8 @@ def read_table(path, what, required, optional=()):
 def _read_json(file, text, required, optional):
     def parse(text, where=""):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(text)
+        except ValueError as error:
             why = str(error)
             if where and isinstance(error, json.JSONDecodeError):
                 why = f"{error.msg}, at character {error.pos + 1}"  # its line number is of one line

@@ -94,6 +94,35 @@ def test_a_line_truncated_by_a_crash_is_ignored(run):
         curves.main([str(run)])
 
 
+WRONG = ["null", '"3"', "[]", "1e999", "NaN", f"1{400 * '0'}"]
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("key", ["epoch", "step", "loss", "metrics", "controls"])
+def test_an_evaluation_with_other_values_is_refused(key, value, run):
+    """A value of another type ended in a traceback, in the sort of the epochs or in matplotlib."""
+    if (key, value) == ("loss", "null"):  # train.py writes it if a clip has no reference
+        return
+    path = run / "validation_epoch_1.json"
+    text = json.dumps(json.loads(path.read_text()) | {key: "@"})
+    path.write_text(text.replace('"@"', value))
+    with pytest.raises(UserError, match=r"validation_epoch_1\.json was not written by train\.py"):
+        curves.read(run)
+
+
+@pytest.mark.parametrize("value", [*WRONG[1:], 100_000 * "[" + 100_000 * "]"])
+def test_a_step_with_other_values_is_ignored(value, run):
+    """A line nested 100,000 times deep ended in a RecursionError, also when a run was resumed."""
+    whole, log = curves.read(run), run / "metrics.jsonl"
+    before = log.read_text()
+    with open(log, "a") as file:
+        file.write(f'{{"step": 99, "loss": {value}, "lr": 1}}\n')
+    assert curves.read(run) == whole
+    if len(value) > 1000:
+        run_log.truncate_log(log, 99)
+        assert log.read_text() == before
+
+
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder of train\.py"):
         curves.main([str(tmp_path)])

@@ -1,6 +1,7 @@
 """On-disk formats, the choice of captions and collation."""
 
 import errno
+import functools
 import os
 import re
 from collections import Counter
@@ -104,6 +105,33 @@ def test_a_file_of_another_clip_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="not a valid feature file"):
         feature_cache.load_features(path, "7", SETTINGS)
+
+
+ODD = {
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "sparse": lambda t: t.to_sparse(),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "on no device": lambda t: t.to("meta"),
+    "with a gradient": lambda t: t.requires_grad_(),
+    "negated": lambda t: t._neg_view(),
+    "a parameter": torch.nn.Parameter,
+    "64 GB from one number": lambda t: t[:1].expand(1 << 34),
+    "nested lists": lambda t: functools.reduce(lambda value, _: [value], range(60)),
+    "a set": lambda t: {1, 2},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch calls nested tensors a prototype
+def test_only_plain_tensors_and_values_are_read(name, tmp_path):
+    """A checkpoint with sparse or nested weights ended in a traceback, and one with expanded weights asked
+    for 64 GB."""
+    torch.save({"a": [ODD[name](torch.ones(3))]}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"not a plain one|too deeply|a set|weights_only"):
+        files.read_torch(tmp_path / "x.pt")
+    torch.save({"features": ODD[name](torch.ones(3))}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="features of clip 7 "):
+        feature_cache.load_features(tmp_path / "x.pt", "7", SETTINGS)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

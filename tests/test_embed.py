@@ -259,7 +259,7 @@ def test_embeddings_of_clips_that_have_changed_are_refused(flags, written, prepa
 
 
 def test_invalid_vectors_are_refused(written, trained, tmp_path):
-    """--query printed nan as a score."""
+    """--query printed nan as a score. Ids that are not texts ended in a traceback."""
     with np.load(written) as file:
         parts = dict(file)
     parts["hidden"] = np.full_like(parts["hidden"], np.nan)
@@ -270,6 +270,10 @@ def test_invalid_vectors_are_refused(written, trained, tmp_path):
         embeddings.read(tmp_path / "e.npz", "hidden", checkpoint)
     with pytest.raises(UserError, match="has no valid embeddings of kind prompts"):
         embeddings.read(tmp_path / "e.npz", "prompts", checkpoint)
+    for change in ({"ids": np.arange(3)}, {"ids": np.ones(())}, {"hidden": np.ones(())}):
+        np.savez(tmp_path / "e.npz", **parts | change)
+        with pytest.raises(UserError, match="is not a valid file of embeddings"):
+            embeddings.read(tmp_path / "e.npz", "hidden", checkpoint)
     for damaged in (b"", b"PK nonsense", written.read_bytes()[:2000]):
         (tmp_path / "e.npz").write_bytes(damaged)
         with pytest.raises(UserError, match="is not a valid file of embeddings"):

@@ -175,3 +175,13 @@ def test_a_name_that_the_locale_cannot_write_is_explained(monkeypatch):
     with pytest.raises(UnicodeEncodeError) as caught:
         CAFE.encode("ascii")
     assert "PYTHONUTF8=1" in explain(caught.value)
+
+
+def test_a_long_message_keeps_its_start_and_end(tmp_path):
+    """A name of 70,000 characters in a file filled the terminal, and what to do was out of sight."""
+    (tmp_path / "toy.json").write_text(f'{{"clips": "{"x" * 70_000}"}}')
+    with pytest.raises(
+        UserError, match=r"has a toy world with clips = 'xx.*choose another one"
+    ) as error:
+        toy_ssv2.mark_started(tmp_path, {"clips": 4})
+    assert len(str(error.value)) < 2100

@@ -330,9 +330,13 @@ def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
     [
         *("{}", "[]", "[1]", '[{"path": "a"}]', '[{"path": "a", "caption": 1}]'),
         *('[{"path": "a", "windows": []}]', '[{"path": "a", "windows": [{"caption": "x"}]}]'),
+        '[{"path": "a", "caption": "x", "windows": "yes"}]',
+        '[{"path": "a", "windows": [{"caption": "x", "start": 0, "end": NaN}]}]',
+        *(r'[{"path": "a\u0000b", "caption": "x"}]', r'[{"path": "\ud800", "caption": "x"}]'),
     ],
 )
 def test_a_file_without_captions_is_refused(content, tmp_path):
+    """Windows that are no list, and a path that no file can have, ended in a traceback."""
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(UserError, match=r"was not written by infer\.py --output"):
         films.main([str(tmp_path / "captions.json")])

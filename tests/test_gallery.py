@@ -259,6 +259,11 @@ def test_cards_of_a_large_split_are_created_on_demand(browser, tmp_path):
         ("no run", "run folder not found"),
         ("no evaluation", "scores not found: .*evaluation_validation.json. Run evaluate.py --pred"),
         ("another file", "was not written by evaluate.py"),
+        (("metrics", {"CIDEr": "high"}), "was not written by evaluate.py"),
+        (("ci95", {"CIDEr": [1]}), "was not written by evaluate.py"),
+        (("controls", []), "was not written by evaluate.py"),
+        (("settings", {"split": 1}), "was not written by evaluate.py"),
+        (("checkpoint", ["a\0b"]), "was not written by evaluate.py"),
         ("another style", "was made with --split validation --style sentence"),
         ("another clip", "captions of 64 clips; 63 of them are in split 'validation'"),
     ],
@@ -266,7 +271,7 @@ def test_cards_of_a_large_split_are_created_on_demand(browser, tmp_path):
 def test_mistakes_are_reported_before_scoring(
     change, sentence, scored, world, prepared, tmp_path, monkeypatch
 ):
-    """Scoring takes a minute on all of SSv2."""
+    """Scoring takes a minute on all of SSv2. Scores of another type ended in a traceback."""
     monkeypatch.setattr("viz.gallery.score", lambda *_, **__: pytest.fail("scoring started"))
     run = shutil.copytree(scored, tmp_path / "run")
     evaluation = run / "evaluation_validation.json"
@@ -276,6 +281,8 @@ def test_mistakes_are_reported_before_scoring(
         evaluation.unlink()
     elif change == "another file":
         evaluation.write_text("{}")
+    elif isinstance(change, tuple):
+        write_json(evaluation, json.loads(evaluation.read_text()) | dict([change]))
     elif change == "another style":
         evaluation.write_text(evaluation.read_text().replace('"label"', '"sentence"'))
     elif change == "another clip":

@@ -19,7 +19,7 @@ from torture import odd_clips
 from torture.odd_clips import LOSSLESS, damage, grey, noise, rotate, write_sound
 
 import video
-from runtime import clip_files
+from runtime import clip_files, containers
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
 from video import decode, frame_indices, probe
@@ -669,3 +669,14 @@ def test_a_stream_is_upright_and_skips_damage(tmp_path):
     path = write(tmp_path / "b.webm", frame=noise)
     damage(path, 0.5, 1, cut=True)
     assert 0 < len(list(video.stream(path))) < 48
+
+
+def test_a_stream_that_appears_late_does_not_end_in_an_error():
+    """A film with bytes of another inside gave "crashed: IndexError", which PyAV raises at its end."""
+
+    class Container:
+        def demux(self, stream):
+            yield from stream
+            raise IndexError("list index out of range")
+
+    assert [*containers.read_packets(Container(), [1, 2])] == [1, 2]

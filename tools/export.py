@@ -162,6 +162,8 @@ def _scores(checkpoint, run):
     """The run's scores as Markdown if they were computed with this checkpoint, else "Not evaluated."."""
     try:
         result = read_json(run / "evaluation_validation.json", "scores")
+        if not metrics.is_result(result):
+            return "Not evaluated."
         settings = result["settings"]
         if settings["weights"] != weights_digest(checkpoint["qformer"]):
             return "Not evaluated."

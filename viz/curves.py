@@ -15,11 +15,9 @@ from pathlib import Path
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.files import parse_json_lines, read_json, write_atomic
+from runtime.files import is_number, parse_json_lines, read_json, write_atomic
 from viz.draw_text import require
 
-STEP = {"step", "loss", "lr"}  # required keys of a line of metrics.jsonl
-EVALUATION = {"epoch", "step", "loss", "metrics", "controls"}  # and of validation_epoch_N.json
 # Colours that colour-blind readers can distinguish (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
 
@@ -69,7 +67,7 @@ def read(folder):
     evaluations = {}
     for path in folder.glob("validation_epoch_*.json"):
         evaluation = read_json(path, "scores")
-        if not isinstance(evaluation, dict) or not evaluation.keys() >= EVALUATION:
+        if not is_evaluation(evaluation):
             raise UserError(f"{path} was not written by train.py")
         evaluations[evaluation["epoch"]] = evaluation
     return read_steps(folder / "metrics.jsonl"), [evaluations[n] for n in sorted(evaluations)]
@@ -77,7 +75,25 @@ def read(folder):
 
 def read_steps(path):
     """Read the steps from metrics.jsonl. Invalid lines, which a crash may leave, are skipped."""
-    return [e for e in parse_json_lines(path.read_bytes()) if e.keys() >= STEP]
+    return [e for e in parse_json_lines(path.read_bytes()) if has_numbers(e, "step", "lr")]
+
+
+def has_numbers(entry, *names):
+    """Return True if `entry` is a dict with these numbers and a loss, which is a number or None."""
+    return (
+        isinstance(entry, dict)
+        and all(is_number(entry.get(name)) for name in names)
+        and (entry.get("loss", "") is None or is_number(entry.get("loss")))
+    )
+
+
+def is_evaluation(value):
+    """Return True for the content of a validation_epoch_N.json."""
+    if not has_numbers(value, "epoch", "step"):
+        return False
+    scores, controls = value.get("metrics"), value.get("controls")
+    sets = [scores, *(controls.values() if isinstance(controls, dict) else [None])]
+    return all(isinstance(s, dict) and is_number(s.get("CIDEr", 0)) for s in sets)
 
 
 def draw(steps, evaluations):

@@ -19,7 +19,7 @@ from runtime.cli import note
 from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
-from runtime.files import read_json, write_atomic
+from runtime.files import is_number, is_path, read_json, write_atomic
 from runtime.names import list_files
 from viz import draw_text, subtitles
 from windows import output_names
@@ -104,15 +104,16 @@ def read_captions(path):
         return (
             isinstance(value, dict)
             and isinstance(value.get("caption"), str)
-            and all(type(value.get(time)) in (int, float) for time in times)
+            and all(is_number(value.get(time)) for time in times)
         )
 
     def is_result(value):
-        if not (isinstance(value, dict) and isinstance(value.get("path"), str)):
+        if not (isinstance(value, dict) and is_path(value.get("path"))):
             return False
-        spans = value.get("windows")
-        if isinstance(spans, list):
-            return bool(spans) and all(is_span(span, "start", "end") for span in spans)
+        if "windows" in value:
+            spans = value["windows"]
+            is_list = isinstance(spans, list) and bool(spans)
+            return is_list and all(is_span(span, "start", "end") for span in spans)
         return isinstance(value.get("error"), str) or is_span(value)
 
     results = read_json(path, "captions")

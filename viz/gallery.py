@@ -27,16 +27,12 @@ from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError
-from runtime.files import read_json, write_atomic
+from runtime.files import is_path, read_json, write_atomic
 from viz import draw_text, subtitles
 
 # GIFs in the page: pixels per frame, frames per second, bytes per second
 EMBEDDED = (160 * 120, 8, 50_000)
 TIMEOUT = 60  # seconds allowed to make a GIF
-EVALUATION = {  # keys of evaluation_<split>.json
-    *("n", "metrics", "controls", "ci95", "counts", "skipped"),
-    *("tokenizer", "checkpoint", "settings"),
-}
 
 
 def parse_args(argv=None):
@@ -141,7 +137,7 @@ def read_evaluation(path, predictions, split, style):
     """Read the scores of these predictions. Raises UserError if they are of other predictions."""
     again = "evaluate.py --predictions " + " ".join(map(str, predictions))
     result = read_json(cli.existing(path, "scores", f"Run {again}"), "scores")
-    if not (isinstance(result, dict) and result.keys() >= EVALUATION):
+    if not is_evaluation(result):
         raise UserError(f"{path} was not written by evaluate.py")
     scored = result["settings"]["split"], result["settings"]["style"]
     if scored != (split, style):
@@ -154,6 +150,19 @@ def read_evaluation(path, predictions, split, style):
     ):
         raise UserError(f"{path} has the scores of {', '.join(source)}. Run {again}")
     return result
+
+
+def is_evaluation(value):
+    """Return True for the content of an evaluation_<split>.json."""
+    if not metrics.is_result(value):
+        return False
+    settings, source = value.get("settings"), value.get("checkpoint")
+    files = source if isinstance(source, list) else [source]
+    return (
+        isinstance(settings, dict)
+        and all(isinstance(settings.get(key), str) for key in ("split", "style"))
+        and all(map(is_path, files))
+    )
 
 
 # ---- videos --------------------------------------------------------------------------------
