@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 4 preprocess_ssv2.py       (a share of the clips on each of four GPUs)
 
 You can stop it at any time and start it again, with the same --shard or another. Clips that are done are
-skipped, unless their files have changed (see runtime/sources.py). Clips that fail are recorded in <features>/failures.jsonl (failures_part<i>of<n>.jsonl for a
-shard), and the exit code is then 3 (0 under torchrun).
+skipped, unless their files have changed (see runtime/sources.py). Clips that fail are recorded in
+<features>/failures.jsonl (failures_part<i>of<n>.jsonl for a shard), and the exit code is then 3 (0 under
+torchrun).
 """
 
 import runtime.start
