@@ -159,8 +159,10 @@ def _not_utf8(path, what, data, start):
         encoding = "WINDOWS-1252"  # Latin-1 with more characters
     line = data.count(b"\n", 0, start) + 1
     place = f"{data[start]:#04x} in line {line}"
+    # with text in another script, the command for WINDOWS-1252 would write nonsense
+    guess = encoding + (" if its language is West European" if encoding == "WINDOWS-1252" else "")
     return UserError(
-        f"{what} {path} is not UTF-8 text (byte {place}) but probably {encoding}. Convert it:"
+        f"{what} {path} is not UTF-8 text (byte {place}) but probably {guess}. Convert it:"
         f" iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > new{Path(path).suffix}"
     )
 

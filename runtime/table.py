@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
+from contextlib import suppress
 
 from runtime.errors import UserError, refuse
 from runtime.files import parse_json, read_text
@@ -37,6 +38,8 @@ def _read_json(file, text, required, optional):
                 why = f"{error.msg}, at character {error.pos + 1}"  # its line number is of one line
             raise UserError(f"{file} is not valid JSON{where}: {why}") from None
 
+    if text.lstrip().startswith("{") and _is_one_object(text):
+        raise UserError(f"{file} must be a list of objects, or have one object per line")
     if text.lstrip().startswith("["):
         rows = [(f"entry {n}", row) for n, row in enumerate(parse(text), 1)]
     else:  # not splitlines(), which also splits at U+2028 and the like
@@ -49,10 +52,18 @@ def _read_json(file, text, required, optional):
     return [(where, {_column(k): value for k, value in row.items()}) for where, row in rows]
 
 
+def _is_one_object(text):
+    """Return True if a JSON text is a single object that takes several lines."""
+    with suppress(ValueError, RecursionError):
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    return False
+
+
 def _read_csv(file, text, required, optional):
     delimiter = _delimiter(text, required)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, start = [], 1  # start: the line on which a row starts; a quoted cell may have several
+    # start: the line on which a row starts; a quoted cell may have several lines
+    rows, start = [], 1
     try:
         for cells in reader:
             if any(map(str.strip, cells)):
