@@ -66,7 +66,7 @@ def _temporary(path, data):
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

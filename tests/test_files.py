@@ -10,7 +10,7 @@ from prepare_annotations import record
 from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
-from runtime.files import read_json, read_text
+from runtime.files import read_json, read_text, write_atomic
 from runtime.names import id_problem, list_names, safe_id
 from runtime.table import read_table
 from worlds import toy_ssv2
@@ -189,3 +189,9 @@ def test_a_long_message_keeps_its_start_and_end(tmp_path):
     ) as error:
         toy_ssv2.mark_started(tmp_path, {"clips": 4})
     assert len(str(error.value)) < 2100
+
+
+def test_a_text_with_a_lone_surrogate_is_written(tmp_path):
+    """The gallery of a run whose scores name such a file ended in a traceback."""
+    write_atomic(tmp_path / "page.html", "caf\ud800é")
+    assert (tmp_path / "page.html").read_bytes() == b"caf\\ud800\xc3\xa9"
