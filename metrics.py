@@ -9,6 +9,7 @@ Scoring 24,777 captions with METEOR took 71 s of processor time (104 s on two bu
 import gzip
 import random
 import re
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,7 +21,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from runtime.caption_tokens import CHARACTERS, normalise, tokenize
 from runtime.errors import UserError
-from runtime.files import is_number
 from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
 from runtime.names import first_few
 from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
@@ -420,6 +420,11 @@ def score(
 
 def _mean(values):
     return float(np.mean([*values.values()]))
+
+
+def is_number(value):
+    """Return True for an int or float that is finite as a float. JSON files may contain others."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_result(value):

@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shlex
-import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,11 +198,6 @@ def parse_json(text):
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def is_number(value):
-    """Return True for an int or float that is finite as a float. JSON files may contain others."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_path(value):

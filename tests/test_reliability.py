@@ -172,7 +172,7 @@ def corrupt(kind, record):
     [
         ("bomb", "cannot be read"),
         ("scale of another type", "valid scale and offset"),
-        ("endless offset", "valid scale and offset"),
+        ("endless offset", "a tensor in it is not a plain one"),
         ("NaN", "contain NaN"),
     ],
 )

@@ -12,10 +12,11 @@ import io
 from functools import cache
 from pathlib import Path
 
+from metrics import is_number
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.files import is_number, parse_json_lines, read_json, write_atomic
+from runtime.files import parse_json_lines, read_json, write_atomic
 from viz.draw_text import require
 
 # Colours that colour-blind readers can distinguish (Okabe and Ito 2008)

@@ -14,12 +14,13 @@ import runtime.start
 from pathlib import Path
 
 from dataset import load_records
+from metrics import is_number
 from runtime import cli
 from runtime.cli import note
 from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
-from runtime.files import is_number, is_path, read_json, write_atomic
+from runtime.files import is_path, read_json, write_atomic
 from runtime.names import list_files
 from viz import draw_text, subtitles
 from windows import output_names
