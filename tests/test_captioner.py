@@ -55,41 +55,30 @@ def plain_loss(captioner, features, scale, offset, style, text):
     return -log_probs[torch.arange(len(target)), torch.tensor(target)].sum()
 
 
-def test_shared_prefix_equals_separate_passes(captioner, make_batch, make_clips):
-    """K captions after one prefix give the loss and gradient of K full passes. So padding, style prompt
-    and prefix have no loss, and no row depends on another row's text."""
+@pytest.mark.parametrize(
+    "captions",
+    [CAPTIONS, [CAPTIONS[0], CAPTIONS[1][:1], CAPTIONS[2] + CAPTIONS[1][1:]]],
+    ids=["2 each", "2, 1 and 3"],
+)
+def test_shared_prefix_equals_separate_passes(captioner, make_batch, make_clips, captions):
+    """The captions after one prefix give the loss and gradient of as many full passes. So padding, style
+    prompt and prefix have no loss, and no row depends on another row's text. The label of a clip without
+    paraphrases was once computed K times to fill a rectangle."""
     clips = make_clips(3)
-    batch = make_batch(CAPTIONS, clips)
+    batch = make_batch(captions, clips)
     total, grads = loss_and_gradient(captioner, batch)
     captioner.zero_grad()
     plain = sum(
         plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
-        for i, texts in enumerate(CAPTIONS)
+        for i, texts in enumerate(captions)
         for style, text in texts
     )
     plain.backward()
     torch.testing.assert_close(total, plain.detach(), **EXACT)
     for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
-    lengths = [len(text) + 2 for texts in CAPTIONS for _, text in texts]  # leading space, eos
+    lengths = [len(text) + 2 for texts in captions for _, text in texts]  # leading space, eos
     assert len(batch["targets"]) == sum(lengths)
-
-
-def test_clips_may_have_different_numbers_of_captions(captioner, make_batch, make_clips):
-    """The label of a clip without paraphrases was once computed K times to fill a rectangle."""
-    clips = make_clips(3)
-    texts = [CAPTIONS[0], CAPTIONS[1][:1], CAPTIONS[2] + CAPTIONS[1][1:]]
-    total, grads = loss_and_gradient(captioner, make_batch(texts, clips))
-    captioner.zero_grad()
-    plain = sum(
-        plain_loss(captioner, *(t[i : i + 1] for t in clips), style, text)
-        for i, of_clip in enumerate(texts)
-        for style, text in of_clip
-    )
-    plain.backward()
-    torch.testing.assert_close(total, plain.detach(), **EXACT)
-    for grad, p in zip(grads, captioner.qformer.parameters(), strict=True):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
