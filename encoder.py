@@ -1,31 +1,92 @@
-"""V-JEPA 2 encoder: uint8 frames -> normalised pixels -> features -> stored (int8 or float16) form.
+"""Frozen video encoders: uint8 frames -> normalised pixels -> features -> stored (int8 or float16) form.
 
-Every step is determined by the `Settings` in the manifest, so preprocessing and inference always
-agree. Shapes: B clips, F frames, N = T*H*W video tokens, E video width.
+`FAMILIES` lists the types of models that can be used; the default is V-JEPA 2. Every step is determined
+by the `Settings` in the manifest, so preprocessing and inference always agree.
+Shapes: B clips, F frames, N = T*H*W video tokens, E video width, S pixels along an edge.
 """
 
+import math
 from collections import deque
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel
+from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
 import video
-from feature_cache import Settings
+from feature_cache import IMAGENET, Settings, is_count
 from runtime import devices, hub
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
+from runtime.files import read_json
 
-# ImageNet mean and standard deviation, used by V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSORS = (
+    "video_preprocessor_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 MAX_ERROR = 0.03  # of int8 storage, see `quantisation_error`; 0.008 for Gaussian features
 
 
-def transform(frames, size, resize):
+@dataclass(frozen=True)
+class Family:
+    """How a type of model of transformers turns pixels into tokens.
+
+    A video model takes clips (B, F, 3, S, S). An image model takes single frames (B*F, 3, S, S), so T = F.
+    Both return tokens (., P + N, E), of which the first P are not on the grid. A model with a feature map
+    returns (., E, H, W).
+    """
+
+    images: bool = False
+    cls: bool = False  # the first token is a CLS; it may be followed by `num_register_tokens`
+    feature_map: bool = False
+    time_last: bool = False  # tokens are ordered by (H, W, T), not (T, H, W)
+    fixed_frames: bool = False  # the number of frames is that of the training, config.num_frames
+    size: str | None = (
+        None  # attribute of the configuration with S; None: as in the preprocessor's file
+    )
+    mean_std: tuple | None = None  # without a preprocessor's file; None: the file must be there
+    pixels: str = "pixel_values"  # name of the model's first argument
+    options: tuple = ()  # further arguments, pairs (name, value)
+    model: type = AutoModel
+    unused: tuple = ()  # modules behind the tokens, whose weights may be missing
+
+
+FAMILIES = {  # by the model_type in config.json
+    "vjepa2": Family(
+        size="crop_size",
+        mean_std=IMAGENET,
+        pixels="pixel_values_videos",
+        options=(("skip_predictor", True),),
+    ),
+    "videomae": Family(size="image_size", fixed_frames=True),
+    "timesformer": Family(size="image_size", fixed_frames=True, cls=True, time_last=True),
+    "vivit": Family(size="image_size", fixed_frames=True, cls=True, unused=("pooler.",)),
+    "videoprism_vision_model": Family(
+        size="image_size",
+        fixed_frames=True,
+        mean_std=((0.0,) * 3, (1.0,) * 3),
+        pixels="pixel_values_videos",
+    ),
+    "siglip": Family(images=True, size="image_size", model=SiglipVisionModel, unused=("head.",)),
+    "clip": Family(images=True, size="image_size", cls=True, model=CLIPVisionModel),
+    "dinov2": Family(images=True, cls=True),
+    "dinov2_with_registers": Family(images=True, cls=True),
+    "dinov3_vit": Family(images=True, cls=True),
+    "mobilenet_v2": Family(images=True, feature_map=True),
+    "resnet": Family(images=True, feature_map=True),
+    "convnext": Family(images=True, feature_map=True),
+    "convnextv2": Family(images=True, feature_map=True),
+}
+FAMILIES |= {f"{name}_vision_model": FAMILIES[name] for name in ("siglip", "clip")}
+
+
+def transform(frames, size, resize, mean_std=IMAGENET):
     """Resize and normalise one clip on its device: uint8 (F, H, W, 3) -> float32 (F, 3, size, size).
 
+    mean_std: mean and standard deviation of the three channels, on a scale from 0 to 1.
     resize:
         "squash" keeps the whole picture and loses the aspect ratio.
         "crop" is the published transform of V-JEPA 2: it scales the shorter edge to size * 256/224 and
@@ -46,7 +107,7 @@ def transform(frames, size, resize):
         x = F.interpolate(x, new, mode="bilinear", antialias=True, align_corners=False)
     # rounded because the published transform resizes 8-bit images
     x = x.round().clamp(0, 255) / 255
-    mean, std = constants(x.device)
+    mean, std = constants(mean_std, x.device)
     x = (x - mean) / std
     top, left = (round((edge - size) / 2) for edge in new)
     if resize == "crop":
@@ -57,12 +118,12 @@ def transform(frames, size, resize):
 
 
 @cache
-def constants(device):
-    """Return MEAN and STD as tensors (3, 1, 1) on a device.
+def constants(mean_std, device):
+    """Return mean and standard deviation as tensors (3, 1, 1) on a device.
 
     They are cached because creating them again for each clip would synchronise with the GPU.
     """
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std]
 
 
 def _scaled(height, width, target, edge):
@@ -106,36 +167,36 @@ def pool_space(features, grid, pool):
 
 
 class VideoEncoder:
-    """A frozen V-JEPA 2 model and the settings with which it computes features."""
+    """A frozen video encoder and the settings with which it computes features."""
 
     def __init__(self, model, settings, device):
         self.model = model.to(device).eval().requires_grad_(False)
         self.settings, self.device = settings, device
+        self.family = FAMILIES[model.config.model_type]
 
     @classmethod
     def from_pretrained(cls, name, device, dtype, num_frames, sampling, resize, pool, store):
         """Load a model from `name`, a folder or Hub id.
 
-        Raises UserError if it cannot be loaded, is not V-JEPA 2, or is incompatible with `num_frames`
+        Raises UserError if it cannot be loaded, is of an unknown type, or is incompatible with `num_frames`
         or `pool`.
         """
-        model, fingerprint = _load(name, dtype)
-        config = model.config
-        patch, tubelet = config.patch_size, config.tubelet_size
-        side = config.crop_size // (patch if isinstance(patch, int) else patch[0])
-        if num_frames % tubelet:
-            raise UserError(f"--num-frames {num_frames} must be a multiple of {tubelet}")
-        if side % pool:
-            raise UserError(f"--pool {pool} does not divide the encoder's {side} x {side} grid")
+        model, folder = _load(name, dtype)
+        config, kind = model.config, model.config.model_type
+        size, mean_std = _preprocessing(folder, config)
+        grid, width = _grid(model, size, num_frames, pool)
         settings = Settings(
-            encoder_fingerprint=fingerprint,
+            encoder_fingerprint=hub.fingerprint(folder),
+            family=kind,
             num_frames=num_frames,
             sampling=sampling,
             resize=resize,
-            size=config.crop_size,
+            size=size,
+            mean_std=mean_std,
             pool=pool,
-            grid=(num_frames // tubelet, side // pool, side // pool),
-            width=config.hidden_size,
+            grid=grid,
+            width=width,
+            cls=FAMILIES[kind].cls,
             store=store,
             compute_dtype=str(dtype).removeprefix("torch."),
         )
@@ -154,37 +215,60 @@ class VideoEncoder:
         settings = manifest.settings
         dtype = getattr(torch, settings.compute_dtype) if devices.on_gpu(device) else torch.float32
         name = name or hub.recorded("encoder", manifest.info, "--encoder")
-        model, fingerprint = _load(name, dtype)
+        model, folder = _load(name, dtype)
+        fingerprint = hub.fingerprint(folder)
         if fingerprint != settings.encoder_fingerprint:
             raise UserError(
                 f"--encoder {name} is a different model (fingerprint {fingerprint}): the checkpoint was"
                 f" trained on features of {manifest.info['encoder']} ({settings.encoder_fingerprint})"
             )
-        c, patch = model.config, model.config.patch_size
-        side = c.crop_size // (patch if isinstance(patch, int) else patch[0]) // settings.pool
-        if settings.grid != (settings.num_frames // c.tubelet_size, side, side):
-            raise UserError(f"--encoder {name} does not produce a grid of {settings.grid} tokens")
         return cls(model, settings, device)
 
     @torch.inference_mode()
     def encode(self, clips, together=None):
-        """Compute float32 features (B, N, E), on the device, of B clips.
+        """Encode B clips: {"features": (B, N, E), "cls": (B, E)}, float32 on the device.
 
+        The CLS of an image model is the mean over the frames. A model without CLS returns features only.
         clips: uint8 arrays (F, H, W, 3), each with its own H and W.
         together: whether the clips are encoded in one batch. The default is True on a GPU and False on
         a CPU. A batch is faster, but the last bits of the result may depend on the batch size, because
         it selects the matmul kernels.
         """
         s, dtype = self.settings, next(self.model.parameters()).dtype
-        pixels = [transform(self._upload(c), s.size, s.resize) for c in clips]
+        pixels = [transform(self._upload(c), s.size, s.resize, s.mean_std) for c in clips]
         pixels = torch.stack(pixels)  # (B, F, 3, S, S)
         if s.sampling == "still":
             pixels = pixels[:, :1].expand_as(pixels)
         together = devices.on_gpu(self.device) if together is None else together
         groups = [pixels] if together else pixels.split(1)
-        x = torch.cat([self.model.get_vision_features(g.to(dtype)).float() for g in groups])
+        groups = [self._tokens(g.to(dtype)) for g in groups]
         t, h, w = s.grid
-        return pool_space(x, (t, h * s.pool, w * s.pool), s.pool)
+        x = torch.cat([features for features, _ in groups])
+        encoded = {"features": pool_space(x, (t, h * s.pool, w * s.pool), s.pool)}
+        if s.cls:
+            encoded["cls"] = torch.cat([cls for _, cls in groups])
+        return encoded
+
+    def _tokens(self, pixels):
+        """Apply the model: (B, F, 3, S, S) -> tokens (B, N, E) in the order (T, H, W), and the CLS (B, E)."""
+        family, (t, h, w), pool = self.family, self.settings.grid, self.settings.pool
+        places = h * w * pool * pool
+        pixels = pixels.flatten(0, 1) if family.images else pixels
+        out = self.model(**{family.pixels: pixels}, **dict(family.options))
+        x = out.last_hidden_state.float()  # (., P + N, E) or (., E, H, W)
+        x = x.flatten(2).mT if family.feature_map else x
+        wanted = places if family.images else t * places
+        prefix = x.shape[1] - wanted
+        if prefix != _prefix(family, self.model.config):
+            raise UserError(
+                f"the encoder returns {x.shape[1]} tokens, which are not the {wanted} of its grid"
+            )
+        cls, x = x[:, 0], x[:, prefix:]
+        if family.images:  # (B*F, H*W, E) -> (B, F*H*W, E)
+            cls, x = cls.unflatten(0, (-1, t)).mean(1), x.unflatten(0, (-1, t)).flatten(1, 2)
+        if family.time_last:
+            x = x.unflatten(1, (places, t)).transpose(1, 2).flatten(1, 2)
+        return x, cls
 
     def _upload(self, clip):
         frames = torch.as_tensor(clip)
@@ -201,8 +285,11 @@ class VideoEncoder:
         On a GPU, all work is queued, including the copy back to the host, so the caller can prepare the
         next batch in the meantime.
         """
-        x = self.encode(clips)  # (B, N, E)
-        batch = quantise(x) if self.settings.store == "int8" else {"features": x.half()}
+        batch = self.encode(clips)
+        x = batch["features"]  # (B, N, E)
+        batch |= quantise(x) if self.settings.store == "int8" else {"features": x.half()}
+        if "cls" in batch:
+            batch["cls"] = batch["cls"].half()
         if measure and self.settings.store == "int8":
             batch["error"] = quantisation_error(x, batch)
         finite = batch["features"] if self.settings.store == "fp16" else x
@@ -292,8 +379,88 @@ def note_quantisation(errors):
 
 
 def _load(name, dtype):
+    """Return a model and its folder. Raises UserError if it is of an unknown type or cannot be loaded."""
     folder = hub.find_model(name, "--encoder")
-    model = hub.load_model(AutoModel, folder, "--encoder", dtype=dtype)
-    if not hasattr(model, "get_vision_features") or model.config.model_type != "vjepa2":
-        raise UserError(f"--encoder {name} is a {model.config.model_type} model, not V-JEPA 2")
-    return model, hub.fingerprint(folder)
+    kind = hub.read_config(folder).get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(
+            f"--encoder {name} is a model of type {kind!r}. Possible types: {', '.join(FAMILIES)}"
+        )
+    return hub.load_model(family.model, folder, "--encoder", family.unused, dtype=dtype), folder
+
+
+def _prefix(family, config):
+    """Return the number of tokens before the grid: CLS and registers."""
+    return (1 + getattr(config, "num_register_tokens", 0)) if family.cls else 0
+
+
+def _grid(model, size, num_frames, pool):
+    """Return the grid (T, H, W) of pooled tokens and their width E. Raises UserError if it is impossible."""
+    config, family = model.config, FAMILIES[model.config.model_type]
+    if family.fixed_frames and num_frames != config.num_frames:
+        raise UserError(
+            f"--num-frames {num_frames}: this encoder was trained on {config.num_frames} frames and takes"
+            f" no other number; use --num-frames {config.num_frames}"
+        )
+    tubelet, patch = getattr(config, "tubelet_size", 1), getattr(config, "patch_size", None)
+    if not isinstance(tubelet, int):  # (frames, pixels, pixels)
+        tubelet, patch, _ = tubelet
+    patch = patch if isinstance(patch, int) or patch is None else patch[0]
+    if num_frames % tubelet:
+        raise UserError(f"--num-frames {num_frames} must be a multiple of {tubelet}")
+    if family.feature_map:
+        with torch.inference_mode():
+            x = model.eval()(torch.zeros(1, 3, size, size, dtype=model.dtype)).last_hidden_state
+        width, side, _ = x.shape[1:]
+    elif size % patch:
+        raise UserError(
+            f"the encoder's frames of {size} pixels are no multiple of its patches of {patch}"
+        )
+    else:
+        width, side = config.hidden_size, size // patch
+    if side % pool:
+        raise UserError(f"--pool {pool} does not divide the encoder's {side} x {side} grid")
+    return (num_frames // tubelet, side // pool, side // pool), width
+
+
+def _preprocessing(folder, config):
+    """Return the edge S of the frames in pixels, and mean and standard deviation of pixels from 0 to 1.
+
+    A preprocessor computes (p * rescale_factor - offset - mean) / std from p = 0 .. 255, which equals
+    (p / 255 - mean') / std' with mean' = (offset + mean) / (255 * rescale_factor) and
+    std' = std / (255 * rescale_factor). Raises UserError if the file that is needed is missing.
+    """
+    family = FAMILIES[config.model_type]
+    path = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
+    if path is None and family.mean_std is not None:
+        return getattr(config, family.size), family.mean_std
+    if path is None:
+        raise UserError(
+            f"--encoder {folder} has no {PREPROCESSORS[1]}, which gives the mean and standard deviation"
+            " of its pixels"
+        )
+    try:
+        p = read_json(path, "preprocessor")
+        p = p.get("video_processor") or p.get("image_processor") or p  # of processor_config.json
+        scale = 255 * p.get("rescale_factor", 1 / 255) if p.get("do_rescale", True) else 255
+        offset = 1 if p.get("offset") else 0
+        normalise = p.get("do_normalize", True)
+        mean, std = (p["image_mean"], p["image_std"]) if normalise else ((0, 0, 0), (1, 1, 1))
+        mean_std = tuple((offset + m) / scale for m in mean), tuple(v / scale for v in std)
+        edge = p.get("crop_size") if p.get("do_center_crop") else p["size"]
+        size = getattr(config, family.size) if family.size else _edge(edge)
+        ok = (
+            all(len(v) == 3 and all(map(math.isfinite, v)) for v in mean_std)
+            and min(mean_std[1]) > 0
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        ok = False
+    if not ok or not is_count(size):
+        raise UserError(f"{path} does not give the size, mean and standard deviation of the pixels")
+    return size, mean_std
+
+
+def _edge(size):
+    """Return the shorter edge of a preprocessor's size: 224, {"shortest_edge": 224}, {"height": 224, …}."""
+    return size.get("shortest_edge") or size["height"] if isinstance(size, dict) else size

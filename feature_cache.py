@@ -24,8 +24,11 @@ from runtime.names import first_few, list_names
 from runtime.sources import Source, has_changed
 
 FORMAT_VERSION = 1
+OPTIONAL = {"family", "mean_std", "cls"}  # fields of `Settings`
 MANIFEST = "manifest.json"
 SOURCES = "sources"  # the name of sources.jsonl in clip_log
+# ImageNet mean and standard deviation, used by V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STORES = {"int8": torch.int8, "fp16": torch.float16}
 CHOICES = {
     "sampling": ("bin_centres", "still"),  # still: the first frame, repeated
@@ -39,18 +42,22 @@ CHOICES = {
 class Settings:
     """How features were computed. Two caches are compatible only if all fields are equal.
 
-    `CHOICES` lists the values of the fields that have a fixed set of them.
+    `CHOICES` lists the values of the fields that have a fixed set of them. Manifests written before a
+    field of `OPTIONAL` existed mean its default.
     """
 
     format_version: int = FORMAT_VERSION
     encoder_fingerprint: str = ""
+    family: str = "vjepa2"  # type of the encoder, see `encoder.FAMILIES`
     num_frames: int = 32
     sampling: str = "bin_centres"
     resize: str = "squash"
     size: int = 256  # pixels; frames are size x size
+    mean_std: tuple = IMAGENET  # of the pixels' three channels, on a scale from 0 to 1
     pool: int = 1  # the encoder's tokens are averaged over squares of pool x pool
     grid: tuple = (16, 16, 16)  # number of tokens along (T, H, W)
     width: int = 1024  # E
+    cls: bool = False  # whether the CLS of each clip is stored too
     store: str = "int8"
     compute_dtype: str = "float32"
 
@@ -61,7 +68,7 @@ class Settings:
     @property
     def clip_bytes(self):
         """Size in bytes of one clip's features, including the scale and offset of each channel."""
-        return self.width * (self.num_tokens * STORES[self.store].itemsize + 2 * 4)
+        return self.width * (self.num_tokens * STORES[self.store].itemsize + 2 * 4 + 2 * self.cls)
 
     def check_same(self, other, what):
         """Raise UserError if `other` differs, naming the first field that does.
@@ -94,7 +101,7 @@ class Manifest:
         settings = value.get("settings") if isinstance(value, dict) else None
         if not _are_settings(settings) or not isinstance(value.get("info"), dict):
             raise ValueError("it is not a manifest written by preprocess_ssv2.py")
-        return cls(Settings(**settings | {"grid": tuple(settings["grid"])}), value["info"])
+        return cls(Settings(**{k: _frozen(v) for k, v in settings.items()}), value["info"])
 
     def as_dict(self):
         settings = asdict(self.settings) | {"grid": list(self.settings.grid)}
@@ -126,18 +133,41 @@ def is_count(value):
     return type(value) is int and 0 < value <= 1 << 20
 
 
+def _frozen(value):
+    """Convert the lists of a JSON value to tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _are_settings(value):
-    """True if a JSON value has exactly the fields of `Settings`, with valid types and values."""
+    """True if a JSON value has the fields of `Settings`, with valid types and values."""
     counts = ("format_version", "num_frames", "size", "pool", "width")
     return (
         isinstance(value, dict)
-        and value.keys() == {field.name for field in fields(Settings)}
+        and {field.name for field in fields(Settings)} - OPTIONAL <= value.keys()
+        and value.keys() <= {field.name for field in fields(Settings)}
         and all(is_count(value[k]) for k in counts)
         and isinstance(value["encoder_fingerprint"], str)
         and isinstance(value["grid"], list)
         and len(value["grid"]) == 3
         and all(map(is_count, value["grid"]))
+        and isinstance(value.get("family", ""), str)
+        and type(value.get("cls", False)) is bool
+        and _is_mean_std(value.get("mean_std", IMAGENET))
         and all(value[k] in choices for k, choices in CHOICES.items())
+    )
+
+
+def _is_mean_std(value):
+    """True for two lists of three numbers, of which the second is positive."""
+    try:
+        mean, std = (list(map(float, v)) for v in value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return (
+        len(mean) == len(std) == 3
+        and all(map(math.isfinite, mean))
+        and min(std) > 0
+        and max(std) < math.inf
     )
 
 
@@ -169,9 +199,9 @@ def source_entry(key, source):
 
 
 def checksum(clip_id, stored):
-    """Compute the crc32 of a clip's features, scale, offset, shape and id."""
+    """Compute the crc32 of a clip's features, scale, offset, CLS, shape and id."""
     value = 0
-    for key in ("features", "scale", "offset"):
+    for key in ("features", "scale", "offset", "cls"):
         if stored.get(key) is not None:
             value = zlib.crc32(stored[key].numpy(), value)
     return zlib.crc32(f"{tuple(stored['features'].shape)}{clip_id}".encode(), value)
@@ -181,7 +211,8 @@ def save_features(path, clip_id, stored, decoder):
     """Write the features of one clip atomically.
 
     stored: `features` int8 or float16 (N, E) and, for int8, `scale` and `offset` float32 (E,), where
-    x = scale * features + offset. No tensor may be a view, because torch would save its whole base.
+    x = scale * features + offset; `cls` float16 (E,) if the encoder has a CLS. No tensor may be a view,
+    because torch would save its whole base.
     decoder: the name of the library that decoded the clip.
     """
     record = {**stored, "crc32": checksum(clip_id, stored), "decoder": decoder}
@@ -189,7 +220,7 @@ def save_features(path, clip_id, stored, decoder):
 
 
 def load_features(path, clip_id, settings):
-    """Read one clip: a dict with `id`, `features` (N, E), and `scale` and `offset` (E,).
+    """Read one clip: a dict with `id`, `features` (N, E), `scale` and `offset` (E,), and `cls` (E,) if stored.
 
     For float16 features, scale is 1 and offset is 0. Raises UserError (exit code 1) with the id of the
     clip if the file is missing, truncated, corrupt or of another format, or contains NaN or infinity.
@@ -223,12 +254,15 @@ def load_features(path, clip_id, settings):
     extra = ("scale", "offset") if settings.store == "int8" else ()
     if not all(is_tensor(record.get(k), torch.float32, shape[1:]) for k in extra):
         raise unusable("do not have a valid scale and offset for each channel")
-    stored = {k: record[k] for k in ("features", *extra)}
+    if settings.cls and not is_tensor(record.get("cls"), torch.float16, shape[1:]):
+        raise unusable("do not have a valid CLS")
+    cls = ("cls",) if settings.cls else ()
+    stored = {k: record[k] for k in ("features", *extra, *cls)}
     if type(record.get("crc32")) is not int or record["crc32"] != checksum(clip_id, stored):
         raise unusable("are corrupt (wrong checksum)")
-    if not all(stored[k].isfinite().all() for k in extra or ("features",)):
+    if not all(stored[k].isfinite().all() for k in (*(extra or ("features",)), *cls)):
         raise unusable("contain NaN or infinity")
-    return {"id": clip_id, **with_scale(stored)}
+    return {"id": clip_id, **stored, **with_scale(stored)}
 
 
 def with_scale(stored):

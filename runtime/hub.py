@@ -185,15 +185,16 @@ def read_config(folder):
     return config
 
 
-def load_model(auto_class, folder, flag, **kwargs):
+def load_model(auto_class, folder, flag, unused=(), **kwargs):
     """Load a model like `load`. Raises UserError if a weight is missing or has the wrong shape.
 
+    unused: prefixes of the weights that may be missing, because the result does not depend on them.
     transformers only logs this and initialises such weights at random, so each run of the same command
     would write different captions.
     """
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(auto_class, folder, flag, **kwargs)
-    missing = sorted(info["missing_keys"])
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith(tuple(unused)))
     mismatched = sorted(name for name, *_ in info["mismatched_keys"])
     if missing or mismatched:
         keys, what = (missing, "are missing") if missing else (mismatched, "have the wrong shape")

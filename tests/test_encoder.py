@@ -1,14 +1,16 @@
 """Frames -> pixels -> features -> stored form."""
 
+import json
 from dataclasses import replace
 
+import encoders
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from encoder import MEAN, STD, VideoEncoder, quantisation_error, quantise, transform
-from feature_cache import Manifest
+from encoder import FAMILIES, VideoEncoder, quantisation_error, quantise, transform
+from feature_cache import IMAGENET, Manifest, load_features, save_features
 from runtime import hub
 from runtime.errors import UserError
 
@@ -68,7 +70,7 @@ def test_crop_is_the_published_transform(height, width):
     x = x.round().clamp(0, 255)
     top, left = round((new[0] - 256) / 2), round((new[1] - 256) / 2)
     x = x[:, :, top : top + 256, left : left + 256] / 255
-    want = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    want = (x - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(IMAGENET[1]).view(3, 1, 1)
     torch.testing.assert_close(transform(frames, 256, "crop"), want, rtol=0, atol=1e-5)
 
 
@@ -77,7 +79,7 @@ def test_squash_crop_and_pad():
     The original squashed, enlarged and then cropped a fifth of the picture away."""
     frames = torch.zeros(1, 64, 128, 3, dtype=torch.uint8)
     frames[:, :, :8] = 255  # a white left edge
-    white, black = ((v - torch.tensor(MEAN)) / torch.tensor(STD) for v in (1, 0))
+    white, black = ((v - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1]) for v in (1, 0))
     squash, crop, pad = (transform(frames, 64, r)[0] for r in ("squash", "crop", "pad"))
     torch.testing.assert_close(squash[:, 30, 0], white)
     torch.testing.assert_close(crop[:, 30, 0], black)
@@ -125,7 +127,7 @@ def test_features_equal_those_of_the_model(folder):
     pixels = transform(torch.as_tensor(clips(1)[0]), 64, "squash")[None]
     with torch.no_grad():
         want = model.get_vision_features(pixels)
-    torch.testing.assert_close(encoder.encode(clips(1)), want)
+    torch.testing.assert_close(encoder.encode(clips(1))["features"], want)
     assert want.shape == (1, 4 * 4 * 4, 48)
 
 
@@ -134,11 +136,16 @@ def test_a_cpu_computes_in_float32_for_a_cache_in_bfloat16(folder):
     settings = replace(make(folder).settings, compute_dtype="bfloat16")
     manifest = Manifest(settings, {"encoder": str(folder)})
     encoder = VideoEncoder.from_manifest(manifest, torch.device("cpu"))
-    assert torch.equal(encoder.encode(clips(1)), make(folder).encode(clips(1)))
+    assert torch.equal(
+        encoder.encode(clips(1))["features"], make(folder).encode(clips(1))["features"]
+    )
 
 
 def test_pooling_is_over_space_only(folder):
-    whole, pooled = make(folder).encode(clips(1)), make(folder, pool=2).encode(clips(1))
+    whole, pooled = (
+        make(folder).encode(clips(1))["features"],
+        make(folder, pool=2).encode(clips(1))["features"],
+    )
     want = whole.view(1, 4, 2, 2, 2, 2, 48).mean((3, 5)).reshape(1, 16, 48)
     torch.testing.assert_close(pooled, want)
 
@@ -146,7 +153,9 @@ def test_pooling_is_over_space_only(folder):
 def test_still_shows_the_first_frame_only(folder):
     encoder, moving = make(folder, sampling="still"), clips(1)[0]
     repeated = np.repeat(moving[:1], 8, axis=0)
-    assert torch.equal(encoder.encode([moving]), make(folder).encode([repeated]))
+    assert torch.equal(
+        encoder.encode([moving])["features"], make(folder).encode([repeated])["features"]
+    )
 
 
 def test_features_that_are_not_finite_are_replaced_by_none(folder):
@@ -221,3 +230,38 @@ def test_incomplete_folders_are_refused(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot be loaded"):
         make(tmp_path)
+
+
+@pytest.mark.parametrize("kind", encoders.CONFIGS)
+def test_each_token_is_at_its_place(kind, tmp_path):
+    """TimeSformer orders its tokens by row, column and time. With time first, as for the others, the
+    Q-Former's position embeddings would belong to other places, and no error would say so."""
+    encoders.save(kind, tmp_path)
+    encoder = make(tmp_path)
+    (t, h, w), size, rng = encoder.settings.grid, encoder.settings.size, np.random.default_rng(0)
+    clip = rng.integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+    before = encoder.encode([clip])
+    for frame, row, column in [(0, 0, w - 1), (5, h - 1, 1), (7, h - 1, w - 1)]:
+        changed, dy, dx = clip.copy(), size // h, size // w
+        changed[frame, row * dy : (row + 1) * dy, column * dx : (column + 1) * dx] ^= 255
+        moved = (encoder.encode([changed])["features"] - before["features"]).norm(dim=-1)[0]  # (N,)
+        most = np.unravel_index(moved.argmax().item(), (t, h, w))
+        # random convolutions with stride 2 shift a feature map by up to one place
+        slack = 1 if FAMILIES[kind].feature_map else 0
+        assert np.abs(np.subtract(most, (frame * t // 8, row, column))).max() <= slack
+        assert most[0] == frame * t // 8
+    assert ("cls" in before) == encoder.settings.cls == FAMILIES[kind].cls
+
+    # stored = encoded
+    (stored,) = make(tmp_path, store="fp16").stored([clip])
+    assert stored.keys() == before.keys()
+    assert all(torch.equal(v, before[k][0].half()) for k, v in stored.items())
+    path = tmp_path / "clip.pt"
+    save_features(path, "clip", stored, "av")
+    settings = replace(encoder.settings, store="fp16")
+    loaded = load_features(path, "clip", settings)
+    assert all(torch.equal(v, loaded[k]) for k, v in stored.items())
+    assert (
+        Manifest.parse(json.loads(json.dumps(Manifest(settings, {}).as_dict()))).settings
+        == settings
+    )

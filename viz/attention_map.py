@@ -20,7 +20,7 @@ import torch
 import windows
 from checkpoint import load_models, read_checkpoint
 from dataset import STYLES
-from encoder import MEAN, STD, transform
+from encoder import transform
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.clip_files import find_clips
@@ -173,8 +173,8 @@ def draw(frames, share, settings, title=""):
 
 def as_encoded(frames, settings):
     """Crop and resize frames, uint8 (F, H, W, 3), as for the encoder. Returns uint8 (F, S, S, 3)."""
-    x = transform(torch.as_tensor(frames), settings.size, settings.resize)  # (F, 3, S, S)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    x = transform(torch.as_tensor(frames), settings.size, settings.resize, settings.mean_std)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in settings.mean_std)  # x: (F, 3, S, S)
     return ((x * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
