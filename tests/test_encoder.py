@@ -246,8 +246,8 @@ def test_each_token_is_at_its_place(kind, tmp_path):
         changed[frame, row * dy : (row + 1) * dy, column * dx : (column + 1) * dx] ^= 255
         moved = (encoder.encode([changed])["features"] - before["features"]).norm(dim=-1)[0]  # (N,)
         most = np.unravel_index(moved.argmax().item(), (t, h, w))
-        # random convolutions with stride 2 shift a feature map by up to one place
-        slack = 1 if FAMILIES[kind].feature_map else 0
+        # random convolutions with stride 2 shift a feature map by up to two places of eight
+        slack = 2 if FAMILIES[kind].feature_map else 0
         assert np.abs(np.subtract(most, (frame * t // 8, row, column))).max() <= slack
         assert most[0] == frame * t // 8
     assert ("cls" in before) == encoder.settings.cls == FAMILIES[kind].cls
