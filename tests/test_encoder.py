@@ -265,3 +265,68 @@ def test_each_token_is_at_its_place(kind, tmp_path):
         Manifest.parse(json.loads(json.dumps(Manifest(settings, {}).as_dict()))).settings
         == settings
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "preprocessor", "mean_std"),
+    [
+        # ViViT: p / 127.5 - 1, then mean 0.5 and standard deviation 0.5
+        ("vivit", {"rescale_factor": 1 / 127.5, "offset": True}, (0.75, 0.25)),
+        ("vivit", {"do_normalize": False}, (0, 1)),
+        ("siglip_vision_model", {"do_rescale": False}, (0.5 / 255, 0.5 / 255)),
+        ("vjepa2", None, None),
+    ],
+)
+def test_pixels_are_normalised_as_by_the_preprocessor(kind, preprocessor, mean_std, tmp_path):
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    file = preprocessor and encoders.PREPROCESSOR | half | preprocessor
+    encoders.save(kind, tmp_path, file)
+    found = make(tmp_path).settings.mean_std
+    wanted = np.repeat(mean_std, 3).reshape(2, 3) if mean_std else IMAGENET
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "settings", "message"),
+    [
+        ("videomae", {}, {"num_frames": 16}, "use --num-frames 8"),
+        ("resnet", {}, {"pool": 3}, "does not divide the encoder's 8 x 8 grid"),
+        ("dinov2", {"size": 60}, {}, "60 pixels are no multiple of its patches of 16"),
+        ("dinov2", {"image_std": [0, 1, 1]}, {}, "does not give the size, mean"),
+        ("dinov2", None, {}, "has no preprocessor_config.json"),
+    ],
+)
+def test_encoders_that_do_not_fit_are_refused(kind, changes, settings, message, tmp_path):
+    encoders.save(kind, tmp_path, changes if changes is None else encoders.PREPROCESSOR | changes)
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, **settings)
+
+
+def test_an_unknown_type_is_refused_with_the_list(tmp_path):
+    encoders.save("dinov2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "x_clip"}))
+    with pytest.raises(
+        UserError, match=r"type 'x_clip'. Possible types: vjepa2, videomae, .*convnext"
+    ):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_the_vision_half_of_a_two_tower_model_is_loaded(kind, tmp_path):
+    """google/siglip-… and openai/clip-… contain a text model as well."""
+    import transformers
+
+    name = {"siglip": "Siglip", "clip": "CLIP"}[kind]
+    tower = encoders.save(f"{kind}_vision_model", tmp_path)
+    text = {k: v for k, v in encoders.ONE.items() if "size" in k and k[0] != "p"}
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=tower.config.to_dict(),
+        text_config=text | {"num_hidden_layers": 1, "vocab_size": 49408},
+    )
+    model = getattr(transformers, f"{name}Model")(config)
+    model.vision_model.load_state_dict(tower.state_dict())
+    model.save_pretrained(tmp_path)
+    both = make(tmp_path).encode(clips(1))["features"]
+    encoders.save(f"{kind}_vision_model", tmp_path)
+    assert torch.equal(both, make(tmp_path).encode(clips(1))["features"])
