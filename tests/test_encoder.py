@@ -312,6 +312,9 @@ def test_an_unknown_type_is_refused_with_the_list(tmp_path):
         make(tmp_path)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Model config"
+)  # CLIPTextConfig's own defaults, when it is saved
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 def test_the_vision_half_of_a_two_tower_model_is_loaded(kind, tmp_path):
     """google/siglip-… and openai/clip-… contain a text model as well."""
