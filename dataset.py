@@ -42,7 +42,9 @@ def load_records(annotations, split):
     """Read `<annotations>/<split>.json` and return a list of dicts, one per clip.
 
     Each record has the keys `id`, `video` (file name), `label`, `template` (with [placeholders]),
-    `placeholders` (list) and `paraphrases` (list). Missing values become None or [].
+    `placeholders` (list), `paraphrases` (list), `start` and `end` (seconds; the clip is this span of the
+    file), and `actions` (list of class names; [] means that there are none, and None that the clip is not
+    annotated). Missing values become None, or [] for placeholders and paraphrases.
     Raises UserError if the file is missing, is not a list of records, contains an id twice, contains
     control characters, or names a video outside the video folder.
     """
@@ -58,12 +60,14 @@ def load_records(annotations, split):
     records = read_json(path, "annotations")
     texts = {"video": str, "label": str, "template": str, "placeholders": list, "paraphrases": list}
     lists = ("placeholders", "paraphrases")
+    texts |= {"actions": list, "start": (int, float), "end": (int, float)}
 
     def is_record(r):
         return (
             isinstance(r, dict)
             and all(r.get(k) is None or isinstance(r[k], t) for k, t in texts.items())
-            and all(isinstance(t, str) for k in lists for t in r.get(k) or [])
+            and all(isinstance(t, str) for k in (*lists, "actions") for t in r.get(k) or [])
+            and is_span(r.get("start"), r.get("end"))
         )
 
     if not isinstance(records, list):
@@ -85,6 +89,13 @@ def load_records(annotations, split):
     return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
 
 
+def is_span(start, end):
+    """True if both are None, or if 0 <= start < end in seconds."""
+    if start is None or end is None:
+        return start is end
+    return not {type(start), type(end)} & {bool} and 0 <= start < end < math.inf
+
+
 def unsafe_content(record):
     """Describe why a record is unsafe to use, or return None.
 
@@ -92,7 +103,8 @@ def unsafe_content(record):
     video must be inside the video folder.
     """
     texts = [record.get(k) or "" for k in ("video", "label", "template")]
-    for text in texts + [t for k in ("placeholders", "paraphrases") for t in record.get(k) or []]:
+    lists = ("placeholders", "paraphrases", "actions")
+    for text in texts + [t for k in lists for t in record.get(k) or []]:
         if not text.isprintable() and (control := list(filter(is_control, text))):
             return f"contains the control character {control[0]!r} in {text!r:.80}"
     video = PurePosixPath((record.get("video") or "").replace("\\", "/"))  # as written on Windows
@@ -147,16 +159,20 @@ def encode_caption(tokenizer, style, caption):
 # ---- batches ----------------------------------------------------------------------------
 
 
+def no_captions(_):
+    return []
+
+
 class FeatureDataset(Dataset):
     """The clips of one split, with features and tokenised captions.
 
-    Item i: {"id", "features" int8 or fp16 (N, E), "scale" (E,), "offset" (E,),
+    Item i: {"id", "features" int8 or fp16 (N, E), "scale" (E,), "offset" (E,), "cls" (E,) if stored,
              "captions": a list of `Caption`}.
     `choose(record)` returns the pairs (style, text) of a clip. It runs in the loader's workers, and so
-    does the tokenizer.
+    does the tokenizer. By default no clip has captions.
     """
 
-    def __init__(self, features, split, records, settings, tokenizer, choose):
+    def __init__(self, features, split, records, settings, tokenizer=None, choose=no_captions):
         self.root, self.records, self.settings = Path(features) / split, records, settings
         self.tokenizer, self.choose = tokenizer, choose
 
@@ -176,8 +192,8 @@ class FeatureDataset(Dataset):
 def collate(items):
     """Stack B clips with their captions.
 
-    Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E)} and the texts as
-    in `collate_text`.
+    Returns {"ids": B strings, "features" (B, N, E), "scale" (B, E), "offset" (B, E)}, "cls" (B, E) if
+    stored, and the texts as in `collate_text`.
     """
     if error := next((item for item in items if isinstance(item, UserError)), None):
         return error

@@ -276,9 +276,10 @@ def with_scale(stored):
 
 
 def stack_stored(clips):
-    """Stack B stored clips: {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}."""
-    clips = [with_scale(c) for c in clips]
-    return {k: torch.stack([c[k] for c in clips]) for k in ("features", "scale", "offset")}
+    """Stack B stored clips: {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}, "cls" (B, E) if stored."""
+    clips = [c | with_scale(c) for c in clips]
+    names = ("features", "scale", "offset", "cls")
+    return {k: torch.stack([c[k] for c in clips]) for k in names if k in clips[0]}
 
 
 def channel_statistics(features, split, ids, settings, workers):

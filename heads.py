@@ -1,0 +1,362 @@
+"""Small heads on the feature cache: the probe, which predicts the actions in a clip.
+
+A probe tells what the cached features contain, whatever the captioner makes of them. Shapes: B clips,
+N = T*H*W video tokens, E video width, C classes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from feature_cache import Manifest, is_count
+from qformer import QFormer
+from runtime import hub
+from runtime.errors import UserError, out_of_memory
+from runtime.files import read_torch
+
+HEADS = ("attentive", "mlp", "linear")
+INPUTS = ("tokens", "mean", "weights", "cls")
+VERSION = 1
+BEST, LAST = "best.pt", "last.pt"
+
+
+# ---- the head -------------------------------------------------------------------------------
+
+
+class Probe(nn.Module):
+    """Maps a clip's stored features (B, N, E) to the logits of C classes.
+
+    kind: "linear", "mlp" (one hidden layer of width E) or "attentive". An attentive probe is V-JEPA 2's
+    (Assran et al. 2025, arXiv:2506.09985): `layers` - 1 layers of self-attention over the tokens, then one
+    learned query that attends to them, here a one-query `QFormer`, and a Linear layer.
+    on: what the head reads: all "tokens" (attentive only), their "mean", their mean with one learned
+    weight for each of the N places ("weights"), or the "cls" of the encoder.
+    positions: whether an attentive probe adds learned positions to the tokens.
+    """
+
+    def __init__(
+        self, *, kind, on, classes, video_width, grid, layers, num_heads, positions, dropout
+    ):
+        super().__init__()
+        self.sizes = {
+            "kind": kind,
+            "on": on,
+            "classes": classes,
+            "video_width": video_width,
+            "grid": list(grid),
+            "layers": layers,
+            "num_heads": num_heads,
+            "positions": positions,
+            "dropout": dropout,
+        }
+        self.on, self.grid, width = on, tuple(grid), video_width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        if kind == "attentive":
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(
+                    width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(layers - 1)
+            )
+            self.query = QFormer(
+                num_queries=1,
+                width=width,
+                video_width=width,
+                grid=grid,
+                num_blocks=1,
+                num_heads=num_heads,
+                dropout=dropout,
+                output_norm=width**0.5,
+            )
+            if not positions:
+                for table in self.query.pos:
+                    nn.init.zeros_(table).requires_grad_(False)
+        if on == "weights":
+            self.token_weights = nn.Parameter(torch.zeros(int(np.prod(grid))))
+        hidden = [nn.Linear(width, width), nn.GELU()] if kind == "mlp" else []
+        self.classify = nn.Sequential(*hidden, nn.Dropout(dropout), nn.Linear(width, classes))
+        nn.init.zeros_(self.classify[-1].bias)
+        nn.init.trunc_normal_(self.classify[-1].weight, std=0.02)
+
+    def standardise(self, mean, std):
+        """Set the channel statistics (E,) of the training features."""
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        if self.on == "tokens":
+            self.query.standardise(mean, std)
+
+    def forward(self, features, scale, offset, cls=None):
+        """Map features (B, N, E), with scale and offset (B, E), or cls (B, E), to logits (B, C)."""
+        if self.on == "cls":
+            return self.classify(F.layer_norm(cls.float(), cls.shape[-1:]))
+        if self.on == "tokens":
+            return self.classify(self.attend(features, scale, offset))
+        n = features.shape[1]
+        weights = (
+            self.token_weights.softmax(0) if self.on == "weights" else scale.new_full((n,), 1 / n)
+        )
+        x = torch.einsum("n,bne->be", weights, features.to(scale.dtype)) * scale + offset
+        return self.classify((x - self.mean) / self.std)
+
+    def attend(self, features, scale, offset):
+        """Pool the tokens with one query: (B, N, E) -> (B, E)."""
+        if self.layers:
+            video = self.query.stored(features, scale, offset)
+            x = (features.to(scale.dtype) * scale[:, None] + offset[:, None] - self.mean) / self.std
+            x = x + video.positions()  # (B, N, E)
+            for layer in self.layers:
+                x = layer(x)
+            # the query undoes scale, offset, mean and std again
+            features, scale, offset = x, self.std.expand_as(scale), self.mean.expand_as(offset)
+        return self.query(features, scale, offset)[:, 0]
+
+
+class PublishedHead(nn.Module):
+    """The classifier of a `VJEPA2ForVideoClassification`, applied to stored features."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.pooler, self.classifier = model.pooler, model.classifier
+
+    def forward(self, features, scale, offset, cls=None):
+        tokens = features.to(scale.dtype) * scale[:, None] + offset[:, None]  # (B, N, E)
+        return self.classifier(self.pooler(tokens))  # (B, C)
+
+
+@torch.inference_mode()
+def predict(heads, batches, device):
+    """Apply several heads to batches of `dataset.loader`. Returns {id: float32 logits (C,)} for each."""
+    found = [{} for _ in heads]
+    for head in heads:
+        head.eval()
+    for batch in batches:
+        inputs = head_inputs(batch, device)
+        for head, logits_of in zip(heads, found, strict=True):
+            logits_of |= zip(batch["ids"], head(**inputs).float().cpu().numpy(), strict=True)
+    return found
+
+
+def head_inputs(batch, device):
+    """Return the tensors of a batch that a head takes, on a device."""
+    names = ("features", "scale", "offset", "cls")
+    return {k: batch[k].to(device, non_blocking=True) for k in names if k in batch}
+
+
+# ---- labels ---------------------------------------------------------------------------------
+
+
+def class_names(records):
+    """Return (classes, multi): the sorted class names of training records, and whether a clip has many.
+
+    If any record has a list of actions, the classes are the actions. Otherwise they are the templates.
+    Raises UserError if the records have neither, or only one class.
+    """
+    multi = any(r["actions"] is not None for r in records)
+    classes = sorted({name for r in records for name in names_of(r, multi)})
+    if len(classes) < 2:
+        raise UserError(
+            f"the training clips have {len(classes)} classes: a probe needs records with a template, as"
+            " in Something-Something-V2, or with actions, as in Charades"
+        )
+    return classes, multi
+
+
+def names_of(record, multi):
+    """Return the class names of a record: its actions, or its template."""
+    if multi:
+        return record["actions"] or []
+    return [record["template"]] if record["template"] else []
+
+
+def annotated(records, multi):
+    """Return the records with a class; in multi-label data, an empty list of actions counts."""
+    return [r for r in records if (r["actions"] is not None if multi else r["template"])]
+
+
+def targets(records, classes, multi):
+    """Return the targets of n records: 0 or 1, float32 (n, C), or the class indices, int64 (n,).
+
+    An action that is not in `classes` is ignored. A template that is not gets the index -1.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    if not multi:
+        return np.array([index.get(r["template"], -1) for r in records])
+    found = np.zeros((len(records), len(classes)), np.float32)
+    for row, record in zip(found, records, strict=True):
+        row[[index[name] for name in record["actions"] if name in index]] = 1
+    return found
+
+
+def loss(logits, wanted):
+    """Return the cross-entropy of class indices (B,), or the binary cross-entropy of 0 and 1 (B, C)."""
+    if wanted.dtype == torch.int64:
+        return F.cross_entropy(logits, wanted)
+    return F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+# ---- scores ---------------------------------------------------------------------------------
+
+
+def ranks(logits, wanted):
+    """Return the rank, from 1, of the right class of each clip. Other classes with an equal score are better.
+
+    logits: (n, C). wanted: (n,); the rank of class -1 is C + 1.
+    """
+    right = np.take_along_axis(logits, np.maximum(wanted, 0)[:, None], 1)
+    found = (logits >= right).sum(1)
+    found[~np.isfinite(right[:, 0])] = logits.shape[1]
+    return np.where(wanted < 0, logits.shape[1] + 1, found)
+
+
+def single_label_scores(logits, wanted, classes):
+    """Score logits (n, C) against class indices (n,). Returns (scores, worst).
+
+    scores: top-1 and top-5 accuracy, and the mean of the classes' top-1 accuracies. worst: the ten classes
+    of lowest accuracy, [{"class", "n", "accuracy", "taken_for": {class: count}}].
+    """
+    rank, guess = ranks(logits, wanted), logits.argmax(1)
+    right = rank == 1
+    present = [c for c in range(len(classes)) if (wanted == c).any()]
+    accuracy = {c: float(right[wanted == c].mean()) for c in present}
+    worst = []
+    for c in sorted(present, key=lambda c: (accuracy[c], classes[c]))[:10]:
+        wrong, counts = np.unique(guess[(wanted == c) & ~right], return_counts=True)
+        order = np.argsort(-counts, kind="stable")[:3]
+        taken_for = {classes[wrong[i]]: int(counts[i]) for i in order}
+        n = int((wanted == c).sum())
+        worst.append({"class": classes[c], "n": n, "accuracy": accuracy[c], "taken_for": taken_for})
+    scores = {
+        "top1": float(right.mean()),
+        "top5": float((rank <= 5).mean()),
+        "mean_class": float(np.mean([*accuracy.values()])) if accuracy else 0.0,
+    }
+    return scores, worst
+
+
+def average_precision(scores, positive):
+    """Return the uninterpolated average precision: the mean of the precision at each positive.
+
+    scores, positive: (n,). Clips of equal score are counted together, so that their order does not matter.
+    NaN if there is no positive.
+    """
+    if not positive.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(positive[order])
+    last = np.append(scores[1:] != scores[:-1], True)  # of the clips with an equal score
+    hits, counts = hits[last], np.flatnonzero(last) + 1
+    return float((np.diff(hits, prepend=0) * hits / counts).sum() / hits[-1])
+
+
+def multi_label_scores(scores, wanted):
+    """Score (n, C) against 0 or 1, (n, C). Returns (scores, average precision of each class, (C,)).
+
+    The official evaluation of Charades gives a video without any action a score of minus infinity, so that
+    it is never a false positive. "mAP_official" and "wAP_official" do that; "mAP" and "wAP" do not. mAP is
+    the mean over the classes with a positive, and wAP weights them by their number of positives.
+    """
+    scores, wanted = np.asarray(scores, np.float64), np.asarray(wanted)
+    positives = wanted.sum(0)
+    present = positives > 0
+    weights = positives[present] / max(1, positives.sum())
+    official = np.where(wanted.any(1, keepdims=True), scores, -np.inf)
+    found, per_class = {}, []
+    for suffix, values in (("", scores), ("_official", official)):
+        ap = [average_precision(*c) for c in zip(values.T, wanted.T > 0, strict=True)]
+        per_class.append(np.array(ap))
+        ap = per_class[-1][present]
+        found[f"mAP{suffix}"] = float(ap.mean()) if len(ap) else 0.0
+        found[f"wAP{suffix}"] = float(ap @ weights)
+    return found, per_class[0]
+
+
+def by_video(records, logits, how="max"):
+    """Combine the windows of each video: its logits are their maximum or mean.
+
+    Returns [(video, records, logits (C,))] in the order of the records.
+    """
+    groups = {}
+    for record in records:
+        groups.setdefault(record["video"] or record["id"], []).append(record)
+    reduce = {"max": np.max, "mean": np.mean}[how]
+    return [
+        (video, rows, reduce([logits[r["id"]] for r in rows], axis=0))
+        for video, rows in groups.items()
+    ]
+
+
+# ---- checkpoints ----------------------------------------------------------------------------
+
+
+def read_probe(path, flag):
+    """Read a probe's checkpoint (best.pt or its run folder) and return it with a `Manifest`.
+
+    A dict with "weights", "sizes", "classes", "counts" (training clips of each class), "multi", "manifest"
+    and "chosen" (the grid's choice). No code in it is executed. Raises UserError if it does not exist or
+    is not valid.
+    """
+    path = Path(path)
+    path = path / BEST if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{flag} {path} does not exist: train a probe with probe.py")
+    try:
+        probe = read_torch(path)
+        if not isinstance(probe, dict) or probe.get("probe_version") != VERSION:
+            raise ValueError("it is not a probe")
+        classes, counts, sizes = (probe.get(k) for k in ("classes", "counts", "sizes"))
+        valid = (
+            isinstance(classes, list)
+            and all(isinstance(c, str) for c in classes)
+            and isinstance(counts, list)
+            and len(counts) == len(classes) == sizes["classes"]
+            and all(type(n) is int and n >= 0 for n in counts)
+            and type(probe.get("multi")) is bool
+            and isinstance(probe.get("chosen"), dict)
+            and all(map(is_count, (sizes["layers"], sizes["num_heads"], sizes["video_width"])))
+            and sizes["layers"] <= len(probe["weights"])
+        )
+        if not valid:
+            raise ValueError("an entry is missing or not valid")
+        manifest = Manifest.parse(probe["manifest"])
+        settings = manifest.settings
+        if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
+            raise ValueError("its sizes do not fit its manifest")
+        with torch.device("meta"):  # untrusted sizes must not allocate memory
+            Probe(**sizes).load_state_dict(dict(probe["weights"]), assign=True)
+    except PermissionError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{flag} {path} is not a valid probe ({why})") from None
+    hub.locate("encoder", manifest.info, path)
+    return probe | {"manifest": manifest}
+
+
+def load_probe(probe, device):
+    """Rebuild a `Probe` from the result of `read_probe`."""
+    head = Probe(**probe["sizes"])
+    head.load_state_dict(probe["weights"])
+    return head.to(device).eval()
+
+
+def probabilities(logits, multi):
+    """Turn logits (C,) into probabilities: their sigmoid if a clip can have several classes, or softmax."""
+    if multi:
+        return 1 / (1 + np.exp(-logits.astype(np.float64)))
+    x = np.exp(logits.astype(np.float64) - logits.max())
+    return x / x.sum()
+
+
+def likeliest(logits, classes, multi, count=5):
+    """Return the `count` most probable classes, [{"action", "probability"}], the most probable first."""
+    p = probabilities(logits, multi)
+    return [
+        {"action": classes[i], "probability": float(p[i])}
+        for i in np.argsort(-p, kind="stable")[:count]
+    ]
