@@ -4,6 +4,7 @@ A probe tells what the cached features contain, whatever the captioner makes of 
 N = T*H*W video tokens, E video width, C classes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -360,3 +361,13 @@ def likeliest(logits, classes, multi, count=5):
         {"action": classes[i], "probability": float(p[i])}
         for i in np.argsort(-p, kind="stable")[:count]
     ]
+
+
+def plain(template):
+    """Return a template without its brackets, as in SSv2's list of classes."""
+    return template.replace("[", "").replace("]", "")
+
+
+def still(settings):
+    """Return the settings of a cache that differs only in that it contains first frames."""
+    return replace(settings, sampling="still")
