@@ -1,0 +1,96 @@
+"""Read the annotation files of Charades (Sigurdsson et al. 2016, arXiv:1604.01753).
+
+Charades_v1_train.csv, Charades_v1_test.csv   one video per row: id, script, descriptions, actions, length
+Charades_v1_classes.txt                       one class per line, such as "c008 Opening a door"
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.cli import existing
+from runtime.errors import UserError, refuse
+from runtime.files import read_text
+from runtime.table import read_table
+
+SPLITS = {"train": "Charades_v1_train.csv", "test": "Charades_v1_test.csv"}
+CLASSES = "Charades_v1_classes.txt"
+
+
+@dataclass(frozen=True)
+class Video:
+    """A row of Charades' CSV files.
+
+    length: seconds, or None in old copies of the files. actions: (class, start, end) in seconds.
+    """
+
+    id: str
+    script: str
+    descriptions: tuple
+    length: float | None
+    actions: tuple
+
+
+def read(folder):
+    """Read a folder of Charades. Returns ({split: list of `Video`}, {oddity: count}).
+
+    Intervals are clipped to the length of the video; those that start after it are left out. Raises
+    UserError if a file is missing or a row is not valid.
+    """
+    folder = existing(folder, "--charades", f"It must contain {', '.join([*SPLITS.values(), CLASSES])}.")
+    for name in (*SPLITS.values(), CLASSES):
+        existing(folder / name, "--charades", "It is part of the annotations of Charades.")
+    classes, oddities = read_classes(folder / CLASSES), Counter()
+    columns = ("id", "script", "descriptions", "actions"), ("length",)
+    splits = {}
+    for split, name in SPLITS.items():
+        rows = read_table(folder / name, "--charades", *columns)
+        bad, videos = [], []
+        for where, row in rows:
+            try:
+                videos.append(parse_row(row, classes, oddities))
+            except (ValueError, KeyError) as error:
+                bad.append(f"{where}: {error}")
+        refuse(bad, f"rows of {folder / name} are not valid")
+        splits[split] = videos
+    counts = Counter(v.id for videos in splits.values() for v in videos)
+    refuse([i for i, n in counts.items() if n > 1], "videos occur more than once")
+    return splits, dict(oddities)
+
+
+def read_classes(path):
+    """Return {"c008": "c008 Opening a door"}."""
+    lines = [line.strip() for line in read_text(path, "--charades").splitlines() if line.strip()]
+    bad = [line for line in lines if not re.fullmatch(r"c\d{3} \S.*", line)]
+    refuse(bad, f"lines of {path} are not a class such as 'c008 Opening a door'")
+    return {line[:4]: line for line in lines}
+
+
+def parse_row(row, classes, oddities):
+    """Turn a row, a dict by column, into a `Video`. Counts oddities. Raises ValueError or KeyError."""
+    length = float(row["length"]) if (row.get("length") or "").strip() else None
+    if length is not None and not 0 < length < 1e6:
+        raise ValueError(f"length {length}")
+    actions = []
+    for text in filter(None, map(str.strip, (row.get("actions") or "").split(";"))):
+        name, start, end = text.split()
+        if name not in classes:
+            raise ValueError(f"class {name!r} is not in {CLASSES}")
+        start, end = float(start), float(end)
+        if not 0 <= start < 1e6 or not 0 <= end < 1e6:
+            raise ValueError(f"action {text!r}")
+        if end <= start:
+            oddities["actions that end before they start"] += 1
+        elif length is not None and start >= length:
+            oddities["actions that start after the end of the video"] += 1
+        else:
+            if length is not None and end > length:
+                oddities["actions that end after the end of the video"] += 1
+                end = length
+            actions.append((classes[name], start, end))
+    names = [name for name, *_ in actions]
+    oddities["actions that occur more than once in a video"] += len(names) - len({*names})
+    oddities["videos without actions"] += not actions
+    descriptions = tuple(filter(None, map(str.strip, (row.get("descriptions") or "").split(";"))))
+    return Video(row["id"].strip(), (row.get("script") or "").strip(), descriptions, length, tuple(actions))
