@@ -23,7 +23,7 @@ from runtime.cli import note
 from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
-from windows import Windowing, add_flags, caption_files
+from windows import Windowing, add_flags, caption_files, output_names
 
 
 def parse_args(argv=None):
@@ -122,8 +122,10 @@ def save_results(output, results, copy_clips):
     # absolute paths, so that viz.films finds the clips from every working directory
     absolute = [r | {"path": os.path.abspath(r["path"])} for r in results]
     write_json(output / "captions.json", absolute)
-    for path in [Path(r["path"]) for r in results if copy_clips and "error" not in r]:
-        copy = output / path.name
+    paths = [Path(r["path"]) for r in results if copy_clips and "error" not in r]
+    # clips of different folders may have the same name
+    for path, name in zip(paths, output_names(paths), strict=True):
+        copy = output / (name + path.suffix)
         if not (copy.exists() and copy.samefile(path)):
             shutil.copyfile(path, copy)
     note(f"written to {output}")

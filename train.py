@@ -200,9 +200,10 @@ def main(argv=None):
                 run.save(state.last())  # from now on, a missing last.pt means that it was deleted
             train(state, data, recipe, run, args.save_every)
         if signal := run.stop_signal():
-            note(f"stopped after step {state.progress.step:,}; use --resume to continue")
+            note(run_folder.stopped_after(state.progress.step))
             return SIGNALLED + signal
-        return finish(state.model, data, recipe, folder, with_meteor=not args.no_meteor)
+        with run_folder.resumable(state.progress.step):
+            return finish(state.model, data, recipe, folder, with_meteor=not args.no_meteor)
 
 
 def train(state, data, recipe, run, save_every):
@@ -253,7 +254,7 @@ def train(state, data, recipe, run, save_every):
 def end_epoch(state, data, recipe, run):
     """Evaluate on the validation subset, and write best.pt if the score is the best so far."""
     progress = state.progress
-    with run.evaluating():
+    with run.evaluating(progress.step):
         result, predictions, loss = validate(state.model, data, recipe, data.subset)
     samples = [
         {"id": r["id"], "reference": r["label"], "prediction": predictions[r["id"]]}

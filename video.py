@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime import sources
-from runtime.containers import continues_after, open_video, read_frames, scan_packets
+from runtime.containers import continues_after, next_film, open_video, read_frames, scan_packets
 from runtime.errors import VideoError
 
 # Frames whose shorter edge is at least 2 x ENOUGH pixels are downscaled by an integer factor. 32 frames
@@ -24,6 +24,9 @@ ENOUGH = 512
 # Largest accepted aspect ratio. Scaling the shorter edge of a longer strip to the encoder's size would
 # run out of memory.
 STRIP = 32
+
+# If a file whose header declares no duration is cut, damage begins within its last frames, at most this many.
+LAST_FRAMES = 8
 
 # Limit for decord, in bytes of all decoded frames of a clip, because it decodes ahead without a limit.
 DECORD_BYTES = 256 * 2**20
@@ -107,7 +110,8 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     scan = scan_packets(path)
     low, high = _bounds(path, scan, start, end)
     chosen = np.flatnonzero((scan.times >= low) & (scan.times < high))
-    frames, decoder, corrupt = None, "decord", any(low <= t < high for t in scan.corrupt)
+    frames, decoder = None, "decord"
+    corrupt = min((t for t in scan.corrupt if low <= t < high), default=np.inf)
     if backend == "decord" or (backend == "auto" and _suits_decord(scan)):
         picks = chosen[frame_indices(len(chosen), num_frames)]
         frames = _decode_decord(path, picks, len(scan.times))
@@ -116,7 +120,7 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
     if frames is None:
         decoder = "pyav"
         frames, corrupt_frames = _decode_pyav(path, scan, low, high, len(chosen), num_frames)
-        corrupt = corrupt or corrupt_frames
+        corrupt = min(corrupt, corrupt_frames)
     damage = _damage(path, scan, corrupt, reads_end=high >= scan.covered)
     height, width = frames.shape[1:3]
     if max(height, width) > STRIP * min(height, width):
@@ -129,10 +133,19 @@ def decode(path, num_frames, start=None, end=None, backend="auto"):
 
 
 def _damage(path, scan, corrupt, reads_end):
-    """Return `Clip.damage`. corrupt: whether a frame is. reads_end: whether the end of the file is read."""
-    if not (reads_end and (scan.ends_early or scan.incomplete)):
-        text = "the file is corrupt: some of its frames cannot be decoded"
-        return ("corrupt", text) if corrupt else None
+    """Return `Clip.damage`.
+
+    corrupt: seconds at which the first corrupt frame is, or infinity. reads_end: whether the end of the file
+    is read.
+    """
+    at_end = not scan.declared and scan.times[-LAST_FRAMES:][0] <= corrupt < np.inf
+    if not (reads_end and (scan.ends_early or scan.incomplete or at_end)):
+        if corrupt < np.inf:
+            return "corrupt", "the file is corrupt: some of its frames cannot be decoded"
+        size = next_film(path, scan.last) if reads_end else 0
+        text = f"the file contains another film after its first, which ends at {scan.covered:.2f} s; the"
+        text += f" last {size / 1e6:,.2f} MB are not read, so split it into one file per film"
+        return ("corrupt", text) if size else None
     declared = f", but its header declares {scan.declared:,.2f} s" if scan.ends_early else ""
     if continues_after(path, scan.end):
         text = f"the file is corrupt: it cannot be read after {scan.covered:.2f} s{declared}"
@@ -206,7 +219,10 @@ def _decode_decord(path, picks, count):
 
 
 def _decode_pyav(path, scan, low, high, count, num_frames):
-    """Decode with PyAV. Repeats the pass if [low, high) contains another number of frames than `count`."""
+    """Decode with PyAV into (frames, seconds at which the first corrupt one is, or infinity).
+
+    Repeats the pass if [low, high) contains another number of frames than `count`.
+    """
     before = [key for key in scan.keys if (key - scan.first) * scan.tick <= low]
     seek = before[-1] if before and before[-1] > scan.first else None
     while True:
@@ -226,20 +242,21 @@ def _decode_pyav(path, scan, low, high, count, num_frames):
 def _pyav_pass(path, scan, low, high, count, num_frames, seek):
     """Decode [low, high) and keep only the selected frames, because a whole 4K clip does not fit."""
     picks, upright = frame_indices(count, num_frames), _Upright()
-    output, found, corrupt = None, 0, False
+    output, found, corrupt, time = None, 0, np.inf, low
     with open_video(path) as (container, stream):
         if seek is not None:
             container.seek(seek, stream=stream)
         for ordinal, frame in enumerate(read_frames(container, stream)):
             if frame is None:
-                corrupt = True
+                corrupt = min(corrupt, time)
                 continue
             time = scan.time(frame, ordinal)
             if time >= high:
                 break
             if time < low:
                 continue
-            corrupt |= frame.is_corrupt
+            if frame.is_corrupt:
+                corrupt = min(corrupt, time)
             if found in picks:
                 rgb = upright(frame)
                 if output is None:

@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import os
+import re
 import select
 import signal
 import stat
@@ -124,13 +125,27 @@ def kill_children():
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that expands a leading `~` in all values, which shells do not in --output=~/run."""
+    """An ArgumentParser that expands a leading `~` in all values, which shells do not in --output=~/run.
+
+    No value may be a URL, because all data and models are read from disk; otherwise it raises UserError.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
+            refuse_url(value)
             setattr(namespace, name, expand_home(value))
         return namespace, rest
+
+
+def refuse_url(value):
+    """Raise UserError if a value of a flag, or one in a list of values, is a URL."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
+            raise UserError(
+                f"{text} is a URL, and URLs are not read: download it first and give the path of the file"
+                " or folder"
+            )
 
 
 def expand_home(value):

@@ -17,6 +17,14 @@ import numpy as np
 
 from runtime.errors import VideoError
 
+# The header of a second film, where `cat a.mp4 b.mp4 > c.mp4` joined them. Only MP4, FLV and ASF are not read
+# beyond it; ASF is the container of .wmv.
+HEADER = re.compile(
+    rb"\0\0\0[\x08-\xff]ftyp[ -~]{4}|FLV\x01[\x01\x04\x05]\0\0\0\x09\0\0\0\0"
+    rb"|0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel"
+)
+TAIL = 16 * 2**20  # bytes after the last packet in which it is looked for; more than most indexes
+
 # FFmpeg opens only these containers, whatever the file's name. Others refer to further files (hls, dash,
 # concat, sdp, image2) or are no videos (images, text).
 CONTAINERS = (
@@ -41,7 +49,13 @@ class Scan:
     plain_vp9: bool  # True if decord finds the same frames as PyAV, or raises an error
     width: int  # pixels
     height: int
-    end: int  # a file without damage has no packets after this byte
+    last: int  # the byte after the last packet
+    largest: int  # bytes of the largest packet
+
+    @property
+    def end(self):
+        """A file without damage has no packets after this byte."""
+        return self.last + self.largest
 
     @property
     def ends_early(self):
@@ -170,6 +184,10 @@ def scan_packets(path):
         else:
             first, clock, keys, rest = None, [n / rate for n in range(len(packets))], [], 1 / rate
         declared = _declared_duration(container, stream, float((first or 0) * tick))
+        ragged = container.format.name == "mpegts" and _is_ragged(path)
+        # Where MPEG-TS files were joined, FFmpeg calls the last packet of the first file, or the one before,
+        # corrupt, because the packet counters do not continue.
+        joints = {m for n in _jumps_back(packets, tick) for m in (n - 1, n, n + 1)}
     return Scan(
         times=np.sort(clock),
         keys=keys,
@@ -178,9 +196,10 @@ def scan_packets(path):
         rate=rate,
         covered=max(clock) + rest,
         declared=declared,
-        corrupt=[t for t, p in zip(clock, packets, strict=True) if p.is_corrupt],
-        incomplete=failed or packets[-1].is_corrupt,
-        end=packets[-1].end + max(p.size for p in packets),
+        corrupt=[clock[n] for n, p in enumerate(packets) if p.is_corrupt and n not in joints],
+        incomplete=failed or packets[-1].is_corrupt or ragged,
+        last=max(p.end for p in packets),
+        largest=max(p.size for p in packets),
         plain_vp9=plain_vp9,
         width=context.width,
         height=context.height,
@@ -192,10 +211,26 @@ def _has_clock(packets, tick):
 
     Raw streams have none, and in files that were joined, or are corrupt, they go back by seconds.
     """
-    clock = [p.pts if p.dts is None else p.dts for p in packets]  # in the order of the file
-    return all(p.pts is not None for p in packets) and all(
-        (before - after) * tick <= 1 for before, after in pairwise(clock)
-    )
+    return all(p.pts is not None for p in packets) and not _jumps_back(packets, tick)
+
+
+def _jumps_back(packets, tick):
+    """Return the indices of the packets, in the order of the file, after which time goes back by over 1 s."""
+    clock = [p.pts if p.dts is None else p.dts for p in packets]
+    pairs = enumerate(pairwise(clock))
+    return [n for n, (a, b) in pairs if None not in (a, b) and (a - b) * tick > 1]
+
+
+def _is_ragged(path):
+    """Return whether the last packet of an MPEG-TS file is cut. Packets have 188 bytes and start with a G.
+
+    Of the variants with longer packets, none is found to be cut.
+    """
+    with open(path, "rb") as file:
+        starts = file.read(189)[::188]
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - size % 188)
+        return starts + file.read(1) == b"GGG"
 
 
 def continues_after(path, end):
@@ -204,6 +239,18 @@ def continues_after(path, end):
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 4096))
         return size > end + 4096 and any(file.read())
+
+
+def next_film(path, last):
+    """Return the size of another film that follows the byte `last`, the end of the last packet, or 0.
+
+    Players and FFmpeg do not read it.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(last)
+        header = HEADER.search(file.read(TAIL))
+    return size - last - header.start() if header else 0
 
 
 def _is_upright(packet):

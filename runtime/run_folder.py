@@ -137,6 +137,20 @@ def delete_replaced(folder):
         shutil.rmtree(folder / REPLACED)
 
 
+@contextmanager
+def resumable(step):
+    """Context manager for a block in which everything up to `step` is saved: a signal prints how to go on."""
+    try:
+        yield
+    except Stopped:
+        note(stopped_after(step))
+        raise
+
+
+def stopped_after(step):
+    return f"stopped after step {step:,}; use --resume to continue"
+
+
 class Run:
     """A run in progress: its log, the background writer of its checkpoints, and its signal handlers.
 
@@ -178,13 +192,14 @@ class Run:
         return distributed.maximum(self.stop.signal)
 
     @contextmanager
-    def evaluating(self):
-        """Context manager for an evaluation. Everything is saved, so a signal stops it at once."""
-        self.writer.wait()
-        self.stop.saved = True
-        if self.stop.signal:
-            raise Stopped(self.stop.signal)
-        yield
+    def evaluating(self, step):
+        """Context manager for the evaluation after a step that is saved. A signal stops it at once."""
+        with resumable(step):
+            self.writer.wait()
+            self.stop.saved = True
+            if self.stop.signal:
+                raise Stopped(self.stop.signal)
+            yield
         self.stop.saved = False
 
 

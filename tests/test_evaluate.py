@@ -225,6 +225,16 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
     assert capsys.readouterr().out == printed, "the same seed, the same clips"
 
 
+def test_samples_of_the_same_name_are_all_copied(tmp_path):
+    """Of two clips with the same name, from different folders, only the last one was in --output."""
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.webm").write_text(folder)
+    results = [{"path": str(tmp_path / f / "1.webm"), "caption": f} for f in "ab"]
+    infer.save_results(tmp_path / "samples", results, copy_clips=True)
+    assert [p.read_text() for p in sorted((tmp_path / "samples").glob("*.webm"))] == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -431,3 +431,20 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     args = module.parse_args(["--predictions", "a.json", "~/b.json", "--split", "~"])
     assert args.predictions == ["a.json", f"{tmp_path}/b.json"]
     assert importlib.import_module("infer").parse_args(["~clip.mp4"]).clips == ["~clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("infer", ["a.mp4", "http://host/x.mp4"]),
+        ("preprocess_ssv2", ["--videos=s3://bucket/clips"]),
+        ("viz.films", ["captions.json", "--videos", "HTTPS://host/clips"]),
+        ("research.embed", ["--query", "file:///x.mp4"]),
+    ],
+)
+def test_urls_are_refused(script, flags):
+    """`infer.py http://host/x.mp4` ended with "clip not found: http:/host/x.mp4"."""
+    with pytest.raises(
+        UserError, match=r"://.* is a URL, and URLs are not read: download it first"
+    ):
+        importlib.import_module(script).parse_args(flags)

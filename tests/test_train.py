@@ -72,6 +72,26 @@ def test_a_resumed_run_equals_an_uninterrupted_run(world, prepared, trained, tmp
     assert (output / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.parametrize("best", [True, False])
+def test_a_signal_during_an_evaluation_names_resume(
+    world, prepared, trained, tmp_path, monkeypatch, capsys, best
+):
+    """SIGTERM during the evaluation of an epoch, or the last one, printed only "stopped by SIGTERM"."""
+
+    def stop(*_):
+        raise Stopped(signal.SIGTERM)
+
+    output = tmp_path / "run"
+    flags = train_flags(world, prepared, output)
+    if best:
+        shutil.copytree(trained, output)
+        flags += ["--resume"]
+    monkeypatch.setattr(train, "validate", stop)
+    with pytest.raises(Stopped):
+        train.main(flags)
+    assert f"stopped after step {10 if best else 5}; use --resume" in capsys.readouterr().err
+
+
 def test_the_files_of_a_run(prepared, trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {

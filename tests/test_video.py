@@ -322,14 +322,41 @@ def test_every_container_is_read_to_its_last_frame(tmp_path, name, start):
     assert abs(last[0] - 37) <= 2 and abs(last[-1] - 46) <= 2
 
 
-def test_films_that_were_joined_are_read_to_the_end(tmp_path):
-    """The parts of a DVD joined by `cat` have two frames at each time. The second part was left out."""
-    path = write(tmp_path / "a.vob", codec="mpeg2video")
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.vob", "mpeg2video"), ("a.ts", "libx264"), ("b.ts", "mpeg2video")]
+)
+def test_films_that_were_joined_are_read_to_the_end(tmp_path, name, codec):
+    """The parts of a DVD joined by `cat` have two frames at each time. The second part was left out, and
+    MPEG-TS files joined like this were called corrupt."""
+    path = write(tmp_path / name, codec=codec)
     path.write_bytes(2 * path.read_bytes())
     assert probe(path).duration == pytest.approx(8, abs=0.1)
     clip = decode(path, 4, 4, 8)
     assert clip.damage is None
     assert np.abs(np.array(numbers(clip)) - frame_indices(48, 4)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "box"),
+    [
+        ("a.mp4", "libx264", {}),
+        ("a.mp4", "libx264", {"movflags": "faststart"}),
+        ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.flv", "flv1", {}),
+        ("a.wmv", "wmv2", {}),
+    ],
+)
+def test_a_second_film_that_is_not_read_is_reported(tmp_path, name, codec, box):
+    """Of `cat a.mp4 b.mp4` only the first film was captioned, without a message."""
+    path = write(tmp_path / name, codec=codec, **box)
+    film = path.read_bytes()
+    for rest in (b"\0\0\0\x10free12345678", b"TAG" + bytes(125), b"\0\0\0\x18udta" + bytes(16)):
+        path.write_bytes(film + rest)
+        assert decode(path, 4).damage is None
+    path.write_bytes(film + film)
+    reason, text = decode(path, 4).damage
+    assert reason == "corrupt" and "another film" in text and f"{len(film) / 1e6:,.2f} MB" in text
+    assert decode(path, 4, 0, 1).damage is None
 
 
 def test_a_rotated_webm_is_upright_with_any_decoder(tmp_path):
@@ -359,11 +386,16 @@ def test_a_rotated_webm_is_upright_with_any_decoder(tmp_path):
         ("mp4", "libx264", (0.4, 0.6), "corrupt"),
         ("flv", "flv1", (0.5, 1, True), "truncated"),
         ("mpg", "mpeg2video", (0.4, 0.6), "corrupt"),
+        ("mpg", "mpeg2video", (0.5, 1, True), "truncated"),
+        ("wmv", "wmv2", (0.5, 1, True), "truncated"),
+        ("ts", "libx264", (0.4, 0.6), "corrupt"),
+        ("ts", "libx264", (0.5, 1, True), "truncated"),
+        ("ts", "mpeg2video", (0.61, 1, True), "truncated"),
     ],
 )
 def test_an_early_end_is_told_from_damage_inside(tmp_path, suffix, codec, where, reason):
-    """A clip with damage in its middle "ends before its declared 4.00 s", at 4.00 s. And an intact part
-    before the end of a truncated MP4 was called damaged."""
+    """A clip with damage in its middle "ends before its declared 4.00 s", at 4.00 s. An intact part before
+    the end of a truncated MP4 was called damaged, and half of an MPEG or WMV file corrupt or intact."""
     options = {"b": "1M"} if codec == "libvpx-vp9" else {}
     box = {"movflags": "faststart"} if suffix == "mp4" else {}
     path = write(tmp_path / f"a.{suffix}", frame=noise, codec=codec, options=options, **box)
