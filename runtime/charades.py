@@ -7,10 +7,9 @@ Charades_v1_classes.txt                       one class per line, such as "c008 
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from runtime.cli import existing
-from runtime.errors import UserError, refuse
+from runtime.errors import refuse
 from runtime.files import read_text
 from runtime.table import read_table
 
@@ -38,7 +37,9 @@ def read(folder):
     Intervals are clipped to the length of the video; those that start after it are left out. Raises
     UserError if a file is missing or a row is not valid.
     """
-    folder = existing(folder, "--charades", f"It must contain {', '.join([*SPLITS.values(), CLASSES])}.")
+    folder = existing(
+        folder, "--charades", f"It must contain {', '.join([*SPLITS.values(), CLASSES])}."
+    )
     for name in (*SPLITS.values(), CLASSES):
         existing(folder / name, "--charades", "It is part of the annotations of Charades.")
     classes, oddities = read_classes(folder / CLASSES), Counter()
@@ -93,4 +94,6 @@ def parse_row(row, classes, oddities):
     oddities["actions that occur more than once in a video"] += len(names) - len({*names})
     oddities["videos without actions"] += not actions
     descriptions = tuple(filter(None, map(str.strip, (row.get("descriptions") or "").split(";"))))
-    return Video(row["id"].strip(), (row.get("script") or "").strip(), descriptions, length, tuple(actions))
+    return Video(
+        row["id"].strip(), (row.get("script") or "").strip(), descriptions, length, tuple(actions)
+    )
