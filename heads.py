@@ -324,6 +324,8 @@ def read_probe(path, flag):
             raise ValueError("an entry is missing or not valid")
         manifest = Manifest.parse(probe["manifest"])
         settings = manifest.settings
+        if not isinstance(manifest.info.get("encoder"), str):
+            raise ValueError("its manifest names no encoder")
         if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
             raise ValueError("its sizes do not fit its manifest")
         with torch.device("meta"):  # untrusted sizes must not allocate memory

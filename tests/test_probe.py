@@ -1,0 +1,264 @@
+"""The probe: heads on cached features, their training, scores and checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import heads
+import probe
+from encoder import VideoEncoder, quantise
+from feature_cache import Manifest, Settings, save_features
+from runtime.errors import UserError
+from runtime.files import write_json
+
+GRID, WIDTH, CLASSES = (2, 2, 2), 8, 3
+SETTINGS = Settings(num_frames=4, size=32, grid=GRID, width=WIDTH, cls=True)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A cache of clips whose class is the place of one large token, which their mean does not show."""
+    return make_world(tmp_path)
+
+
+def make_world(folder, multi=False, clips=90):
+    rng = np.random.default_rng(0)
+    for name in ("features", "annotations"):
+        (folder / name).mkdir()
+    write_json(
+        folder / "features" / "manifest.json",
+        Manifest(SETTINGS, {"encoder": "a/b", "hub": True}).as_dict(),
+    )
+    for split, count in (("train", clips), ("validation", 30)):
+        (folder / "features" / split).mkdir()
+        records = []
+        for i in range(count):
+            label = int(rng.integers(CLASSES))
+            x = torch.tensor(rng.normal(size=(1, 8, WIDTH)), dtype=torch.float32)
+            x[0, label] += 9
+            stored = {k: v[0].clone() for k, v in quantise(x).items()}
+            stored["cls"] = torch.zeros(WIDTH).half()
+            save_features(
+                folder / "features" / split / f"{split}{i}.pt", f"{split}{i}", stored, "pyav"
+            )
+            record = {"id": f"{split}{i}", "video": f"{split}{i}.webm", "label": "x"}
+            if multi:
+                record["actions"] = [f"c00{label} Class {label}"] * (i % 9 > 0)
+            else:
+                record["template"] = f"Class [{label}]"
+            records.append(record)
+        write_json(folder / "annotations" / f"{split}.json", records)
+    return folder
+
+
+def run(world, *flags, output="probe", code=None):
+    args = ["--features", world / "features", "--annotations", world / "annotations"]
+    args += ["--output", world / output, "--workers", "0", "--device", "cpu"]
+    assert probe.main([*map(str, args), *flags]) == code
+    return json.loads((world / output / "evaluation_validation.json").read_text())
+
+
+TRAINED = ("--num-heads", "2", "--epochs", "12", "--batch-size", "16", "--warmup-steps", "5")
+TRAINED += ("--lr", "0.02", "--weight-decay", "0.01", "--dropout", "0")
+
+
+def test_an_attentive_probe_learns_what_the_mean_does_not_show(world, capsys):
+    result = run(world, *TRAINED)
+    assert result["metrics"]["top1"] > 0.9
+    low, high = result["ci95"]["top1"]
+    assert low <= result["metrics"]["top1"] <= high
+    controls = result["controls"]
+    assert controls["shuffled_labels"]["top1"] < 0.65 and controls["majority"]["top1"] < 0.65
+    mean = run(world, *TRAINED, "--head", "linear", output="mean")
+    assert mean["metrics"]["top1"] < 0.7
+    weights = run(world, *TRAINED, "--head", "mlp", "--on", "weights", output="weights")
+    assert weights["settings"]["chosen"]["epoch"] >= 1
+
+    # the checkpoint gives the same scores again
+    capsys.readouterr()
+    again = run(world, "--evaluate", str(world / "probe"))
+    assert again["metrics"] == result["metrics"] and again["worst"] == result["worst"]
+    assert "probe" in capsys.readouterr().out
+
+
+def test_layers_attend_to_all_tokens(world):
+    """A self-attention layer must see positions: without them the tokens are a set."""
+    result = run(world, *TRAINED, "--layers", "2")
+    assert result["metrics"]["top1"] > 0.9
+    result = run(world, *TRAINED, "--no-positions", output="without")
+    assert result["metrics"]["top1"] < 0.7
+
+
+def test_a_resumed_run_is_the_same_run(world, monkeypatch):
+    flags = *TRAINED, "--epochs", "4", "--lr", "0.02", "0.01"
+    whole = run(world, *flags, output="whole")
+    save = probe.State.save
+
+    def stop_after_two(state, folder):
+        save(state, folder)
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe.State, "save", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, *flags)
+    monkeypatch.setattr(probe.State, "save", save)
+    assert run(world, *flags, "--resume") == whole
+    lines = (world / "probe" / "metrics.jsonl").read_text()
+    assert lines == (world / "whole" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="flags, training clips or their classes have changed"):
+        run(world, *flags, "--resume", "--seed", "1")
+
+
+def test_actions_make_a_multi_label_probe(tmp_path):
+    world = make_world(tmp_path, multi=True)
+    result = run(world, *TRAINED, "--epochs", "25", "--submission", str(world / "submission.txt"))
+    assert result["metrics"]["mAP"] > 0.9 > result["controls"]["majority"]["mAP"] + 0.2
+    assert result["per_class"].keys() == {f"c00{c} Class {c}" for c in range(CLASSES)}
+
+    # the submission, scored by an independent implementation of the official algorithm
+    records = json.loads((world / "annotations" / "validation.json").read_text())
+    lines = [line.split() for line in (world / "submission.txt").read_text().splitlines()]
+    scores = {name: list(map(float, values)) for name, *values in lines}
+    wanted = {
+        r["id"]: [f"c00{c} Class {c}" in r["actions"] for c in range(CLASSES)] for r in records
+    }
+    assert official(scores, wanted) == pytest.approx(result["metrics"]["mAP_official"], abs=1e-6)
+
+
+def official(scores, wanted):
+    """Charades' mean average precision: scores of videos without actions, or without scores, are dropped."""
+    precisions = []
+    for c in range(len(next(iter(wanted.values())))):
+        rows = []
+        for video, labels in wanted.items():
+            known = video in scores and any(labels)
+            rows.append((scores[video][c] if known else -np.inf, labels[c]))
+        rows.sort(key=lambda row: -row[0])
+        found, hits = [], 0
+        for place, (_, positive) in enumerate(rows, 1):
+            hits += positive
+            found += [hits / place] if positive else []
+        precisions += [np.mean(found)] if found else []
+    return np.mean(precisions)
+
+
+def test_average_precision():
+    rng = np.random.default_rng(0)
+    scores, wanted = rng.normal(size=(40, 5)), rng.random((40, 5)) < 0.2
+    wanted[:, 4] = False  # a class without positives
+    wanted[:6] = False  # videos without actions
+    found, per_class = heads.multi_label_scores(scores, wanted.astype(np.float32))
+    by_name = {str(i): row for i, row in enumerate(scores)}
+    labels = {str(i): row for i, row in enumerate(wanted)}
+    assert found["mAP_official"] == pytest.approx(official(by_name, labels))
+    # the quirk of the official algorithm can only help
+    assert found["mAP"] < found["mAP_official"] and np.isnan(per_class[4])
+    # clips of equal score: the order in which they are listed does not matter
+    tied, positive = np.array([1.0, 1, 1, 0]), np.array([True, False, False, True])
+    assert heads.average_precision(tied, positive) == heads.average_precision(
+        tied, positive[[1, 0, 2, 3]]
+    )
+    assert heads.average_precision(tied, positive) == pytest.approx((1 / 3 + 2 / 4) / 2)
+
+
+def test_ranks_count_equal_scores_against_the_probe():
+    logits = np.array([[0.0, 0, 0], [3, 1, 2], [1, 2, 3]])
+    assert heads.ranks(logits, np.array([0, 2, -1])).tolist() == [3, 2, 4]
+    assert heads.ranks(np.full((1, 3), np.nan), np.array([0])).tolist() == [3]
+
+
+def test_windows_of_a_video_are_combined():
+    records = [{"id": i, "video": v} for i, v in (("a1", "a"), ("b1", "b"), ("a2", "a"))]
+    logits = {"a1": np.array([1.0, 0]), "a2": np.array([0.0, 4]), "b1": np.array([7.0, 7])}
+    found = {v: value.tolist() for v, _, value in heads.by_video(records, logits)}
+    assert found == {"a": [1, 4], "b": [7, 7]}
+    found = {v: value.tolist() for v, _, value in heads.by_video(records, logits, "mean")}
+    assert found == {"a": [0.5, 2], "b": [7, 7]}
+    train, held_out = probe.hold_out(records, 0)
+    assert {r["video"] for r in train}.isdisjoint({r["video"] for r in held_out})
+
+
+def test_the_published_head_gives_its_own_logits(tmp_path):
+    from transformers import VJEPA2Config, VJEPA2ForVideoClassification
+
+    torch.manual_seed(0)
+    names = {0: "Moving something up", 1: "Moving something down", 2: "Folding something"}
+    config = VJEPA2Config(
+        crop_size=64,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_pooler_layers=3,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+        initializer_range=0.2,
+    )
+    model = VJEPA2ForVideoClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    encoder = VideoEncoder.from_pretrained(
+        str(tmp_path / "model"),
+        *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
+    )
+    manifest = Manifest(encoder.settings, {"encoder": str(tmp_path / "model")})
+    _, head = probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    clip = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    x = encoder.encode([clip])["features"]
+    pixels = probe_pixels(clip)
+    with torch.inference_mode():
+        # loaded, because the place of weights in memory can change the last bit of a result
+        model = VJEPA2ForVideoClassification.from_pretrained(tmp_path / "model")
+        want = model(pixel_values_videos=pixels).logits
+        assert torch.equal(head(x, torch.ones(1, 48), torch.zeros(1, 48)), want)
+        stored = quantise(x)
+        through_int8 = head(stored["features"], stored["scale"], stored["offset"])
+    assert (through_int8 - want).abs().max() < 0.02 * want.std()
+    (tmp_path / "features" / "validation").mkdir(parents=True)
+    write_json(tmp_path / "features" / "manifest.json", manifest.as_dict())
+    (record,) = encoder.stored([clip])
+    save_features(tmp_path / "features" / "validation" / "a.pt", "a", record, "pyav")
+    template = "Folding [something]"
+    (tmp_path / "annotations").mkdir()
+    write_json(tmp_path / "annotations" / "validation.json", [{"id": "a", "template": template}])
+    args = ["--features", tmp_path / "features", "--annotations", tmp_path / "annotations"]
+    args += ["--published", tmp_path / "model", "--output", tmp_path / "out", "--workers", "0"]
+    probe.main([*map(str, args), "--device", "cpu"])
+    result = json.loads((tmp_path / "out" / "evaluation_validation_published.json").read_text())
+    assert result["metrics"]["top1"] == float(want.argmax() == 2)
+
+    # another encoder's cache is refused, unless its weights are the same tensors
+    config.crop_size = 128
+    model.vjepa2.save_pretrained(tmp_path / "alone")
+    alone = VideoEncoder.from_pretrained(
+        str(tmp_path / "alone"),
+        *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
+    )
+    manifest = Manifest(alone.settings, {"encoder": str(tmp_path / "alone")})
+    probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    with torch.no_grad():
+        model.vjepa2.encoder.layernorm.bias += 1
+    model.vjepa2.save_pretrained(tmp_path / "alone")
+    with pytest.raises(UserError, match="made with another encoder"):
+        probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+
+
+def probe_pixels(clip):
+    from encoder import transform
+
+    return transform(torch.as_tensor(clip), 64, "squash")[None]
+
+
+def test_files_that_are_not_probes_are_refused(world):
+    run(world, *TRAINED[:2], "--epochs", "1")
+    value = torch.load(world / "probe" / "best.pt", weights_only=True)
+    for change in ({"sizes": {}}, {"classes": ["a"]}, {"probe_version": 2}, {"weights": {}}):
+        torch.save(value | change, world / "other.pt")
+        with pytest.raises(UserError, match="not a valid probe"):
+            heads.read_probe(world / "other.pt", "--probe")
+    with pytest.raises(UserError, match="does not exist: train a probe"):
+        heads.read_probe(world / "nothing.pt", "--probe")
