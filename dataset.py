@@ -43,8 +43,8 @@ def load_records(annotations, split):
 
     Each record has the keys `id`, `video` (file name), `label`, `template` (with [placeholders]),
     `placeholders` (list) and `paraphrases` (list). Missing values become None or [].
-    Raises UserError if the file is missing, is not a list of records, contains an id twice, contains
-    control characters, or names a video outside the video folder.
+    Raises UserError if the file is missing, is not a list of records, is empty, contains an id twice,
+    contains control characters, or names a video outside the video folder.
     """
     if problem := id_problem(split):
         raise UserError(f"split {split!r} is not a valid name: it {problem}")
@@ -68,6 +68,8 @@ def load_records(annotations, split):
 
     if not isinstance(records, list):
         raise UserError(f"annotations {path} must contain a JSON list of records")
+    if not records:
+        raise UserError(f"annotations {path} contain no clips. Run prepare_annotations.py again.")
     for i, record in enumerate(records):
         if not is_record(record):
             raise UserError(f"annotations {path}: entry {i} is not a valid record: {record!r:.120}")
