@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
 from runtime.errors import UserError
-from runtime.names import first_few, normal_form, visible
+from runtime.names import first_few, normal_form, to_utf8, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -118,8 +118,7 @@ def file_finder(videos):
     @cache
     def listed(folder):
         entries = visible(folder)
-        # on disk names are UTF-8, also if the locale has another encoding
-        forms = {os.fsencode(e.name).decode(errors="surrogateescape"): e for e in entries}
+        forms = {to_utf8(e.name): e for e in entries}
         return {_folded(name): e for name, e in forms.items()} | {e.name: e for e in entries}
 
     def locate(name):

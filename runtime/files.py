@@ -201,9 +201,9 @@ def parse_json(text):
 
 
 def is_path(value):
-    """Return True for a string that the system accepts as the name of a file, existing or not."""
+    """Return True for a string that is the name of a file, existing or not, in UTF-8 (see `to_utf8`)."""
     try:
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+        return isinstance(value, str) and b"\0" not in value.encode(errors="surrogateescape")
     except UnicodeEncodeError:  # a lone surrogate
         return False
 

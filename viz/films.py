@@ -21,7 +21,7 @@ from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import is_path, read_json, write_atomic
-from runtime.names import list_files
+from runtime.names import from_utf8, list_files
 from viz import draw_text, subtitles
 from windows import output_names
 
@@ -120,7 +120,7 @@ def read_captions(path):
     results = read_json(path, "captions")
     if not (isinstance(results, list) and results and all(map(is_result, results))):
         raise UserError(f"{path} was not written by infer.py --output")
-    return results
+    return [r | {"path": from_utf8(r["path"])} for r in results]
 
 
 def texts(result):
