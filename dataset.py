@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
-from runtime.errors import FAILED, UserError
+from runtime.errors import FAILED, UserError, refuse_file
 from runtime.files import read_json
 from runtime.names import id_problem, list_files
 
@@ -48,6 +48,7 @@ def load_records(annotations, split):
     """
     if problem := id_problem(split):
         raise UserError(f"split {split!r} is not a valid name: it {problem}")
+    refuse_file(annotations, "--annotations")
     path = Path(annotations) / f"{split}.json"
     if not path.is_file():
         available = [p.stem for p in list_files(annotations, ".json")]

@@ -19,7 +19,7 @@ from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from metrics import canonical
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError, refuse
+from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
 from runtime.names import first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
@@ -147,6 +147,7 @@ def read_labels(folder):
         "--labels",
         "This must be the SSv2 folder that contains train.json, validation.json and labels.json.",
     )
+    refuse_file(folder, "--labels")
     files = {}
     for path in list_files(folder, ".json"):
         split = path.stem.removeprefix(PREFIX)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse_file
 from runtime.names import first_few, normal_form, to_utf8, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
@@ -145,6 +145,7 @@ def find_files(videos, records):
 
     videos: the video folder; records: {key: record}. Raises UserError if no clip has a file.
     """
+    refuse_file(videos, "--videos")
     if not videos.is_dir():
         raise UserError(
             f"--videos not found: {videos}. This must be the folder that contains the clips,"

@@ -136,6 +136,8 @@ def read_text(path, what):
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder, but must be a file") from None
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from None
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from runtime import cli
-from runtime.errors import UserError, out_of_memory
+from runtime.errors import UserError, out_of_memory, refuse_file
 from runtime.files import read_json
 from runtime.names import list_files
 from runtime.sources import hash_ends
@@ -114,7 +114,7 @@ def find_model(name, flag):
     except Exception as error:  # network errors of httpx, requests, ssl, socket, …
         why = f"the Hub cannot be reached ({type(error).__name__})"
     raise UserError(
-        f"{flag} {name} is not in the local cache and {why}."
+        f"{flag} {name} is not a folder, is not in the local cache of the Hub, and {why}."
         f" Download the model elsewhere and pass its folder: {flag} /path/to/{name.split('/')[1]}"
     )
 
@@ -125,6 +125,7 @@ def look_here(name, flag):
     Returns (its folder or None, the first file that is missing there or None). Raises UserError naming
     `flag` if `name` is neither a folder nor a Hub id.
     """
+    refuse_file(name, flag)
     if os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):

@@ -5,8 +5,8 @@ from unicodedata import normalize
 import pytest
 
 from dataset import load_records, unsafe_content
-from feature_cache import require_features
-from prepare_annotations import record
+from feature_cache import load_manifest, require_features
+from prepare_annotations import read_labels, record
 from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
@@ -54,6 +54,24 @@ def test_hidden_files_of_macos_are_not_a_run_or_a_clip(tmp_path):
         require_features(tmp_path / "features", "train", [record("._1")])
     with pytest.raises(UserError, match="available splits: test"):
         load_records(make(tmp_path / "annotations", "._train.json", "test.json"), "train")
+
+
+@pytest.mark.parametrize(
+    ("flag", "read"),
+    [
+        ("--annotations", lambda path: load_records(path, "train")),
+        ("--features", load_manifest),
+        ("--videos", lambda path: find_files(path, {})),
+        ("--labels", read_labels),
+        ("--lm", lambda path: hub.find_model(path, "--lm")),
+    ],
+)
+def test_a_file_in_place_of_a_folder_and_the_reverse(tmp_path, flag, read):
+    """A file given as --labels "found nothing", and as --videos it was "not found"."""
+    with pytest.raises(UserError, match=f"{flag} .*a.json is a file, but must be a folder"):
+        read(make(tmp_path, "a.json") / "a.json")
+    with pytest.raises(UserError, match=r"captions .* is a folder, but must be a file"):
+        read_text(tmp_path, "captions")
 
 
 # ---- texts -----------------------------------------------------------------------------------

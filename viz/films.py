@@ -19,7 +19,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
-from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
 from runtime.names import from_utf8, list_files
 from viz import draw_text, subtitles
@@ -64,6 +64,7 @@ def main(argv=None):
     args = parse_args(argv)
     draw_text.require()
     results = read_captions(Path(args.captions))
+    refuse_file(args.videos, "--videos")
     output = cli.output_folder(args.output or Path(args.captions).parent, "--output")
     endings = [e for e, asked in (("gif", args.gif), ("mp4", args.video)) if asked] or ["gif"]
     paths = [Path(r["path"]) for r in results]
