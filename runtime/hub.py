@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -77,16 +78,26 @@ def recorded(key, entry, flag):
     )
 
 
-def locate(key, entry, checkpoint):
-    """Complete a relative folder in the result of `record` that an older version wrote.
+def locate(key, entry, expected, checkpoint):
+    """Find the folder in the result of `record` if it does not exist, among the folders around a checkpoint.
 
-    Such a path is relative to the working directory of the training run, which usually is one of the
-    folders around its checkpoint.
+    A run and its models may have moved together, so the end of the recorded path is looked for. Older
+    versions recorded paths relative to the working directory, which usually is one of these folders.
+    expected: the fingerprint of the model; folders with another one are passed over.
     """
     name = entry[key]
-    if not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
-        folders = [os.path.join(parent, name) for parent in Path(checkpoint).absolute().parents]
-        entry[key] = next(filter(os.path.isdir, folders), name)
+    if entry.get("hub") or os.path.isdir(name):
+        return
+    parts = Path(name).parts
+    ends = [Path(*parts[n:]) for n in range(1, len(parts))] if os.path.isabs(name) else [name]
+    folders = (parent / end for end in ends for parent in Path(checkpoint).absolute().parents)
+    entry[key] = next((str(f) for f in folders if _has_fingerprint(f, expected)), name)
+
+
+def _has_fingerprint(folder, expected):
+    with suppress(UserError, OSError):
+        return os.path.isdir(folder) and fingerprint(folder) == expected
+    return False
 
 
 def is_complete(name):
