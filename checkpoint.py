@@ -101,8 +101,9 @@ def read_checkpoint(path, flag="--checkpoint"):
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise CorruptCheckpoint(f"{flag} {path} was not written by train.py: {error}") from None
     if not exported:
-        hub.locate("name", checkpoint["lm"], location)
-        hub.locate("encoder", checkpoint["manifest"].info, location)
+        manifest, lm = checkpoint["manifest"], checkpoint["lm"]
+        hub.locate("name", lm, lm["fingerprint"], location)
+        hub.locate("encoder", manifest.info, manifest.settings.encoder_fingerprint, location)
     return checkpoint
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime import clip_log, distributed
 from runtime.cli import note
-from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory
+from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory, refuse_file
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
 from runtime.names import first_few, list_names
 from runtime.sources import Source, has_changed
@@ -103,6 +103,7 @@ class Manifest:
 
 def load_manifest(features):
     """Read `<features>/manifest.json`. Raises UserError if it is missing or not valid."""
+    refuse_file(features, "--features")
     path = Path(features) / MANIFEST
     if not path.is_file():
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")

@@ -110,8 +110,11 @@ class Cider:
 
 
 def exact_match(hypotheses, references):
-    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}."""
-    return {i: float(hypotheses[i] in texts) for i, texts in references.items()}
+    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}.
+
+    Texts without tokens, such as "..." and "!", are equal to no other.
+    """
+    return {i: float(hypotheses[i] in filter(None, texts)) for i, texts in references.items()}
 
 
 def placeholder_match(hypotheses, records, tokens):
@@ -473,7 +476,10 @@ def table(result):
     if result["controls"].get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
     if CHARACTERS in result["tokenizer"]:
-        lines.append("characters: scripts without spaces between words are scored by character")
+        lines.append(
+            "characters: scripts without spaces between words, and captions of emoji, are scored by"
+            " character"
+        )
     lines += [f"{name}: mean over {count} clips" for name, count in result["counts"].items()]
     reasons = defaultdict(list)
     for name, reason in result["skipped"].items():

@@ -33,6 +33,7 @@ from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
+from runtime.names import to_utf8
 from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
@@ -160,7 +161,7 @@ def embed_split(args, checkpoint, clips):
     captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     embeddings.write(path, captioner, checkpoint, clips)
     count = len(clips.records)
-    print(json.dumps({"output": str(path), "clips": count}) if args.json else path)
+    print(json.dumps({"output": to_utf8(path), "clips": count}) if args.json else path)
     note(f"{count:,} clips, {len(embeddings.KINDS)} vectors each: {', '.join(embeddings.KINDS)}")
 
 
@@ -188,7 +189,7 @@ def query(args):
         answered += len(decoded)
         nearest = retrieval.nearest(rows[args.kind], vectors, args.count)
         for w, indices, cosines in zip(decoded, *nearest, strict=True):
-            source = {"path": str(paths[w.file])}
+            source = {"path": to_utf8(paths[w.file])}
             source |= {} if w.alone else {"start": w.start, "end": w.end}
             found = zip(indices.tolist(), cosines.tolist(), strict=True)
             print_clips(source, [(ids[n], c, labels.get(ids[n])) for n, c in found], args.json)
@@ -267,7 +268,9 @@ def match(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, scenes.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
-        print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
+        print(
+            json.dumps({"films": [to_utf8(p) for p in paths], "scenes": [asdict(s) for s in found]})
+        )
     else:
         for s in found:
             times = (clock(t) for t in (s.start_a, s.end_a, s.start_b, s.end_b))
@@ -306,7 +309,7 @@ def words(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, draw_words(table, f"{printable(path.name)}: {caption}"))
     if args.json:
-        print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
+        print(json.dumps({"path": to_utf8(path), "caption": caption, "queries": table}))
         return
     print(printable(path, keep=""), caption, sep="\t")
     for n, row in enumerate(table):

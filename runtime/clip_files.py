@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
-from runtime.errors import UserError
-from runtime.names import first_few, normal_form, visible
+from runtime.errors import UserError, refuse_file
+from runtime.names import first_few, normal_form, to_utf8, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -118,8 +118,7 @@ def file_finder(videos):
     @cache
     def listed(folder):
         entries = visible(folder)
-        # on disk names are UTF-8, also if the locale has another encoding
-        forms = {os.fsencode(e.name).decode(errors="surrogateescape"): e for e in entries}
+        forms = {to_utf8(e.name): e for e in entries}
         return {_folded(name): e for name, e in forms.items()} | {e.name: e for e in entries}
 
     def locate(name):
@@ -146,6 +145,7 @@ def find_files(videos, records):
 
     videos: the video folder; records: {key: record}. Raises UserError if no clip has a file.
     """
+    refuse_file(videos, "--videos")
     if not videos.is_dir():
         raise UserError(
             f"--videos not found: {videos}. This must be the folder that contains the clips,"

@@ -28,6 +28,12 @@ def refuse(problems, what):
         raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
 
 
+def refuse_file(path, what):
+    """Raise UserError if `path` is a file. what: the flag or name of the folder that is expected."""
+    if os.path.isfile(path):
+        raise UserError(f"{what} {path} is a file, but must be a folder")
+
+
 class Stopped(BaseException):
     """Raised by the handlers of SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that `finally` blocks run."""
 

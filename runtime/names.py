@@ -86,3 +86,16 @@ def normal_form(name):
     macOS writes é as two characters, e and an accent (form D), where most software writes one.
     """
     return unicodedata.normalize("NFC", name)
+
+
+def to_utf8(name):
+    """Return a file name as it is on disk, in UTF-8. JSON files contain such names.
+
+    In another locale, Python decodes it differently: in an ASCII locale, é is two lone surrogates.
+    """
+    return os.fsencode(name).decode(errors="surrogateescape")
+
+
+def from_utf8(name):
+    """Return the name with which Python opens the file, the inverse of `to_utf8`."""
+    return os.fsdecode(name.encode(errors="surrogateescape"))

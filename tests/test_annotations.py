@@ -101,7 +101,8 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ([*TRAIN, TRAIN[0]], "1 ids occur more than once"),
+        ([*TRAIN, TRAIN[0]], r"1 ids occur more than once, for example 1 \(twice in train\)"),
+        ([], r"train\.json contains an empty list"),
         ([*TRAIN, VALIDATION[0]], r"3 \(train and validation\)"),
         ([TRAIN[0] | {"id": "../../x"}], "1 ids .*not valid file names.*x"),
         ([TRAIN[0] | {"id": None}], "not valid file names"),
@@ -112,6 +113,7 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
     ],
 )
 def test_bad_labels_are_refused(labels, tmp_path, train, message):
+    """An empty train.json became a split of 0 clips, with exit code 0."""
     with pytest.raises(UserError, match=message):
         run(tmp_path, "--labels", labels(train=train))
     assert not (tmp_path / "out").exists()
@@ -138,11 +140,13 @@ def test_a_labels_folder_with_other_files(labels, tmp_path, capsys):
     (folder / "._train.json").write_bytes(b"\0\5\x16\7\xff")
     (folder / "classes.json").write_text('["Dropping something"]')
     (folder / "notes.json").write_text("not JSON")
+    (folder / "extra.json").write_text("[]")
     (folder / "val.json").write_text('[{"id": "9", "label": "x"}]')
     out = run(tmp_path, "--labels", folder)
     assert sorted(p.stem for p in out.iterdir()) == ["test", "train", "val", "validation"]
     noted = capsys.readouterr().err
     assert "skipped" in noted and "classes.json: it is not a list of clips" in noted
+    assert "extra.json: it is not a list of clips" in noted
     assert "notes.json cannot be read as JSON" in noted
     assert "split 'val'" in noted and "did you mean 'validation'?" in noted
 

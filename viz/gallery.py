@@ -26,7 +26,7 @@ from evaluate import read_predictions, score
 from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
 from viz import draw_text, subtitles
 
@@ -76,6 +76,7 @@ def main(argv=None):
     if args.embed:
         draw_text.require("PIL")
     run = Path(args.run)
+    refuse_file(run, "run folder")
     if not run.is_dir():
         raise UserError(
             f"run folder not found: {run}. It is the --output of train.py or evaluate.py"
