@@ -49,7 +49,7 @@ def load_records(annotations, split):
     if problem := id_problem(split):
         raise UserError(f"split {split!r} is not a valid name: it {problem}")
     path = Path(annotations) / f"{split}.json"
-    if not path.is_file():
+    if not path.exists():
         available = [p.stem for p in list_files(annotations, ".json")]
         raise UserError(
             f"no annotations for split {split!r}: {path} does not exist"

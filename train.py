@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import fmean, median
 
 import torch
@@ -42,7 +43,13 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_loader, score, to_device, write_predictions
-from feature_cache import Manifest, channel_statistics, load_manifest, require_features
+from feature_cache import (
+    Manifest,
+    channel_statistics,
+    load_manifest,
+    recorded_sources,
+    require_features,
+)
 from optim import (
     CLIPS_PER_STEP,
     average_and_clip,
@@ -307,7 +314,10 @@ def build(args, data, recipe, device, dtype):
             model, data.manifest, args.lm, lm_fingerprint, templates, styles
         ),
         identity=checkpoint.run_identity(
-            vars(args), data.train, (data.subset, data.all_validation)
+            vars(args),
+            data.train,
+            (data.subset, data.all_validation),
+            recorded_sources(Path(data.features), (0, 1)),
         ),
     )
 
