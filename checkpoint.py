@@ -39,7 +39,7 @@ from runtime import devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.files import read_json, read_torch
-from runtime.names import count
+from runtime.names import counted
 from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
 
 VERSION = 1
@@ -450,14 +450,14 @@ def check_sources(now, before, folder):
             raise UserError(f"--resume: {folder / LAST} has no valid sources of split {split!r}")
         changed[split] = int(((old != new) & (old != 0) & (new != 0)).sum())
     if changed[VALIDATION]:
-        clips = count(changed[VALIDATION], "validation clip was", "validation clips were")
+        clips = counted(changed[VALIDATION], "validation clip was", "validation clips were")
         raise UserError(
             f"--resume: {clips} encoded from another file since the run was saved, so new scores could not"
             f" be compared with that of {folder / BEST}; restore the features, or start over with"
             " --overwrite"
         )
     if changed[TRAIN]:
-        clips = count(changed[TRAIN], "training clip was", "training clips were")
+        clips = counted(changed[TRAIN], "training clip was", "training clips were")
         note(
             f"WARNING: --resume: {clips} encoded from another file since the run was saved; training"
             " continues with the new features"

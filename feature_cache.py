@@ -21,7 +21,7 @@ from runtime import clip_log, distributed
 from runtime.cli import note
 from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
-from runtime.names import count, first_few, list_names
+from runtime.names import counted, first_few, list_names
 from runtime.sources import Source, has_changed
 
 FORMAT_VERSION = 1
@@ -286,7 +286,7 @@ def require_features(features, split, records, allow_missing=0):
     missing = [r["id"] for r in records if f"{r['id']}.pt" not in existing]
     if len(missing) > allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
+            f"{len(missing)} of {counted(len(records), 'clip')} of split {split!r} have no features in {root}"
             f" (for example {first_few(missing)}). Run preprocess_ssv2.py --splits {split},"
             " or skip up to N such clips with --allow-missing N."
         )
@@ -330,7 +330,7 @@ def verify(features, keys, paths, part, workers):
     sums = distributed.sums(len(have), len(keys), len(unrecorded))
     have, wanted, unrecorded = map(int, sums)
     if unrecorded:
-        clips = count(unrecorded, "clip was", "clips were")
+        clips = counted(unrecorded, "clip was", "clips were")
         note(
             f"{clips} not compared with the files, because {SOURCES}.jsonl has no valid line for them"
         )

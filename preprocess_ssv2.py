@@ -45,7 +45,7 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
-from runtime.names import count, first_few, list_names, visible
+from runtime.names import counted, first_few, list_names, visible
 
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
 
@@ -204,20 +204,20 @@ def counts(paths, missing, work):
 
 
 def note_counts(found, missing, encoded, changed, unrecorded, without_file):
-    note(f"{count(found, 'clip')} found, {missing:,} missing, {encoded:,} already encoded")
+    note(f"{counted(found, 'clip')} found, {missing:,} missing, {encoded:,} already encoded")
     if changed:
-        clips = count(
+        clips = counted(
             changed, "clip has changed since it was", "clips have changed since they were"
         )
         note(f"{clips} encoded; new features replace the old ones one by one")
     if unrecorded:
-        clips = count(unrecorded, "clip has", "clips have")
+        clips = counted(unrecorded, "clip has", "clips have")
         note(
             f"{clips} features but no valid line in {SOURCES}.jsonl, as in caches of earlier versions; the"
             " features are kept as those of the present files, and later changes will be noticed"
         )
     if without_file:
-        clips = count(without_file, "missing clip has", "missing clips have")
+        clips = counted(without_file, "missing clip has", "missing clips have")
         note(f"{clips} features of an earlier run, which are kept and used in training")
 
 
@@ -346,7 +346,7 @@ def print_disk(settings, clips, features):
     one = len(torch_bytes(stored))
     needed, free = one * clips, shutil.disk_usage(nearest_folder(features)).free
     print(f"bytes per clip   {one:,}")
-    print(f"bytes needed     {needed:,} for {clips:,} clips, {free:,} free")
+    print(f"bytes needed     {needed:,} for {counted(clips, 'clip')}, {free:,} free")
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
 
@@ -357,9 +357,11 @@ def print_time(encoder, todo, batch_size, pool):
     start = time.perf_counter()
     results = dict(encode_files(encoder, sample, batch_size, pool))
     seconds = (time.perf_counter() - start) / len(sample) * len(todo)
-    print(f"estimated time   {hours(seconds)}, from {len(sample)} timed clips including start-up")
+    print(
+        f"estimated time   {hours(seconds)}, from {counted(len(sample), 'timed clip')} including start-up"
+    )
     if failed := sum(isinstance(result, VideoError) for result in results.values()):
-        print(f"failed           {failed} of the {len(sample)} timed clips")
+        print(f"failed           {failed} of {counted(len(sample), 'timed clip')}")
 
 
 def hours(seconds):

@@ -11,7 +11,7 @@ from operator import itemgetter
 from runtime import distributed, ranks
 from runtime.cli import note
 from runtime.files import in_shard, json_line, parse_json_lines, write_atomic
-from runtime.names import count, id_problem
+from runtime.names import counted, id_problem
 
 
 def read(features, name, part):
@@ -28,7 +28,7 @@ def read(features, name, part):
     for _, path, data in sorted(files, key=itemgetter(0)):
         found, damaged = parse(data)
         if damaged:
-            lines = count(damaged, "damaged line")
+            lines = counted(damaged, "damaged line")
             note(f"WARNING: skipped {lines} in {path}; what they say about clips is lost")
         entries |= found
     return {key: entry for key, entry in entries.items() if in_shard(key[1], *part)}

@@ -24,10 +24,11 @@ class UserError(Exception):
 
 
 def refuse(problems, what):
-    """Raise UserError if there are problems, with their number and the first three."""
+    """Raise UserError if there are problems, with the first three, and their number if there are more."""
     if problems:
         first = "; ".join(str(p)[:160] for p in problems[:3])
-        raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
+        more = f"; … ({len(problems):,} in all)" if len(problems) > 3 else ""
+        raise UserError(f"{what}: {first}{more}. No file was written.")
 
 
 class Stopped(BaseException):

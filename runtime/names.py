@@ -45,7 +45,7 @@ def first_few(names, count=3):
     return ", ".join([*names[:count], "…"] if len(names) > count else names)
 
 
-def count(number, one, many=None):
+def counted(number, one, many=None):
     """Return a number with its noun, such as "1 clip" or "2 clips". many: the plural, if not one + "s"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 

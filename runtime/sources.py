@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from runtime.cli import note
-from runtime.names import count
+from runtime.names import counted
 
 END = 64 << 10  # bytes at each end of a file that its digest covers
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -83,7 +83,7 @@ def compare(paths, known):
             elif now.mtime_ns != then.mtime_ns:
                 unsure[key] = paths[key]
         if unsure:
-            clips = count(len(unsure), "clip whose file has", "clips whose files have")
+            clips = counted(len(unsure), "clip whose file has", "clips whose files have")
             note(f"comparing the contents of {clips} another date")
         found = threads.map(identify_if_readable, unsure.values())
         for key, now in zip(unsure, found, strict=True):
