@@ -50,7 +50,7 @@ def load_records(annotations, split):
         raise UserError(f"split {split!r} is not a valid name: it {problem}")
     refuse_file(annotations, "--annotations")
     path = Path(annotations) / f"{split}.json"
-    if not path.is_file():
+    if not path.exists():
         available = [p.stem for p in list_files(annotations, ".json")]
         raise UserError(
             f"no annotations for split {split!r}: {path} does not exist"

@@ -17,6 +17,7 @@ from feature_cache import Settings
 from runtime import devices, hub
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
+from runtime.names import counted
 
 # ImageNet mean and standard deviation, used by V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -281,7 +282,7 @@ def note_quantisation(errors):
     if not errors:
         return
     error = sum(errors) / len(errors)
-    text = f"int8 storage: relative error {error:.1%} (mean of the first {len(errors)} clips)"
+    text = f"int8 storage: relative error {error:.1%} (mean of the first {counted(len(errors), 'clip')})"
     if error > MAX_ERROR:
         text = (
             f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"

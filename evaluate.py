@@ -30,7 +30,7 @@ from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import in_shard, read_json, write_json
-from runtime.names import first_few
+from runtime.names import counted, first_few
 
 SAME_IN_PARTS = ("split", "style", "control", "num_beams", "max_new_tokens", "weights")
 BATCH = 64  # clips per batch, here and in the validation of train.py
@@ -115,7 +115,8 @@ def main(argv=None):
     if skipped:
         records = [r for r in records if r["id"] in predictions]
         some = first_few(missing)
-        note(f"{skipped} clips have no caption and are left out of the scores, for example {some}")
+        clips = counted(skipped, "clip has no caption and is", "clips have no caption and are")
+        note(f"{clips} left out of the scores, for example {some}")
     output.mkdir(parents=True, exist_ok=True)
     name = result_name(args, skipped)
     if not args.predictions:
@@ -261,10 +262,12 @@ def caption(captioner, batches, style, max_new_tokens=None, num_beams=1):
         item for part in distributed.all_gather(list(predictions.items())) for item in part
     ]
     if duplicates := len(predictions) - len(dict(predictions)):
-        raise UserError(f"{duplicates} clips were captioned by more than one process", code=FAILED)
+        clips = counted(duplicates, "clip was", "clips were")
+        raise UserError(f"{clips} captioned by more than one process", code=FAILED)
     if cut:
         limit = max_new_tokens or captioner.max_new_tokens
-        note(f"{cut:.0f} of {len(predictions)} captions reached the limit of {limit} tokens")
+        captions = counted(len(predictions), "caption")
+        note(f"{cut:.0f} of {captions} reached the limit of {limit} tokens")
     mean = sums[0] / sums[1] if sums[1] and not without_loss else math.nan
     return dict(predictions), mean if math.isfinite(mean) else None
 

@@ -23,7 +23,7 @@ from runtime.cli import note
 from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
-from runtime.names import to_utf8
+from runtime.names import counted, to_utf8
 from windows import Windowing, add_flags, caption_files, output_names
 
 
@@ -85,10 +85,11 @@ def main(argv=None):
         if output:
             save_results(output, results, copy_clips=bool(args.num_samples))
     if captioner.cut_captions:
-        note(f"{captioner.cut_captions} captions reached the limit of --max-new-tokens")
+        captions = counted(captioner.cut_captions, "caption")
+        note(f"{captions} reached the limit of --max-new-tokens")
     failed = sum("error" in r for r in results)
     if failed:
-        note(f"{failed} of {len(results)} clips failed")
+        note(f"{failed} of {counted(len(results), 'clip')} failed")
     return FAILED if failed == len(results) else PARTIAL if failed else DONE
 
 

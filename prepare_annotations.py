@@ -21,7 +21,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
-from runtime.names import first_few, id_problem, list_files, normal_form, safe_id, visible
+from runtime.names import counted, first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"
@@ -278,8 +278,10 @@ def add_paraphrases(splits, pattern):
                 records[clip_id]["paraphrases"] = [t for t in map(clean, texts) if t]
     refuse(twice, "ids have paraphrases in more than one file")
     if unknown:
-        note(f"note: skipped the paraphrases of {unknown} ids that are in no split")
-    note(f"read paraphrases from {len(files)} files")
+        note(
+            f"note: skipped the paraphrases of {counted(unknown, 'id that is', 'ids that are')} in no split"
+        )
+    note(f"read paraphrases from {counted(len(files), 'file')}")
 
 
 # ---- your own clips ------------------------------------------------------------------------

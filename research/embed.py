@@ -33,7 +33,7 @@ from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
-from runtime.names import to_utf8
+from runtime.names import counted, to_utf8
 from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
@@ -162,7 +162,8 @@ def embed_split(args, checkpoint, clips):
     embeddings.write(path, captioner, checkpoint, clips)
     count = len(clips.records)
     print(json.dumps({"output": to_utf8(path), "clips": count}) if args.json else path)
-    note(f"{count:,} clips, {len(embeddings.KINDS)} vectors each: {', '.join(embeddings.KINDS)}")
+    kinds = embeddings.KINDS
+    note(f"{counted(count, 'clip')}, {len(kinds)} vectors each: {', '.join(kinds)}")
 
 
 def query(args):
@@ -233,12 +234,13 @@ def score(args):
     embeddings.check_current(path, ids, split, args.features)
     known = {r["id"]: r for r in load_records(args.annotations, split)}
     if unknown := [i for i in ids if i not in known]:
-        raise UserError(f"{path} has {len(unknown)} clips that are not in {args.annotations}")
+        clips = counted(len(unknown), "clip that is", "clips that are")
+        raise UserError(f"{path} has {clips} not in {args.annotations}")
     by_kind["chance"] = retrieval.chance(by_kind["features"].shape, args.seed)
     by_kind = {kind: vectors[: args.limit] for kind, vectors in by_kind.items()}
     records = [known[i] for i in ids[: args.limit]]
     rows = retrieval.score_kinds(by_kind, records, args.seed)
-    note(f"{len(records):,} clips of {path}")
+    note(f"{counted(len(records), 'clip')} of {path}")
     print(json.dumps(rows) if args.json else retrieval.format_scores(rows))
 
 
@@ -275,7 +277,7 @@ def match(args):
         for s in found:
             times = (clock(t) for t in (s.start_a, s.end_a, s.start_b, s.end_b))
             print("{}-{}\t{}-{}\t{:.3f}".format(*times, s.score))
-    note(f"{len(found)} scenes of {names[0]} are also in {names[1]}; picture: {output}")
+    note(f"{counted(len(found), 'scene')} of {names[0]} found in {names[1]}; picture: {output}")
 
 
 def clock(seconds):

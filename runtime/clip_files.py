@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
 from runtime.errors import UserError, refuse_file
-from runtime.names import first_few, normal_form, to_utf8, visible
+from runtime.names import counted, first_few, normal_form, to_utf8, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -93,9 +93,9 @@ def find_clips(names):
 
 
 def _examples(paths, before):
-    files = "file that is not a video" if len(paths) == 1 else "files that are not videos"
+    files = counted(len(paths), "file that is not a video", "files that are not videos")
     names = first_few([path.name for path in paths])
-    return f"{before}{len(paths):,} {files}: {names}" if paths else ""
+    return f"{before}{files}: {names}" if paths else ""
 
 
 # ---- annotated clips -----------------------------------------------------------------------
@@ -158,10 +158,10 @@ def find_files(videos, records):
     if not paths and missing:
         first, entries = records[missing[0]]["id"], visible(videos)
         some = first_few([entry.name for entry in entries])
-        inside = f"contains {len(entries)} other files, for example {some}"
+        inside = f"contains {counted(len(entries), 'other file')}, for example {some}"
         folders = [entry.name for entry in entries if entry.is_dir()]
         raise UserError(
-            f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
+            f"none of the {counted(len(missing), 'clip')} is in --videos {videos}: looked for {first}.webm,"
             f" {first}.mp4, …, but the folder {inside if entries else 'is empty'}"
             + (f"; subfolders such as {folders[0]} are not searched" if folders else "")
         )

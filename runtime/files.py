@@ -139,7 +139,7 @@ def read_text(path, what):
     except IsADirectoryError:
         raise UserError(f"{what} {path} is a folder, but must be a file") from None
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error}") from None
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise _not_utf8(path, what, error.object, error.start) from None
     if "\0" in text[:2]:  # UTF-16 without a byte order mark can be valid UTF-8
@@ -189,8 +189,10 @@ def parse_json_lines(data):
     """
     entries = []
     for line in data.splitlines():
-        with suppress(ValueError):
+        try:
             entries.append(parse_json(line))
+        except ValueError:
+            continue
     return [entry for entry in entries if isinstance(entry, dict)]
 
 

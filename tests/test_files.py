@@ -50,7 +50,7 @@ def test_hidden_files_of_macos_are_not_a_run_or_a_clip(tmp_path):
     make(tmp_path / "world", ".DS_Store")
     toy_ssv2.mark_started(tmp_path / "world", {"clips": 1})
     make(tmp_path / "features", "train/._1.pt")
-    with pytest.raises(UserError, match="1 of 1 clips"):
+    with pytest.raises(UserError, match="1 of 1 clip of"):
         require_features(tmp_path / "features", "train", [record("._1")])
     with pytest.raises(UserError, match="available splits: test"):
         load_records(make(tmp_path / "annotations", "._train.json", "test.json"), "train")
@@ -142,9 +142,9 @@ def test_a_table_that_can_be_read_in_one_way_is_read(tmp_path, text):
             r"must be a list of objects, or one object per row, with the keys v, c",
         ),
         ('[{"v": 1},\n {"v":}]', "valid JSON, line 2: .*, at character 7"),
-        ('{"v": 1}\n3', "not objects, for example line 2"),
+        ('{"v": 1}\n3', "not objects: line 2"),
         ('{\n "v": 1\n}\n{\n "v":\n}', r"line 6: Expecting value, at character 1"),
-        ('{\n "v": 1}\n\n[{"v": 1}]', "not objects, for example line 4"),
+        ('{\n "v": 1}\n\n[{"v": 1}]', "not objects: line 4"),
         ('{"v": ' + 9999 * "[", "cannot be read as JSON"),
         (9999 * "1", "needs a header"),
         ('{"v": ' + 9999 * "1", "cannot be read as JSON"),

@@ -21,7 +21,7 @@ from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
-from runtime.names import from_utf8, list_files
+from runtime.names import counted, from_utf8, list_files
 from viz import draw_text, subtitles
 from windows import output_names
 
@@ -95,7 +95,7 @@ def main(argv=None):
             errors[path] = str(data)
             note(str(data))
     if errors:
-        note(f"{len(errors)} of {len(results)} clips failed")
+        note(f"{len(errors)} of {counted(len(results), 'clip')} failed")
     return FAILED if len(errors) == len(results) else PARTIAL if errors else DONE
 
 
