@@ -345,7 +345,8 @@ def test_a_folder_in_place_of_a_file_is_named(films, few, name, capsys):
     else:
         path.mkdir(parents=True)
     assert cli.exit_code(lambda: films("a"), StopSignals()) == USAGE
-    assert str(path) in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in last and "does not exist" not in last
 
 
 # ---- precision -------------------------------------------------------------------------------
