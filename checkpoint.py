@@ -15,6 +15,7 @@ last.pt also has what a resumed run needs
     scored, bad          step of the last evaluation; consecutive steps that were not finite
     args                 flags
     data, validation     hashes of the training and validation clips and captions
+    sources              of the same clips, see `feature_cache.source_numbers`
 An exported folder (tools/export.py) has the content of best.pt as config.json and model.safetensors.
 """
 
@@ -30,14 +31,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from captioner import MAX_NEW_TOKENS, VideoCaptioner, load_lm
-from dataset import STYLES
+from dataset import STYLES, TRAIN, VALIDATION
 from encoder import VideoEncoder
-from feature_cache import Manifest, is_count
+from feature_cache import Manifest, is_count, source_numbers
 from qformer import QFormer
 from runtime import devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.files import read_json, read_torch
+from runtime.names import counted
 from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
 
 VERSION = 1
@@ -101,8 +103,9 @@ def read_checkpoint(path, flag="--checkpoint"):
     except (TypeError, ValueError, OverflowError, UserError) as error:
         raise CorruptCheckpoint(f"{flag} {path} was not written by train.py: {error}") from None
     if not exported:
-        hub.locate("name", checkpoint["lm"], location)
-        hub.locate("encoder", checkpoint["manifest"].info, location)
+        manifest, lm = checkpoint["manifest"], checkpoint["lm"]
+        hub.locate("name", lm, lm["fingerprint"], location)
+        hub.locate("encoder", manifest.info, manifest.settings.encoder_fingerprint, location)
     return checkpoint
 
 
@@ -296,18 +299,24 @@ class TrainingState:
         return self.best() | self.identity | counters | optimizer
 
 
-def run_identity(flags, train, validation):
-    """Return what must match to resume a run: its flags, and hashes of its clips and captions.
+def run_identity(flags, train, validation, sources):
+    """Return what must match to resume a run: its flags, and hashes of its clips, captions and sources.
 
     train: records. validation: the records that are scored after each epoch, and all records of the
-    split, on which CIDEr counts document frequencies.
+    split, on which CIDEr counts document frequencies. sources: the result of `recorded_sources`.
     """
+    encoded = {TRAIN: train, VALIDATION: validation[0]}
+    numbers = {
+        split: source_numbers(sources, split, [r["id"] for r in records])
+        for split, records in encoded.items()
+    }
     train = [(r["id"], r["label"], r["paraphrases"]) for r in train]
     validation = [[(r["id"], r["label"]) for r in records] for records in validation]
     return {
         "args": {k: v for k, v in flags.items() if k not in MAY_CHANGE},
         "data": json_digest(train),
         "validation": json_digest(validation),
+        "sources": numbers,
     }
 
 
@@ -357,9 +366,9 @@ def resume(state, saved, folder, total):
     fixed, identity = state.fixed, state.identity
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
-    # runs of earlier versions have neither of these
-    added = {"best_loss": math.inf, "validation": identity["validation"]}
-    kinds |= {"best_loss": float, "validation": str}
+    # runs of earlier versions have none of these
+    added = {"best_loss": math.inf} | {key: identity[key] for key in ("validation", "sources")}
+    kinds |= {"best_loss": float, "validation": str, "sources": dict}
     saved = added | saved
     if not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise UserError(
@@ -378,6 +387,7 @@ def resume(state, saved, folder, total):
             "--resume: the validation clips or their captions have changed, so new scores could not be"
             f" compared with that of {folder / BEST}; restore them, or start over with --overwrite"
         )
+    check_sources(identity["sources"], saved["sources"], folder)
     if saved["step"] > total:
         raise UserError(f"--resume: {folder / LAST} is at step {saved['step']} of {total}")
     load_weights(state.model.qformer, saved["qformer"])
@@ -427,6 +437,32 @@ def check_same_flags(now, before, folder):
                 f"--resume: the run in {folder} was started with {flags},"
                 f" not {' x '.join(str(now.get(k)) for k in keys)}"
             )
+
+
+def check_sources(now, before, folder):
+    """Warn if training clips were encoded from other files since the run was saved.
+
+    now, before: {split: numbers of `source_numbers`}. Raises UserError for validation clips.
+    """
+    changed = {}
+    for split, new in now.items():
+        old = before.get(split)
+        if not isinstance(old, torch.Tensor) or (old.dtype, old.shape) != (new.dtype, new.shape):
+            raise UserError(f"--resume: {folder / LAST} has no valid sources of split {split!r}")
+        changed[split] = int(((old != new) & (old != 0) & (new != 0)).sum())
+    if changed[VALIDATION]:
+        clips = counted(changed[VALIDATION], "validation clip was", "validation clips were")
+        raise UserError(
+            f"--resume: {clips} encoded from another file since the run was saved, so new scores could not"
+            f" be compared with that of {folder / BEST}; restore the features, or start over with"
+            " --overwrite"
+        )
+    if changed[TRAIN]:
+        clips = counted(changed[TRAIN], "training clip was", "training clips were")
+        note(
+            f"WARNING: --resume: {clips} encoded from another file since the run was saved; training"
+            " continues with the new features"
+        )
 
 
 def clips_per_step(flags):

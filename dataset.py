@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import load_features, stack_stored
 from runtime import devices, ranks
-from runtime.errors import FAILED, UserError
+from runtime.errors import FAILED, UserError, refuse_file
 from runtime.files import read_json
 from runtime.names import id_problem, list_files
 
@@ -45,13 +45,14 @@ def load_records(annotations, split):
     `placeholders` (list), `paraphrases` (list), `start` and `end` (seconds; the clip is this span of the
     file), and `actions` (list of class names; [] means that there are none, and None that the clip is not
     annotated). Missing values become None, or [] for placeholders and paraphrases.
-    Raises UserError if the file is missing, is not a list of records, contains an id twice, contains
-    control characters, or names a video outside the video folder.
+    Raises UserError if the file is missing, is not a list of records, is empty, contains an id twice,
+    contains control characters, or names a video outside the video folder.
     """
     if problem := id_problem(split):
         raise UserError(f"split {split!r} is not a valid name: it {problem}")
+    refuse_file(annotations, "--annotations")
     path = Path(annotations) / f"{split}.json"
-    if not path.is_file():
+    if not path.exists():
         available = [p.stem for p in list_files(annotations, ".json")]
         raise UserError(
             f"no annotations for split {split!r}: {path} does not exist"
@@ -72,6 +73,8 @@ def load_records(annotations, split):
 
     if not isinstance(records, list):
         raise UserError(f"annotations {path} must contain a JSON list of records")
+    if not records:
+        raise UserError(f"annotations {path} contain no clips. Run prepare_annotations.py again.")
     for i, record in enumerate(records):
         if not is_record(record):
             raise UserError(f"annotations {path}: entry {i} is not a valid record: {record!r:.120}")

@@ -21,6 +21,7 @@ from runtime import devices, hub
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
 from runtime.files import read_json
+from runtime.names import counted
 
 PREPROCESSORS = (
     "video_preprocessor_config.json",
@@ -368,7 +369,7 @@ def note_quantisation(errors):
     if not errors:
         return
     error = sum(errors) / len(errors)
-    text = f"int8 storage: relative error {error:.1%} (mean of the first {len(errors)} clips)"
+    text = f"int8 storage: relative error {error:.1%} (mean of the first {counted(len(errors), 'clip')})"
     if error > MAX_ERROR:
         text = (
             f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"

@@ -30,8 +30,9 @@ from runtime import cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import in_shard, read_json, write_json
-from runtime.names import first_few
+from runtime.names import counted, first_few
 
+SAME_IN_PARTS = ("split", "style", "control", "num_beams", "max_new_tokens", "weights")
 BATCH = 64  # clips per batch, here and in the validation of train.py
 
 
@@ -114,13 +115,16 @@ def main(argv=None):
     if skipped:
         records = [r for r in records if r["id"] in predictions]
         some = first_few(missing)
-        note(f"{skipped} clips have no caption and are left out of the scores, for example {some}")
+        clips = counted(skipped, "clip has no caption and is", "clips have no caption and are")
+        note(f"{clips} left out of the scores, for example {some}")
     output.mkdir(parents=True, exist_ok=True)
     name = result_name(args, skipped)
     if not args.predictions:
         write_predictions(output / f"predictions_{name}.json", predictions)
         note(f"captions written to {output / f'predictions_{name}.json'}")
+    settings = {"split": args.split, "style": args.style, "missing": skipped} | settings
     if args.shard != (0, 1):
+        write_json(output / f"settings_{name}.json", settings)
         note("this is one part; score all parts together with --predictions PART PART …")
         return
 
@@ -136,7 +140,7 @@ def main(argv=None):
     result |= {
         # absolute, because viz.gallery may compare them in another working directory
         "checkpoint": [os.path.abspath(path) for path in args.predictions or []] or args.checkpoint,
-        "settings": {"split": args.split, "style": args.style, "missing": skipped} | settings,
+        "settings": settings,
     }
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
@@ -258,10 +262,12 @@ def caption(captioner, batches, style, max_new_tokens=None, num_beams=1):
         item for part in distributed.all_gather(list(predictions.items())) for item in part
     ]
     if duplicates := len(predictions) - len(dict(predictions)):
-        raise UserError(f"{duplicates} clips were captioned by more than one process", code=FAILED)
+        clips = counted(duplicates, "clip was", "clips were")
+        raise UserError(f"{clips} captioned by more than one process", code=FAILED)
     if cut:
         limit = max_new_tokens or captioner.max_new_tokens
-        note(f"{cut:.0f} of {len(predictions)} captions reached the limit of {limit} tokens")
+        captions = counted(len(predictions), "caption")
+        note(f"{cut:.0f} of {captions} reached the limit of {limit} tokens")
     mean = sums[0] / sums[1] if sums[1] and not without_loss else math.nan
     return dict(predictions), mean if math.isfinite(mean) else None
 
@@ -316,12 +322,34 @@ def write_predictions(path, predictions):
 def read_predictions(paths):
     """Read files in the COCO result format. Returns {id: caption}.
 
-    Raises UserError if a file is not valid or an id occurs more than once.
+    Raises UserError if a file is not valid, if an id occurs more than once, or if parts of a sharded run
+    were made with different checkpoints or settings.
     """
     files = [read_json(path, "predictions") for path in paths]
     if not all(isinstance(entries, list) for entries in files):
         raise UserError(f"predictions {', '.join(paths)} must contain a JSON list in each file")
+    check_parts(paths)
     return metrics.predictions_by_id(list(chain.from_iterable(files)))
+
+
+def check_parts(paths):
+    """Raise UserError if the settings recorded beside the parts of a sharded run are not the same."""
+    first = None
+    for path in map(Path, paths):
+        file = path.with_name("settings_" + path.name.removeprefix("predictions_"))
+        if not file.is_file() or not path.name.startswith("predictions_"):
+            continue
+        settings = read_json(file, "settings")
+        if not isinstance(settings, dict):
+            raise UserError(f"settings {file} must contain a JSON object")
+        settings = {name: settings.get(name) for name in SAME_IN_PARTS}
+        first = first or (path, settings)
+        for name, value in settings.items():
+            if value != first[1][name]:
+                raise UserError(
+                    f"{path} was made with {name} = {value!r}, but {first[0]} with"
+                    f" {first[1][name]!r}; parts must be of one checkpoint and have the same settings"
+                )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shapes: N video tokens, E video width, B clips.
 
 import math
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from runtime import clip_log, distributed
 from runtime.cli import note
-from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory
+from runtime.errors import DONE, FAILED, UserError, out_of_files, out_of_memory, refuse_file
 from runtime.files import read_json, read_torch, torch_bytes, write_atomic
-from runtime.names import first_few, list_names
+from runtime.names import counted, first_few, list_names
 from runtime.sources import Source, has_changed
 
 FORMAT_VERSION = 1
@@ -110,8 +111,9 @@ class Manifest:
 
 def load_manifest(features):
     """Read `<features>/manifest.json`. Raises UserError if it is missing or not valid."""
+    refuse_file(features, "--features")
     path = Path(features) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no feature cache: {path} does not exist. Run preprocess_ssv2.py first.")
     value = read_json(path, "manifest")
     settings = value.get("settings") if isinstance(value, dict) else None
@@ -189,8 +191,17 @@ def recorded_sources(features, part):
     A cache made before sources were recorded has none.
     """
     entries = clip_log.read(features, SOURCES, part)
-    found = {key: Source.parse(entry) for key, entry in entries.items()}
-    return {key: source for key, source in found.items() if source}
+    return {key: found for key, entry in entries.items() if (found := Source.parse(entry))}
+
+
+def source_numbers(sources, split, ids):
+    """Return int64 (clips,), the first 60 bits of the digest of each clip's `Source`, or 0 if unknown.
+
+    sources: the result of `recorded_sources`. The number of a clip changes if it is encoded from another
+    file.
+    """
+    digests = [source and source.digest for source in (sources.get((split, i)) for i in ids)]
+    return torch.tensor([int(d[:15], 16) if d else 0 for d in digests], dtype=torch.int64)
 
 
 def source_entry(key, source):
@@ -311,7 +322,7 @@ def require_features(features, split, records, allow_missing=0):
     missing = [r["id"] for r in records if f"{r['id']}.pt" not in existing]
     if len(missing) > allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(records)} clips of split {split!r} have no features in {root}"
+            f"{len(missing)} of {counted(len(records), 'clip')} of split {split!r} have no features in {root}"
             f" (for example {first_few(missing)}). Run preprocess_ssv2.py --splits {split},"
             " or skip up to N such clips with --allow-missing N."
         )
@@ -322,8 +333,9 @@ def require_features(features, split, records, allow_missing=0):
 def verify(features, keys, paths, part, workers):
     """Check the feature files of clips for damage, wrong shapes and NaN, and print the result.
 
-    keys: (split, id) of the clips of a part, (i, n). paths: {key: path} of the clips to compare with their
-    recorded sources. Returns exit code 1 if any file is damaged or missing or any clip has changed, else 0.
+    keys: (split, id) of the clips of a part, (i, n). paths: {key: path} of the clips that have a file, to
+    compare it with their recorded source, or None to check the features only. Returns exit code 1 if any
+    features are damaged or missing, or any clip has changed or has no file, else 0.
     """
     settings, known = load_manifest(features).settings, recorded_sources(features, part)
 
@@ -332,12 +344,17 @@ def verify(features, keys, paths, part, workers):
             load_features(feature_file(features, *key), key[1], settings)
         except UserError as error:
             return "damaged", str(error)
-        if key in comparable and has_changed(paths[key], known[key]):
+        if paths is None:
+            return None
+        if key not in paths:
+            text = f"clip {key[1]}: it has features, but its file is not in --videos"
+            return "without a file", text
+        if key in known and has_changed(paths[key], known[key]):
             path = paths[key]
             return "changed", f"clip {key[1]}: {path} has changed since its features were computed"
 
     have = complete(features, keys)
-    comparable = have & paths.keys() & known.keys()
+    unrecorded = have & paths.keys() - known.keys() if paths else set()
     with ThreadPoolExecutor(max(1, workers)) as threads:
         found = threads.map(check, sorted(have))
         bad = list(filter(None, tqdm(found, total=len(have), unit="file", mininterval=1)))
@@ -346,14 +363,15 @@ def verify(features, keys, paths, part, workers):
         note(text)
     if len(bad) > 20:
         note(f"… and {len(bad) - 20} more")
-    counts = distributed.sums(len(have), len(keys), len(comparable), len(paths))
-    have, wanted, compared, clips = map(int, counts)
-    if clips and compared < have:
+    sums = distributed.sums(len(have), len(keys), len(unrecorded))
+    have, wanted, unrecorded = map(int, sums)
+    if unrecorded:
+        clips = counted(unrecorded, "clip was", "clips were")
         note(
-            f"{have - compared:,} clips were not compared with their files, which are not in --videos or"
-            " were not recorded when the clip was encoded"
+            f"{clips} not compared with the files, because {SOURCES}.jsonl has no valid line for them"
         )
-    damaged, changed = (sum(kind == k for kind, _ in bad) for k in ("damaged", "changed"))
-    text = f"{have - len(bad):,} intact, {damaged:,} damaged, {wanted - have:,} missing"
-    print(text + (f", {changed:,} changed" if clips else ""))
+    kinds = Counter(kind for kind, _ in bad)
+    text = f"{have - len(bad):,} intact, {kinds['damaged']:,} damaged, {wanted - have:,} missing"
+    more = () if paths is None else ("changed", "without a file")
+    print(", ".join([text, *(f"{kinds[kind]:,} {kind}" for kind in more)]))
     return FAILED if bad or have < wanted else DONE

@@ -23,6 +23,7 @@ from runtime.cli import note
 from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_json
+from runtime.names import counted, to_utf8
 from windows import Windowing, add_flags, caption_files, output_names
 
 
@@ -78,16 +79,17 @@ def main(argv=None):
             results.append(result)
             if problem := result.get("error") or result.get("warning"):
                 note(f"{result['path']}: {problem}")
-            for line in [json.dumps(result)] if args.json else text_lines(result):
+            for line in [json.dumps(as_json(result))] if args.json else text_lines(result):
                 print(line, flush=True)
     finally:  # if the script is stopped, write the results so far
         if output:
             save_results(output, results, copy_clips=bool(args.num_samples))
     if captioner.cut_captions:
-        note(f"{captioner.cut_captions} captions reached the limit of --max-new-tokens")
+        captions = counted(captioner.cut_captions, "caption")
+        note(f"{captions} reached the limit of --max-new-tokens")
     failed = sum("error" in r for r in results)
     if failed:
-        note(f"{failed} of {len(results)} clips failed")
+        note(f"{failed} of {counted(len(results), 'clip')} failed")
     return FAILED if failed == len(results) else PARTIAL if failed else DONE
 
 
@@ -116,11 +118,16 @@ def text_lines(result):
         yield f"{path}\t{result['caption']}"
 
 
+def as_json(result):
+    """Return the result of one file with its path as JSON files have it, in UTF-8."""
+    return result | {"path": to_utf8(result["path"])}
+
+
 def save_results(output, results, copy_clips):
     """Write captions.json and, if `copy_clips`, copy the captioned clips into the same folder."""
     output.mkdir(parents=True, exist_ok=True)
     # absolute paths, so that viz.films finds the clips from every working directory
-    absolute = [r | {"path": os.path.abspath(r["path"])} for r in results]
+    absolute = [as_json(r | {"path": os.path.abspath(r["path"])}) for r in results]
     write_json(output / "captions.json", absolute)
     paths = [Path(r["path"]) for r in results if copy_clips and "error" not in r]
     # clips of different folders may have the same name

@@ -22,7 +22,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from runtime.caption_tokens import CHARACTERS, normalise, tokenize
 from runtime.errors import UserError
 from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
-from runtime.names import first_few
+from runtime.names import counted, first_few
 from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
 
 RESAMPLES = 1000
@@ -110,8 +110,11 @@ class Cider:
 
 
 def exact_match(hypotheses, references):
-    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}."""
-    return {i: float(hypotheses[i] in texts) for i, texts in references.items()}
+    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}.
+
+    Texts without tokens, such as "..." and "!", are equal to no other.
+    """
+    return {i: float(hypotheses[i] in filter(None, texts)) for i, texts in references.items()}
 
 
 def placeholder_match(hypotheses, records, tokens):
@@ -264,12 +267,13 @@ def references_of(records, style):
 def _check(predictions, references, style):
     """Raise UserError unless clips and predictions match, and all clips have references or none has."""
     n, without = len(references), [i for i, texts in references.items() if not texts]
+    clips = counted(n, "clip has", "clips have")
     problems = {
-        f"{n} clips have no prediction": [i for i in references if i not in predictions],
+        f"{clips} no prediction": [i for i in references if i not in predictions],
         f"{len(predictions)} predictions are for clips that are not in the annotations": [
             i for i in predictions if i not in references
         ],
-        f"{n} clips have no {style} caption": without if len(without) < n else [],
+        f"{clips} no {style} caption": without if len(without) < n else [],
     }
     for problem, ids in problems.items():
         if ids:
@@ -309,9 +313,8 @@ def _skipped(records, split, style, templates, most_frequent, with_meteor):
         skipped.setdefault("placeholder_match", "the clips have no placeholders")
     others = sum(any(map(NOT_LATIN.search, texts)) for texts in split.values())
     if others > ENGLISH * len(split):
-        reason = (
-            f"defined for English; {others} of {len(split)} clips have references in other scripts"
-        )
+        clips = counted(len(split), "clip has", "clips have")
+        reason = f"defined for English; {others} of {clips} references in other scripts"
         skipped.setdefault("METEOR", reason)
     if len(records) == 1:
         skipped["shuffled"] = "there is only one clip"
@@ -469,12 +472,15 @@ def table(result):
         interval = " - ".join(cell(x) for x in result["ci95"].get(name, ()))
         rows.append([name, cell(value), interval, *(cell(c.get(name)) for c in controls.values())])
     scale = "CIDEr is on a 0-10 scale (papers print it x100)"
-    lines = [f"{result['n']} clips, tokenizer {result['tokenizer']}; {scale}"]
+    lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
     if result["controls"].get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
     if CHARACTERS in result["tokenizer"]:
-        lines.append("characters: scripts without spaces between words are scored by character")
-    lines += [f"{name}: mean over {count} clips" for name, count in result["counts"].items()]
+        lines.append(
+            "characters: scripts without spaces between words, and captions of emoji, are scored by"
+            " character"
+        )
+    lines += [f"{name}: mean over {counted(n, 'clip')}" for name, n in result["counts"].items()]
     reasons = defaultdict(list)
     for name, reason in result["skipped"].items():
         reasons[reason].append(name)

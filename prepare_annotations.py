@@ -19,9 +19,9 @@ from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
 from metrics import canonical
 from runtime import cli
 from runtime.cli import note
-from runtime.errors import UserError, refuse
+from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
-from runtime.names import first_few, id_problem, list_files, normal_form, safe_id, visible
+from runtime.names import counted, first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
 
 PARAPHRASES = "data/paraphrases"
@@ -147,6 +147,7 @@ def read_labels(folder):
         "--labels",
         "This must be the SSv2 folder that contains train.json, validation.json and labels.json.",
     )
+    refuse_file(folder, "--labels")
     files = {}
     for path in list_files(folder, ".json"):
         split = path.stem.removeprefix(PREFIX)
@@ -169,7 +170,9 @@ def read_labels(folder):
     for split, records in splits.items():
         for r in records:
             if r["id"] in owner:
-                twice.append(f"{r['id']} ({owner[r['id']]} and {split})")
+                first = owner[r["id"]]
+                where = f"twice in {split}" if first == split else f"{first} and {split}"
+                twice.append(f"{r['id']} ({where})")
             owner[r["id"]] = split
     refuse(twice, "ids occur more than once")
     for name in ("test-answers.csv", f"{PREFIX}test-answers.csv"):
@@ -179,7 +182,10 @@ def read_labels(folder):
 
 
 def is_split(path):
-    """Return True for test.json and for JSON lists of objects with an id, else False with a note."""
+    """Return True for test.json and for JSON lists of objects with an id, else False with a note.
+
+    An empty list is not a split.
+    """
     if path.stem.removeprefix(PREFIX) == TEST:
         return True
     try:
@@ -187,7 +193,8 @@ def is_split(path):
     except UserError as error:
         note(f"note: skipped a file: {error}")
         return False
-    if isinstance(entries, list) and all(isinstance(e, dict) and "id" in e for e in entries):
+    is_list = isinstance(entries, list) and entries
+    if is_list and all(isinstance(e, dict) and "id" in e for e in entries):
         return True
     note(f"note: skipped {path}: it is not a list of clips with an id")
     return False
@@ -198,6 +205,10 @@ def read_split(path):
     entries = read_json(path, "labels")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise UserError(f"labels {path} must contain a JSON list of objects with an id")
+    if not entries:
+        raise UserError(
+            f"labels {path} contains an empty list, but a split needs at least one clip"
+        )
     ids = [
         normal_form(str(i)) if isinstance(i := e.get("id"), str | int) else None for e in entries
     ]
@@ -267,8 +278,10 @@ def add_paraphrases(splits, pattern):
                 records[clip_id]["paraphrases"] = [t for t in map(clean, texts) if t]
     refuse(twice, "ids have paraphrases in more than one file")
     if unknown:
-        note(f"note: skipped the paraphrases of {unknown} ids that are in no split")
-    note(f"read paraphrases from {len(files)} files")
+        note(
+            f"note: skipped the paraphrases of {counted(unknown, 'id that is', 'ids that are')} in no split"
+        )
+    note(f"read paraphrases from {counted(len(files), 'file')}")
 
 
 # ---- your own clips ------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
-from runtime.names import first_few, list_names, visible
+from runtime.names import counted, first_few, list_names, visible
 
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
 
@@ -115,7 +115,7 @@ def main(argv=None):
     with distributed.joined():
         part = ranks.share_of_shard(*args.shard)
         if args.verify:
-            paths = files_of_part(args.videos, records, part)[0] if args.videos else {}
+            paths = files_of_part(args.videos, records, part)[0] if args.videos else None
             return verify(Path(args.features), in_part(records, part), paths, part, args.workers)
         paths, missing = files_of_part(args.videos or cli.VIDEOS, records, part)
         device, dtype = devices.resolve(args.device, args.dtype)
@@ -147,21 +147,27 @@ class Work(NamedTuple):
 
     todo: {key: path} of the clips to encode. changed: the keys of those that have features of an earlier
     version of the file. sources: {key: `Source`} of the clips in the cache. unrecorded: the number of them
-    whose source was not recorded until now.
+    whose source was not recorded until now. without_file: the number of clips with features, but no file.
     """
 
     todo: dict
     changed: set
     sources: dict
     unrecorded: int
+    without_file: int
 
 
-def find_work(features, paths, part):
-    """Compare the clips of one part, {key: path}, with the cache. Returns a `Work`."""
+def find_work(features, paths, missing, part):
+    """Compare the clips of one part, {key: path} and the keys without a file, with the cache.
+
+    Returns a `Work`.
+    """
     known, encoded = recorded_sources(features, part), complete(features, paths)
     changed, current = sources.compare({key: paths[key] for key in encoded}, known)
     todo = {key: path for key, path in paths.items() if key not in encoded - changed}
-    return Work(todo, changed, known | current, sum(key not in known for key in current))
+    unrecorded = sum(key not in known for key in current)
+    without_file = len(complete(features, missing))
+    return Work(todo, changed, known | current, unrecorded, without_file)
 
 
 def fill(args, features, part, paths, missing, device, dtype):
@@ -170,11 +176,12 @@ def fill(args, features, part, paths, missing, device, dtype):
     part: this process's share of --shard, as (i, n). paths: {key: path} of the clips in this part.
     missing: the keys of the clips in this part that have no file.
     """
-    work = find_work(features, paths, part)
-    note_counts(*map(int, distributed.sums(*counts(paths, missing, work))))
-    encoder = matching_encoder(args, features, device, dtype, needed=bool(work.todo))
-    clear(features, args.splits, part)
+    check_cache(args, features, dtype)
     failures = old_failures(features, part, {*paths, *missing})
+    work = find_work(features, paths, missing, part)
+    note_counts(*map(int, distributed.sums(*counts(paths, missing, work))))
+    encoder = matching_encoder(args, features, device, dtype) if work.todo else None
+    clear(features, args.splits, part)
     entries = {key: source_entry(key, source) for key, source in work.sources.items()}
     with (
         clip_log.appending(features, FAILURES, args.shard, part, failures) as log_failure,
@@ -190,21 +197,28 @@ def fill(args, features, part, paths, missing, device, dtype):
 def counts(paths, missing, work):
     """Return the arguments of `note_counts` for one part."""
     encoded = len(paths) - len(work.todo)
-    return len(paths), len(missing), encoded, len(work.changed), work.unrecorded
+    return (
+        *(len(paths), len(missing), encoded),
+        *(len(work.changed), work.unrecorded, work.without_file),
+    )
 
 
-def note_counts(found, missing, encoded, changed, unrecorded):
-    note(f"{found:,} clips found, {missing:,} missing, {encoded:,} already encoded")
+def note_counts(found, missing, encoded, changed, unrecorded, without_file):
+    note(f"{counted(found, 'clip')} found, {missing:,} missing, {encoded:,} already encoded")
     if changed:
-        note(
-            f"{changed:,} clips have changed since they were encoded; they are encoded again, and their"
-            " features are replaced one by one"
+        clips = counted(
+            changed, "clip has changed since it was", "clips have changed since they were"
         )
+        note(f"{clips} encoded; new features replace the old ones one by one")
     if unrecorded:
+        clips = counted(unrecorded, "clip has", "clips have")
         note(
-            f"{unrecorded:,} clips were encoded by a version that did not record their files; their"
-            " features are kept, and later changes to the files will be noticed"
+            f"{clips} features but no valid line in {SOURCES}.jsonl, as in caches of earlier versions; the"
+            " features are kept as those of the present files, and later changes will be noticed"
         )
+    if without_file:
+        clips = counted(without_file, "missing clip has", "missing clips have")
+        note(f"{clips} features of an earlier run, which are kept and used in training")
 
 
 def old_failures(features, part, clips):
@@ -226,35 +240,45 @@ def clear(features, splits, part):
         remove_unfinished(features)
 
 
-def matching_encoder(args, features, device, dtype, needed=True):
-    """Load the encoder and check its settings against those of the cache. Write a new cache's manifest.
-
-    Returns None if the encoder is not needed. Raises UserError if the settings differ, before the
-    encoder is loaded if possible.
-    """
-    wanted = {
+def flag_settings(args):
+    """Return the values of `Settings` that the flags give."""
+    return {
         "num_frames": args.num_frames,
         "sampling": "still" if args.still else "bin_centres",
         "resize": args.resize,
         "pool": args.pool,
         "store": args.store,
     }
-    existing = load_manifest(features).settings if (features / MANIFEST).is_file() else None
+
+
+def check_cache(args, features, dtype):
+    """Raise UserError if the settings that are known without loading the encoder differ from the cache's."""
+    existing = existing_settings(features)
     if not existing and any(list_names(folder, ".pt") for folder in visible(features)):
         raise UserError(
             f"{features} contains features but no {MANIFEST}, which records how they were made: restore"
             " it, or use another folder"
         )
-    if existing:  # first compare the settings that are known without loading the encoder
-        known = wanted | {
+    if existing:
+        known = flag_settings(args) | {
             "compute_dtype": str(dtype).removeprefix("torch."),
             "encoder_fingerprint": hub.fingerprint(hub.find_model(args.encoder, "--encoder")),
         }
         replace(existing, **known).check_same(existing, f"the cache {features}")
-    if not needed:
-        return None
 
-    encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **wanted)
+
+def existing_settings(features):
+    """Return the `Settings` of the cache, or None if it has no manifest yet."""
+    return load_manifest(features).settings if (features / MANIFEST).exists() else None
+
+
+def matching_encoder(args, features, device, dtype):
+    """Load the encoder and check its settings against those of the cache. Write a new cache's manifest.
+
+    Raises UserError if the settings differ.
+    """
+    existing = existing_settings(features)
+    encoder = VideoEncoder.from_pretrained(args.encoder, device, dtype, **flag_settings(args))
     if not existing and not args.dry_run:
         # without the date, so that caches of the same features are byte-identical
         versions = {name: version(name) for name in ("torch", "transformers", "av")}
@@ -304,7 +328,8 @@ def dry_run(args, records):
     paths, missing = files_of_part(args.videos or cli.VIDEOS, records, args.shard)
     device, dtype = devices.resolve(args.device, args.dtype)
     features = cli.output_folder(args.features, "--features")
-    work = find_work(features, paths, args.shard)
+    check_cache(args, features, dtype)
+    work = find_work(features, paths, missing, args.shard)
     note_counts(*counts(paths, missing, work))
     encoder = matching_encoder(args, features, device, dtype)
     print_disk(encoder.settings, len(work.todo), features)
@@ -321,7 +346,7 @@ def print_disk(settings, clips, features):
     one = len(torch_bytes(stored))
     needed, free = one * clips, shutil.disk_usage(nearest_folder(features)).free
     print(f"bytes per clip   {one:,}")
-    print(f"bytes needed     {needed:,} for {clips:,} clips, {free:,} free")
+    print(f"bytes needed     {needed:,} for {counted(clips, 'clip')}, {free:,} free")
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
 
@@ -332,9 +357,11 @@ def print_time(encoder, todo, batch_size, pool):
     start = time.perf_counter()
     results = dict(encode_files(encoder, sample, batch_size, pool))
     seconds = (time.perf_counter() - start) / len(sample) * len(todo)
-    print(f"estimated time   {hours(seconds)}, from {len(sample)} timed clips including start-up")
+    print(
+        f"estimated time   {hours(seconds)}, from {counted(len(sample), 'timed clip')} including start-up"
+    )
     if failed := sum(isinstance(result, VideoError) for result in results.values()):
-        print(f"failed           {failed} of the {len(sample)} timed clips")
+        print(f"failed           {failed} of {counted(len(sample), 'timed clip')}")
 
 
 def hours(seconds):

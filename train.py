@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import fmean, median
 
 import torch
@@ -42,7 +43,13 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_loader, score, to_device, write_predictions
-from feature_cache import Manifest, channel_statistics, load_manifest, require_features
+from feature_cache import (
+    Manifest,
+    channel_statistics,
+    load_manifest,
+    recorded_sources,
+    require_features,
+)
 from optim import (
     CLIPS_PER_STEP,
     average_and_clip,
@@ -57,6 +64,7 @@ from runtime import cli, dashboard, devices, distributed, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import FAILED, SIGNALLED, UserError
 from runtime.files import write_json
+from runtime.names import counted
 from runtime.run_folder import BEST
 from viz import curves
 
@@ -308,7 +316,10 @@ def build(args, data, recipe, device, dtype):
             model, data.manifest, args.lm, lm_fingerprint, templates, styles
         ),
         identity=checkpoint.run_identity(
-            vars(args), data.train, (data.subset, data.all_validation)
+            vars(args),
+            data.train,
+            (data.subset, data.all_validation),
+            recorded_sources(Path(data.features), (0, 1)),
         ),
     )
 
@@ -510,15 +521,16 @@ def print_plan(model, data, recipe):
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
     per_epoch = sum(min(k, 1 + len(r["paraphrases"])) for r in data.train)
     clips, step = len(data.train), recipe.batch_size * recipe.grad_accum
+    steps = recipe.epochs * recipe.steps_per_epoch(clips)
     note(
         f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
         f"clips        {clips:,} training, {len(data.validation):,} validation"
         f" ({len(data.subset):,} scored each epoch)\n"
-        f"captions     {clips:,} labels, {paraphrases:,} paraphrases,"
+        f"captions     {counted(clips, 'label')}, {counted(paraphrases, 'paraphrase')},"
         f" {per_epoch / clips:.3g} per clip and epoch"
         f"{'' if paraphrases else ', so --style sentence is not trained'}\n"
-        f"step         {recipe.batch_size} x {recipe.grad_accum} = {step} clips,"
-        f" {recipe.epochs * recipe.steps_per_epoch(clips):,} steps in {recipe.epochs} epochs\n"
+        f"step         {recipe.batch_size} x {recipe.grad_accum} = {counted(step, 'clip')},"
+        f" {counted(steps, 'step')} in {counted(recipe.epochs, 'epoch')}\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
         f" {settings.clip_bytes * (clips + len(data.validation)) / 1e9:.1f} GB"
     )
@@ -531,29 +543,29 @@ def time_steps(model, data, recipe):
     computing, waiting = [], []
     began = time.perf_counter()
     with closing(training_steps(data, recipe, model.tokenizer, model.device, 0)) as steps:
-        count = min(total, TIMED_STEPS)
+        timed = min(total, TIMED_STEPS)
         for *_, micro_batches in tqdm(
-            islice(steps, count), "timing", count, leave=False, unit="step"
+            islice(steps, timed), "timing", timed, leave=False, unit="step"
         ):
             accumulate(model, micro_batches)
             model.qformer.zero_grad()
             seconds, began = time.perf_counter() - began, time.perf_counter()
             computing.append(seconds - micro_batches.seconds_waiting)
             waiting.append(micro_batches.seconds_waiting)
-    if count > WARM_UP_STEPS:
+    if timed > WARM_UP_STEPS:
         computing, waiting = computing[WARM_UP_STEPS:], waiting[WARM_UP_STEPS:]
     # Workers deliver batches in bursts, so only a few steps wait. A median would ignore them.
     wait = fmean(waiting)
     step = median(computing) + wait
     print(
-        f"estimated time {step * total / 3600:.2f} h: {total:,} steps of {step:.2f} s,"
+        f"estimated time {step * total / 3600:.2f} h: {counted(total, 'step')} of {step:.2f} s,"
         f" {100 * wait / step:.0f} % of it waiting for data"
     )
     clips = data.subset[: VALIDATION_BATCH * ranks.world_size()]
     began = time.perf_counter()
     caption(model, validation_loader(model, data, clips), "label")
     seconds = time.perf_counter() - began
-    print(f"validation     {seconds:.1f} s per batch of {len(ranks.share(clips))} clips")
+    print(f"validation     {seconds:.1f} s per batch of {counted(len(ranks.share(clips)), 'clip')}")
     if devices.on_gpu(model.device):
         used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
         print(f"GPU memory     {used:.1f} GB peak, {reserved:.1f} GB reserved by torch")

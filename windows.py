@@ -15,6 +15,7 @@ from feature_cache import stack_stored
 from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import VideoError
+from runtime.names import counted, from_utf8, to_utf8
 
 MAX_WINDOWS = 100_000  # per file; 28 hours with one window per second
 STEM_BYTES = 100  # of the 255 bytes of a file name, to leave room for suffixes
@@ -199,7 +200,7 @@ def description(path, pairs):
     damage = dict.fromkeys(w.damage for w, _ in captioned if w.damage)
     problems = [f"{text}; the caption covers the readable part" for text in damage]
     if failed := len(pairs) - len(captioned):
-        problems.insert(0, f"{failed} of {len(pairs)} windows could not be decoded")
+        problems.insert(0, f"{failed} of {counted(len(pairs), 'window')} could not be decoded")
     return result | ({"warning": "; ".join(problems)} if problems else {})
 
 
@@ -211,7 +212,8 @@ def output_names(paths):
     """
     names, taken = [], {path.stem for path in paths}
     for path in paths:
-        stem = cli.printable(path.stem).encode()[:STEM_BYTES].decode(errors="ignore")
+        stem = cli.printable(to_utf8(path.stem)).encode()[:STEM_BYTES].decode(errors="ignore")
+        stem = from_utf8(stem)
         numbered = (f"{stem}-{n}" for n in count(2))
         name = stem if stem not in names else next(n for n in numbered if n not in taken)
         taken.add(name)

@@ -33,7 +33,7 @@ import train
 from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
 from feature_cache import load_manifest
-from runtime import cli, run_log
+from runtime import cli, hub, run_log
 from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
@@ -101,11 +101,25 @@ class Study:
         steps = parsed.epochs * math.ceil(self.clips / (parsed.batch_size * parsed.grad_accum))
         return [*flags, "--warmup-steps", str(steps // 9), "--seed", str(seed)]
 
+    def inputs(self, name, seed):
+        """Return what the result of a run depends on, apart from the code."""
+        settings = load_manifest(self.data / ROWS[name].cache).settings
+        return {
+            "flags": self.flags(name, seed),
+            "change": ROWS[name].change,
+            "models": [settings.encoder_fingerprint, hub.fingerprint(self.data / "lm")],
+        }
+
     def result(self, name, seed):
-        """Return the result of a run with exactly these flags, or None."""
+        """Return the result of a run with exactly these inputs, or None.
+
+        Older results have only the flags.
+        """
         path = self.folder(name, seed) / "result.json"
         result = read_json(path, "result") if path.is_file() else {}
-        return result if result.get("flags") == self.flags(name, seed) else None
+        inputs = self.inputs(name, seed) if "flags" in result else {}
+        same = inputs and all(result.get(key, value) == value for key, value in inputs.items())
+        return result if same else None
 
 
 def parse_args(argv=None):
@@ -195,7 +209,7 @@ def run_row(study, name, seed):
         evaluate.main([*score, "--workers", "0", "--device", "cpu"])
     result = read_run(folder, statistics.median(seconds))
     result["right"] = share_right(study.data, folder / "predictions_validation.json")
-    write_json(folder / "result.json", {"seed": seed, **result, "flags": flags})
+    write_json(folder / "result.json", {"seed": seed, **result, **study.inputs(name, seed)})
 
 
 @contextmanager

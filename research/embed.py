@@ -33,6 +33,7 @@ from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import write_atomic
+from runtime.names import counted, to_utf8
 from viz.draw_text import require
 
 MAX_TEXT = 200  # tokens of --text
@@ -160,8 +161,9 @@ def embed_split(args, checkpoint, clips):
     captioner = load_captioner(checkpoint, *devices.resolve(args.device, args.dtype), args.lm)
     embeddings.write(path, captioner, checkpoint, clips)
     count = len(clips.records)
-    print(json.dumps({"output": str(path), "clips": count}) if args.json else path)
-    note(f"{count:,} clips, {len(embeddings.KINDS)} vectors each: {', '.join(embeddings.KINDS)}")
+    print(json.dumps({"output": to_utf8(path), "clips": count}) if args.json else path)
+    kinds = embeddings.KINDS
+    note(f"{counted(count, 'clip')}, {len(kinds)} vectors each: {', '.join(kinds)}")
 
 
 def query(args):
@@ -188,7 +190,7 @@ def query(args):
         answered += len(decoded)
         nearest = retrieval.nearest(rows[args.kind], vectors, args.count)
         for w, indices, cosines in zip(decoded, *nearest, strict=True):
-            source = {"path": str(paths[w.file])}
+            source = {"path": to_utf8(paths[w.file])}
             source |= {} if w.alone else {"start": w.start, "end": w.end}
             found = zip(indices.tolist(), cosines.tolist(), strict=True)
             print_clips(source, [(ids[n], c, labels.get(ids[n])) for n, c in found], args.json)
@@ -232,12 +234,13 @@ def score(args):
     embeddings.check_current(path, ids, split, args.features)
     known = {r["id"]: r for r in load_records(args.annotations, split)}
     if unknown := [i for i in ids if i not in known]:
-        raise UserError(f"{path} has {len(unknown)} clips that are not in {args.annotations}")
+        clips = counted(len(unknown), "clip that is", "clips that are")
+        raise UserError(f"{path} has {clips} not in {args.annotations}")
     by_kind["chance"] = retrieval.chance(by_kind["features"].shape, args.seed)
     by_kind = {kind: vectors[: args.limit] for kind, vectors in by_kind.items()}
     records = [known[i] for i in ids[: args.limit]]
     rows = retrieval.score_kinds(by_kind, records, args.seed)
-    note(f"{len(records):,} clips of {path}")
+    note(f"{counted(len(records), 'clip')} of {path}")
     print(json.dumps(rows) if args.json else retrieval.format_scores(rows))
 
 
@@ -267,12 +270,14 @@ def match(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, scenes.draw(similarity, spans_a, spans_b, found, names))
     if args.json:
-        print(json.dumps({"films": [str(p) for p in paths], "scenes": [asdict(s) for s in found]}))
+        print(
+            json.dumps({"films": [to_utf8(p) for p in paths], "scenes": [asdict(s) for s in found]})
+        )
     else:
         for s in found:
             times = (clock(t) for t in (s.start_a, s.end_a, s.start_b, s.end_b))
             print("{}-{}\t{}-{}\t{:.3f}".format(*times, s.score))
-    note(f"{len(found)} scenes of {names[0]} are also in {names[1]}; picture: {output}")
+    note(f"{counted(len(found), 'scene')} of {names[0]} found in {names[1]}; picture: {output}")
 
 
 def clock(seconds):
@@ -306,7 +311,7 @@ def words(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, draw_words(table, f"{printable(path.name)}: {caption}"))
     if args.json:
-        print(json.dumps({"path": str(path), "caption": caption, "queries": table}))
+        print(json.dumps({"path": to_utf8(path), "caption": caption, "queries": table}))
         return
     print(printable(path, keep=""), caption, sep="\t")
     for n, row in enumerate(table):

@@ -24,6 +24,7 @@ from feature_cache import Settings, recorded_sources
 from runtime.cli import note, printable
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.files import parse_json, temporary_name
+from runtime.names import counted
 
 # Ordered from least to most dependent on training for captions
 KINDS = {
@@ -123,7 +124,9 @@ def embed_film(path, encoder, captioner, windowing, limit=None):
     if not parts:
         raise UserError(str(errors[0]), code=FAILED)
     if errors:
-        note(f"skipped {len(errors)} of {len(read)} windows; the first error: {errors[0]}")
+        note(
+            f"skipped {len(errors)} of {counted(len(read), 'window')}; the first error: {errors[0]}"
+        )
     decoded, whole = [not w.error for w in read], {}
     for kind in KINDS:
         rows = np.concatenate([part[kind] for part in parts])

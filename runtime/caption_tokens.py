@@ -56,14 +56,15 @@ def tokenize(texts, time_limit):
     """Tokenise and lower-case captions and drop punctuation, as pycocoevalcap's PTBTokenizer does.
 
     Scripts that put no spaces between words, such as Chinese, Japanese and Thai, are split into
-    characters. Words of scripts that Java's tokenizer does not know are split at spaces.
+    characters, and so are texts with nothing but emoji. Words of scripts that Java's tokenizer does not
+    know are split at spaces.
 
     time_limit: seconds for Java. Returns ({text: tokens joined by spaces}, tokenizer, reason). The
     tokenizer is "ptb" and the reason None, or, if Java fails, the tokenizer is "simple" and the reason
     is the error. If any text was split into characters, the tokenizer ends in "+characters". Predictions
     and references must be tokenised in one call, because the two tokenizers differ.
     """
-    parts = {text: _parts(clean(text)) for text in sorted(set(texts))}
+    parts = {text: _parts(clean(text)) or _emoji(text) for text in sorted(set(texts))}
     spaced = sorted({part for some in parts.values() for part, known in some if known}) or [""]
     tokenizer, reason = "ptb", None
     try:
@@ -76,9 +77,14 @@ def tokenize(texts, time_limit):
         text: " ".join(filter(None, (tokens[part] if known else part for part, known in some)))
         for text, some in parts.items()
     }
-    if any(is_unspaced(part) for some in parts.values() for part, _ in some):
+    if any(is_unspaced(part) or _emoji(part) for some in parts.values() for part, _ in some):
         tokenizer += CHARACTERS
     return tokenised, tokenizer, reason
+
+
+def _emoji(text):
+    """Split the emoji of a text into parts, as `_parts` does. Other texts lose their emoji in `clean`."""
+    return [(c, False) for c in text if c > "\uffff" and unicodedata.category(c)[0] == "S"]
 
 
 def _parts(text):

@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 from runtime import ranks, start
-from runtime.errors import DONE, FAILED, SIGNALLED, Stopped, UserError, explain
+from runtime.errors import (
+    DONE,
+    FAILED,
+    SIGNALLED,
+    USAGE,
+    WRONG_KIND,
+    Stopped,
+    UserError,
+    explain,
+)
 from runtime.stop_signals import StopSignals
 
 # Defaults that several scripts share, for Something-Something-V2
@@ -85,7 +94,7 @@ def exit_code(main, signals):
             raise
         if why is not None:
             fail(why)
-        return FAILED
+        return USAGE if isinstance(error, WRONG_KIND) else FAILED
 
 
 def fail(why):

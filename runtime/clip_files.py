@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from runtime.cli import note
-from runtime.errors import UserError
-from runtime.names import first_few, normal_form, visible
+from runtime.errors import UserError, refuse_file
+from runtime.names import counted, first_few, normal_form, to_utf8, visible
 
 # Endings that decide without opening a file. With any other, the first bytes decide: a .ts file, for
 # example, is MPEG or TypeScript.
@@ -93,9 +93,9 @@ def find_clips(names):
 
 
 def _examples(paths, before):
-    files = "file that is not a video" if len(paths) == 1 else "files that are not videos"
+    files = counted(len(paths), "file that is not a video", "files that are not videos")
     names = first_few([path.name for path in paths])
-    return f"{before}{len(paths):,} {files}: {names}" if paths else ""
+    return f"{before}{files}: {names}" if paths else ""
 
 
 # ---- annotated clips -----------------------------------------------------------------------
@@ -118,8 +118,7 @@ def file_finder(videos):
     @cache
     def listed(folder):
         entries = visible(folder)
-        # on disk names are UTF-8, also if the locale has another encoding
-        forms = {os.fsencode(e.name).decode(errors="surrogateescape"): e for e in entries}
+        forms = {to_utf8(e.name): e for e in entries}
         return {_folded(name): e for name, e in forms.items()} | {e.name: e for e in entries}
 
     def locate(name):
@@ -146,6 +145,7 @@ def find_files(videos, records):
 
     videos: the video folder; records: {key: record}. Raises UserError if no clip has a file.
     """
+    refuse_file(videos, "--videos")
     if not videos.is_dir():
         raise UserError(
             f"--videos not found: {videos}. This must be the folder that contains the clips,"
@@ -158,10 +158,10 @@ def find_files(videos, records):
     if not paths and missing:
         first, entries = records[missing[0]]["id"], visible(videos)
         some = first_few([entry.name for entry in entries])
-        inside = f"contains {len(entries)} other files, for example {some}"
+        inside = f"contains {counted(len(entries), 'other file')}, for example {some}"
         folders = [entry.name for entry in entries if entry.is_dir()]
         raise UserError(
-            f"none of the {len(missing)} clips is in --videos {videos}: looked for {first}.webm,"
+            f"none of the {counted(len(missing), 'clip')} is in --videos {videos}: looked for {first}.webm,"
             f" {first}.mp4, …, but the folder {inside if entries else 'is empty'}"
             + (f"; subfolders such as {folders[0]} are not searched" if folders else "")
         )

@@ -9,34 +9,40 @@ from contextlib import contextmanager, suppress
 from operator import itemgetter
 
 from runtime import distributed, ranks
+from runtime.cli import note
 from runtime.files import in_shard, json_line, parse_json_lines, write_atomic
-from runtime.names import id_problem
+from runtime.names import counted, id_problem
 
 
 def read(features, name, part):
     """Return {(split, id): entry} of the clips in a part, given as (i, n).
 
-    Lines that are not valid, such as one truncated by a kill, are skipped. Of several entries for one
-    clip the last counts, that in the most recently modified file first.
+    Lines that are not valid are skipped with a warning, except for an unfinished last line, which a kill
+    leaves. Of several entries for one clip the last counts, that in the most recently modified file first.
     """
     files = []
     for path in (features / f"{name}.jsonl", *features.glob(f"{name}_part*of*.jsonl")):
         with suppress(FileNotFoundError):  # another shard may merge and delete its files meanwhile
-            files.append((path.stat().st_mtime_ns, path.read_bytes()))
+            files.append((path.stat().st_mtime_ns, path, path.read_bytes()))
     entries = {}
-    for _, data in sorted(files, key=itemgetter(0)):
-        entries |= parse(data)
+    for _, path, data in sorted(files, key=itemgetter(0)):
+        found, damaged = parse(data)
+        if damaged:
+            lines = counted(damaged, "damaged line")
+            note(f"WARNING: skipped {lines} in {path}; what they say about clips is lost")
+        entries |= found
     return {key: entry for key, entry in entries.items() if in_shard(key[1], *part)}
 
 
 def parse(data):
-    """Parse the bytes of a file into {(split, id): entry}."""
-    entries = {}
+    """Parse the bytes of a file. Returns ({(split, id): entry}, the number of finished lines not valid)."""
+    entries, valid = {}, 0
     for entry in parse_json_lines(data):
         key = entry.get("split"), entry.get("id")
         if not any(map(id_problem, key)):
             entries[key] = entry
-    return entries
+            valid += 1
+    return entries, max(0, data.count(b"\n") - valid)
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def appending(features, name, shard, part, entries):
         yield append
     logs = distributed.all_gather(process_log.read_bytes())
     if ranks.rank() == 0:
-        merged = {key: entry for log in logs for key, entry in parse(log).items()}
+        merged = {key: entry for log in logs for key, entry in parse(log)[0].items()}
         write_atomic(shard_log, "".join(sorted(map(json_line, merged.values()))))
     distributed.all_gather(None)  # barrier: the merged log is on disk before its parts are deleted
     for log in {process_log, *others} - {shard_log}:

@@ -8,6 +8,8 @@ import sys
 LONGEST = 2000  # characters of a message, which may quote what a file contains
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips failed
 SIGNALLED = 128  # plus the signal's number, as shells do: 130 for Ctrl-C, 143 for SIGTERM
+# a folder instead of a file, or the reverse; mkdir raises the last one
+WRONG_KIND = (IsADirectoryError, NotADirectoryError, FileExistsError)
 INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 
 
@@ -22,10 +24,17 @@ class UserError(Exception):
 
 
 def refuse(problems, what):
-    """Raise UserError if there are problems, with their number and the first three."""
+    """Raise UserError if there are problems, with the first three, and their number if there are more."""
     if problems:
         first = "; ".join(str(p)[:160] for p in problems[:3])
-        raise UserError(f"{len(problems)} {what}, for example {first}. No file was written.")
+        more = f"; … ({len(problems):,} in all)" if len(problems) > 3 else ""
+        raise UserError(f"{what}: {first}{more}. No file was written.")
+
+
+def refuse_file(path, what):
+    """Raise UserError if `path` is a file. what: the flag or name of the folder that is expected."""
+    if os.path.isfile(path):
+        raise UserError(f"{what} {path} is a file, but must be a folder")
 
 
 class Stopped(BaseException):
@@ -49,8 +58,15 @@ class VideoError(Exception):
 
 
 def explain(error):
-    """Return the user-facing message for out-of-disk, out-of-memory and out-of-files errors, else None."""
+    """Return the user-facing message for errors that are no bugs of this project, else None.
+
+    They are: a full disk, no memory, too many open files, and a folder instead of a file or the reverse.
+    """
     text = str(error)
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename} is a folder, but must be a file; move it away"
+    if isinstance(error, WRONG_KIND):
+        return f"{error.filename} needs a folder, but there is a file in its place; move it away"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             f"the disk is full ({error.filename or 'while writing'}); existing files are intact. Free"

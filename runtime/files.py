@@ -136,8 +136,10 @@ def read_text(path, what):
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder, but must be a file") from None
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error}") from None
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise _not_utf8(path, what, error.object, error.start) from None
     if "\0" in text[:2]:  # UTF-16 without a byte order mark can be valid UTF-8
@@ -187,8 +189,10 @@ def parse_json_lines(data):
     """
     entries = []
     for line in data.splitlines():
-        with suppress(ValueError):
+        try:
             entries.append(parse_json(line))
+        except ValueError:
+            continue
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
@@ -201,9 +205,9 @@ def parse_json(text):
 
 
 def is_path(value):
-    """Return True for a string that the system accepts as the name of a file, existing or not."""
+    """Return True for a string that is the name of a file, existing or not, in UTF-8 (see `to_utf8`)."""
     try:
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+        return isinstance(value, str) and b"\0" not in value.encode(errors="surrogateescape")
     except UnicodeEncodeError:  # a lone surrogate
         return False
 

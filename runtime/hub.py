@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -15,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from runtime import cli
-from runtime.errors import UserError, out_of_memory
+from runtime.errors import UserError, out_of_memory, refuse_file
 from runtime.files import read_json
 from runtime.names import list_files
 from runtime.sources import hash_ends
@@ -77,16 +78,26 @@ def recorded(key, entry, flag):
     )
 
 
-def locate(key, entry, checkpoint):
-    """Complete a relative folder in the result of `record` that an older version wrote.
+def locate(key, entry, expected, checkpoint):
+    """Find the folder in the result of `record` if it does not exist, among the folders around a checkpoint.
 
-    Such a path is relative to the working directory of the training run, which usually is one of the
-    folders around its checkpoint.
+    A run and its models may have moved together, so the end of the recorded path is looked for. Older
+    versions recorded paths relative to the working directory, which usually is one of these folders.
+    expected: the fingerprint of the model; folders with another one are passed over.
     """
     name = entry[key]
-    if not (entry.get("hub") or os.path.isabs(name) or os.path.isdir(name)):
-        folders = [os.path.join(parent, name) for parent in Path(checkpoint).absolute().parents]
-        entry[key] = next(filter(os.path.isdir, folders), name)
+    if entry.get("hub") or os.path.isdir(name):
+        return
+    parts = Path(name).parts
+    ends = [Path(*parts[n:]) for n in range(1, len(parts))] if os.path.isabs(name) else [name]
+    folders = (parent / end for end in ends for parent in Path(checkpoint).absolute().parents)
+    entry[key] = next((str(f) for f in folders if _has_fingerprint(f, expected)), name)
+
+
+def _has_fingerprint(folder, expected):
+    with suppress(UserError, OSError):
+        return os.path.isdir(folder) and fingerprint(folder) == expected
+    return False
 
 
 def is_complete(name):
@@ -114,7 +125,7 @@ def find_model(name, flag):
     except Exception as error:  # network errors of httpx, requests, ssl, socket, …
         why = f"the Hub cannot be reached ({type(error).__name__})"
     raise UserError(
-        f"{flag} {name} is not in the local cache and {why}."
+        f"{flag} {name} is not a folder, is not in the local cache of the Hub, and {why}."
         f" Download the model elsewhere and pass its folder: {flag} /path/to/{name.split('/')[1]}"
     )
 
@@ -125,6 +136,7 @@ def look_here(name, flag):
     Returns (its folder or None, the first file that is missing there or None). Raises UserError naming
     `flag` if `name` is neither a folder nor a Hub id.
     """
+    refuse_file(name, flag)
     if os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):

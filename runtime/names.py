@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 ID_BYTES = 200  # limit for clip ids; a file name may have 255 bytes, and suffixes are added
-RESERVED = '/\\:*?"<>|'  # characters that Windows does not allow in file names
+RESERVED = frozenset('/\\:*?"<>|')  # characters that Windows does not allow in file names
 
 
 def visible(folder):
@@ -45,6 +45,11 @@ def first_few(names, count=3):
     return ", ".join([*names[:count], "…"] if len(names) > count else names)
 
 
+def counted(number, one, many=None):
+    """Return a number with its noun, such as "1 clip" or "2 clips". many: the plural, if not one + "s"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def id_problem(name):
     """Describe why `name` cannot be the id of a clip or the name of a split, or return None.
 
@@ -54,8 +59,8 @@ def id_problem(name):
         return "is empty or not a string"
     if name.startswith("."):
         return "starts with a dot"
-    if bad := next(filter(_is_unsafe, name), None):
-        return f"contains {bad!r}"
+    if not (name.isprintable() and RESERVED.isdisjoint(name)):
+        return f"contains {next(filter(_is_unsafe, name))!r}"
     if (size := len(name.encode())) > ID_BYTES:
         return f"has {size} bytes, but the limit is {ID_BYTES}"
     return None
@@ -86,3 +91,16 @@ def normal_form(name):
     macOS writes é as two characters, e and an accent (form D), where most software writes one.
     """
     return unicodedata.normalize("NFC", name)
+
+
+def to_utf8(name):
+    """Return a file name as it is on disk, in UTF-8. JSON files contain such names.
+
+    In another locale, Python decodes it differently: in an ASCII locale, é is two lone surrogates.
+    """
+    return os.fsencode(name).decode(errors="surrogateescape")
+
+
+def from_utf8(name):
+    """Return the name with which Python opens the file, the inverse of `to_utf8`."""
+    return os.fsdecode(name.encode(errors="surrogateescape"))

@@ -34,7 +34,10 @@ REPLACED = ".replaced"  # the old run, until the run that replaces it has saved 
 
 
 def check(output, resume, overwrite, dry_run=False):
-    """Return the run folder's path. Raises UserError if the folder is in use and no flag allows that."""
+    """Return the run folder's path.
+
+    Raises UserError if the folder is in use and no flag allows that, or a file of the run is a folder.
+    """
     folder = output_folder(output, "--output")
     if resume and overwrite:
         raise UserError("--resume and --overwrite are mutually exclusive")
@@ -44,6 +47,9 @@ def check(output, resume, overwrite, dry_run=False):
             f"--output {folder} already contains a run: continue it with --resume, replace it with"
             " --overwrite, or choose another folder"
         )
+    for path in find(folder, RUN_FILES):
+        if path.is_dir() and not overwrite:
+            raise UserError(f"{path} is a folder, but must be a file; move it away")
     return folder
 
 

@@ -6,14 +6,17 @@ import this module, so it uses only the standard library.
 
 import hashlib
 import os
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
 from runtime.cli import note
+from runtime.names import counted
 
 END = 64 << 10  # bytes at each end of a file that its digest covers
+SHA256 = re.compile("[0-9a-f]{64}")
 THREADS = 16  # for network file systems, where a stat call takes a millisecond
 
 
@@ -31,9 +34,11 @@ class Source(NamedTuple):
     @classmethod
     def parse(cls, entry):
         """Return the `Source` in an entry of sources.jsonl, or None if it is not valid."""
-        size, mtime_ns, digest = (entry.get(field) for field in cls._fields)
-        valid = type(size) is type(mtime_ns) is int and isinstance(digest, str | None)
-        return cls(size, mtime_ns, digest) if valid else None
+        size, mtime_ns, digest = entry.get("size"), entry.get("mtime_ns"), entry.get("digest")
+        valid = digest is None or (isinstance(digest, str) and SHA256.fullmatch(digest))
+        return (
+            cls(size, mtime_ns, digest) if valid and type(size) is type(mtime_ns) is int else None
+        )
 
 
 def identify(path):
@@ -78,7 +83,8 @@ def compare(paths, known):
             elif now.mtime_ns != then.mtime_ns:
                 unsure[key] = paths[key]
         if unsure:
-            note(f"comparing the contents of {len(unsure):,} clips whose files have another date")
+            clips = counted(len(unsure), "clip whose file has", "clips whose files have")
+            note(f"comparing the contents of {clips} another date")
         found = threads.map(identify_if_readable, unsure.values())
         for key, now in zip(unsure, found, strict=True):
             if now and now.digest == known[key].digest:

@@ -1,15 +1,16 @@
-"""Read a table that a user wrote: CSV with a header, JSON lines or a JSON list of objects."""
+"""Read a table that a user wrote: CSV with a header, a JSON list of objects, or JSON objects."""
 
 import csv
 import io
 import json
+import re
 from collections import Counter
-from contextlib import suppress
 
 from runtime.errors import UserError, refuse
-from runtime.files import parse_json, read_text
+from runtime.files import read_text
 
 DELIMITERS = ",;\t"
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_table(path, what, required, optional=()):
@@ -29,34 +30,37 @@ def read_table(path, what, required, optional=()):
 
 
 def _read_json(file, text, required, optional):
-    def parse(text, where=""):
-        try:
-            return parse_json(text)
-        except ValueError as error:
-            why = str(error)
-            if where and isinstance(error, json.JSONDecodeError):
-                why = f"{error.msg}, at character {error.pos + 1}"  # its line number is of one line
-            raise UserError(f"{file} is not valid JSON{where}: {why}") from None
-
-    if text.lstrip().startswith("{") and _is_one_object(text):
-        raise UserError(f"{file} must be a list of objects, or have one object per line")
-    if text.lstrip().startswith("["):
-        rows = [(f"entry {n}", row) for n, row in enumerate(parse(text), 1)]
-    else:  # not splitlines(), which also splits at U+2028 and the like
-        lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(where, parse(line, f", {where}")) for where, line in lines]
+    try:
+        values = list(_json_values(text))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}: {error.msg}, at character {error.colno}"
+        raise UserError(f"{file} is not valid JSON, {where}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of over 4300 digits
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if len(values) == 1 and isinstance(values[0][1], list):
+        rows = [(f"entry {n}", row) for n, row in enumerate(values[0][1], 1)]
+    else:
+        rows = values
     refuse([w for w, row in rows if not isinstance(row, dict)], f"rows of {file} are not objects")
     names = (*required, *optional)
+    if len(values) == 1 and rows is values and not set(required) & set(map(_column, rows[0][1])):
+        raise UserError(
+            f"{file} must be a list of objects, or one object per row, with the keys"
+            f" {', '.join(required)}"
+        )
     twice = [where for where, row in rows if _repeated(map(_column, row), names)]
     refuse(twice, f"rows of {file} have a key twice, apart from capitals and spaces")
     return [(where, {_column(k): value for k, value in row.items()}) for where, row in rows]
 
 
-def _is_one_object(text):
-    """Return True if a JSON text is a single object that takes several lines."""
-    with suppress(ValueError, RecursionError):
-        return "\n" in text.strip() and isinstance(json.loads(text), dict)
-    return False
+def _json_values(text):
+    """Yield ("line N", value) of JSON values, one after the other. Each may take several lines."""
+    decoder, line, end = json.JSONDecoder(), 1, 0
+    while (start := JSON_SPACE.match(text, end).end()) < len(text):
+        line += text.count("\n", end, start)
+        value, end = decoder.raw_decode(text, start)
+        yield f"line {line}", value
+        line += text.count("\n", start, end)
 
 
 def _read_csv(file, text, required, optional):

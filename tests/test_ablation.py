@@ -190,6 +190,11 @@ def test_a_run_uses_the_real_scripts_and_is_not_repeated(study, monkeypatch, cap
     assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
     assert "Run python -m bench.ablation." in log.read_text()
     assert study.result("original", 0) == result
+    # a row whose change, or whose models, were others kept its result
+    for key, value in (("change", "no_positions"), ("models", ["", ""])):
+        done.write_text(json.dumps(result | {key: value}))
+        assert study.result("original", 0) is None
+    done.write_text(json.dumps(result))
     assert replace(study, clips=65).result("original", 0) is None, (
         "a result with other flags is not reused"
     )

@@ -101,17 +101,19 @@ def test_paraphrases_as_file_folder_or_glob(labels, tmp_path, given):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ([*TRAIN, TRAIN[0]], "1 ids occur more than once"),
+        ([*TRAIN, TRAIN[0]], r"ids occur more than once: 1 \(twice in train\)"),
+        ([], r"train\.json contains an empty list"),
         ([*TRAIN, VALIDATION[0]], r"3 \(train and validation\)"),
-        ([TRAIN[0] | {"id": "../../x"}], "1 ids .*not valid file names.*x"),
+        ([TRAIN[0] | {"id": "../../x"}], "ids .*not valid file names.*x"),
         ([TRAIN[0] | {"id": None}], "not valid file names"),
         ([*TRAIN, TRAIN[0] | {"id": "a?"}], r"'a\?' of entry 3 contains '\?'"),
-        ([TRAIN[0] | {"label": " \n"}], "1 clips .* empty label"),
+        ([TRAIN[0] | {"label": " \n"}], "clips .* empty label"),
         ([TRAIN[0] | {"template": 3}], "wrong type"),
         ({"1": "x"}, "must contain a JSON list"),
     ],
 )
 def test_bad_labels_are_refused(labels, tmp_path, train, message):
+    """An empty train.json became a split of 0 clips, with exit code 0."""
     with pytest.raises(UserError, match=message):
         run(tmp_path, "--labels", labels(train=train))
     assert not (tmp_path / "out").exists()
@@ -138,11 +140,13 @@ def test_a_labels_folder_with_other_files(labels, tmp_path, capsys):
     (folder / "._train.json").write_bytes(b"\0\5\x16\7\xff")
     (folder / "classes.json").write_text('["Dropping something"]')
     (folder / "notes.json").write_text("not JSON")
+    (folder / "extra.json").write_text("[]")
     (folder / "val.json").write_text('[{"id": "9", "label": "x"}]')
     out = run(tmp_path, "--labels", folder)
     assert sorted(p.stem for p in out.iterdir()) == ["test", "train", "val", "validation"]
     noted = capsys.readouterr().err
     assert "skipped" in noted and "classes.json: it is not a list of clips" in noted
+    assert "extra.json: it is not a list of clips" in noted
     assert "notes.json cannot be read as JSON" in noted
     assert "split 'val'" in noted and "did you mean 'validation'?" in noted
 
@@ -285,7 +289,7 @@ def test_an_unusual_split_is_noted(tmp_path, capsys, name, meant):
         ("clip,text\na.mp4,hi\n", "needs a header"),
         ("video,caption\n", "contains no rows"),
         ("video,caption\na.mp4,hi\nb.mp4,ho\n", "too few clips to hold out two"),
-        ("video,caption\na.mp4,\n", "1 rows .* have no text .* line 2"),
+        ("video,caption\na.mp4,\n", "rows .* have no text .* line 2"),
         ("video,caption,split\na.mp4,hi,train\na.mp4,ho,validation\n", "more than one split"),
         ("video,caption,split\na.mp4,hi,../x\n", "not valid"),
         ("video,caption,split\na.mp4,hi,train\nb.mp4,ho,\n", "have no split"),

@@ -216,6 +216,7 @@ def test_missing_features_are_counted_and_named(tmp_path):
         "",
         "{",
         "{}",
+        "[]",
         "[1]",
         '[{"id": 7}]',
         '[{"id": "../x"}]',

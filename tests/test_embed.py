@@ -252,7 +252,7 @@ def test_embeddings_of_clips_that_have_changed_are_refused(flags, written, prepa
     embeddings.check_current(written, ids, "validation", tmp_path)  # another cache
     for entry in entries:
         if entry["id"] == ids[3]:
-            entry["digest"] = "0"
+            entry["digest"] = "0" * 64
     (tmp_path / "sources.jsonl").write_text("\n".join(map(json.dumps, entries)))
     with pytest.raises(UserError, match="was made from other clips"):
         embed.main([*flags, "--features", str(tmp_path), "--output", str(written), "--score"])

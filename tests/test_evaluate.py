@@ -87,6 +87,11 @@ def test_rescoring_needs_no_model(run, trained, capsys):
         run("--predictions", parts[0], checkpoint=False)
     with pytest.raises(UserError, match="more than once"):
         run("--predictions", parts[0], *parts, checkpoint=False)
+    # a part of an earlier checkpoint was mixed in without a message
+    stale = load(out / "settings_validation_part0of2.json") | {"weights": "0"}
+    (out / "settings_validation_part0of2.json").write_text(json.dumps(stale))
+    with pytest.raises(UserError, match=r"part1of2.* but .*part0of2.* with '0'; parts must be of"):
+        run("--predictions", *parts, checkpoint=False)
 
 
 def test_a_damaged_feature_file_ends_the_run_with_its_name(prepared, trained, tmp_path):

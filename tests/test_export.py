@@ -98,7 +98,9 @@ def test_an_export_equals_its_checkpoint(
 def test_a_hub_id_is_read_from_the_hubs_cache(run, shared, tmp_path, monkeypatch):
     on_the_hub(shared, "somebody/captions", tmp_path / "hub", monkeypatch)
     assert same(read_checkpoint("somebody/captions"), read_checkpoint(run))
-    with pytest.raises(UserError, match="--checkpoint somebody/other is not in the local cache"):
+    with pytest.raises(
+        UserError, match="--checkpoint somebody/other is not a folder, is not in the local cache"
+    ):
         read_checkpoint("somebody/other")
 
 

@@ -5,8 +5,8 @@ from unicodedata import normalize
 import pytest
 
 from dataset import load_records, unsafe_content
-from feature_cache import require_features
-from prepare_annotations import record
+from feature_cache import load_manifest, require_features
+from prepare_annotations import read_labels, record
 from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
@@ -50,10 +50,28 @@ def test_hidden_files_of_macos_are_not_a_run_or_a_clip(tmp_path):
     make(tmp_path / "world", ".DS_Store")
     toy_ssv2.mark_started(tmp_path / "world", {"clips": 1})
     make(tmp_path / "features", "train/._1.pt")
-    with pytest.raises(UserError, match="1 of 1 clips"):
+    with pytest.raises(UserError, match="1 of 1 clip of"):
         require_features(tmp_path / "features", "train", [record("._1")])
     with pytest.raises(UserError, match="available splits: test"):
         load_records(make(tmp_path / "annotations", "._train.json", "test.json"), "train")
+
+
+@pytest.mark.parametrize(
+    ("flag", "read"),
+    [
+        ("--annotations", lambda path: load_records(path, "train")),
+        ("--features", load_manifest),
+        ("--videos", lambda path: find_files(path, {})),
+        ("--labels", read_labels),
+        ("--lm", lambda path: hub.find_model(path, "--lm")),
+    ],
+)
+def test_a_file_in_place_of_a_folder_and_the_reverse(tmp_path, flag, read):
+    """A file given as --labels "found nothing", and as --videos it was "not found"."""
+    with pytest.raises(UserError, match=f"{flag} .*a.json is a file, but must be a folder"):
+        read(make(tmp_path, "a.json") / "a.json")
+    with pytest.raises(UserError, match=r"captions .* is a folder, but must be a file"):
+        read_text(tmp_path, "captions")
 
 
 # ---- texts -----------------------------------------------------------------------------------
@@ -97,10 +115,12 @@ def test_another_encoding_is_named_with_the_way_to_convert_it(tmp_path, data, me
         'video,caption\r\na.mp4,"x, y"\r\nb.mp4,z,,\r\n',
         '[{"Video": "a.mp4", "caption": "x, y"},\n {"video": "b.mp4", "caption": "z"}]',
         '{"video": "a.mp4", "caption": "x, y"}\n\n{"Video ": "b.mp4", "caption": "z"}',
+        '{\n "video": "a.mp4",\n "caption": "x, y"\n}\n{\n "video": "b.mp4",\n "caption": "z"\n}\n',
     ],
 )
 def test_a_table_that_can_be_read_in_one_way_is_read(tmp_path, text):
-    """Capitals and spaces in the header, semicolons, tabs and a JSON list were refused."""
+    """Capitals and spaces in the header, semicolons, tabs, a JSON list and JSON objects of several lines
+    each were refused."""
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "mine.txt").write_text(text, encoding=encoding, newline="")
         rows = read_table(tmp_path / "mine.txt", "--captions", ("video", "caption"))
@@ -117,9 +137,17 @@ def test_a_table_that_can_be_read_in_one_way_is_read(tmp_path, text):
         ('v,c\n\n1,"2\n\n3"\n4,5,6\n', "more cells than the header .* line 6"),
         ('v,c\n\n1,"2\n3\n', "in the row on line 3: unexpected end"),
         ('{"v": 1}\n\n{"v":, "c": 2}', r"line 3: Expecting value, at character 6"),
-        ('{"clips": [\n {"v": 1, "c": 2}]}', r"must be a list of objects, or have one object per"),
-        ('[{"v": 1},\n {"v":}]', r"valid JSON: .*line 2 column 7"),
-        ('{"v": 1}\n3', "not objects, for example line 2"),
+        (
+            '{"clips": [\n {"v": 1, "c": 2}]}',
+            r"must be a list of objects, or one object per row, with the keys v, c",
+        ),
+        ('[{"v": 1},\n {"v":}]', "valid JSON, line 2: .*, at character 7"),
+        ('{"v": 1}\n3', "not objects: line 2"),
+        ('{\n "v": 1\n}\n{\n "v":\n}', r"line 6: Expecting value, at character 1"),
+        ('{\n "v": 1}\n\n[{"v": 1}]', "not objects: line 4"),
+        ('{"v": ' + 9999 * "[", "cannot be read as JSON"),
+        (9999 * "1", "needs a header"),
+        ('{"v": ' + 9999 * "1", "cannot be read as JSON"),
         (" \n", "needs a header"),
         ("[]", "contains no rows"),
     ],

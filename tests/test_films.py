@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -316,6 +317,18 @@ def test_no_two_clips_share_a_file(tmp_path):
     assert len(set(names)) == 4 and names[:2] == ["a-2", "a"]
     [long] = windows.output_names([Path("ä" * 120 + ".webm")])
     assert len(f".{long}_attention_0000.00-0000.00.png.{'0' * 16}.tmp".encode()) < 255
+
+
+def test_names_in_an_ascii_locale(monkeypatch, tmp_path):
+    """captions.json named Café.webm Caf\\udcc3\\udca9.webm, and so did its film."""
+    monkeypatch.setattr(os, "fsencode", lambda n: str(n).encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda n: n.decode("ascii", "surrogateescape"))
+    name = os.fsdecode("Café.webm".encode())
+    infer.save_results(tmp_path, [{"path": f"/{name}", "caption": "x"}], copy_clips=False)
+    saved = tmp_path / "captions.json"
+    assert json.loads(saved.read_text(encoding="utf-8"))[0]["path"] == "/Café.webm"
+    assert films.read_captions(saved)[0]["path"] == f"/{name}"
+    assert windows.output_names([Path(name)]) == [Path(name).stem]
 
 
 def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):

@@ -233,6 +233,15 @@ def test_chinese_captions_get_scores(no_java):
     assert "scored by character" in metrics.format_table(close)
 
 
+def test_captions_without_words(no_java):
+    """Any emoji matched any other exactly, and so did "..." and "!"; CIDEr was 0 for the right emoji."""
+    records = [record(i, text) for i, text in enumerate(["🐶", "🐱☕", "🐭🧀", "...", "a cup"])]
+    wrong, per_clip = score({"0": "🐱", "1": "🐭", "2": "🐭🧀", "3": "!", "4": "cup"}, records)
+    assert wrong["metrics"]["exact_match"] == 0.2
+    assert per_clip["0"]["CIDEr"] == 0 < per_clip["2"]["CIDEr"]
+    assert "captions of emoji" in metrics.format_table(wrong)
+
+
 @pytest.mark.parametrize("text", ["把杯子放在桌子上", "Поставить чашку на стол"])
 def test_meteor_is_skipped_for_other_scripts(text, no_java):
     """METEOR's English rules gave a number for Chinese and Russian references."""

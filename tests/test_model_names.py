@@ -104,6 +104,18 @@ def test_old_checkpoints_with_relative_folders(moved, world, tmp_path, no_hub, m
     assert load_models(read_checkpoint(tmp_path / "elsewhere" / "run"), *CPU)
 
 
+def test_models_that_moved_together_with_their_run(moved, world, tmp_path, no_hub):
+    """A folder with a run and its models was moved, and the models were looked for in the old place."""
+    best = moved("/old/project/toy/lm", "/old/project/toy/encoder")
+    (tmp_path / "project" / "results" / "lm").mkdir()  # another folder of that name
+    with pytest.raises(UserError, match="trained with the model in the folder /old/project/toy/lm"):
+        load_captioner(read_checkpoint(best), *CPU)
+    for what in ("lm", "encoder"):
+        shutil.copytree(world / what, tmp_path / "project" / "toy" / what)
+    assert read_checkpoint(best)["lm"]["name"] == str(tmp_path / "project" / "toy" / "lm")
+    assert load_models(read_checkpoint(best), *CPU)
+
+
 def test_models_of_the_hub_are_asked_of_the_hub(moved, monkeypatch):
     asked = []
     monkeypatch.setattr(

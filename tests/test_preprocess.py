@@ -12,7 +12,9 @@ import feature_cache
 import preprocess_ssv2
 from dataset import load_records
 from encoder import VideoEncoder
-from runtime.errors import DONE, FAILED, PARTIAL, Stopped, UserError
+from runtime import cli
+from runtime.errors import DONE, FAILED, PARTIAL, USAGE, Stopped, UserError
+from runtime.stop_signals import StopSignals
 
 
 def files(folder):
@@ -191,6 +193,9 @@ def test_other_films_of_the_same_names_are_encoded(films, few, capsys):
     old = files(few / "features")
     assert films("b", "--dry-run") == DONE
     assert "4 clips have changed" in capsys.readouterr().err and files(few / "features") == old
+    with pytest.raises(UserError, match="has pool = 1"):
+        films("b", "--pool", 2)
+    assert "clips" not in capsys.readouterr().err, "it was refused after notes on changed clips"
     assert films("b") == DONE
     assert "0 already encoded\n4 clips have changed" in capsys.readouterr().err
     assert files(few / "features") == files(few / "expected")
@@ -214,6 +219,20 @@ def test_verify_compares_clips_with_the_files_that_were_encoded(films, few, caps
     flags += ["--splits", "train", "--limit", "4", "--verify"]
     assert preprocess_ssv2.main(flags) == DONE  # without --videos, only the features are checked
     assert capsys.readouterr().out == "4 intact, 0 damaged, 0 missing\n"
+
+
+def test_verify_names_clips_without_a_file(films, few, capsys):
+    """Folder b lacked a clip, so its features stayed those of folder a, and --verify --videos b passed."""
+    films("a")
+    path = sorted((few / "b").iterdir())[1]
+    path.unlink()
+    capsys.readouterr()
+    assert films("b") == PARTIAL
+    assert "1 missing clip has features of an earlier run" in capsys.readouterr().err
+    assert films("b", "--verify") == FAILED
+    printed = capsys.readouterr()
+    assert "3 intact, 0 damaged, 0 missing, 0 changed, 1 without a file" in printed.out
+    assert f"clip {path.stem}: it has features, but its file is not in --videos" in printed.err
 
 
 def test_unchanged_files_are_not_opened(films, few, monkeypatch):
@@ -285,14 +304,49 @@ def test_a_cache_without_sources_is_kept(films, few, capsys):
     (few / "features" / "sources.jsonl").unlink()
     capsys.readouterr()
     assert films("a") == DONE
-    assert "4 clips were encoded by a version that did not record" in capsys.readouterr().err
+    assert "4 clips have features but no valid line in sources.jsonl" in capsys.readouterr().err
     assert films("a") == films("a", "--verify") == DONE and files(few / "features") == old
-    assert "did not record" not in capsys.readouterr().err
+    assert "no valid line" not in capsys.readouterr().err
     path = sorted((few / "b").iterdir())[0]
     (few / "a" / path.name).write_bytes(path.read_bytes())
     assert films("a", "--verify") == FAILED and films("a") == DONE
-    assert "1 clips have changed" in capsys.readouterr().err
+    assert "1 clip has changed since it was encoded" in capsys.readouterr().err
     assert films("a", "--verify") == DONE
+
+
+def test_damaged_lines_of_the_index_are_counted(films, few, capsys):
+    """A damaged sources.jsonl counted without a word as that of an old cache."""
+    films("a")
+    path = few / "features" / "sources.jsonl"
+    first, second, *rest = path.read_text().splitlines()
+    wrong = json.dumps(json.loads(second) | {"digest": "x"})
+    path.write_text(
+        "\n".join(["\0" + first, wrong, *rest, first[:20]])
+    )  # a kill leaves the last line
+    capsys.readouterr()
+    assert films("a", "--verify") == DONE
+    printed = capsys.readouterr().err
+    assert f"skipped 1 damaged line in {path}" in printed
+    assert "2 clips were not compared with the files" in printed
+    assert films("a") == DONE
+    printed = capsys.readouterr().err
+    assert "skipped 1 damaged line" in printed
+    assert "2 clips have features but no valid line in sources.jsonl" in printed
+    assert films("a") == DONE and "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sources.jsonl", "failures.jsonl", "manifest.json", "train"])
+def test_a_folder_in_place_of_a_file_is_named(films, few, name, capsys):
+    """It ended in an IsADirectoryError, or a manifest.json that is a folder did "not exist"."""
+    path = few / "features" / name
+    if name == "train":
+        path.parent.mkdir()
+        path.touch()
+    else:
+        path.mkdir(parents=True)
+    assert cli.exit_code(lambda: films("a"), StopSignals()) == USAGE
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in last and "does not exist" not in last
 
 
 # ---- precision -------------------------------------------------------------------------------

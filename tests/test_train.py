@@ -161,6 +161,42 @@ def test_resume_refuses_other_validation_captions(world, prepared, trained, tmp_
         train.main(train_flags(world, prepared, trained, "--resume", "--annotations", other))
 
 
+def test_resume_notices_features_of_other_films(
+    world, prepared, trained, tmp_path, capsys, monkeypatch
+):
+    """Films were replaced and encoded again between stop and resume, and no one was told."""
+    monkeypatch.setattr(train, "time_steps", lambda *_: 0)
+    features = tmp_path / "features"
+    features.mkdir()
+    for name in ("manifest.json", "train", "validation"):
+        (features / name).symlink_to(prepared / "features" / name)
+    index = (prepared / "features" / "sources.jsonl").read_text()
+    flags = train_flags(world, prepared, trained, "--resume", "--dry-run", "--features", features)
+
+    def resume_after_a_change_of(split, clips):
+        entries = list(map(json.loads, index.splitlines()))
+        for entry in [e for e in entries if e["split"] == split][:clips]:
+            entry["digest"] = "f" * 64
+        (features / "sources.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+        train.main(flags)
+
+    resume_after_a_change_of("train", 1)
+    assert "WARNING: --resume: 1 training clip was encoded from another" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"\d+ validation clips were encoded from another"):
+        resume_after_a_change_of("validation", 30)
+    (features / "sources.jsonl").unlink()  # as in caches of earlier versions
+    train.main(flags)
+    assert "encoded from another" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "args.json", "evaluation_validation.json"])
+def test_a_folder_in_place_of_a_file_is_refused(world, prepared, tmp_path, name):
+    """It ended in an IsADirectoryError, in the case of the scores after all epochs."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder, but must be a file"):
+        train.main(train_flags(world, prepared, tmp_path, "--resume"))
+
+
 def test_the_loss_decides_between_equal_scores(world, prepared, tmp_path, monkeypatch, capsys):
     """best.pt stayed that of the first epoch if CIDEr was 0 in all of them, as for equal references."""
 
@@ -382,6 +418,7 @@ def test_a_run_that_cannot_be_resumed_is_not_restarted(world, prepared, trained,
         lambda s: s | {"args": []},
         lambda s: {k: v for k, v in s.items() if k != "data"},
         lambda s: s | {"best": "x"},
+        lambda s: s | {"sources": {"train": s["sources"]["train"][1:]}},
         lambda s: s | {"step": -7},
         lambda s: s | {"step": 10**30},
         lambda s: s | {"optimizer": {}},

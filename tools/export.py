@@ -22,7 +22,7 @@ from runtime import cli, hub
 from runtime.cli import output_folder, printable
 from runtime.errors import UserError
 from runtime.files import json_bytes, lock, read_json, remove_unfinished, write_atomic
-from runtime.names import visible
+from runtime.names import counted, visible
 
 CARD = "README.md"
 MARK = {"exported_by": "train.py"}  # a single key, because safetensors does not keep the order
@@ -169,7 +169,7 @@ def _scores(checkpoint, run):
             return "Not evaluated."
         rows, lines = metrics.table(result)
         if missing := settings.get("missing"):
-            lines.append(f"{missing} clips without features are excluded")
+            lines.append(f"excluded: {counted(missing, 'clip')} without features")
         head = f"Scores of these weights for {settings['style']} captions of the {settings['split']} split:"
     except (UserError, KeyError, TypeError, ValueError, AttributeError):  # missing or invalid file
         return "Not evaluated."

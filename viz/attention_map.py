@@ -26,6 +26,7 @@ from runtime.cli import note
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL
 from runtime.files import write_atomic
+from runtime.names import counted
 from viz import draw_text
 
 COLUMNS = 8  # time steps drawn
@@ -83,7 +84,7 @@ def main(argv=None):
         if problem := result.get("error") or result.get("warning"):
             note(f"{paths[n]}: {problem}")
     if failed:
-        note(f"{failed} of {len(paths)} clips failed")
+        note(f"{failed} of {counted(len(paths), 'clip')} failed")
     return FAILED if failed == len(paths) else PARTIAL if failed else DONE
 
 

@@ -19,9 +19,9 @@ from runtime import cli
 from runtime.cli import note
 from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
-from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
-from runtime.names import list_files
+from runtime.names import counted, from_utf8, list_files
 from viz import draw_text, subtitles
 from windows import output_names
 
@@ -64,6 +64,7 @@ def main(argv=None):
     args = parse_args(argv)
     draw_text.require()
     results = read_captions(Path(args.captions))
+    refuse_file(args.videos, "--videos")
     output = cli.output_folder(args.output or Path(args.captions).parent, "--output")
     endings = [e for e, asked in (("gif", args.gif), ("mp4", args.video)) if asked] or ["gif"]
     paths = [Path(r["path"]) for r in results]
@@ -94,7 +95,7 @@ def main(argv=None):
             errors[path] = str(data)
             note(str(data))
     if errors:
-        note(f"{len(errors)} of {len(results)} clips failed")
+        note(f"{len(errors)} of {counted(len(results), 'clip')} failed")
     return FAILED if len(errors) == len(results) else PARTIAL if errors else DONE
 
 
@@ -120,7 +121,7 @@ def read_captions(path):
     results = read_json(path, "captions")
     if not (isinstance(results, list) and results and all(map(is_result, results))):
         raise UserError(f"{path} was not written by infer.py --output")
-    return results
+    return [r | {"path": from_utf8(r["path"])} for r in results]
 
 
 def texts(result):

@@ -26,8 +26,9 @@ from evaluate import read_predictions, score
 from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
+from runtime.names import counted
 from viz import draw_text, subtitles
 
 # GIFs in the page: pixels per frame, frames per second, bytes per second
@@ -76,6 +77,7 @@ def main(argv=None):
     if args.embed:
         draw_text.require("PIL")
     run = Path(args.run)
+    refuse_file(run, "run folder")
     if not run.is_dir():
         raise UserError(
             f"run folder not found: {run}. It is the --output of train.py or evaluate.py"
@@ -98,7 +100,7 @@ def main(argv=None):
     records = [r for r in split if r["id"] in predictions]
     if not len(records) == len(predictions) == result["n"]:
         raise UserError(
-            f"{files[0]} has captions of {len(predictions)} clips; {len(records)} of them are in split"
+            f"{files[0]} has captions of {counted(len(predictions), 'clip')}; {len(records)} of them are in split"
             f" {args.split!r} of {args.annotations}, and evaluation_{name}.json scores {result['n']}:"
             " pass the --split and --annotations that they were scored with, or run evaluate.py again"
         )
@@ -114,7 +116,7 @@ def main(argv=None):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, render(result, describe(shown, predictions, references, scores, sources)))
     if lost := len(shown) - len(sources):
-        note(f"{lost} of {len(shown)} clips are shown without video")
+        note(f"{lost} of {counted(len(shown), 'clip')} shown without video")
     print(output)
 
 

@@ -19,6 +19,7 @@ from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, VideoError
 from runtime.files import write_atomic
+from runtime.names import counted
 from viz import draw_text
 from viz.draw_text import BLACK, GREEN, MARGIN, RED
 
@@ -69,7 +70,7 @@ def main(argv=None):
         raise UserError(f"no prediction is for a clip in split {args.split!r}")
     paths, missing = clip_files.find_files(Path(args.videos), {i: records[i] for i in sample})
     if missing:
-        note(f"{len(missing)} of {len(sample)} clips are not in {args.videos}")
+        note(f"not in {args.videos}: {len(missing)} of {counted(len(sample), 'clip')}")
 
     draw_text.warn_missing(predictions[i] + (records[i]["label"] or "") for i in paths)
 

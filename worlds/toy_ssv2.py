@@ -34,7 +34,7 @@ from dataset import TEST, TRAIN, VALIDATION
 from runtime.cli import add_workers, note, parser, run, whole
 from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_json
-from runtime.names import list_names, visible
+from runtime.names import counted, list_names, visible
 from worlds.shapes import (
     ACTIONS,
     COLOURS,
@@ -286,7 +286,7 @@ def start_clips(pool, folder, clips, seed, bar):
     bar.update(len(clips) - len(missing))
     bar.initial = bar.n  # otherwise existing clips would count towards the speed
     if len(missing) < len(clips):
-        note(f"videos/: {len(clips) - len(missing)} existing clips are kept")
+        note(f"videos/: kept {counted(len(clips) - len(missing), 'existing clip')}")
 
     def count(future):
         if not future.cancelled() and not future.exception():
@@ -332,7 +332,8 @@ def main(argv=None):
     write_json(root / "toy.json", settings)
     (root / ".toy-started.json").unlink(missing_ok=True)
     counts = Counter(c["split"] for c in clips)
-    print(f"{root}: {', '.join(f'{n} clips {split}' for split, n in counts.items())}")
+    parts = [f"{counted(n, 'clip')} {split}" for split, n in counts.items()]
+    print(f"{root}: {', '.join(parts)}")
 
 
 if __name__ == "__main__":
