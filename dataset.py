@@ -89,7 +89,8 @@ def load_records(annotations, split):
         raise UserError(
             f"annotations {path} contain an id more than once. Run prepare_annotations.py again."
         )
-    return [{k: r.get(k) or ([] if k in lists else None) for k in ("id", *texts)} for r in records]
+    missing = dict.fromkeys(("id", *texts)) | {k: [] for k in lists}
+    return [missing | {k: r[k] for k in missing if r.get(k) not in (None, "")} for r in records]
 
 
 def is_span(start, end):

@@ -320,10 +320,10 @@ class VideoEncoder:
         return self.launch(clips)()
 
 
-def encode_files(encoder, paths, batch_size, pool):
-    """Decode and encode whole video files, {key: path}, in batches. Yields a pair (key, result) for each.
+def encode_files(encoder, clips, batch_size, pool):
+    """Decode and encode clips, {key: (path, span)}, in batches. Yields a pair (key, result) for each.
 
-    pool: a `WorkerPool` for decoding. The result is (`Source`, stored features, decoder), see
+    span: (start, end) in seconds, or None for the whole file. pool: a `WorkerPool` for decoding. The result is (`Source`, stored features, decoder), see
     `feature_cache.save_features`, or a VideoError if the file cannot be decoded or is damaged, or if its
     features contain NaN or infinity.
     """
@@ -344,7 +344,8 @@ def encode_files(encoder, paths, batch_size, pool):
                 yield key, (source, stored, decoder)
 
     batch, running, numbers = [], deque(), count()
-    jobs = ((key, path, encoder.settings.num_frames) for key, path in paths.items())
+    jobs = ((key, *clip, encoder.settings.num_frames) for key, clip in clips.items())
+    too_long = 0  # spans that end after the end of their file
     ahead = 2 * (batch_size + pool.workers)  # so that decoding continues while a batch is encoded
     for key, result in pool.map(video.decode_source, jobs, ahead):
         if isinstance(result, VideoError):
@@ -353,6 +354,8 @@ def encode_files(encoder, paths, batch_size, pool):
             yield key, VideoError(*damage)
         else:
             batch.append((key, *result))
+            span = clips[key][1]
+            too_long += bool(span) and span[1] > result[1].duration + 0.1
         if len(batch) == batch_size:
             # queue this batch on the GPU before collecting the previous one, so that it stays busy
             running.append(launch(batch))
@@ -362,6 +365,8 @@ def encode_files(encoder, paths, batch_size, pool):
     running += [launch(batch)] if batch else []
     for launched in running:
         yield from collect(*launched)
+    if too_long:
+        note(f"{counted(too_long, 'clip ends', 'clips end')} after the end of the video; cut there")
 
 
 def note_quantisation(errors):

@@ -7,6 +7,7 @@ data/features/sources.jsonl          the video file of each clip, see `recorded_
 Shapes: N video tokens, E video width, B clips.
 """
 
+import hashlib
 import math
 import zlib
 from collections import Counter
@@ -200,13 +201,22 @@ def source_numbers(sources, split, ids):
     sources: the result of `recorded_sources`. The number of a clip changes if it is encoded from another
     file.
     """
-    digests = [source and source.digest for source in (sources.get((split, i)) for i in ids)]
-    return torch.tensor([int(d[:15], 16) if d else 0 for d in digests], dtype=torch.int64)
+
+    def number(source):
+        if not (source and source.digest):
+            return 0
+        digest = source.digest
+        if source.span:
+            digest = hashlib.sha256(f"{digest}{source.span}".encode()).hexdigest()
+        return int(digest[:15], 16)
+
+    return torch.tensor([number(sources.get((split, i))) for i in ids], dtype=torch.int64)
 
 
 def source_entry(key, source):
     """Return the line of sources.jsonl for the `Source` of the clip `key` (split, id), as a dict."""
-    return {"split": key[0], "id": key[1], **source._asdict()}
+    fields = {k: v for k, v in source._asdict().items() if k != "span" or v}
+    return {"split": key[0], "id": key[1], **fields}
 
 
 def checksum(clip_id, stored):
@@ -330,12 +340,13 @@ def require_features(features, split, records, allow_missing=0):
     return [r for r in records if r["id"] not in skipped]
 
 
-def verify(features, keys, paths, part, workers):
+def verify(features, keys, paths, spans, part, workers):
     """Check the feature files of clips for damage, wrong shapes and NaN, and print the result.
 
     keys: (split, id) of the clips of a part, (i, n). paths: {key: path} of the clips that have a file, to
-    compare it with their recorded source, or None to check the features only. Returns exit code 1 if any
-    features are damaged or missing, or any clip has changed or has no file, else 0.
+    compare it with their recorded source, or None to check the features only. spans: {key: (start, end)} of
+    the clips that are a part of their file. Returns exit code 1 if any features are damaged or missing, or
+    any clip has changed or has no file, else 0.
     """
     settings, known = load_manifest(features).settings, recorded_sources(features, part)
 
@@ -352,6 +363,9 @@ def verify(features, keys, paths, part, workers):
         if key in known and has_changed(paths[key], known[key]):
             path = paths[key]
             return "changed", f"clip {key[1]}: {path} has changed since its features were computed"
+        if key in known and known[key].span != spans.get(key):
+            text = f"clip {key[1]}: its start and end have changed since its features were computed"
+            return "changed", text
 
     have = complete(features, keys)
     unrecorded = have & paths.keys() - known.keys() if paths else set()

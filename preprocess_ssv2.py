@@ -116,7 +116,8 @@ def main(argv=None):
         part = ranks.share_of_shard(*args.shard)
         if args.verify:
             paths = files_of_part(args.videos, records, part)[0] if args.videos else None
-            return verify(Path(args.features), in_part(records, part), paths, part, args.workers)
+            keys = in_part(records, part)
+            return verify(Path(args.features), keys, paths, spans_of(records), part, args.workers)
         paths, missing = files_of_part(args.videos or cli.VIDEOS, records, part)
         device, dtype = devices.resolve(args.device, args.dtype)
         features = cli.output_folder(args.features, "--features")
@@ -124,7 +125,7 @@ def main(argv=None):
             f"another preprocess_ssv2.py is filling {features}: wait for it, or use --shard in both"
         )
         with lock(features, busy, *part):
-            failed = fill(args, features, part, paths, missing, device, dtype)
+            failed = fill(args, features, part, paths, spans_of(records), missing, device, dtype)
         return report(len(paths) - len(failed), failed, missing)
 
 
@@ -142,11 +143,16 @@ def files_of_part(videos, records, part):
     return {key: paths[key] for key in in_part(paths, part)}, in_part(missing, part)
 
 
+def spans_of(records):
+    """Return {key: (start, end)} in seconds of the records that are a part of their file."""
+    return {k: (r["start"], r["end"]) for k, r in records.items() if r["end"] is not None}
+
+
 class Work(NamedTuple):
     """What there is to do for one part.
 
-    todo: {key: path} of the clips to encode. changed: the keys of those that have features of an earlier
-    version of the file. sources: {key: `Source`} of the clips in the cache. unrecorded: the number of them
+    todo: {key: (path, span or None)} of the clips to encode. changed: the keys of those that have features of an earlier
+    version of the file or of another span. sources: {key: `Source`} of the clips in the cache. unrecorded: the number of them
     whose source was not recorded until now. without_file: the number of clips with features, but no file.
     """
 
@@ -157,28 +163,31 @@ class Work(NamedTuple):
     without_file: int
 
 
-def find_work(features, paths, missing, part):
+def find_work(features, paths, spans, missing, part):
     """Compare the clips of one part, {key: path} and the keys without a file, with the cache.
+
+    spans: see `spans_of`.
 
     Returns a `Work`.
     """
     known, encoded = recorded_sources(features, part), complete(features, paths)
     changed, current = sources.compare({key: paths[key] for key in encoded}, known)
-    todo = {key: path for key, path in paths.items() if key not in encoded - changed}
+    changed |= {k for k in encoded if spans.get(k) != (known[k].span if k in known else None)}
+    todo = {k: (path, spans.get(k)) for k, path in paths.items() if k not in encoded - changed}
     unrecorded = sum(key not in known for key in current)
     without_file = len(complete(features, missing))
     return Work(todo, changed, known | current, unrecorded, without_file)
 
 
-def fill(args, features, part, paths, missing, device, dtype):
+def fill(args, features, part, paths, spans, missing, device, dtype):
     """Encode the clips of one part that are not in the cache yet. Returns {key: reason} of those that fail.
 
     part: this process's share of --shard, as (i, n). paths: {key: path} of the clips in this part.
-    missing: the keys of the clips in this part that have no file.
+    spans: see `spans_of`. missing: the keys of the clips in this part that have no file.
     """
     check_cache(args, features, dtype)
     failures = old_failures(features, part, {*paths, *missing})
-    work = find_work(features, paths, missing, part)
+    work = find_work(features, paths, spans, missing, part)
     note_counts(*map(int, distributed.sums(*counts(paths, missing, work))))
     encoder = matching_encoder(args, features, device, dtype) if work.todo else None
     clear(features, args.splits, part)
@@ -309,7 +318,7 @@ def encode_all(encoder, work, features, batch_size, pool, log_failure, log_sourc
                 path.unlink(missing_ok=True)
             if isinstance(result, VideoError):
                 failed[key] = result.reason
-                entry = {"id": key[1], "split": key[0], "path": str(work.todo[key])}
+                entry = {"id": key[1], "split": key[0], "path": str(work.todo[key][0])}
                 log_failure(entry | {"reason": result.reason, "detail": str(result)})
             else:
                 source, stored, decoder = result
@@ -329,7 +338,7 @@ def dry_run(args, records):
     device, dtype = devices.resolve(args.device, args.dtype)
     features = cli.output_folder(args.features, "--features")
     check_cache(args, features, dtype)
-    work = find_work(features, paths, missing, args.shard)
+    work = find_work(features, paths, spans_of(records), missing, args.shard)
     note_counts(*counts(paths, missing, work))
     encoder = matching_encoder(args, features, device, dtype)
     print_disk(encoder.settings, len(work.todo), features)

@@ -153,14 +153,17 @@ def _damage(path, scan, corrupt, reads_end):
     return "truncated", f"the file is truncated: it ends at {scan.covered:.2f} s{declared}"
 
 
-def decode_source(path, num_frames):
-    """Return (the `Source` of a file, `decode(path, num_frames)`). Raises VideoError like `decode`."""
+def decode_source(path, span, num_frames):
+    """Return the `Source` of a clip, and its `Clip` with F frames. Raises VideoError like `decode`.
+
+    span: (start, end) in seconds, or None for the whole file.
+    """
     try:
         # before decoding: if the file is replaced meanwhile, its date will differ from the source's
         source = sources.identify(path)
     except OSError as error:
         raise VideoError("unreadable", f"{path} cannot be read: {error.strerror}") from None
-    return source, decode(path, num_frames)
+    return source._replace(span=span), decode(path, num_frames, *(span or ()))
 
 
 def stream(path, rate=None):

@@ -186,7 +186,7 @@ def sources_digest(features, split, ids):
     sources = [known.get((split, i)) for i in ids]
     if None in sources:
         return None
-    files = [(source.size, source.digest) for source in sources]
+    files = [(s.size, s.digest, *([s.span] if s.span else [])) for s in sources]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 

@@ -24,21 +24,26 @@ class Source(NamedTuple):
     """A video file as it was when its clip was encoded.
 
     size: bytes. mtime_ns: time of the last modification in nanoseconds. digest: see `identify`; None if
-    the clip was encoded before sources were recorded.
+    the clip was encoded before sources were recorded. span: (start, end) in seconds if the clip is a part
+    of the file.
     """
 
     size: int
     mtime_ns: int
     digest: str | None
+    span: tuple | None = None
 
     @classmethod
     def parse(cls, entry):
         """Return the `Source` in an entry of sources.jsonl, or None if it is not valid."""
         size, mtime_ns, digest = entry.get("size"), entry.get("mtime_ns"), entry.get("digest")
+        span = entry.get("span")
         valid = digest is None or (isinstance(digest, str) and SHA256.fullmatch(digest))
-        return (
-            cls(size, mtime_ns, digest) if valid and type(size) is type(mtime_ns) is int else None
-        )
+        valid = valid and type(size) is type(mtime_ns) is int
+        if span is not None:
+            valid = valid and isinstance(span, list) and all(type(t) in (int, float) for t in span)
+            span = tuple(span) if valid else None
+        return cls(size, mtime_ns, digest, span) if valid else None
 
 
 def identify(path):
@@ -88,7 +93,7 @@ def compare(paths, known):
         found = threads.map(identify_if_readable, unsure.values())
         for key, now in zip(unsure, found, strict=True):
             if now and now.digest == known[key].digest:
-                record[key] = now
+                record[key] = now._replace(span=known[key].span)
             elif now:
                 changed.add(key)
     return changed, record

@@ -6,10 +6,12 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import preprocess
 
 import feature_cache
 import preprocess_ssv2
+import video
 from dataset import load_records
 from encoder import VideoEncoder
 from runtime import cli
@@ -363,10 +365,44 @@ def test_a_high_quantisation_error_is_reported(films, capsys, monkeypatch):
 
     def with_outliers(self, clips):
         x = encode(self, clips)
-        x[:, ::64] *= 100
+        x["features"][:, ::64] *= 100
         return x
 
     monkeypatch.setattr(VideoEncoder, "encode", with_outliers)
     films("a", "--dry-run")
     printed = capsys.readouterr().err
     assert "WARNING: int8 storage: relative error" in printed and "--store fp16" in printed
+
+
+def test_clips_that_are_parts_of_a_file(world, few, capsys):
+    """Windows of one film share its file, so only their spans tell them apart. When the spans of a cache were
+    changed, its features must not be kept as those of the same, unchanged file."""
+    (record, *_) = load_records(few / "annotations", "train")
+    path = world / "videos" / f"{record['id']}.webm"
+    parts = [
+        record | {"id": f"part{i}", "video": path.name, "start": start, "end": end}
+        for i, (start, end) in enumerate([(0, 0.5), (0.5, 1), (0.5, 99)])
+    ]
+    (few / "annotations" / "train.json").write_text(json.dumps(parts))
+    flags = ("--splits", "train")
+    assert preprocess(world, few, *flags) == DONE
+    assert "1 clip ends after the end of the video" in capsys.readouterr().err
+    manifest = feature_cache.load_manifest(few / "features")
+    encoder = VideoEncoder.from_manifest(manifest, torch.device("cpu"))
+    for part in parts:
+        clip = video.decode(path, manifest.settings.num_frames, part["start"], part["end"])
+        (want,) = encoder.stored([clip.frames])
+        file = few / "features" / "train" / f"{part['id']}.pt"
+        got = feature_cache.load_features(file, part["id"], manifest.settings)
+        assert torch.equal(got["features"], want["features"])
+
+    parts[0]["end"] = 0.75
+    (few / "annotations" / "train.json").write_text(json.dumps(parts))
+    assert preprocess(world, few, *flags, "--verify") == FAILED
+    assert "part0: its start and end have changed" in capsys.readouterr().err
+    before = files(few / "features")
+    assert preprocess(world, few, *flags) == DONE
+    assert "1 clip has changed" in capsys.readouterr().err
+    after = files(few / "features")
+    assert {k for k in after if after[k] != before[k]} == {"train/part0.pt"}
+    assert preprocess(world, few, *flags, "--verify") == DONE
