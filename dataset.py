@@ -89,8 +89,11 @@ def load_records(annotations, split):
         raise UserError(
             f"annotations {path} contain an id more than once. Run prepare_annotations.py again."
         )
-    missing = dict.fromkeys(("id", *texts)) | {k: [] for k in lists}
-    return [missing | {k: r[k] for k in missing if r.get(k) not in (None, "")} for r in records]
+
+    def value(r, key):
+        return r[key] if r.get(key) not in (None, "") else [] if key in lists else None
+
+    return [{key: value(r, key) for key in ("id", *texts)} for r in records]
 
 
 def is_span(start, end):
