@@ -34,6 +34,7 @@ class EmulatedGPU(TorchFunctionMode):
         self.count, self.current, self.where = count, None, WeakTensorKeyDictionary()
         self.copies, self.waiting, self.most_in_flight = [], [], 0
         gpu, module_to, new_parameter = self, torch.nn.Module.to, torch.nn.Parameter.__new__
+        torch_load = torch.load
 
         def to(module, *args, **kwargs):
             with torch._C.DisableTorchFunction():
@@ -47,7 +48,16 @@ class EmulatedGPU(TorchFunctionMode):
             made = new_parameter(cls, data, requires_grad)
             return made if data is None else gpu.put(made, gpu.where.get(data))
 
+        def load(*args, **kwargs):  # always with map_location="cpu"
+            with torch._C.DisableTorchFunction():
+                loaded = torch_load(*args, **kwargs)
+            for tensor in tree_leaves(loaded):
+                if isinstance(tensor, torch.Tensor):
+                    gpu.where[tensor] = HOST
+            return loaded
+
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        patch.setattr(torch, "load", load)
         patch.setattr(devices, "GPU", "cpu")
         patch.setattr(torch.nn.Module, "to", to)
         patch.setattr(torch.nn.Parameter, "__new__", parameter)
