@@ -2,8 +2,11 @@
 
 Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
-Your own clips, from a CSV or JSON file with video,caption[,split] (a clip may have several rows):
+Your own clips, from a CSV or JSON file with video,caption[,split][,start,end] (a clip may have several
+rows; with a start and an end, in seconds, it is that part of the video):
     python prepare_annotations.py --captions mine.csv
+Charades, as whole videos or as windows for recognising actions:
+    python prepare_annotations.py --charades data/charades
 """
 
 import runtime.start
@@ -15,14 +18,15 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, unsafe_content
+from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, is_span, unsafe_content
 from metrics import canonical
-from runtime import cli
+from runtime import charades, cli
 from runtime.cli import note
 from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
 from runtime.names import counted, first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
+from video import window_spans
 
 PARAPHRASES = "data/paraphrases"
 PREFIX = "something-something-v2-"  # file names of the first release
@@ -38,13 +42,24 @@ def parse_args(argv=None):
         f" (default: {PARAPHRASES}, if it exists)",
     )
     add = parser.add_argument_group("your own clips").add_argument
-    add("--captions", help="CSV with a header, or JSON, with the columns video,caption[,split]")
+    add(
+        "--captions",
+        help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]",
+    )
     add(
         "--validation-share",
         type=cli.number(least=0, below=1),
         default=0.1,
         help="fraction of the clips to hold out for validation if there is no split column",
     )
+    add = parser.add_argument_group("Charades").add_argument
+    add(
+        "--charades",
+        metavar="DIR",
+        help="folder with Charades_v1_train.csv, _test.csv and _classes.txt",
+    )
+    add("--window", type=cli.number(above=0), help="split videos into windows of this many seconds")
+    add("--stride", type=cli.number(above=0), help="seconds between windows (default: --window)")
     parser.add_argument("--output", default=cli.ANNOTATIONS, help="folder for <split>.json")
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="random seed for choosing the validation clips"
@@ -55,7 +70,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     output = cli.output_folder(args.output, "--output")
-    if args.captions:
+    if args.charades and args.captions:
+        raise UserError("--charades and --captions are mutually exclusive")
+    if (args.stride and not args.window) or (args.window and not args.charades):
+        raise UserError("--window is for --charades, and --stride for --window")
+    if args.charades:
+        splits = read_charades(args.charades, args.window, args.stride or args.window, args.seed)
+    elif args.captions:
         if args.paraphrases:
             raise UserError(
                 "--paraphrases can only be used with --labels; in a --captions file, add one row per"
@@ -94,6 +115,7 @@ def describe(splits, output):
     for split, records in splits.items():
         labelled = sum(r["label"] is not None for r in records)
         templates = len({r["template"] for r in records} - {None})
+        actions = [r["actions"] for r in records if r.get("actions") is not None]
         counts = [len(r["paraphrases"]) for r in records if r["paraphrases"]]
         text = (
             f"{split:<20} {len(records):>7,} clips  {labelled:>7,} labels  {templates:>4} templates"
@@ -103,6 +125,9 @@ def describe(splits, output):
                 f"  {len(counts) / len(records):.1%} with paraphrases"
                 f" ({sum(counts) / len(counts):.1f} each)"
             )
+        if actions:
+            classes = len({name for names in actions for name in names})
+            text += f"  {classes} actions, {sum(map(len, actions)) / len(actions):.1f} per clip"
         lines.append(text)
     samples = [r for records in splits.values() for r in records if r["label"]][:3]
     for r in samples:
@@ -284,29 +309,72 @@ def add_paraphrases(splits, pattern):
     note(f"read paraphrases from {counted(len(files), 'file')}")
 
 
+# ---- Charades ------------------------------------------------------------------------------
+
+
+def read_charades(folder, window, stride, seed):
+    """Read Charades. Returns {split: records}, with a tenth of the training videos as validation.
+
+    A record is a whole video, with its script as label, its descriptions as paraphrases and its actions.
+    With a window in seconds, the records are windows of the videos without captions, one every `stride`
+    seconds, and an action belongs to each window that it overlaps.
+    """
+    videos, oddities = charades.read(folder)
+    held_out = set(by_hash((v.id for v in videos[TRAIN]), seed)[: len(videos[TRAIN]) // 10])
+    splits = {TRAIN: [], VALIDATION: [], TEST: []}
+    for split, of_split in videos.items():
+        for video in of_split:
+            records = splits[VALIDATION if split == TRAIN and video.id in held_out else split]
+            if not window:
+                actions = sorted({name for name, *_ in video.actions})
+                records.append(charades_record(video) | {"actions": actions})
+                continue
+            if video.length is None:
+                raise UserError(f"--window needs the column length, which video {video.id} lacks")
+            for span in window_spans(video.length, window, stride):
+                names = {
+                    name for name, start, end in video.actions if start < span[1] and end > span[0]
+                }
+                part = record(span_id(video.id, span), f"{video.id}.mp4") | span_fields(span)
+                records.append(part | {"actions": sorted(names)})
+    for what, count in oddities.items():
+        if count:
+            note(f"note: {count:,} {what}")
+    return splits
+
+
+def charades_record(video):
+    texts = [text for text in map(clean, (video.script, *video.descriptions)) if text]
+    return record(video.id, f"{video.id}.mp4", next(iter(texts), None), paraphrases=texts[1:])
+
+
 # ---- your own clips ------------------------------------------------------------------------
 
 
 def read_captions(path, validation_share, seed):
     """Read a caption file. Returns {split: records}.
 
-    The first caption of a clip becomes its label, the others its paraphrases. If there is no split
-    column, `validation_share` of the clips are sampled for validation. Raises UserError if a row is
-    not valid.
+    A clip is a video, or the part of it from `start` to `end`. Its first caption becomes its label, the
+    others its paraphrases. If there is no split column, all clips of `validation_share` of the videos are
+    held out for validation. Raises UserError if a row is not valid.
     """
-    path = cli.existing(path, "--captions", "It must have the columns video,caption[,split].")
-    rows = read_table(path, "--captions", ("video", "caption"), ("split",))
+    path = cli.existing(
+        path, "--captions", "It must have the columns video,caption[,split][,start,end]."
+    )
+    rows = read_table(path, "--captions", ("video", "caption"), ("split", "start", "end"))
     check_rows(rows, path)
-    clips = {}  # normal form of the video's name -> record, in order of appearance
+    clips = {}  # (normal form of the video's name, span) -> record, in order of appearance
     split_of, clash = {}, []
     for where, row in rows:
         name, split = row["video"].strip(), clean(row.get("split")) or None
-        video = normal_form(name)
-        if video not in clips:
-            clips[video], split_of[video] = record(None, name, clean(row["caption"])), split
+        span = span_of(row)
+        key = normal_form(name), span
+        if key not in clips:
+            clips[key] = record(None, name, clean(row["caption"])) | span_fields(span)
+            split_of[key] = split
         else:
-            clips[video]["paraphrases"].append(clean(row["caption"]))
-            clash += [f"{name} ({where})"] if split_of[video] != split else []
+            clips[key]["paraphrases"].append(clean(row["caption"]))
+            clash += [f"{name} ({where})"] if split_of[key] != split else []
     refuse(clash, "clips are in more than one split")
     name_clips(clips)
     given = set(split_of.values()) - {None}
@@ -315,11 +383,35 @@ def read_captions(path, validation_share, seed):
     if not given:
         split_of = sample_validation(clips, validation_share, seed, path)
     elif None in split_of.values():
-        refuse([v for v, s in split_of.items() if s is None], "clips have no split, but others do")
+        without = [clips[key]["id"] for key, split in split_of.items() if split is None]
+        refuse(without, "clips have no split, but others do")
     splits = {s: [] for s in sorted(set(split_of.values()), key=lambda s: (s != TRAIN, s))}
-    for video, r in clips.items():
-        splits[split_of[video]].append(r)
+    for key, r in clips.items():
+        splits[split_of[key]].append(r)
     return splits
+
+
+def span_of(row):
+    """Return (start, end) of a row in seconds, or None if it has neither. Raises ValueError if not valid."""
+    texts = [
+        str(row.get(k, "") if row.get(k) is not None else "").strip() for k in ("start", "end")
+    ]
+    if not any(texts):
+        return None
+    start, end = map(float, texts)
+    if not is_span(start, end):
+        raise ValueError(f"{texts[0]} to {texts[1]} is not a span")
+    return start, end
+
+
+def span_fields(span):
+    """Return the entries of a record for a span, or none."""
+    return dict(zip(("start", "end"), span, strict=True)) if span else {}
+
+
+def span_id(clip_id, span):
+    """Return the id of a part of the video with the id `clip_id`."""
+    return f"{clip_id}_{span[0]:.10g}-{span[1]:.10g}" if span else clip_id
 
 
 def check_rows(rows, path):
@@ -333,41 +425,54 @@ def check_rows(rows, path):
     refuse(bad, f"rows of {path} have no text as video or caption")
     bad = [where for where, row in rows if not isinstance(row.get("split") or "", str)]
     refuse(bad, f"rows of {path} have a split that is not a string")
+    bad = []
+    for where, row in rows:
+        try:
+            span_of(row)
+        except ValueError:
+            bad.append(where)
+    refuse(bad, f"rows of {path} have no valid start and end, in seconds with 0 <= start < end")
     names = [(re.split(r"[/\\]", row["video"].strip())[-1], where) for where, row in rows]
     bad = [f"{n!r:.100} ({where})" for n, where in names if n[:1] == "." and n not in (".", "..")]
     refuse(bad, f"rows of {path} name hidden files, which are not videos")
 
 
 def sample_validation(clips, share, seed, path):
-    """Sample a share of the clips, {video: record}, for validation. Returns {video: split}."""
+    """Sample a share of the videos for validation. Returns {(video, span): split}.
+
+    clips: {(video, span): record}. All clips of a video get the same split.
+    """
+    ids = {video: r["id"].removesuffix(span_id("", span)) for (video, span), r in clips.items()}
     least = 2 if share else 0  # CIDEr needs at least two clips
-    count = max(least, round(share * len(clips)))
-    if count >= len(clips):
+    count = max(least, round(share * len(ids)))
+    if count >= len(ids):
         raise UserError(
-            f"--captions {path} has too few clips to hold out two for validation; add more clips or"
+            f"--captions {path} has too few videos to hold out two for validation; add more videos or"
             " a split column"
         )
-    held_out = set(by_hash((r["id"] for r in clips.values()), seed)[:count])
-    note(f"no split column: {count} of {len(clips)} clips held out for validation")
-    return {v: VALIDATION if r["id"] in held_out else TRAIN for v, r in clips.items()}
+    held_out = set(by_hash(ids.values(), seed)[:count])
+    note(f"no split column: {count} of {counted(len(ids), 'video')} held out for validation")
+    return {key: VALIDATION if ids[key[0]] in held_out else TRAIN for key in clips}
 
 
 def name_clips(clips):
     """Set the id of each clip to the stem of its file name, or to its path if the stem is not unique.
 
     Characters that are not safe in file names are replaced. If that makes two ids equal, a hash of the
-    path is added. clips: {normal form of the video's name: record}.
+    path is added. A part of a video also has its start and end in its id. clips: {(normal form of the video's
+    name, span): record}.
     """
-    paths = {video: PurePosixPath(video.replace("\\", "/")) for video in clips}
+    paths = {video: PurePosixPath(video.replace("\\", "/")) for video, _ in clips}
     stems = Counter(path.stem for path in paths.values())
     names = {  # unique, except for videos that differ only in the extension
         video: path.stem if stems[path.stem] == 1 else "__".join((*path.parent.parts, path.stem))
         for video, path in paths.items()
     }
     ids = Counter(map(safe_id, names.values()))
-    for video, r in clips.items():
+    for (video, span), r in clips.items():
         name, shared = names[video], ids[safe_id(names[video])] > 1
-        r["id"] = safe_id(name, add_hash=shared and safe_id(name) != paths[video].stem)
+        clip_id = safe_id(name, add_hash=shared and safe_id(name) != paths[video].stem)
+        r["id"] = span_id(clip_id, span)
     twice = [i for i, n in Counter(r["id"] for r in clips.values()).items() if n > 1]
     refuse(twice, "videos have the same id, because their names differ only in the extension")
 

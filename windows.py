@@ -73,30 +73,6 @@ def add_flags(group):
     )
 
 
-def window_spans(duration, window, stride):
-    """Split a video of `duration` seconds into windows, a list of (start, end) in seconds.
-
-    Each window is `window` seconds long, and one starts every `stride` seconds. If stride <= window
-    there are no gaps. The last window always ends at `duration`. If less than half a window remains at
-    the end, the window before it is extended. If more remains, which happens only if stride > window,
-    a full window is added at the end. Raises ValueError unless window and stride are positive.
-    """
-    if not (window > 0 and stride > 0):
-        raise ValueError(f"window {window} and stride {stride} must be positive")
-    spans = [(0.0, min(window, duration))]
-    while spans[-1][1] < duration and len(spans) * stride < duration:
-        start = len(spans) * stride
-        spans.append((start, min(start + window, duration)))
-    if len(spans) > 1 and spans[-1][1] - spans[-1][0] < window / 2:
-        spans.pop()
-    rest = duration - spans[-1][1]
-    if 0 < rest < window / 2:
-        spans[-1] = (spans[-1][0], duration)
-    elif rest > 0:
-        spans.append((duration - window, duration))
-    return spans
-
-
 def read(paths, encoder, how, limit=None):
     """Decode and encode all windows of all files. Yields lists of up to `how.batch_size` `Window`s.
 
@@ -117,7 +93,7 @@ def read(paths, encoder, how, limit=None):
                 spans[n] = [(0.0, length)]
                 yield Window(n, 0.0, length, True, too_long(path, length, how)), path, 1, 0.0, 1e-3
                 continue
-            spans[n] = window_spans(length, how.window, how.stride)
+            spans[n] = video.window_spans(length, how.window, how.stride)
             alone = len(spans[n]) == 1
             spans[n] = spans[n][:limit]
             for span in spans[n]:

@@ -70,7 +70,8 @@ def test_both_layouts_give_the_same_records(labels, tmp_path, prefix, capsys):
     """The original wrote `ssv2_train` and then read `train`."""
     out = run(tmp_path, "--labels", labels(prefix))
     records = load_records(out, "train")
-    assert records[0] == TRAIN[0] | {"video": "1.webm", "paraphrases": []}
+    absent = dict.fromkeys(("start", "end", "actions"))
+    assert records[0] == TRAIN[0] | {"video": "1.webm", "paraphrases": []} | absent
     assert [r["id"] for r in load_records(out, "validation")] == ["3"]
     assert [r["template"] for r in load_records(out, "test")] == [
         "Dropping [something]",
@@ -288,7 +289,7 @@ def test_an_unusual_split_is_noted(tmp_path, capsys, name, meant):
         ("video,caption,split\na,hi,a?\n", r"'a\?' contains '\?'"),
         ("clip,text\na.mp4,hi\n", "needs a header"),
         ("video,caption\n", "contains no rows"),
-        ("video,caption\na.mp4,hi\nb.mp4,ho\n", "too few clips to hold out two"),
+        ("video,caption\na.mp4,hi\nb.mp4,ho\n", "too few videos to hold out two"),
         ("video,caption\na.mp4,\n", "rows .* have no text .* line 2"),
         ("video,caption,split\na.mp4,hi,train\na.mp4,ho,validation\n", "more than one split"),
         ("video,caption,split\na.mp4,hi,../x\n", "not valid"),
@@ -309,3 +310,102 @@ def test_help_lists_the_columns(capsys):
         prepare_annotations.parse_args(["--help"])
     assert "video,caption[,split]" in capsys.readouterr().out
     assert Path(prepare_annotations.__file__).name == "prepare_annotations.py"
+
+
+# ---- parts of videos, Charades ----------------------------------------------------------------
+
+
+def test_captions_of_parts_of_a_video(tmp_path):
+    """All parts of a film are on the same side of the split, or validation would score training pictures."""
+    rows = ["video,caption,start,end"]
+    for film in range(10):
+        rows += [f"{film}.mp4,caption {i},{i},{i + 0.5}" for i in range(3)] * 2
+    rows.append("whole.mp4,a caption,,")
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    main(
+        [
+            "--captions",
+            str(tmp_path / "mine.csv"),
+            "--output",
+            str(out),
+            "--validation-share",
+            "0.3",
+        ]
+    )
+    splits = {split: load_records(out, split) for split in ("train", "validation")}
+    films = [{r["video"] for r in records} for records in splits.values()]
+    assert films[0].isdisjoint(films[1]) and len(films[1]) == 3
+    records = {r["id"]: r for records in splits.values() for r in records}
+    assert len(records) == 31
+    part, whole = records["3_1-1.5"], records["whole"]
+    assert (part["start"], part["end"], part["label"]) == (1, 1.5, "caption 1")
+    assert part["paraphrases"] == ["caption 1"] and whole["end"] is None
+    for bad in ("1,", "2,1", "a,b", "-1,1", "0,nan"):
+        (tmp_path / "mine.csv").write_text(f"video,caption,start,end\na.mp4,x,{bad}\n")
+        with pytest.raises(UserError, match="no valid start and end.* line 2"):
+            main(["--captions", str(tmp_path / "mine.csv"), "--output", str(out)])
+
+
+CHARADES = """id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length
+{}
+"""
+CHARADES_CLASSES = "c000 Holding some clothes\nc001 Opening a door\n\nc002 Sneezing\n"
+
+
+def write_charades(folder, rows, header=CHARADES):
+    folder.mkdir(exist_ok=True)
+    (folder / "Charades_v1_classes.txt").write_text(CHARADES_CLASSES)
+    for split, letter in (("train", "A"), ("test", "T")):
+        lines = [row.replace("ID", f"{letter}{i:03}") for i, row in enumerate(rows)]
+        (folder / f"Charades_v1_{split}.csv").write_text(header.format("\n".join(lines)))
+
+
+def test_charades(tmp_path, capsys):
+    rows = [
+        'ID,S,Kitchen,6,7,Yes,"A person opens, then closes, a door.",door,He opens it.;He leaves.,'
+        "c001 0.00 4.10;c001 3.00 40.00;c000 11.90 21.20,20.0",
+        "ID,S,Kitchen,6,7,Yes,A person stands.,,,,10.5",
+        "ID,S,Kitchen,6,7,Yes,A person sneezes.,,She sneezes.,c002 50 60;c002 8 7;c002 2 3,10",
+    ]
+    write_charades(tmp_path / "charades", rows * 7)
+    out = tmp_path / "out"
+    flags = ["--charades", str(tmp_path / "charades"), "--output", str(out)]
+    main(flags)
+    printed = capsys.readouterr()
+    for note in (
+        "14 actions that start after the end of the video",
+        "14 actions that end before they start",
+        "28 actions that end after the end of the video",
+        "14 actions that occur more than once in a video",
+        "14 videos without actions",
+    ):
+        assert note in printed.err
+    splits = {split: load_records(out, split) for split in ("train", "validation", "test")}
+    assert [len(records) for records in splits.values()] == [19, 2, 21]
+    first, second, third = splits["test"][:3]
+    assert (first["id"], first["video"]) == ("T000", "T000.mp4")
+    assert first["label"] == "A person opens, then closes, a door."
+    assert first["paraphrases"] == ["He opens it.", "He leaves."]
+    assert first["actions"] == ["c000 Holding some clothes", "c001 Opening a door"]
+    assert second["actions"] == [] and third["actions"] == ["c002 Sneezing"]
+
+    # windows: an action belongs to every window that it overlaps
+    main([*flags, "--window", "6", "--stride", "3"])
+    parts = [r for r in load_records(out, "test") if r["video"] == "T000.mp4"]
+    assert [(r["start"], r["end"]) for r in parts] == [
+        (3 * i, min(20, 3 * i + 6)) for i in range(6)
+    ]
+    door, clothes = "c001 Opening a door", "c000 Holding some clothes"
+    assert [r["actions"] for r in parts] == [[door]] * 2 + [[clothes, door]] * 4
+    assert parts[0]["label"] is None and parts[1]["id"] == "T000_3-9"
+
+    # old copies have no lengths, so windows are not known
+    old = CHARADES.replace(",length", "")
+    write_charades(tmp_path / "charades", ["ID,S,K,6,7,Yes,Stands.,,,c000 1.0 2.0"], header=old)
+    main(flags)
+    with pytest.raises(UserError, match="needs the column length, which video A000 lacks"):
+        main([*flags, "--window", "6"])
+    write_charades(tmp_path / "charades", ["ID,S,K,6,7,Yes,Stands.,,,c009 1.0 2.0,9"])
+    with pytest.raises(UserError, match="class 'c009' is not in Charades_v1_classes.txt"):
+        main(flags)

@@ -22,8 +22,8 @@ import video
 from runtime import clip_files, containers
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, VideoError
-from video import decode, frame_indices, probe
-from windows import Windowing, description, read, window_spans
+from video import decode, frame_indices, probe, window_spans
+from windows import Windowing, description, read
 
 av = pytest.importorskip("av")
 
