@@ -19,8 +19,10 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+import heads
 import metrics
 from checkpoint import is_export, load_captioner, read_checkpoint, warn_if_untrained, weights_digest
 from dataset import STYLES, TRAIN, VALIDATION, FeatureDataset, load_records, loader, shared_memory
@@ -74,6 +76,11 @@ def parse_args(argv=None):
         help="folder for the results (default: that of the checkpoint, or results/<name> for an exported"
         " folder or a Hub id)",
     )
+    add(
+        "--probe",
+        help="checkpoint of a probe (probe.py): also count how often it and the captions name the right"
+        " template, on the same clips",
+    )
     add("--no-meteor", action="store_true", help="skip METEOR, which takes 10 s to start")
     group = parser.add_argument_group("generation")
     add = group.add_argument
@@ -98,6 +105,12 @@ def main(argv=None):
         raise UserError(
             f"split {args.split!r} has no paraphrases, which --style sentence needs as references"
         )
+    probe = heads.read_probe(args.probe, "--probe") if args.probe else None
+    if probe:
+        if probe["multi"]:
+            raise UserError(f"--probe {args.probe} was trained on actions, not on templates")
+        wanted = load_manifest(args.features).settings
+        probe["manifest"].settings.check_same(wanted, f"the cache {args.features}")
     source = args.predictions[0] if args.predictions else args.checkpoint
     output = cli.output_folder(args.output or default_output(source), "--output")
     if args.predictions:
@@ -128,7 +141,7 @@ def main(argv=None):
         note("this is one part; score all parts together with --predictions PART PART …")
         return
 
-    result, _ = score(
+    result, per_clip = score(
         predictions,
         records,
         all_records,
@@ -137,6 +150,8 @@ def main(argv=None):
         args.seed,
         with_meteor=not args.no_meteor,
     )
+    if probe:
+        result["probe"] = compare_with_probe(args, probe, records, per_clip)
     result |= {
         # absolute, because viz.gallery may compare them in another working directory
         "checkpoint": [os.path.abspath(path) for path in args.predictions or []] or args.checkpoint,
@@ -144,7 +159,43 @@ def main(argv=None):
     }
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
+    if probe:
+        p = result["probe"]
+        print(
+            f"probe: template accuracy {p['probe']:.3f}, captions {p['captions']:.3f} on the same"
+            f" {counted(p['n'], 'clip')}; right: both {p['both']}, only the probe {p['only_probe']}, only the"
+            f" captions {p['only_captions']}, neither {p['neither']}"
+        )
     note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def compare_with_probe(args, probe, records, per_clip):
+    """Compare the templates that a probe and the captions name. Returns accuracies and four counts.
+
+    A clip that only the probe gets right has the action in its features, and the captioner is at fault. One
+    that neither gets right may lack it. per_clip: the second result of `metrics.score`.
+    """
+    head = heads.load_probe(probe, device := devices.resolve(args.device, args.dtype)[0])
+    settings = probe["manifest"].settings
+    records = [r for r in records if "template_accuracy" in per_clip[r["id"]]]
+    if not records:
+        raise UserError("--probe: no caption of these clips can be compared with a template")
+    data = FeatureDataset(args.features, args.split, records, settings)
+    (logits,) = heads.predict(
+        [head], read_batches(loader(data, args.batch_size, args.workers, device)), device
+    )
+    wanted = heads.targets(records, probe["classes"], multi=False)
+    by_probe = heads.ranks(np.stack([logits[r["id"]] for r in records]), wanted) == 1
+    by_caption = np.array([per_clip[r["id"]]["template_accuracy"] == 1 for r in records])
+    return {
+        "n": len(records),
+        "probe": float(by_probe.mean()),
+        "captions": float(by_caption.mean()),
+        "both": int((by_probe & by_caption).sum()),
+        "only_probe": int((by_probe & ~by_caption).sum()),
+        "only_captions": int((~by_probe & by_caption).sum()),
+        "neither": int((~by_probe & ~by_caption).sum()),
+    }
 
 
 def default_output(path):

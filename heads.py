@@ -14,7 +14,6 @@ from torch import nn
 
 from feature_cache import Manifest, is_count
 from qformer import QFormer
-from runtime import hub
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_torch
 
@@ -324,8 +323,6 @@ def read_probe(path, flag):
             raise ValueError("an entry is missing or not valid")
         manifest = Manifest.parse(probe["manifest"])
         settings = manifest.settings
-        if not isinstance(manifest.info.get("encoder"), str):
-            raise ValueError("its manifest names no encoder")
         if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
             raise ValueError("its sizes do not fit its manifest")
         with torch.device("meta"):  # untrusted sizes must not allocate memory
@@ -337,7 +334,6 @@ def read_probe(path, flag):
             raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{flag} {path} is not a valid probe ({why})") from None
-    hub.locate("encoder", manifest.info, path)
     return probe | {"manifest": manifest}
 
 
@@ -363,6 +359,24 @@ def likeliest(logits, classes, multi, count=5):
         {"action": classes[i], "probability": float(p[i])}
         for i in np.argsort(-p, kind="stable")[:count]
     ]
+
+
+def recogniser(path, flag, settings, device):
+    """Return a function that maps stored clips, a dict of tensors, to the actions of each, see `likeliest`.
+
+    path, flag: of a probe's checkpoint. settings: those of the features. Raises UserError if it is not a
+    probe, or was trained on other features.
+    """
+    probe = read_probe(path, flag)
+    probe["manifest"].settings.check_same(settings, f"the features for {flag} {path}")
+    head, classes, multi = load_probe(probe, device), probe["classes"], probe["multi"]
+
+    @torch.inference_mode()
+    def recognise(clips):
+        logits = head(**head_inputs(clips, device)).float().cpu().numpy()
+        return [likeliest(row, classes, multi) for row in logits]
+
+    return recognise
 
 
 def plain(template):

@@ -16,6 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
+import heads
 from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
@@ -39,6 +40,7 @@ def parse_args(argv=None):
     add_flags(group)
     cli.add_generation(group)
     add = parser.add_argument_group("output").add_argument
+    add("--probe", help="checkpoint of a probe (probe.py); also print the five likeliest actions")
     add("--json", action="store_true", help="print one JSON object per file instead of text")
     add(
         "--output",
@@ -72,7 +74,10 @@ def main(argv=None):
     device, dtype = devices.resolve(args.device, args.dtype)
     warn_if_untrained(checkpoint, args.style)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
-    generation = args.style, args.max_new_tokens, args.num_beams
+    settings, recognise = encoder.settings, None
+    if args.probe:
+        recognise = heads.recogniser(args.probe, "--probe", settings, device)
+    generation = args.style, args.max_new_tokens, args.num_beams, recognise
     results = []
     try:
         for result in caption_files(paths, encoder, captioner, Windowing.of(args), *generation):
@@ -113,9 +118,15 @@ def text_lines(result):
     path = cli.printable(result["path"], keep="")  # escape line breaks in the file name
     if "windows" in result:
         for w in result["windows"]:
-            yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}"
+            yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}{actions_of(w)}"
     elif "caption" in result:
-        yield f"{path}\t{result['caption']}"
+        yield f"{path}\t{result['caption']}{actions_of(result)}"
+
+
+def actions_of(result):
+    """Return another column with the actions of a clip or window, if a probe was applied."""
+    actions = [f"{a['action']} {a['probability']:.0%}" for a in result.get("actions", ())]
+    return "\t" + "; ".join(actions) if actions else ""
 
 
 def as_json(result):

@@ -29,6 +29,7 @@ class Window:
     error: a VideoError if the window could not be decoded or encoded, else None.
     damage: a sentence if the file ends early or is corrupt, so that some of the window may be missing.
     frames: uint8 (F, H, W, 3). stored: the features in the form of `feature_cache.save_features`.
+    actions: [{"action", "probability"}], if a probe was applied.
     """
 
     file: int
@@ -39,6 +40,7 @@ class Window:
     damage: str | None = None
     frames: Any = None
     stored: dict | None = None
+    actions: list | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,13 @@ def features(batch, device):
     return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
 
 
-def caption_files(paths, encoder, captioner, how, style, max_new_tokens=None, num_beams=1):
-    """Caption all windows of all files. Yields the `description` of each file, in order."""
+def caption_files(
+    paths, encoder, captioner, how, style, max_new_tokens=None, num_beams=1, recognise=None
+):
+    """Caption all windows of all files. Yields the `description` of each file, in order.
+
+    recognise: a function that returns the actions in each of B clips, see `heads.recogniser`.
+    """
 
     def captioned():
         for batch in read(paths, encoder, how):
@@ -149,6 +156,9 @@ def caption_files(paths, encoder, captioner, how, style, max_new_tokens=None, nu
             if decoded:
                 clips = features(decoded, captioner.device)
                 texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
+                found = recognise(clips) if recognise else [None] * len(decoded)
+                for w, actions in zip(decoded, found, strict=True):
+                    w.actions = actions
             for w in batch:
                 w.frames = w.stored = None  # free the memory, because a long film has many windows
                 yield w, None if w.error else next(texts)
@@ -163,15 +173,19 @@ def description(path, pairs):
     pairs: its [(`Window`, caption)], where the caption is None if the window failed.
     The result is {"path", "caption"} for a single window, {"path", "windows": [{"start", "end",
     "caption"}]} for several, and {"path", "error"} if all failed. It also has a "warning" if part of the
-    file could not be decoded.
+    file could not be decoded. If a probe was applied, "actions" is beside each "caption".
     """
+
+    def text_of(w, caption):
+        return {"caption": caption} | ({"actions": w.actions} if w.actions else {})
+
     captioned = [(w, text) for w, text in pairs if text is not None]
     if not captioned:
         return {"path": str(path), "error": str(pairs[0][0].error)}
     if len(pairs) == 1:
-        result = {"path": str(path), "caption": captioned[0][1]}
+        result = {"path": str(path), **text_of(*captioned[0])}
     else:
-        spans = [{"start": w.start, "end": w.end, "caption": text} for w, text in captioned]
+        spans = [{"start": w.start, "end": w.end, **text_of(w, text)} for w, text in captioned]
         result = {"path": str(path), "windows": spans}
     damage = dict.fromkeys(w.damage for w, _ in captioned if w.damage)
     problems = [f"{text}; the caption covers the readable part" for text in damage]

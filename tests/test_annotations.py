@@ -343,7 +343,7 @@ def test_captions_of_parts_of_a_video(tmp_path):
     assert part["paraphrases"] == ["caption 1"] and whole["end"] is None
     for bad in ("1,", "2,1", "a,b", "-1,1", "0,nan"):
         (tmp_path / "mine.csv").write_text(f"video,caption,start,end\na.mp4,x,{bad}\n")
-        with pytest.raises(UserError, match="no valid start and end.* line 2"):
+        with pytest.raises(UserError, match=r"no valid start and end.* line 2"):
             main(["--captions", str(tmp_path / "mine.csv"), "--output", str(out)])
 
 
@@ -407,5 +407,5 @@ def test_charades(tmp_path, capsys):
     with pytest.raises(UserError, match="needs the column length, which video A000 lacks"):
         main([*flags, "--window", "6"])
     write_charades(tmp_path / "charades", ["ID,S,K,6,7,Yes,Stands.,,,c009 1.0 2.0,9"])
-    with pytest.raises(UserError, match="class 'c009' is not in Charades_v1_classes.txt"):
+    with pytest.raises(UserError, match=r"class 'c009' is not in Charades_v1_classes\.txt"):
         main(flags)
