@@ -27,6 +27,7 @@ from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
 
 RESAMPLES = 1000
 CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
+CAPTION_METRICS += ("ROUGE_1", "ROUGE_2")
 PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  # means over clips
 ENGLISH = 0.01  # METEOR is skipped if a larger share of the clips has references in other scripts
 ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contain the same n-grams"
@@ -47,6 +48,27 @@ def rouge_l(hypotheses, references):
     """Compute the mean ROUGE-L over clips (Lin 2004) with beta = 1.2, a float in 0..1."""
     hypotheses = {i: [text] for i, text in hypotheses.items()}
     return float(Rouge().compute_score(references, hypotheses)[0])
+
+
+def rouge_n(hypotheses, references, n):
+    """Compute the mean over clips of ROUGE-N as F1 (Lin 2004), a float in 0..1.
+
+    A clip with several references gets the highest of their scores.
+    """
+
+    def grams(text):
+        words = text.split()
+        return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+    def f1(found, wanted):
+        total = found.total() + wanted.total()
+        return 2 * (found & wanted).total() / total if total else 0.0
+
+    scores = [
+        max(f1(grams(text), grams(reference)) for reference in references[i])
+        for i, text in hypotheses.items()
+    ]
+    return float(np.mean(scores))
 
 
 def meteor(hypotheses, references):
@@ -395,6 +417,8 @@ def score(
                 scores[name] |= bleu(hypotheses[name], references)
         if references:
             scores["main"]["ROUGE_L"] = rouge_l(hypotheses["main"], references)
+            for n in (1, 2):
+                scores["main"][f"ROUGE_{n}"] = rouge_n(hypotheses["main"], references, n)
         if "METEOR" not in skipped:
             try:
                 scores["main"]["METEOR"] = pending.result()

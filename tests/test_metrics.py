@@ -655,3 +655,12 @@ def test_java_does_not_start_after_an_exception(tmp_path, monkeypatch):
         threading.Timer(0.5, raised.set).start()
         raise KeyError("as if by a signal")
     assert str(pending.exception()) == "cancelled"
+
+
+def test_rouge_n_is_the_f1_of_n_grams():
+    references = {"a": ["the cat sat on the mat"], "b": ["x", "opening a door"]}
+    hypotheses = {"a": "the the cat", "b": "opening a box"}
+    # a: "the" twice and "cat" of 3 and 6 words; "the cat" of 2 and 5 pairs. b: its second reference.
+    assert metrics.rouge_n(hypotheses, references, 1) == pytest.approx((6 / 9 + 4 / 6) / 2)
+    assert metrics.rouge_n(hypotheses, references, 2) == pytest.approx((2 / 7 + 2 / 4) / 2)
+    assert metrics.rouge_n({"a": ""}, {"a": ["x"]}, 1) == 0
