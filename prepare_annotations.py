@@ -345,7 +345,7 @@ def read_charades(folder, window, stride, seed):
                 records.append(part | {"actions": sorted(names)})
     for what, count in oddities.items():
         if count:
-            note(f"note: {count:,} {what}")
+            note(f"note: {what}: {count:,}")
     return splits
 
 

@@ -1,4 +1,4 @@
-"""Compute and cache V-JEPA 2 features of every clip: <features>/<split>/<id>.pt and manifest.json.
+"""Cache the features of every clip by a frozen encoder: <features>/<split>/<id>.pt and manifest.json.
 
     python preprocess_ssv2.py                 (about 4.2 MB per clip; --dry-run estimates disk and time)
     python preprocess_ssv2.py --verify        (checksums, NaN, coverage)
@@ -68,8 +68,13 @@ def parse_args(argv=None):
         help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
     add = parser.add_argument_group("encoder").add_argument
-    add("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model")
-    add("--num-frames", type=cli.whole(1), default=32, help="frames per clip")
+    add("--encoder", default=cli.ENCODER, help="Hub id or folder of the video encoder")
+    add(
+        "--num-frames",
+        type=cli.whole(1),
+        default=32,
+        help="frames per clip; some encoders take only one number",
+    )
     add(
         "--resize",
         choices=CHOICES["resize"],

@@ -41,6 +41,7 @@ from runtime import cli, devices, hub, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import UserError
 from runtime.files import json_line, read_torch, torch_bytes, write_json
+from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
@@ -527,6 +528,9 @@ def report(args, result, folder):
         print(
             f"{entry['accuracy']:.2f}  {entry['class']}" + (f"  taken for {taken}" if taken else "")
         )
+    if unknown := result["settings"]["unknown_classes"]:
+        classes = counted(len(unknown), "class", "classes")
+        note(f"WARNING: the probe does not know {classes} of these clips: {first_few(unknown)}")
     note(f"written to {folder / f'evaluation_{name}.json'}")
 
 

@@ -374,11 +374,11 @@ def test_charades(tmp_path, capsys):
     main(flags)
     printed = capsys.readouterr()
     for note in (
-        "14 actions that start after the end of the video",
-        "14 actions that end before they start",
-        "28 actions that end after the end of the video",
-        "14 actions that occur more than once in a video",
-        "14 videos without actions",
+        "actions that start after the end of the video: 14",
+        "actions that end before they start: 14",
+        "actions that end after the end of the video: 28",
+        "actions that occur more than once in a video: 14",
+        "videos without actions: 14",
     ):
         assert note in printed.err
     splits = {split: load_records(out, split) for split in ("train", "validation", "test")}

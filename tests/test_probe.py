@@ -181,7 +181,7 @@ def test_windows_of_a_video_are_combined():
     assert {r["video"] for r in train}.isdisjoint({r["video"] for r in held_out})
 
 
-def test_the_published_head_gives_its_own_logits(tmp_path):
+def test_the_published_head_gives_its_own_logits(tmp_path, capsys):
     from transformers import VJEPA2Config, VJEPA2ForVideoClassification
 
     torch.manual_seed(0)
@@ -230,6 +230,12 @@ def test_the_published_head_gives_its_own_logits(tmp_path):
     probe.main([*map(str, args), "--device", "cpu"])
     result = json.loads((tmp_path / "out" / "evaluation_validation_published.json").read_text())
     assert result["metrics"]["top1"] == float(want.argmax() == 2)
+    assert "WARNING" not in capsys.readouterr().err
+
+    # names that differ between the data and the head would only look like a low score
+    write_json(tmp_path / "annotations" / "validation.json", [{"id": "a", "template": "Folds"}])
+    probe.main([*map(str, args), "--device", "cpu"])
+    assert "does not know 1 class of these clips: Folds" in capsys.readouterr().err
 
     # another encoder's cache is refused, unless its weights are the same tensors
     config.crop_size = 128
