@@ -11,6 +11,7 @@ import runtime.start
 
 from pathlib import Path
 
+import heads
 from research.probe_report import shell
 from runtime import cli
 from runtime.charades import SPLITS
@@ -54,6 +55,7 @@ def main(argv=None):
     runs = {name: measure(root, Path(args.data), name) for name in RUNS}
     command = "python -m research.charades_report"
     value = {"synthetic": True, "command": command, "world": world, "training": TRAINING}
+    output.mkdir(parents=True, exist_ok=True)
     text = markdown(runs, world["videos"])
     write_json(output / "charades.json", value | {"records": RUNS, "runs": runs})
     write_atomic(output / "charades.md", text.encode())
@@ -75,7 +77,9 @@ def measure(root, data, name):
         *("--encoder", data / "encoder", "--splits", "train", "test", "--workers", 1),
     )
     given += ["--split", "test", "--workers", 0]
-    shell("probe.py", *given, *TRAINING.split(), "--output", probe, "--overwrite")
+    # a finished run is only scored again
+    start = "--resume" if (probe / heads.LAST).exists() else "--overwrite"
+    shell("probe.py", *given, *TRAINING.split(), "--output", probe, start)
     result = read_json(probe / "evaluation_test.json", "evaluation")
     # the same probe with the mean over windows, which gives a file of the same name
     shell("probe.py", *given, "--evaluate", probe, "--windows", "mean")

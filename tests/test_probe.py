@@ -128,6 +128,28 @@ def test_actions_make_a_multi_label_probe(tmp_path):
     assert official(scores, wanted) == pytest.approx(result["metrics"]["mAP_official"], abs=1e-6)
 
 
+def test_an_action_without_training_clips_counts(tmp_path):
+    """Its average precision was left out of the mAP, and the later columns of a submission moved by one."""
+    world = make_world(tmp_path, multi=True)
+    for split, gone in (("train", 1), ("validation", 0)):
+        path = world / "annotations" / f"{split}.json"
+        records = json.loads(path.read_text())
+        for record in records:
+            record["actions"] = [a for a in record["actions"] if a[:4] != f"c00{gone}"]
+        write_json(path, records)
+    result = run(world, *TRAINED, "--epochs", "1", "--submission", str(world / "submission.txt"))
+    assert result["settings"]["unknown_classes"] == ["c001 Class 1"]
+    wanted = {
+        r["id"]: [f"c00{c} Class {c}" in r["actions"] for c in range(CLASSES)] for r in records
+    }
+    lines = map(str.split, (world / "submission.txt").read_text().splitlines())
+    scores = {name: list(map(float, values)) for name, *values in lines}
+    assert {values[1] for values in scores.values()} == {0}
+    assert official(scores, wanted) == pytest.approx(result["metrics"]["mAP_official"], abs=1e-6)
+    assert result["per_class"]["c001 Class 1"] == np.mean([w[1] for w in wanted.values()])
+    assert result["per_class"]["c000 Class 0"] is None
+
+
 def official(scores, wanted):
     """Charades' mean average precision: scores of videos without actions, or without scores, are dropped.
 
