@@ -15,6 +15,7 @@ import runtime.start
 import hashlib
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -468,6 +469,10 @@ def scored(args, records, logits, classes, multi):
         wanted = heads.targets([rows[0] for _, rows, _ in videos], classes, multi)
         scores, worst = heads.single_label_scores(values, wanted, classes)
         return scores, {"worst": worst, "right": heads.ranks(values, wanted) == 1}
+    # an action without training clips counts too, below all others
+    unknown = unknown_classes(records, classes, multi)
+    classes, least = [*classes, *unknown], np.finfo(np.float32).min
+    values = np.pad(values, ((0, 0), (0, len(unknown))), constant_values=least)
     wanted = np.stack([heads.targets(rows, classes, multi).max(0) for _, rows, _ in videos])
     scores, per_class = heads.multi_label_scores(values, wanted)
     per_class = {
@@ -496,20 +501,30 @@ def scores_of(args, probe, head, records, device, controls=True):
         "windows": args.windows,
         "control": args.control,
         "chosen": probe["chosen"],
-        "unknown_classes": sorted(
-            {n for r in records for n in heads.names_of(r, multi)} - {*classes}
-        ),
+        "unknown_classes": unknown_classes(records, classes, multi),
     }
     if args.submission and controls:
-        write_submission(args.submission, heads.by_video(records, logits, args.windows), multi)
+        videos = heads.by_video(records, logits, args.windows)
+        write_submission(args.submission, videos, classes, multi)
     return result
 
 
-def write_submission(path, videos, multi):
-    """Write one line per video: its name and the probability of each class, in the order of the classes."""
+def unknown_classes(records, classes, multi):
+    """Return the classes of the records that no training clip has."""
+    return sorted({name for r in records for name in heads.names_of(r, multi)} - {*classes})
+
+
+def write_submission(path, videos, classes, multi):
+    """Write one line per video: its name and the probability of each class, in the order of the classes.
+
+    A class of Charades has the column of its number. Columns of classes without training clips are 0.
+    """
+    numbers = [re.fullmatch(r"c(\d{3}) .*", name) for name in classes]
+    columns = [int(n[1]) for n in numbers] if all(numbers) else list(range(len(classes)))
     with open(path, "w", encoding="utf-8") as file:
         for video, _, logits in videos:
-            p = heads.probabilities(logits, multi)
+            p = np.zeros(max(columns) + 1)
+            p[columns] = heads.probabilities(logits, multi)
             file.write(f"{Path(video).stem} {' '.join(f'{v:.8g}' for v in p)}\n")
 
 

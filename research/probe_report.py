@@ -64,6 +64,7 @@ def main(argv=None):
         raise UserError("--runs and --data need the same number of folders")
     found = [measure(Path(run), Path(data)) for run, data in zip(args.runs, args.data, strict=True)]
     output = cli.output_folder(args.output, "--output")
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "probe.json", {"training": TRAINING, "probes": PROBES, "runs": found})
     write_atomic(output / "probe.md", markdown(found).encode())
     print(markdown(found), end="")

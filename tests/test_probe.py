@@ -128,20 +128,42 @@ def test_actions_make_a_multi_label_probe(tmp_path):
     assert official(scores, wanted) == pytest.approx(result["metrics"]["mAP_official"], abs=1e-6)
 
 
+def test_an_action_without_training_clips_counts(tmp_path):
+    """Its average precision was left out of the mAP, and the later columns of a submission moved by one."""
+    world = make_world(tmp_path, multi=True)
+    for split, gone in (("train", 1), ("validation", 0)):
+        path = world / "annotations" / f"{split}.json"
+        records = json.loads(path.read_text())
+        for record in records:
+            record["actions"] = [a for a in record["actions"] if a[:4] != f"c00{gone}"]
+        write_json(path, records)
+    result = run(world, *TRAINED, "--epochs", "1", "--submission", str(world / "submission.txt"))
+    assert result["settings"]["unknown_classes"] == ["c001 Class 1"]
+    wanted = {
+        r["id"]: [f"c00{c} Class {c}" in r["actions"] for c in range(CLASSES)] for r in records
+    }
+    lines = map(str.split, (world / "submission.txt").read_text().splitlines())
+    scores = {name: list(map(float, values)) for name, *values in lines}
+    assert {values[1] for values in scores.values()} == {0}
+    assert official(scores, wanted) == pytest.approx(result["metrics"]["mAP_official"], abs=1e-6)
+    assert result["per_class"]["c001 Class 1"] == np.mean([w[1] for w in wanted.values()])
+    assert result["per_class"]["c000 Class 0"] is None
+
+
 def official(scores, wanted):
-    """Charades' mean average precision: scores of videos without actions, or without scores, are dropped."""
+    """Charades' mean average precision: scores of videos without actions, or without scores, are dropped.
+
+    scores: {video: one score per class}. wanted: {video: one bool per class}. A class without positives
+    does not count. Of equal scores, none comes first.
+    """
     precisions = []
     for c in range(len(next(iter(wanted.values())))):
         rows = []
         for video, labels in wanted.items():
             known = video in scores and any(labels)
             rows.append((scores[video][c] if known else -np.inf, labels[c]))
-        rows.sort(key=lambda row: -row[0])
-        found, hits = [], 0
-        for place, (_, positive) in enumerate(rows, 1):
-            hits += positive
-            found += [hits / place] if positive else []
-        precisions += [np.mean(found)] if found else []
+        at_least = [[p for s, p in rows if s >= score] for score, positive in rows if positive]
+        precisions += [np.mean([np.mean(found) for found in at_least])] if at_least else []
     return np.mean(precisions)
 
 
@@ -156,6 +178,11 @@ def test_average_precision():
     assert found["mAP_official"] == pytest.approx(official(by_name, labels))
     # the quirk of the official algorithm can only help
     assert found["mAP"] < found["mAP_official"] and np.isnan(per_class[4])
+    equal = np.round(scores)  # with ties, and with a video without scores
+    equal[20] = -np.inf
+    found, _ = heads.multi_label_scores(equal, wanted.astype(np.float32))
+    by_name = {str(i): row for i, row in enumerate(equal) if i != 20}
+    assert found["mAP_official"] == pytest.approx(official(by_name, labels))
     # clips of equal score: the order in which they are listed does not matter
     tied, positive = np.array([1.0, 1, 1, 0]), np.array([True, False, False, True])
     assert heads.average_precision(tied, positive) == heads.average_precision(

@@ -213,13 +213,13 @@ def render(clip, seed):
 
 
 def write_video(path, video):
-    """Encode frames as VP9 in webm. The same frames give the same bytes."""
+    """Encode frames as VP9 in webm or mp4, by the suffix of `path`. The same frames give the same bytes."""
     import av
 
     temporary = path.with_name(f".{path.name}.tmp")
     speed = {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "threads": "1"}
     exact = {"fflags": "+bitexact"}  # otherwise the container gets a random id
-    with av.open(str(temporary), "w", format="webm", options=exact) as container:
+    with av.open(str(temporary), "w", format=path.suffix[1:], options=exact) as container:
         stream = container.add_stream("libvpx-vp9", rate=RATE, options=speed)
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
