@@ -31,6 +31,7 @@ NEEDS = {  # per script: names of findings, or of lists of packages
     "prepare_annotations.py": ["packages", "labels"],
     "preprocess_ssv2.py": ["packages", "encoder", "annotations", "videos"],
     "train.py": ["packages", "lm", "annotations", "features"],
+    "probe.py": ["packages", "annotations", "features"],
     "evaluate.py": [
         *("packages", "checkpoint", "checkpoint's lm"),
         *("annotations", "features", "checkpoint's features"),
@@ -44,7 +45,7 @@ NEEDS = {  # per script: names of findings, or of lists of packages
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("models").add_argument
-    add("--encoder", default=cli.ENCODER, help="Hub id or folder of a V-JEPA 2 model")
+    add("--encoder", default=cli.ENCODER, help="Hub id or folder of the video encoder")
     add("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
     add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     add = parser.add_argument_group("data").add_argument
