@@ -449,7 +449,8 @@ def check_sources(now, before, folder):
         old = before.get(split)
         if not isinstance(old, torch.Tensor) or (old.dtype, old.shape) != (new.dtype, new.shape):
             raise UserError(f"--resume: {folder / LAST} has no valid sources of split {split!r}")
-        changed[split] = int(((old != new) & (old != 0) & (new != 0)).sum())
+        # a source becomes known, not 0, only when its clip is encoded again
+        changed[split] = int(((old != new) & (new != 0)).sum())
     if changed[VALIDATION]:
         clips = counted(changed[VALIDATION], "validation clip was", "validation clips were")
         raise UserError(

@@ -141,7 +141,7 @@ def choose_captions(record, count, seed, epoch):
     """
     rng = random.Random(f"captions:{seed}:{epoch}:{record['id']}")
     label = ("label", record["label"])
-    paraphrases = [("sentence", text) for text in record["paraphrases"]]
+    paraphrases = [("sentence", text) for text in dict.fromkeys(record["paraphrases"])]
     rng.shuffle(paraphrases)
     if paraphrases and count == 1:
         return [label if rng.random() < 0.5 else paraphrases[0]]

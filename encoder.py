@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -368,11 +369,11 @@ def encode_files(encoder, clips, batch_size, pool):
 
 
 def note_quantisation(errors):
-    """Print the mean of the quantisation errors of the first clips, if any, and a warning if it is high."""
+    """Print the median of the quantisation errors of the first clips, if any, and a warning if it is high."""
     if not errors:
         return
-    error = sum(errors) / len(errors)
-    text = f"int8 storage: relative error {error:.1%} (mean of the first {counted(len(errors), 'clip')})"
+    error = median(errors)  # in a clip of constant colour the error is large and of no importance
+    text = f"int8 storage: relative error {error:.1%} (median of the first {counted(len(errors), 'clip')})"
     if error > MAX_ERROR:
         text = (
             f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"

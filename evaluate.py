@@ -139,9 +139,9 @@ def main(argv=None):
         some = first_few(missing)
         clips = counted(skipped, "clip has no caption and is", "clips have no caption and are")
         note(f"{clips} left out of the scores, for example {some}")
-    output.mkdir(parents=True, exist_ok=True)
     name = result_name(args, skipped)
     if not args.predictions:
+        output.mkdir(parents=True, exist_ok=True)
         write_predictions(output / f"predictions_{name}.json", predictions)
         note(f"captions written to {output / f'predictions_{name}.json'}")
     settings = {"split": args.split, "style": args.style, "missing": skipped} | settings
@@ -166,6 +166,7 @@ def main(argv=None):
         "checkpoint": [os.path.abspath(path) for path in args.predictions or []] or args.checkpoint,
         "settings": settings,
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"evaluation_{name}.json", result)
     print(metrics.format_table(result))
     if probe:

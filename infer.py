@@ -91,7 +91,8 @@ def main(argv=None):
             save_results(output, results, copy_clips=bool(args.num_samples))
     if captioner.cut_captions:
         captions = counted(captioner.cut_captions, "caption")
-        note(f"{captions} reached the limit of --max-new-tokens")
+        limit = args.max_new_tokens or captioner.max_new_tokens
+        note(f"{captions} reached the limit of {limit} tokens; --max-new-tokens sets another")
     failed = sum("error" in r for r in results)
     if failed:
         note(f"{failed} of {counted(len(results), 'clip')} failed")

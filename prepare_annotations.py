@@ -89,7 +89,7 @@ def main(argv=None):
             add_paraphrases(splits, args.paraphrases or PARAPHRASES)
     problems = [(r["id"], unsafe_content(r)) for records in splits.values() for r in records]
     refuse([f"{i} {why}" for i, why in problems if why], "clips have unsafe values")
-    for split in splits.keys() - {TRAIN, VALIDATION, TEST}:
+    for split in sorted(splits.keys() - {TRAIN, VALIDATION, TEST}):
         note(about_split(split))
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in list_files(output, ".json")} - splits.keys()):
@@ -103,7 +103,7 @@ def about_split(name):
     """Return a note about a split whose name the other scripts do not use by default."""
     text = f"note: split {name!r} is used only with --splits {name} and --split {name}"
     short = name.lower().removesuffix("ing")
-    known = {"dev": VALIDATION, "eval": VALIDATION}.get(short) or next(
+    known = dict.fromkeys(("dev", "eval", "validate"), VALIDATION).get(short) or next(
         (k for k in (TRAIN, VALIDATION, TEST) if k.startswith(short)), None
     )
     return f"{text}; did you mean {known!r}?" if known else text
@@ -200,9 +200,15 @@ def read_labels(folder):
                 twice.append(f"{r['id']} ({where})")
             owner[r["id"]] = split
     refuse(twice, "ids occur more than once")
-    for name in ("test-answers.csv", f"{PREFIX}test-answers.csv"):
-        if (folder / name).is_file() and "test" in splits:
-            add_answers(splits, folder / name)
+    answers = [folder / f"{prefix}test-answers.csv" for prefix in ("", PREFIX)]
+    answers = [path for path in answers if path.is_file()]
+    if len(answers) > 1:
+        raise UserError(
+            f"--labels {folder} has two files of answers: {answers[0].name} and {answers[1].name}. Remove"
+            " one of them."
+        )
+    if answers and TEST in splits:
+        add_answers(splits, *answers)
     return splits
 
 
@@ -300,7 +306,7 @@ def add_paraphrases(splits, pattern):
             elif records[clip_id]["paraphrases"]:
                 twice.append(f"{clip_id} ({file.name})")
             else:
-                records[clip_id]["paraphrases"] = [t for t in map(clean, texts) if t]
+                records[clip_id]["paraphrases"] = [*dict.fromkeys(filter(None, map(clean, texts)))]
     refuse(twice, "ids have paraphrases in more than one file")
     if unknown:
         note(
@@ -366,14 +372,14 @@ def read_captions(path, validation_share, seed):
     clips = {}  # (normal form of the video's name, span) -> record, in order of appearance
     split_of, clash = {}, []
     for where, row in rows:
-        name, split = row["video"].strip(), clean(row.get("split")) or None
-        span = span_of(row)
+        name, split = row["video"].strip().removeprefix("./"), clean(row.get("split")) or None
+        span, caption = span_of(row), clean(row["caption"])
         key = normal_form(name), span
         if key not in clips:
-            clips[key] = record(None, name, clean(row["caption"])) | span_fields(span)
-            split_of[key] = split
+            clips[key], split_of[key] = record(None, name, caption) | span_fields(span), split
         else:
-            clips[key]["paraphrases"].append(clean(row["caption"]))
+            if caption not in clips[key]["paraphrases"]:
+                clips[key]["paraphrases"].append(caption)
             clash += [f"{name} ({where})"] if split_of[key] != split else []
     refuse(clash, "clips are in more than one split")
     name_clips(clips)

@@ -26,7 +26,7 @@ ENOUGH = 512
 STRIP = 32
 
 # If a file whose header declares no duration is cut, damage begins within its last frames, at most this many.
-LAST_FRAMES = 8
+LAST_FRAMES = 16
 
 # Limit for decord, in bytes of all decoded frames of a clip, because it decodes ahead without a limit.
 DECORD_BYTES = 256 * 2**20

@@ -21,8 +21,8 @@ OTHER_FILES = re.compile(
     re.IGNORECASE,
 )
 FIRST_BYTES = re.compile(
-    rb"\x1aE\xdf\xa3|....(ftyp|moov|mdat|wide|free)|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01|0&\xb2u"
-    rb"|OggS|GIF8|\.RMF|\x06\x0e\+4|DKIF|YUV4MPEG2|G.{187}G|....G.{191}G",
+    rb"\x1aE\xdf\xa3|....(ftyp|moov|mdat|wide|free)|RIFF....(AVI |CDXA)|\0\0\x01[\xb3\xba]|FLV\x01|0&\xb2u"
+    rb"|nut/multimedia|OggS|GIF8|\.RMF|\x06\x0e\+4|DKIF|YUV4MPEG2|G.{187}G|....G.{191}G",
     re.DOTALL,
 )
 

@@ -23,6 +23,8 @@ HEADER = re.compile(
     rb"\0\0\0[\x08-\xff]ftyp[ -~]{4}|FLV\x01[\x01\x04\x05]\0\0\0\x09\0\0\0\0"
     rb"|0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel"
 )
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # contains the size of the file
+UNFINISHED = "it has no index (moov), as after an interrupted download or recording"
 TAIL = 16 * 2**20  # bytes after the last packet in which it is looked for; more than most indexes
 
 # FFmpeg opens only these containers, whatever the file's name. Others refer to further files (hls, dash,
@@ -94,6 +96,8 @@ def open_video(path):
         only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         with av.open(f"file:{path}", metadata_errors="replace", options=only) as container:
             streams = _video_streams(container)
+            if not streams and _lacks_index(path):
+                raise VideoError("unreadable", f"{path} cannot be read as a video: {UNFINISHED}")
             if not streams:
                 raise VideoError("no_video", f"{path} has no video stream")
             if streams[0].codec_context is None:
@@ -110,6 +114,8 @@ def open_video(path):
         ) from None
     except (av.FFmpegError, OSError) as error:
         why = error.strerror or type(error).__name__
+        if isinstance(error, av.InvalidDataError) and _lacks_index(path):
+            why = UNFINISHED
         raise VideoError("unreadable", f"{path} cannot be read as a video: {why}") from None
 
 
@@ -184,7 +190,7 @@ def scan_packets(path):
         else:
             first, clock, keys, rest = None, [n / rate for n in range(len(packets))], [], 1 / rate
         declared = _declared_duration(container, stream, float((first or 0) * tick))
-        ragged = container.format.name == "mpegts" and _is_ragged(path)
+        cut = _is_cut(path, container.format.name)
         # Where MPEG-TS files were joined, FFmpeg calls the last packet of the first file, or the one before,
         # corrupt, because the packet counters do not continue.
         joints = {m for n in _jumps_back(packets, tick) for m in (n - 1, n, n + 1)}
@@ -197,7 +203,7 @@ def scan_packets(path):
         covered=max(clock) + rest,
         declared=declared,
         corrupt=[clock[n] for n, p in enumerate(packets) if p.is_corrupt and n not in joints],
-        incomplete=failed or packets[-1].is_corrupt or ragged,
+        incomplete=failed or packets[-1].is_corrupt or cut,
         last=max(p.end for p in packets),
         largest=max(p.size for p in packets),
         plain_vp9=plain_vp9,
@@ -221,16 +227,37 @@ def _jumps_back(packets, tick):
     return [n for n, (a, b) in pairs if None not in (a, b) and (a - b) * tick > 1]
 
 
-def _is_ragged(path):
-    """Return whether the last packet of an MPEG-TS file is cut. Packets have 188 bytes and start with a G.
+def _is_cut(path, container):
+    """Return whether a file ends before its container does, in formats where FFmpeg does not notice.
 
-    Of the variants with longer packets, none is found to be cut.
+    Packets of MPEG-TS have 188 bytes and start with a G; of its variants with longer packets, none is found to
+    be cut. ASF (.wmv) declares the size of the file, and a GIF ends in a semicolon.
     """
     with open(path, "rb") as file:
-        starts = file.read(189)[::188]
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size - size % 188)
-        return starts + file.read(1) == b"GGG"
+        head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 188 - size % 188))
+        tail = file.read()
+    if container == "mpegts" and head[:189:188] == b"GG":
+        return not any(tail) or (size % 188 > 0 and tail[188:189] == b"G")
+    if container == "asf" and (start := head.find(ASF_PROPERTIES)) >= 0:
+        return size < int.from_bytes(head[start + 40 : start + 48], "little")
+    return container == "gif" and tail.rstrip(b"\0")[-1:] != b";"
+
+
+def _lacks_index(path):
+    """Return whether a file is an MP4 without all of the box "moov", which many programs write last."""
+    whole, position = [], 0
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        while position < length and len(whole) < 1000:
+            file.seek(position)
+            header = file.read(16)
+            size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+            if size == 1:  # the size follows in 64 bits
+                size = int.from_bytes(header[8:], "big")
+            position += size if size >= 8 else length  # 0: up to the end of the file
+            whole += [kind] if position <= length else []
+    return whole[:1] == [b"ftyp"] and b"moov" not in whole
 
 
 def continues_after(path, end):

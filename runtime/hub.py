@@ -19,7 +19,6 @@ from runtime import cli
 from runtime.errors import UserError, out_of_memory, refuse_file
 from runtime.files import read_json
 from runtime.names import list_files
-from runtime.sources import hash_ends
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files of a Hub repository
 
@@ -73,8 +72,8 @@ def recorded(key, entry, flag):
         return name
     download = f", or {flag} {name} if that is a model of the Hub" if is_id(name) else ""
     raise UserError(
-        f"the checkpoint was trained with the model in the folder {name}, which does not exist. If it"
-        f" has moved, pass {flag} FOLDER{download}."
+        f"the checkpoint was trained with a model in the folder {name}, which does not exist here. If you"
+        f" have it elsewhere, pass {flag} FOLDER{download}."
     )
 
 
@@ -181,6 +180,14 @@ def fingerprint(folder):
         digest.update(f"{path.name}:{size}".encode())
         hash_ends(digest, path, size, 1 << 20)
     return digest.hexdigest()[:16]
+
+
+def hash_ends(digest, path, size, count):
+    """Update a digest with the first and last `count` bytes of a file of `size` bytes."""
+    with open(path, "rb") as file:
+        digest.update(file.read(count))
+        file.seek(max(0, size - count))
+        digest.update(file.read(count))
 
 
 def is_quantised(folder):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 
 from runtime.errors import UserError, refuse
 from runtime.files import read_text
@@ -21,6 +22,12 @@ def read_table(path, what, required, optional=()):
     with `what` and the place, if the file cannot be read or can be read in more than one way.
     """
     text = read_text(path, what)
+    if (joint := text.find("\n\ufeff")) >= 0:
+        line = text.count("\n", 0, joint) + 2
+        raise UserError(
+            f"{what} {path} has a byte order mark on line {line}, as if two files had been joined; pass one"
+            " file with one header"
+        )
     is_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
     read = _read_json if is_json or text.lstrip()[:1] in ("[", "{") else _read_csv
     rows = read(f"{what} {path}", text, required, optional)
@@ -94,9 +101,10 @@ def _delimiter(text, required):
     """Return the delimiter with which the first line that is not blank has all required columns."""
     header = next((line for line in text.split("\n") if line.strip()), "")
     for delimiter in DELIMITERS:
-        cells = next(csv.reader([header], delimiter=delimiter), [])
-        if set(required) <= set(map(_column, cells)):
-            return delimiter
+        with suppress(csv.Error):  # a cell of over 131,072 characters
+            cells = next(csv.reader([header], delimiter=delimiter), [])
+            if set(required) <= set(map(_column, cells)):
+                return delimiter
     return DELIMITERS[0]
 
 

@@ -157,6 +157,8 @@ def test_caption_choice():
     assert len(orders) > 3
     assert len(set(dataset.choose_captions(RECORD, 6, 0, 0))) == 4
     assert len(dataset.choose_captions(RECORD, 6, 0, 0)) == 4
+    twice = RECORD | {"paraphrases": [*RECORD["paraphrases"], *RECORD["paraphrases"]]}
+    assert len(dataset.choose_captions(twice, 9, 0, 0)) == 4
     alone = RECORD | {"paraphrases": []}
     for count in (1, 3):
         assert dataset.choose_captions(alone, count, 0, 0) == [("label", "moving it")]

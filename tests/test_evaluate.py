@@ -84,7 +84,8 @@ def test_rescoring_needs_no_model(run, trained, capsys):
     run("--predictions", *parts, checkpoint=False)
     assert load(out / "evaluation_validation_rescored.json")["metrics"] == whole["metrics"]
     with pytest.raises(UserError, match=r"\d+ of \d+ clips have no prediction"):
-        run("--predictions", parts[0], checkpoint=False)
+        run("--predictions", parts[0], "--output", out / "new", checkpoint=False)
+    assert not (out / "new").exists()
     with pytest.raises(UserError, match="more than once"):
         run("--predictions", parts[0], *parts, checkpoint=False)
     # a part of an earlier checkpoint was mixed in without a message

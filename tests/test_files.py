@@ -147,6 +147,11 @@ def test_a_table_that_can_be_read_in_one_way_is_read(tmp_path, text):
         ('{\n "v": 1}\n\n[{"v": 1}]', "not objects: line 4"),
         ('{"v": ' + 9999 * "[", "cannot be read as JSON"),
         (9999 * "1", "needs a header"),
+        (200_000 * "1", "is not valid CSV, in the row on line 1: field larger"),
+        (
+            "v,c\n1,2\n\ufeffv,c\n3,4\n",
+            "a byte order mark on line 3, as if two files had been joined",
+        ),
         ('{"v": ' + 9999 * "1", "cannot be read as JSON"),
         (" \n", "needs a header"),
         ("[]", "contains no rows"),

@@ -91,9 +91,7 @@ def test_old_checkpoints_with_relative_folders(moved, world, tmp_path, no_hub, m
     """They are found from the folders around the run, and never asked of the Hub."""
     best = moved("toy/lm", "toy/encoder")
     for what, load in (("lm", load_captioner), ("encoder", load_models)):
-        with pytest.raises(
-            UserError, match=f"trained with the model in the folder toy/{what}"
-        ) as e:
+        with pytest.raises(UserError, match=f"trained with a model in the folder toy/{what}") as e:
             load(read_checkpoint(best), *CPU)
         assert f"pass --{what} FOLDER" in str(e.value)
         # the working directory of the training run
@@ -108,7 +106,7 @@ def test_models_that_moved_together_with_their_run(moved, world, tmp_path, no_hu
     """A folder with a run and its models was moved, and the models were looked for in the old place."""
     best = moved("/old/project/toy/lm", "/old/project/toy/encoder")
     (tmp_path / "project" / "results" / "lm").mkdir()  # another folder of that name
-    with pytest.raises(UserError, match="trained with the model in the folder /old/project/toy/lm"):
+    with pytest.raises(UserError, match="trained with a model in the folder /old/project/toy/lm"):
         load_captioner(read_checkpoint(best), *CPU)
     for what in ("lm", "encoder"):
         shutil.copytree(world / what, tmp_path / "project" / "toy" / what)
@@ -137,7 +135,7 @@ def test_an_export_does_not_contain_the_folders_of_this_machine(trained, tmp_pat
     assert len(texts) == 2 and not [t for t in texts if str(world.parent) in t or "/tmp" in t]
     found = read_checkpoint(tmp_path / "shared")
     assert (found["lm"]["name"], found["manifest"].info["encoder"]) == ("lm", "encoder")
-    with pytest.raises(UserError, match=r"trained with the model in the folder lm, .* pass --lm"):
+    with pytest.raises(UserError, match=r"trained with a model in the folder lm, .* pass --lm"):
         load_captioner(found, *CPU)
     assert load_captioner(found, *CPU, world / "lm")
 

@@ -5,16 +5,18 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from conftest import preprocess
+from torture.odd_clips import write
 
 import feature_cache
 import preprocess_ssv2
 import video
 from dataset import load_records
 from encoder import VideoEncoder
-from runtime import cli
+from runtime import cli, sources
 from runtime.errors import DONE, FAILED, PARTIAL, USAGE, Stopped, UserError
 from runtime.stop_signals import StopSignals
 
@@ -237,6 +239,16 @@ def test_verify_names_clips_without_a_file(films, few, capsys):
     assert f"clip {path.stem}: it has features, but its file is not in --videos" in printed.err
 
 
+def test_a_filled_hole_is_noticed(tmp_path):
+    """A film whose middle was missing has the size and both ends of the whole film."""
+    data = bytearray(os.urandom(2_500_000))
+    (tmp_path / "a").write_bytes(data)
+    whole = sources.identify(tmp_path / "a")
+    data[1_000_000:1_200_000] = bytes(200_000)
+    (tmp_path / "a").write_bytes(data)
+    assert sources.identify(tmp_path / "a").digest != whole.digest
+
+
 def test_unchanged_files_are_not_opened(films, few, monkeypatch):
     """Opening the clips of SSv2 at each start would take minutes. Another date alone is no change."""
     films("a")
@@ -354,9 +366,11 @@ def test_a_folder_in_place_of_a_file_is_named(films, few, name, capsys):
 # ---- precision -------------------------------------------------------------------------------
 
 
-def test_a_high_quantisation_error_is_reported(films, capsys, monkeypatch):
+def test_a_high_quantisation_error_is_reported(films, few, capsys, monkeypatch):
     """A few tokens of large norm cost all others 10 % of their precision in int8, without a message."""
-    films("a", "--dry-run")
+    (black, *_) = sorted((few / "a").iterdir())
+    write(black, 12, frame=lambda i: np.zeros((64, 64, 3), np.uint8))
+    films("a", "--dry-run")  # a clip of one colour has a large relative error, but no large token
     printed = capsys.readouterr().err
     assert "int8 storage: relative error" in printed and "WARNING" not in printed
     films("a", "--store", "fp16", "--dry-run")

@@ -13,6 +13,7 @@ import torch
 from conftest import train_flags
 from torture.sandbox import TIMING
 
+import checkpoint
 import evaluate
 import optim
 import train
@@ -187,6 +188,17 @@ def test_resume_notices_features_of_other_films(
     (features / "sources.jsonl").unlink()  # as in caches of earlier versions
     train.main(flags)
     assert "encoded from another" not in capsys.readouterr().err
+
+    # the run started on such a cache, and clips were encoded again since, which recorded their sources
+    read = checkpoint.read_newest
+
+    def without_sources(*args):
+        saved = read(*args)
+        return saved | {"sources": {k: torch.zeros_like(v) for k, v in saved["sources"].items()}}
+
+    monkeypatch.setattr(checkpoint, "read_newest", without_sources)
+    with pytest.raises(UserError, match=r"\d+ validation clips were encoded from another"):
+        resume_after_a_change_of("validation", 30)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "args.json", "evaluation_validation.json"])

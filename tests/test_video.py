@@ -391,19 +391,31 @@ def test_a_rotated_webm_is_upright_with_any_decoder(tmp_path):
         ("ts", "libx264", (0.4, 0.6), "corrupt"),
         ("ts", "libx264", (0.5, 1, True), "truncated"),
         ("ts", "mpeg2video", (0.61, 1, True), "truncated"),
+        ("ts", "libx264", (0.7, 1), "truncated"),
+        ("wmv", "wmv2", (0.95, 1, True), "truncated"),
+        ("gif", "gif", (0.5, 1, True), "truncated"),
     ],
 )
 def test_an_early_end_is_told_from_damage_inside(tmp_path, suffix, codec, where, reason):
     """A clip with damage in its middle "ends before its declared 4.00 s", at 4.00 s. An intact part before
     the end of a truncated MP4 was called damaged, and half of an MPEG or WMV file corrupt or intact."""
     options = {"b": "1M"} if codec == "libvpx-vp9" else {}
+    pix = {"pix": "rgb8"} if codec == "gif" else {}
     box = {"movflags": "faststart"} if suffix == "mp4" else {}
-    path = write(tmp_path / f"a.{suffix}", frame=noise, codec=codec, options=options, **box)
+    path = write(tmp_path / f"a.{suffix}", frame=noise, codec=codec, options=options, **box, **pix)
     assert decode(path, 8).damage is None
     damage(path, *where)
     found, text = decode(path, 8).damage
     assert found == reason and reason in text
     assert decode(path, 4, 0, 1).damage is None
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_an_mp4_without_its_index_is_named_as_unfinished(tmp_path, share):
+    """The usual broken download of a phone's film was "Invalid data found when processing input"."""
+    path = damage(write(tmp_path / "a.mp4", frame=noise, codec="libx264"), share, 1, True)
+    with pytest.raises(VideoError, match=r"has no index .* interrupted download"):
+        decode(path, 4)
 
 
 def test_a_window_without_decodable_frames_is_corrupt_not_empty(tmp_path):
