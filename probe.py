@@ -79,10 +79,9 @@ def parse_args(argv=None):
     add("--split", default=VALIDATION, help="split to score; it chooses nothing")
     text = "how to combine the scores of the windows of one video, if the classes are actions"
     add("--windows", choices=["max", "mean"], default="max", help=text)
-    text = "still: --features contains first frames only (preprocess_ssv2.py --still)"
+    text = "still: --features was made with preprocess_ssv2.py --still"
     add("--control", choices=["none", "still"], default="none", help=text)
-    text = "also write the scores in the format of the Charades challenge"
-    add("--submission", metavar="FILE", help=text)
+    add("--submission", metavar="FILE", help="also write scores for the challenge of Charades")
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.on = args.on or ("tokens" if args.head == "attentive" else "mean")
@@ -128,8 +127,7 @@ def main(argv=None):
             print_plan(args, state, train, held_out, records)
             fit(args, state, train, held_out, folder)
         probe = heads.read_probe(folder, "--output")
-        controls = {"shuffled_labels": state.heads[-1]}
-        head = heads.load_probe(probe, device)
+        head, controls = heads.load_probe(probe, device), {"shuffled_labels": state.heads[-1]}
         report(args, scores_of(args, probe, head, controls, records, device), folder)
 
 
@@ -158,7 +156,7 @@ class State:
     """
 
     def __init__(self, args, manifest, train, classes, multi, device):
-        """Make the heads of a new run. The arguments are those of `main`."""
+        """Make the heads of a new run."""
         settings = manifest.settings
         self.grid = list(itertools.product(args.lr, args.weight_decay))
         ids = by_hash((r["id"] for r in train), args.seed)[:STATISTICS_CLIPS]
