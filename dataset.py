@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from feature_cache import load_features, stack_stored
+from feature_cache import load_features, load_manifest, stack_stored
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError, refuse_file
 from runtime.files import read_json
@@ -259,6 +259,12 @@ def loader(dataset, batch_size, workers, device):
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def feature_batches(features, split, records, batch_size, workers, device):
+    """Iterate over batches of the features of records, in their order and without captions."""
+    data = FeatureDataset(features, split, records, load_manifest(features).settings)
+    return batches(loader(data, batch_size, workers, device))
 
 
 def shared_bytes(settings, batch_size, workers):

@@ -46,9 +46,7 @@ class Family:
     feature_map: bool = False
     time_last: bool = False  # tokens are ordered by (H, W, T), not (T, H, W)
     fixed_frames: bool = False  # the number of frames is that of the training, config.num_frames
-    size: str | None = (
-        None  # attribute of the configuration with S; None: as in the preprocessor's file
-    )
+    size: str | None = None  # attribute of the configuration with S; None: the preprocessor's size
     mean_std: tuple | None = None  # without a preprocessor's file; None: the file must be there
     pixels: str = "pixel_values"  # name of the model's first argument
     options: tuple = ()  # further arguments, pairs (name, value)
@@ -185,7 +183,7 @@ class VideoEncoder:
         """
         model, folder = _load(name, dtype)
         config, kind = model.config, model.config.model_type
-        size, mean_std = _preprocessing(folder, config)
+        size, mean_std = _preprocessing(preprocessor_file(folder, name), config)
         grid, width = _grid(model, size, num_frames, pool)
         settings = Settings(
             encoder_fingerprint=hub.fingerprint(folder),
@@ -324,9 +322,9 @@ class VideoEncoder:
 def encode_files(encoder, clips, batch_size, pool):
     """Decode and encode clips, {key: (path, span)}, in batches. Yields a pair (key, result) for each.
 
-    span: (start, end) in seconds, or None for the whole file. pool: a `WorkerPool` for decoding. The result is (`Source`, stored features, decoder), see
-    `feature_cache.save_features`, or a VideoError if the file cannot be decoded or is damaged, or if its
-    features contain NaN or infinity.
+    span: (start, end) in seconds, or None for the whole file. pool: a `WorkerPool` for decoding. The result
+    is (`Source`, stored features, decoder), see `feature_cache.save_features`, or a VideoError if the file
+    cannot be decoded or is damaged, or if its features contain NaN or infinity.
     """
 
     def launch(batch):
@@ -385,15 +383,35 @@ def note_quantisation(errors):
     note(text)
 
 
-def _load(name, dtype):
-    """Return a model and its folder. Raises UserError if it is of an unknown type or cannot be loaded."""
-    folder = hub.find_model(name, "--encoder")
+def family_of(folder, name):
+    """Return the `Family` of the model in a folder. Raises UserError if it is of an unknown type."""
     kind = hub.read_config(folder).get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UserError(
             f"--encoder {name} is a model of type {kind!r}. Possible types: {', '.join(FAMILIES)}"
         )
+    return family
+
+
+def preprocessor_file(folder, name):
+    """Return the path of the preprocessor's file of the model in a folder, or None if it can do without.
+
+    Raises UserError if it is missing, or if the model is of an unknown type.
+    """
+    path = next((folder / file for file in PREPROCESSORS if (folder / file).is_file()), None)
+    if path is None and family_of(folder, name).mean_std is None:
+        raise UserError(
+            f"--encoder {name} has no {PREPROCESSORS[1]}, which gives the mean and standard deviation of"
+            " its pixels"
+        )
+    return path
+
+
+def _load(name, dtype):
+    """Return a model and its folder. Raises UserError if it is not an encoder or cannot be loaded."""
+    folder = hub.find_model(name, "--encoder")
+    family = family_of(folder, name)
     return hub.load_model(family.model, folder, "--encoder", family.unused, dtype=dtype), folder
 
 
@@ -431,22 +449,17 @@ def _grid(model, size, num_frames, pool):
     return (num_frames // tubelet, side // pool, side // pool), width
 
 
-def _preprocessing(folder, config):
+def _preprocessing(path, config):
     """Return the edge S of the frames in pixels, and mean and standard deviation of pixels from 0 to 1.
 
+    path: the preprocessor's file, or None.
     A preprocessor computes (p * rescale_factor - offset - mean) / std from p = 0 .. 255, which equals
     (p / 255 - mean') / std' with mean' = (offset + mean) / (255 * rescale_factor) and
-    std' = std / (255 * rescale_factor). Raises UserError if the file that is needed is missing.
+    std' = std / (255 * rescale_factor). Raises UserError if the file does not give them.
     """
     family = FAMILIES[config.model_type]
-    path = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
-    if path is None and family.mean_std is not None:
-        return getattr(config, family.size), family.mean_std
     if path is None:
-        raise UserError(
-            f"--encoder {folder} has no {PREPROCESSORS[1]}, which gives the mean and standard deviation"
-            " of its pixels"
-        )
+        return getattr(config, family.size), family.mean_std
     try:
         p = read_json(path, "preprocessor")
         p = p.get("video_processor") or p.get("image_processor") or p  # of processor_config.json

@@ -25,10 +25,19 @@ from tqdm import tqdm
 import heads
 import metrics
 from checkpoint import is_export, load_captioner, read_checkpoint, warn_if_untrained, weights_digest
-from dataset import STYLES, TRAIN, VALIDATION, FeatureDataset, load_records, loader, shared_memory
+from dataset import (
+    STYLES,
+    TRAIN,
+    VALIDATION,
+    FeatureDataset,
+    feature_batches,
+    load_records,
+    loader,
+    shared_memory,
+)
 from dataset import batches as read_batches
 from feature_cache import load_manifest, require_features
-from runtime import cli, devices, distributed, hub, ranks
+from runtime import class_scores, cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import in_shard, read_json, write_json
@@ -177,16 +186,13 @@ def compare_with_probe(args, probe, records, per_clip):
     that neither gets right may lack it. per_clip: the second result of `metrics.score`.
     """
     head = heads.load_probe(probe, device := devices.resolve(args.device, args.dtype)[0])
-    settings = probe["manifest"].settings
     records = [r for r in records if "template_accuracy" in per_clip[r["id"]]]
     if not records:
         raise UserError("--probe: no caption of these clips can be compared with a template")
-    data = FeatureDataset(args.features, args.split, records, settings)
-    (logits,) = heads.predict(
-        [head], read_batches(loader(data, args.batch_size, args.workers, device)), device
-    )
+    source = args.features, args.split, records, args.batch_size, args.workers, device
+    (logits,) = heads.predict([head], feature_batches(*source), device)
     wanted = heads.targets(records, probe["classes"], multi=False)
-    by_probe = heads.ranks(np.stack([logits[r["id"]] for r in records]), wanted) == 1
+    by_probe = class_scores.ranks(np.stack([logits[r["id"]] for r in records]), wanted) == 1
     by_caption = np.array([per_clip[r["id"]]["template_accuracy"] == 1 for r in records])
     return {
         "n": len(records),

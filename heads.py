@@ -4,6 +4,7 @@ A probe tells what the cached features contain, whatever the captioner makes of 
 N = T*H*W video tokens, E video width, C classes.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import VJEPA2ForVideoClassification
 
-from feature_cache import Manifest, is_count
+from feature_cache import Manifest, is_count, stack_stored
 from qformer import QFormer
+from runtime import hub
+from runtime.class_scores import multi_label_scores, ranks, single_label_scores
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_torch
 
@@ -201,79 +205,6 @@ def loss(logits, wanted):
 # ---- scores ---------------------------------------------------------------------------------
 
 
-def ranks(logits, wanted):
-    """Return the rank, from 1, of the right class of each clip. Other classes with an equal score are better.
-
-    logits: (n, C). wanted: (n,); the rank of class -1 is C + 1.
-    """
-    right = np.take_along_axis(logits, np.maximum(wanted, 0)[:, None], 1)
-    found = (logits >= right).sum(1)
-    found[~np.isfinite(right[:, 0])] = logits.shape[1]
-    return np.where(wanted < 0, logits.shape[1] + 1, found)
-
-
-def single_label_scores(logits, wanted, classes):
-    """Score logits (n, C) against class indices (n,). Returns (scores, worst).
-
-    scores: top-1 and top-5 accuracy, and the mean of the classes' top-1 accuracies. worst: the ten classes
-    of lowest accuracy, [{"class", "n", "accuracy", "taken_for": {class: count}}].
-    """
-    rank, guess = ranks(logits, wanted), logits.argmax(1)
-    right = rank == 1
-    present = [c for c in range(len(classes)) if (wanted == c).any()]
-    accuracy = {c: float(right[wanted == c].mean()) for c in present}
-    worst = []
-    for c in sorted(present, key=lambda c: (accuracy[c], classes[c]))[:10]:
-        wrong, counts = np.unique(guess[(wanted == c) & ~right], return_counts=True)
-        order = np.argsort(-counts, kind="stable")[:3]
-        taken_for = {classes[wrong[i]]: int(counts[i]) for i in order}
-        n = int((wanted == c).sum())
-        worst.append({"class": classes[c], "n": n, "accuracy": accuracy[c], "taken_for": taken_for})
-    scores = {
-        "top1": float(right.mean()),
-        "top5": float((rank <= 5).mean()),
-        "mean_class": float(np.mean([*accuracy.values()])) if accuracy else 0.0,
-    }
-    return scores, worst
-
-
-def average_precision(scores, positive):
-    """Return the uninterpolated average precision: the mean of the precision at each positive.
-
-    scores, positive: (n,). Clips of equal score are counted together, so that their order does not matter.
-    NaN if there is no positive.
-    """
-    if not positive.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    scores, hits = scores[order], np.cumsum(positive[order])
-    last = np.append(scores[1:] != scores[:-1], True)  # of the clips with an equal score
-    hits, counts = hits[last], np.flatnonzero(last) + 1
-    return float((np.diff(hits, prepend=0) * hits / counts).sum() / hits[-1])
-
-
-def multi_label_scores(scores, wanted):
-    """Score (n, C) against 0 or 1, (n, C). Returns (scores, average precision of each class, (C,)).
-
-    The official evaluation of Charades gives a video without any action a score of minus infinity, so that
-    it is never a false positive. "mAP_official" and "wAP_official" do that; "mAP" and "wAP" do not. mAP is
-    the mean over the classes with a positive, and wAP weights them by their number of positives.
-    """
-    scores, wanted = np.asarray(scores, np.float64), np.asarray(wanted)
-    positives = wanted.sum(0)
-    present = positives > 0
-    weights = positives[present] / max(1, positives.sum())
-    official = np.where(wanted.any(1, keepdims=True), scores, -np.inf)
-    found, per_class = {}, []
-    for suffix, values in (("", scores), ("_official", official)):
-        ap = [average_precision(*c) for c in zip(values.T, wanted.T > 0, strict=True)]
-        per_class.append(np.array(ap))
-        ap = per_class[-1][present]
-        found[f"mAP{suffix}"] = float(ap.mean()) if len(ap) else 0.0
-        found[f"wAP{suffix}"] = float(ap @ weights)
-    return found, per_class[0]
-
-
 def by_video(records, logits, how="max"):
     """Combine the windows of each video: its logits are their maximum or mean.
 
@@ -281,12 +212,45 @@ def by_video(records, logits, how="max"):
     """
     groups = {}
     for record in records:
-        groups.setdefault(record["video"] or record["id"], []).append(record)
+        groups.setdefault(video_of(record), []).append(record)
     reduce = {"max": np.max, "mean": np.mean}[how]
     return [
         (video, rows, reduce([logits[r["id"]] for r in rows], axis=0))
         for video, rows in groups.items()
     ]
+
+
+def video_of(record):
+    """Return the name of a record's video, which all windows of the video share."""
+    return record["video"] or record["id"]
+
+
+def unknown_classes(records, classes, multi):
+    """Return the sorted names of the classes of records that are not in `classes`."""
+    return sorted({name for r in records for name in names_of(r, multi)} - {*classes})
+
+
+def score(records, logits, classes, multi, how="max"):
+    """Score {id: logits (C,)}. Returns (scores, details), see `runtime.class_scores`.
+
+    how: how to combine the windows of a video, if a clip can have several classes. Otherwise each record
+    counts, because the windows of a video may show different actions. details: {"per_class": average
+    precisions} or {"worst": classes, "right": bool (n,)}. An action that is not in `classes`, because no
+    training clip has it, is scored too, with a score below all others.
+    """
+    if not multi:
+        wanted = targets(records, classes, multi)
+        values = np.stack([logits[r["id"]] for r in records])
+        scores, worst = single_label_scores(values, wanted, classes)
+        return scores, {"worst": worst, "right": ranks(values, wanted) == 1}
+    videos, unknown = by_video(records, logits, how), unknown_classes(records, classes, multi)
+    classes, lowest = [*classes, *unknown], np.finfo(np.float32).min
+    wanted = np.stack([targets(rows, classes, multi).max(0) for _, rows, _ in videos])
+    values = np.stack([v for *_, v in videos])  # (n, C)
+    values = np.pad(values, ((0, 0), (0, len(unknown))), constant_values=lowest)
+    scores, precisions = multi_label_scores(values, wanted)
+    precisions = [None if math.isnan(v) else v for v in precisions.tolist()]
+    return scores, {"per_class": dict(zip(classes, precisions, strict=True))}
 
 
 # ---- checkpoints ----------------------------------------------------------------------------
@@ -344,6 +308,46 @@ def load_probe(probe, device):
     return head.to(device).eval()
 
 
+def published(name, manifest, device):
+    """Load the classifier of a published model. Returns (probe, head), see `read_probe`.
+
+    Raises UserError unless the cache was made with the encoder of that model, and has all its tokens.
+    """
+    if manifest.settings.pool > 1 or manifest.settings.sampling == "still":
+        raise UserError(f"--published {name} needs a cache made without --pool and --still")
+    folder = hub.find_model(name, "--published")
+    model = hub.load_model(VJEPA2ForVideoClassification, folder, "--published", dtype=torch.float32)
+    if manifest.settings.encoder_fingerprint != hub.fingerprint(folder):
+        require_same_encoder(model.vjepa2, name, manifest)
+    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    head = PublishedHead(model).to(device).eval()
+    probe = {"classes": classes, "counts": None, "multi": False, "chosen": {"published": name}}
+    return probe, head
+
+
+def require_same_encoder(encoder, name, manifest):
+    """Raise UserError unless the encoder of a cache has exactly the weights of another encoder.
+
+    A classifier may be published with an encoder that is also published alone. Their configurations, and
+    thus their fingerprints, differ, although the features are the same.
+    """
+    other = hub.recorded("encoder", manifest.info, "--features")
+    folder = hub.find_model(other, "the encoder")
+    same = hub.fingerprint(folder) == manifest.settings.encoder_fingerprint
+    if same and manifest.settings.family == "vjepa2":
+        weights = hub.load_model(type(encoder), folder, "the encoder", dtype=torch.float32)
+        weights, wanted = weights.encoder.state_dict(), encoder.encoder.state_dict()
+        same = weights.keys() == wanted.keys() and all(
+            torch.equal(weights[key], value) for key, value in wanted.items()
+        )
+        if same:
+            return
+    raise UserError(
+        f"--published {name}: the cache was made with another encoder, {other}. Run preprocess_ssv2.py"
+        f" --encoder {name} with another --features folder."
+    )
+
+
 def probabilities(logits, multi):
     """Turn logits (C,) into probabilities: their sigmoid if a clip can have several classes, or softmax."""
     if multi:
@@ -362,7 +366,7 @@ def likeliest(logits, classes, multi, count=5):
 
 
 def recogniser(path, flag, settings, device):
-    """Return a function that maps stored clips, a dict of tensors, to the actions of each, see `likeliest`.
+    """Return a function that maps a list of stored clips to the actions in each, see `likeliest`.
 
     path, flag: of a probe's checkpoint. settings: those of the features. Raises UserError if it is not a
     probe, or was trained on other features.
@@ -373,7 +377,8 @@ def recogniser(path, flag, settings, device):
 
     @torch.inference_mode()
     def recognise(clips):
-        logits = head(**head_inputs(clips, device)).float().cpu().numpy()
+        inputs = {k: v.to(device) for k, v in stack_stored(clips).items()}
+        logits = head(**inputs).float().cpu().numpy()
         return [likeliest(row, classes, multi) for row in logits]
 
     return recognise

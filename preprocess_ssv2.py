@@ -1,4 +1,4 @@
-"""Cache the features of every clip by a frozen encoder: <features>/<split>/<id>.pt and manifest.json.
+"""Compute and cache the features of every clip: <features>/<split>/<id>.pt and manifest.json.
 
     python preprocess_ssv2.py                 (about 4.2 MB per clip; --dry-run estimates disk and time)
     python preprocess_ssv2.py --verify        (checksums, NaN, coverage)
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import TRAIN, VALIDATION, load_records
-from encoder import VideoEncoder, encode_files
+from encoder import FAMILIES, VideoEncoder, encode_files
 from feature_cache import (
     CHOICES,
     MANIFEST,
@@ -68,7 +68,7 @@ def parse_args(argv=None):
         help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
     add = parser.add_argument_group("encoder").add_argument
-    add("--encoder", default=cli.ENCODER, help="Hub id or folder of the video encoder")
+    add("--encoder", default=cli.ENCODER, help=f"Hub id or folder; types: {', '.join(FAMILIES)}")
     add(
         "--num-frames",
         type=cli.whole(1),
@@ -156,9 +156,10 @@ def spans_of(records):
 class Work(NamedTuple):
     """What there is to do for one part.
 
-    todo: {key: (path, span or None)} of the clips to encode. changed: the keys of those that have features of an earlier
-    version of the file or of another span. sources: {key: `Source`} of the clips in the cache. unrecorded: the number of them
-    whose source was not recorded until now. without_file: the number of clips with features, but no file.
+    todo: {key: (path, span or None)} of the clips to encode. changed: the keys of those that have features
+    of an earlier version of the file or of another span. sources: {key: `Source`} of the clips in the
+    cache. unrecorded: the number of them whose source was not recorded until now. without_file: the number
+    of clips with features, but no file.
     """
 
     todo: dict
@@ -171,9 +172,7 @@ class Work(NamedTuple):
 def find_work(features, paths, spans, missing, part):
     """Compare the clips of one part, {key: path} and the keys without a file, with the cache.
 
-    spans: see `spans_of`.
-
-    Returns a `Work`.
+    spans: see `spans_of`. Returns a `Work`.
     """
     known, encoded = recorded_sources(features, part), complete(features, paths)
     changed, current = sources.compare({key: paths[key] for key in encoded}, known)

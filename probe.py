@@ -15,32 +15,23 @@ import runtime.start
 import hashlib
 import itertools
 import math
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import VJEPA2ForVideoClassification
 
 import heads
-from dataset import (
-    TRAIN,
-    VALIDATION,
-    FeatureDataset,
-    batches,
-    by_hash,
-    load_records,
-    loader,
-    shared_memory,
-)
+from dataset import TRAIN, VALIDATION, by_hash, feature_batches, load_records, shared_memory
 from feature_cache import channel_statistics, load_manifest, require_features
 from metrics import bootstrap
-from optim import dropout_seed, epoch_order, lr_at
-from runtime import cli, devices, hub, ranks, run_folder
+from optim import dropout_seed, epoch_order, lr_at, parameter_groups
+from runtime import cli, devices, ranks, run_folder
+from runtime.charades import write_submission
 from runtime.cli import note
-from runtime.errors import UserError
+from runtime.errors import FAILED, UserError
 from runtime.files import json_line, read_torch, torch_bytes, write_json
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
@@ -48,6 +39,11 @@ from runtime.run_log import truncate_log
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 HELD_OUT = 10  # one clip of so many training clips is held out to choose the best head
 CLIP_GRAD = 1.0
+OUTPUT = "results/probe"
+PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
+# flags that a resumed run may change
+MAY_CHANGE = {"output", "device", "workers", "resume", "overwrite", "features", "annotations"}
+MAY_CHANGE |= {"split", "windows", "submission", "allow_missing"}
 
 
 def parse_args(argv=None):
@@ -55,27 +51,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
-    add("--output", default="results/probe", help="folder for the results")
-    add(
-        "--allow-missing",
-        type=cli.whole(0),
-        default=0,
-        help="maximum number of clips per split without features; they are skipped",
-    )
+    text = f"folder for the results (default: {OUTPUT}, or the folder of the probe that is scored)"
+    add("--output", help=text)
+    text = "maximum number of clips per split without features; they are skipped"
+    add("--allow-missing", type=cli.whole(0), default=0, help=text)
     add = parser.add_argument_group("head").add_argument
     add("--head", choices=heads.HEADS, default="attentive", help="type of the head")
-    add(
-        "--on",
-        choices=heads.INPUTS,
-        help="what the head reads; weights means a mean with one learned weight per token (default: tokens"
-        " for an attentive head, or mean)",
-    )
-    add(
-        "--layers",
-        type=cli.whole(1),
-        default=1,
-        help="layers of an attentive head; all but the last are self-attention between the tokens",
-    )
+    text = "what the head reads; weights means a mean with one learned weight per token (default: tokens for"
+    add("--on", choices=heads.INPUTS, help=f"{text} an attentive head, or mean)")
+    text = "layers of an attentive head; all but the last are self-attention between the tokens"
+    add("--layers", type=cli.whole(1), default=1, help=text)
     add("--num-heads", type=cli.whole(1), default=16, help="attention heads of an attentive head")
     add("--no-positions", action="store_true", help="do not add positions to the tokens")
     add("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout rate")
@@ -86,36 +71,18 @@ def parse_args(argv=None):
     add("--lr", type=lr, nargs="+", default=[1e-3, 3e-4, 1e-4], help="peak learning rates")
     add("--weight-decay", type=decay, nargs="+", default=[0.1, 0.01], help="weight decays of AdamW")
     add("--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up")
-    add = parser.add_argument_group("run").add_argument
-    add("--evaluate", metavar="CHECKPOINT", help="score a trained probe on --split instead")
-    add(
-        "--published",
-        nargs="?",
-        const="facebook/vjepa2-vitl-fpc16-256-ssv2",
-        metavar="MODEL",
-        help="score the classifier of a published model (default: %(const)s) on --split; --features must"
-        " be a cache made with that model as --encoder",
-    )
-    add("--split", default=VALIDATION, help="split to score; it chooses nothing")
-    add(
-        "--windows",
-        choices=["max", "mean"],
-        default="max",
-        help="how to combine the scores of the windows of one video",
-    )
-    add(
-        "--control",
-        choices=["none", "still"],
-        default="none",
-        help="still: --features contains first frames only (preprocess_ssv2.py --still)",
-    )
-    add(
-        "--submission",
-        metavar="FILE",
-        help="also write the scores in the format of the Charades challenge",
-    )
     add("--resume", action="store_true", help="continue the run in --output after its last epoch")
     add("--overwrite", action="store_true", help="replace the run in --output")
+    add = parser.add_argument_group("scoring").add_argument
+    add("--evaluate", metavar="CHECKPOINT", help="score a trained probe on --split instead")
+    text = "score a published classifier (default: %(const)s), of whose encoder --features must be a cache"
+    add("--published", nargs="?", const=PUBLISHED, metavar="MODEL", help=text)
+    add("--split", default=VALIDATION, help="split to score; it chooses nothing")
+    text = "how to combine the scores of the windows of one video, if the classes are actions"
+    add("--windows", choices=["max", "mean"], default="max", help=text)
+    text = "still: --features was made with preprocess_ssv2.py --still"
+    add("--control", choices=["none", "still"], default="none", help=text)
+    add("--submission", metavar="FILE", help="also write scores for the challenge of Charades")
     cli.add_common(parser)
     args = parser.parse_args(argv)
     args.on = args.on or ("tokens" if args.head == "attentive" else "mean")
@@ -136,37 +103,33 @@ def main(argv=None):
         raise UserError("probe.py runs in one process: start it without torchrun")
     if args.evaluate or args.published:
         return evaluate(args)
-    folder = run_folder.check(args.output, args.resume, args.overwrite)
+    folder = run_folder.check(args.output or OUTPUT, args.resume, args.overwrite)
     manifest = load_manifest(args.features)
     train = usable(args, TRAIN)
     classes, multi = heads.class_names(train)
     train = heads.annotated(train, multi)
-    scored = heads.annotated(usable(args, args.split), multi)
+    records = heads.annotated(usable(args, args.split), multi)
     train, held_out = hold_out(train, args.seed)
-    if not train or not held_out or not scored:
-        raise UserError(
-            "too few clips: a probe needs some to train on, to choose from and to score"
-        )
-    if args.on == "cls" and not manifest.settings.cls:
+    if not train or not held_out or not records:
+        raise UserError("too few clips to train on, to choose the best head with and to score")
+    settings = manifest.settings
+    if args.on == "cls" and not settings.cls:
         raise UserError(f"the cache {args.features} has no CLS, because its encoder has none")
+    if args.head == "attentive" and settings.width % args.num_heads:
+        raise UserError(f"--num-heads {args.num_heads} does not divide the width {settings.width}")
     device, _ = devices.resolve(args.device, args.dtype)
     with (
         run_folder.locked(folder, args.resume, args.overwrite),
-        shared_memory(manifest.settings, args.workers, training=args.batch_size),
+        shared_memory(settings, args.workers, training=args.batch_size),
     ):
-        state = State.start(args, manifest, train, classes, multi, device)
+        state = State(args, manifest, train, classes, multi, device)
         with run_folder.recorded(folder, vars(args), args.overwrite, device, clips=len(train)):
-            if args.resume:
-                state.resume(folder)
-            else:
-                state.save(folder)
-            print_plan(args, state, train, held_out, scored)
+            (state.resume if args.resume else state.save)(folder)
+            print_plan(args, state, train, held_out, records)
             fit(args, state, train, held_out, folder)
         probe = heads.read_probe(folder, "--output")
-        result = scores_of(args, probe, heads.load_probe(probe, device), scored, device)
-        shuffled = scores_of(args, probe, state.heads[-1], scored, device, controls=False)
-        result["controls"]["shuffled_labels"] = shuffled["metrics"]
-        return report(args, result, folder)
+        head, controls = heads.load_probe(probe, device), {"shuffled_labels": state.heads[-1]}
+        report(args, scores_of(args, probe, head, controls, records, device), folder)
 
 
 def usable(args, split):
@@ -177,12 +140,10 @@ def usable(args, split):
 
 def hold_out(records, seed):
     """Split training records into (train, held out). All windows of a video are on the same side."""
-    videos = {r["video"] or r["id"] for r in records}
+    videos = {heads.video_of(r) for r in records}
     chosen = set(by_hash(videos, f"held out:{seed}")[: max(1, len(videos) // HELD_OUT)])
-    parts = [], []
-    for record in records:
-        parts[(record["video"] or record["id"]) in chosen].append(record)
-    return parts
+    held_out = [r for r in records if heads.video_of(r) in chosen]
+    return [r for r in records if heads.video_of(r) not in chosen], held_out
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -195,76 +156,44 @@ class State:
     shuffled among the training clips. A head that learns more than chance from them would reveal a leak.
     """
 
-    def __init__(self, heads, grid, optimizer, fixed, identity):
-        self.heads, self.grid, self.optimizer = heads, grid, optimizer
-        self.fixed, self.identity = fixed, identity
-        self.epoch, self.best = 0, -math.inf
-
-    @classmethod
-    def start(cls, args, manifest, train, classes, multi, device):
+    def __init__(self, args, manifest, train, classes, multi, device):
         """Make the heads of a new run."""
         settings = manifest.settings
-        sizes = {
-            "kind": args.head,
-            "on": args.on,
-            "classes": len(classes),
-            "video_width": settings.width,
-            "grid": list(settings.grid),
-            "layers": args.layers,
-            "num_heads": args.num_heads,
-            "positions": not args.no_positions,
-            "dropout": args.dropout,
-        }
-        if args.head == "attentive" and settings.width % args.num_heads:
-            raise UserError(
-                f"--num-heads {args.num_heads} does not divide the width {settings.width}"
-            )
-        grid = list(itertools.product(args.lr, args.weight_decay))
+        self.grid = list(itertools.product(args.lr, args.weight_decay))
         ids = by_hash((r["id"] for r in train), args.seed)[:STATISTICS_CLIPS]
         statistics = channel_statistics(args.features, TRAIN, ids, settings, args.workers)
-        made, groups = [], []
-        for lr, decay in [*grid, grid[len(grid) // 2]]:
+        sizes = {"classes": len(classes), "video_width": settings.width, "grid": settings.grid}
+        sizes |= {"kind": args.head, "on": args.on, "layers": args.layers, "dropout": args.dropout}
+        sizes |= {"num_heads": args.num_heads, "positions": not args.no_positions}
+        self.heads, groups = [], []
+        for lr, decay in [*self.grid, self.grid[len(self.grid) // 2]]:
             torch.manual_seed(args.seed)
             head = heads.Probe(**sizes)
             head.standardise(*statistics)
-            made.append(head.to(device))
-            groups += parameter_groups(head, lr, decay)
-        optimizer = torch.optim.AdamW(groups, fused=devices.on_gpu(device))
+            self.heads.append(head.to(device))
+            groups += [group | {"peak": lr} for group in parameter_groups(head, decay)]
+        self.optimizer = torch.optim.AdamW(groups, fused=devices.on_gpu(device))
         wanted = heads.targets(train, classes, multi)
         counts = wanted.sum(0) if multi else np.bincount(wanted, minlength=len(classes))
-        fixed = {
+        self.fixed = {
             "probe_version": heads.VERSION,
-            "sizes": sizes,
+            "sizes": head.sizes,
             "classes": classes,
             "counts": [int(n) for n in counts],
             "multi": multi,
             "manifest": manifest.as_dict(),
         }
-        may_change = {
-            "output",
-            "device",
-            "workers",
-            "resume",
-            "overwrite",
-            "features",
-            "annotations",
-        }
-        may_change |= {"split", "windows", "submission", "allow_missing"}
-        flags = {k: v for k, v in vars(args).items() if k not in may_change}
-        text = json_line(
-            {"flags": flags, "train": [[r["id"], heads.names_of(r, multi)] for r in train]}
-        )
-        return cls(made, grid, optimizer, fixed, hashlib.sha256(text.encode()).hexdigest())
+        flags = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+        labels = [[r["id"], heads.names_of(r, multi)] for r in train]
+        text = json_line({"flags": flags, "train": labels})
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.epoch, self.best = 0, -math.inf
 
     def save(self, folder):
         """Write last.pt."""
-        value = self.fixed | {
-            "heads": [head.state_dict() for head in self.heads],
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "best": self.best,
-            "identity": self.identity,
-        }
+        value = self.fixed | {"epoch": self.epoch, "best": self.best, "identity": self.identity}
+        value["heads"] = [head.state_dict() for head in self.heads]
+        value["optimizer"] = self.optimizer.state_dict()
         run_folder.replace_checkpoint(folder / heads.LAST, torch_bytes(value))
 
     def save_best(self, folder, number, score):
@@ -291,17 +220,6 @@ class State:
         note(f"resuming after epoch {self.epoch}")
 
 
-def parameter_groups(head, lr, decay):
-    """Return the groups of a head's parameters. Weight decay applies to matrices of Linear layers only."""
-    trained = [p for p in head.parameters() if p.requires_grad]
-    linear = {id(m.weight) for m in head.modules() if isinstance(m, nn.Linear)}
-    parts = ([p for p in trained if (id(p) in linear) == decayed] for decayed in (True, False))
-    return [
-        {"params": part, "peak": lr, "weight_decay": weight_decay}
-        for part, weight_decay in zip(parts, (decay, 0.0), strict=True)
-    ]
-
-
 def fit(args, state, train, held_out, folder):
     """Train all heads side by side, and write last.pt and, if it is the best so far, best.pt each epoch."""
     device = next(state.heads[0].parameters()).device
@@ -319,8 +237,7 @@ def fit(args, state, train, held_out, folder):
             head.train()
         data = reader(args, TRAIN, records, device)
         with tqdm(total=len(records), unit="clip", desc=f"epoch {epoch + 1}", leave=False) as bar:
-            for i, batch in enumerate(data):
-                step = epoch * steps + i
+            for step, batch in enumerate(data, epoch * steps):
                 inputs = heads.head_inputs(batch, device)
                 rows = torch.tensor([row[i] for i in batch["ids"]])
                 for group in state.optimizer.param_groups:
@@ -344,12 +261,15 @@ def fit(args, state, train, held_out, folder):
         state.epoch = epoch + 1
 
         # the head and epoch with the best score on the held-out clips are kept
-        values = [
-            main_score(args, state, held_out, logits)
-            for logits in predictions(args, state, held_out, device)
-        ]
-        best = int(np.nanargmax([-math.inf if math.isnan(v) else v for v in values]))
-        if values[best] > state.best or epoch == 0:
+        data = reader(args, TRAIN, held_out, device)
+        found = heads.predict(state.heads[:-1], data, device)  # without the control
+        values = [main_score(state, held_out, logits) for logits in found]
+        best = int(np.argmax(values))
+        if max(values[best], state.best) == -math.inf:
+            raise UserError(
+                "the training of all heads has diverged: use smaller values of --lr", code=FAILED
+            )
+        if values[best] > state.best:
             state.best = values[best]
             state.save_best(folder, best, values[best])
         log_epoch(state, total / len(records), values, best, (epoch + 1) * steps, folder)
@@ -357,22 +277,19 @@ def fit(args, state, train, held_out, folder):
 
 
 def reader(args, split, records, device):
-    data = FeatureDataset(args.features, split, records, load_manifest(args.features).settings)
-    return batches(loader(data, args.batch_size, args.workers, device))
+    return feature_batches(args.features, split, records, args.batch_size, args.workers, device)
 
 
-def predictions(args, state, records, device):
-    """Return {id: logits} of each head except the control."""
-    return heads.predict(state.heads[:-1], reader(args, TRAIN, records, device), device)
-
-
-def main_score(args, state, records, logits):
-    """Return the top-1 accuracy, or mAP, of {id: logits} on the held-out records."""
-    scores, _ = scored(args, records, logits, state.fixed["classes"], state.fixed["multi"])
-    return scores["mAP" if state.fixed["multi"] else "top1"]
+def main_score(state, records, logits):
+    """Return the top-1 accuracy, or mAP, of {id: logits}, or -inf if the training has diverged."""
+    if not all(np.isfinite(values).all() for values in logits.values()):
+        return -math.inf
+    classes, multi = state.fixed["classes"], state.fixed["multi"]
+    return heads.score(records, logits, classes, multi)[0]["mAP" if multi else "top1"]
 
 
 def log_epoch(state, losses, held_out, best, step, folder):
+    """Print the best head of an epoch, and append the losses and scores of all to metrics.jsonl."""
     name = "mAP" if state.fixed["multi"] else "top-1"
     lr, decay = state.grid[best]
     note(
@@ -380,18 +297,19 @@ def log_epoch(state, losses, held_out, best, step, folder):
         f" (lr {lr:g}, weight decay {decay:g})"
     )
     entry = {"step": step, "epoch": state.epoch, "heads": []}
-    for (lr, decay), loss, value in zip(state.grid, losses.tolist(), held_out, strict=False):
+    for (lr, decay), *values in zip(state.grid, losses[:-1].tolist(), held_out, strict=True):
+        loss, value = (v if math.isfinite(v) else None for v in values)
         entry["heads"].append({"lr": lr, "weight_decay": decay, "loss": loss, "held_out": value})
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json_line(entry))
 
 
-def print_plan(args, state, train, held_out, scored):
+def print_plan(args, state, train, held_out, records):
     size = sum(p.numel() for p in state.heads[0].parameters() if p.requires_grad)
     kind = "actions, several per clip" if state.fixed["multi"] else "templates"
     note(
         f"parameters   {size:,} per head, {len(state.grid)} heads and one control\n"
-        f"clips        {len(train):,} training, {len(held_out):,} held out, {len(scored):,} {args.split}\n"
+        f"clips        {len(train):,} training, {len(held_out):,} held out, {len(records):,} {args.split}\n"
         f"classes      {len(state.fixed['classes'])} ({kind})"
     )
 
@@ -410,143 +328,77 @@ def evaluate(args):
             wanted = heads.still(wanted)
         wanted.check_same(manifest.settings, f"the cache {args.features}")
         head = heads.load_probe(probe, device)
-        source = Path(args.evaluate)
-        folder = source if source.is_dir() else source.parent
+        path = Path(args.evaluate)
+        folder = path if path.is_dir() else path.parent
     else:
-        probe, head = published(args.published, manifest, device)
-        folder = Path(args.output)
+        probe, head = heads.published(args.published, manifest, device)
+        folder = OUTPUT
     records = heads.annotated(usable(args, args.split), probe["multi"])
     if not records:
         raise UserError(f"no clip of split {args.split!r} has a class")
-    folder = cli.output_folder(folder, "--output")
+    folder = cli.output_folder(args.output or folder, "--output")
     with shared_memory(manifest.settings, args.workers, scoring=args.batch_size):
-        return report(args, scores_of(args, probe, head, records, device), folder)
+        report(args, scores_of(args, probe, head, {}, records, device), folder)
 
 
-def published(name, manifest, device):
-    """Load the classifier of a published model. Returns (probe, head), see `heads.read_probe`.
+def scores_of(args, probe, head, controls, records, device):
+    """Predict and score the records. Returns the content of evaluation_<split>.json.
 
-    Raises UserError unless the cache was made with the encoder of that model.
+    controls: {name: head}, further heads that are scored on the same clips.
     """
-    folder = hub.find_model(name, "--published")
-    model = hub.load_model(VJEPA2ForVideoClassification, folder, "--published", dtype=torch.float32)
-    if manifest.settings.encoder_fingerprint != hub.fingerprint(folder):
-        require_same_encoder(model.vjepa2, name, manifest)
-    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    head = heads.PublishedHead(model).to(device).eval()
-    probe = {"classes": classes, "counts": None, "multi": False, "chosen": {"published": name}}
-    return probe, head
-
-
-def require_same_encoder(encoder, name, manifest):
-    """Raise UserError unless the encoder of a cache has exactly the weights of another encoder.
-
-    A classifier may be published with an encoder that is also published alone. Their configurations, and
-    thus their fingerprints, differ, although the features are the same.
-    """
-    other = hub.recorded("encoder", manifest.info, "--features")
-    folder = hub.find_model(other, "the encoder")
-    same = hub.fingerprint(folder) == manifest.settings.encoder_fingerprint
-    if same and manifest.settings.family == "vjepa2":
-        weights = hub.load_model(type(encoder), folder, "the encoder", dtype=torch.float32)
-        weights, wanted = weights.encoder.state_dict(), encoder.encoder.state_dict()
-        same = weights.keys() == wanted.keys() and all(
-            torch.equal(weights[key], value) for key, value in wanted.items()
-        )
-        if same:
-            return
-    raise UserError(
-        f"--published {name}: the cache was made with another encoder, {other}. Run preprocess_ssv2.py"
-        f" --encoder {name} with another --features folder."
-    )
-
-
-def scored(args, records, logits, classes, multi):
-    """Score {id: logits}, with the windows of a video combined. Returns (scores, details)."""
-    videos = heads.by_video(records, logits, args.windows)
-    values = np.stack([value for *_, value in videos])
-    if not multi:
-        wanted = heads.targets([rows[0] for _, rows, _ in videos], classes, multi)
-        scores, worst = heads.single_label_scores(values, wanted, classes)
-        return scores, {"worst": worst, "right": heads.ranks(values, wanted) == 1}
-    # an action without training clips counts too, below all others
-    unknown = unknown_classes(records, classes, multi)
-    classes, least = [*classes, *unknown], np.finfo(np.float32).min
-    values = np.pad(values, ((0, 0), (0, len(unknown))), constant_values=least)
-    wanted = np.stack([heads.targets(rows, classes, multi).max(0) for _, rows, _ in videos])
-    scores, per_class = heads.multi_label_scores(values, wanted)
-    per_class = {
-        c: None if math.isnan(v) else v for c, v in zip(classes, per_class.tolist(), strict=True)
-    }
-    return scores, {"per_class": per_class}
-
-
-def scores_of(args, probe, head, records, device, controls=True):
-    """Predict and score the records. Returns the content of evaluation_<split>.json."""
     classes, multi = probe["classes"], probe["multi"]
-    (logits,) = heads.predict([head], reader(args, args.split, records, device), device)
-    if probe["counts"] is None:  # the class names of a published head have no brackets
+    data = reader(args, args.split, records, device)
+    logits, *others = heads.predict([head, *controls.values()], data, device)
+    controls = dict(zip(controls, others, strict=True))
+    if probe["counts"]:
+        controls["majority"] = dict.fromkeys(logits, np.array(probe["counts"], np.float32))
+    else:  # the class names of a published head have no brackets
         records = [r | {"template": heads.plain(r["template"])} for r in records]
-    result = {"n": len(heads.by_video(records, logits)), "classes": len(classes)}
-    result["metrics"], details = scored(args, records, logits, classes, multi)
+
+    score = partial(heads.score, records, classes=classes, multi=multi, how=args.windows)
+    scores, details = score(logits)
     if "right" in details:
-        result["ci95"] = {"top1": bootstrap(details.pop("right"), args.seed)}
-    result |= details
-    result["controls"] = {}
-    if controls and probe["counts"]:
-        prior = dict.fromkeys(logits, np.array(probe["counts"], np.float32))
-        result["controls"]["majority"], _ = scored(args, records, prior, classes, multi)
-    result["settings"] = {
-        "split": args.split,
-        "windows": args.windows,
-        "control": args.control,
+        details["ci95"] = {"top1": bootstrap(details.pop("right"), args.seed)}
+    videos = heads.by_video(records, logits, args.windows)
+    if args.submission:
+        probabilities = {video: heads.probabilities(x, multi) for video, _, x in videos}
+        write_submission(args.submission, probabilities, classes)
+    settings = {"split": args.split, "windows": args.windows, "control": args.control}
+    settings |= {
         "chosen": probe["chosen"],
-        "unknown_classes": unknown_classes(records, classes, multi),
+        "unknown_classes": heads.unknown_classes(records, classes, multi),
     }
-    if args.submission and controls:
-        videos = heads.by_video(records, logits, args.windows)
-        write_submission(args.submission, videos, classes, multi)
-    return result
-
-
-def unknown_classes(records, classes, multi):
-    """Return the classes of the records that no training clip has."""
-    return sorted({name for r in records for name in heads.names_of(r, multi)} - {*classes})
-
-
-def write_submission(path, videos, classes, multi):
-    """Write one line per video: its name and the probability of each class, in the order of the classes.
-
-    A class of Charades has the column of its number. Columns of classes without training clips are 0.
-    """
-    numbers = [re.fullmatch(r"c(\d{3}) .*", name) for name in classes]
-    columns = [int(n[1]) for n in numbers] if all(numbers) else list(range(len(classes)))
-    with open(path, "w", encoding="utf-8") as file:
-        for video, _, logits in videos:
-            p = np.zeros(max(columns) + 1)
-            p[columns] = heads.probabilities(logits, multi)
-            file.write(f"{Path(video).stem} {' '.join(f'{v:.8g}' for v in p)}\n")
+    return {
+        "n": len(videos if multi else records),
+        "classes": len(classes),
+        "metrics": scores,
+        **details,
+        "controls": {name: score(values)[0] for name, values in controls.items()},
+        "settings": settings,
+    }
 
 
 def report(args, result, folder):
     """Write the result and print it."""
+    parts = [args.split] + [args.control] * (args.control != "none")
+    parts += ["published"] if args.published else []
+    parts += [f"first{args.limit}"] if args.limit else []
+    parts += [args.windows] if args.windows != "max" else []
+    path = folder / f"evaluation_{'_'.join(parts)}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "_".join([args.split] + [args.control] * (args.control != "none"))
-    name += "_published" if args.published else ""
-    write_json(folder / f"evaluation_{name}.json", result)
+    write_json(path, result)
     names = list(result["metrics"])
-    print(" ".join(f"{n:>12}" for n in ["", *names]))
+    print(" " * 16, *(f"{name:>12}" for name in names))
     for row, values in {"probe": result["metrics"], **result["controls"]}.items():
-        print(f"{row:>16} " + " ".join(f"{values[n]:12.3f}" for n in names))
+        print(f"{row:>16}", *(f"{values[name]:12.3f}" for name in names))
     for entry in result.get("worst", []):
         taken = ", ".join(f"{name} ({count})" for name, count in entry["taken_for"].items())
-        print(
-            f"{entry['accuracy']:.2f}  {entry['class']}" + (f"  taken for {taken}" if taken else "")
-        )
+        text = f"{entry['accuracy']:.2f}  {entry['class']}"
+        print(text + (f"  taken for {taken}" if taken else ""))
     if unknown := result["settings"]["unknown_classes"]:
         classes = counted(len(unknown), "class", "classes")
         note(f"WARNING: the probe does not know {classes} of these clips: {first_few(unknown)}")
-    note(f"written to {folder / f'evaluation_{name}.json'}")
+    note(f"written to {path}")
 
 
 if __name__ == "__main__":

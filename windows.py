@@ -136,9 +136,11 @@ def too_long(path, length, how):
 def features(batch, device):
     """Stack the stored features of windows without errors, on the device.
 
-    Returns {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}.
+    Returns {"features" (B, N, E), "scale" (B, E), "offset" (B, E)}, the arguments of
+    `VideoCaptioner.prefix`.
     """
-    return {k: v.to(device) for k, v in stack_stored([w.stored for w in batch]).items()}
+    clips = stack_stored([w.stored for w in batch])
+    return {k: clips[k].to(device) for k in ("features", "scale", "offset")}
 
 
 def caption_files(
@@ -146,7 +148,7 @@ def caption_files(
 ):
     """Caption all windows of all files. Yields the `description` of each file, in order.
 
-    recognise: a function that returns the actions in each of B clips, see `heads.recogniser`.
+    recognise: a function that returns the actions in each of a list of clips, see `heads.recogniser`.
     """
 
     def captioned():
@@ -156,15 +158,20 @@ def caption_files(
             if decoded:
                 clips = features(decoded, captioner.device)
                 texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
-                found = recognise(clips) if recognise else [None] * len(decoded)
-                for w, actions in zip(decoded, found, strict=True):
-                    w.actions = actions
+                if recognise:
+                    add_actions(decoded, recognise)
             for w in batch:
                 w.frames = w.stored = None  # free the memory, because a long film has many windows
                 yield w, None if w.error else next(texts)
 
     for n, group in groupby(captioned(), key=lambda pair: pair[0].file):
         yield description(paths[n], list(group))
+
+
+def add_actions(decoded, recognise):
+    """Set the actions of windows without errors. recognise: see `heads.recogniser`."""
+    for w, actions in zip(decoded, recognise([w.stored for w in decoded]), strict=True):
+        w.actions = actions
 
 
 def description(path, pairs):

@@ -7,10 +7,11 @@ Charades_v1_classes.txt                       one class per line, such as "c008 
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.cli import existing
 from runtime.errors import refuse
-from runtime.files import read_text
+from runtime.files import read_text, write_atomic
 from runtime.table import read_table
 
 SPLITS = {"train": "Charades_v1_train.csv", "test": "Charades_v1_test.csv"}
@@ -97,3 +98,22 @@ def parse_row(row, classes, oddities):
     return Video(
         row["id"].strip(), (row.get("script") or "").strip(), descriptions, length, tuple(actions)
     )
+
+
+def write_submission(path, scores, classes):
+    """Write {video's file name: scores of the classes} in the format of the challenge, a line per video.
+
+    A class of Charades, such as "c008 Opening a door", has the column of its number. Columns without a class
+    are 0.
+    """
+    numbers = [re.fullmatch(r"c(\d{3}) .*", name) for name in classes]
+    columns = [int(n[1]) for n in numbers] if all(numbers) else list(range(len(classes)))
+
+    def line(video, values):
+        row = [0.0] * (max(columns) + 1)
+        for column, value in zip(columns, values, strict=True):
+            row[column] = value
+        return f"{Path(video).stem} {' '.join(f'{v:.8g}' for v in row)}\n"
+
+    text = "".join(line(video, values) for video, values in scores.items())
+    write_atomic(Path(path), text.encode())

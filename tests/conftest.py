@@ -21,13 +21,15 @@ import torch
 from filelock import FileLock  # torch brings it
 
 import encoder
+import feature_cache
 
 # The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
 # left idle at the end. The first one does not need `world`, which another worker builds meanwhile.
 LONGEST = (
-    *("test_demo.py", "test_reliability.py", "test_app.py", "test_embed.py", "test_evaluate.py"),
-    *("test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py", "test_gallery.py"),
-    *("test_ablation.py", "test_toy_ssv2.py", "test_interface.py", "test_films.py"),
+    *("test_demo.py", "test_reliability.py", "test_probe.py", "test_app.py", "test_embed.py"),
+    *("test_evaluate.py", "test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py"),
+    *("test_gallery.py", "test_ablation.py", "test_toy_ssv2.py", "test_interface.py"),
+    "test_films.py",
 )
 # worlds/toy_ssv2.py sets it in the worker that builds `world`, and sums depend on it
 torch.set_num_threads(1)
@@ -80,9 +82,8 @@ def gpu(monkeypatch):
     """A CPU that behaves like a GPU, see `EmulatedGPU`."""
     from gpu import EmulatedGPU
 
-    encoder.constants(
-        torch.device("cpu")
-    )  # cached before the emulation, so that it fits clips on host and GPU
+    # cached before the emulation, so that it fits clips on host and GPU
+    encoder.constants(feature_cache.IMAGENET, torch.device("cpu"))
     with monkeypatch.context() as patch, EmulatedGPU(patch) as gpu:
         yield gpu
 

@@ -49,22 +49,22 @@ PREPROCESSOR = {
 }
 
 
-def save(kind, folder, preprocessor=PREPROCESSOR):
-    """Save a tiny model of a type and return it."""
+def save(kind, folder, preprocessor=PREPROCESSOR, size=None):
+    """Save a tiny model of a type and return it. size: pixels of a model with a feature map."""
     import transformers
 
     name, values = CONFIGS[kind]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**values)
     model = getattr(transformers, f"{name}Model")(config).eval()
-    for (
-        module
-    ) in model.modules():  # the initial weights of MobileNetV2 are so small that it returns 0
+    for module in model.modules():
+        # the initial weights of MobileNetV2 are so small that it returns 0
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     model.save_pretrained(folder)
-    if preprocessor and FAMILIES[kind].feature_map:  # larger than the receptive field
-        preprocessor = preprocessor | {"size": {"shortest_edge": 256}}
+    if preprocessor and FAMILIES[kind].feature_map:
+        # 256 pixels are larger than the receptive field
+        preprocessor = preprocessor | {"size": {"shortest_edge": size or 256}}
     if preprocessor:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return model

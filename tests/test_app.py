@@ -1,5 +1,6 @@
 """The web demo in a real browser, compared with infer.py."""
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 from conftest import until
 
 import infer
+import probe
 from viz import app
 from windows import Windowing
 
@@ -21,7 +23,17 @@ LIMITS = {"--max-seconds": "10", "--max-megabytes": "1"}
 
 
 @pytest.fixture(scope="module")
-def address(trained, world, tmp_path_factory):
+def probed(prepared, tmp_path_factory):
+    """The run folder of a probe."""
+    folder = tmp_path_factory.mktemp("probe")
+    cached = ["--annotations", prepared / "annotations", "--features", prepared / "features"]
+    flags = ["--head", "linear", "--epochs", 1, "--lr", 1e-3, "--workers", 0, "--output", folder]
+    assert not probe.main([*map(str, [*cached, *flags])])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(trained, probed, world, tmp_path_factory):
     """The address of a running viz/app.py. It is stopped by Ctrl-C, which must remove all uploads."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     uploads_folder = tmp_path_factory.mktemp("uploads_folder")
@@ -29,6 +41,7 @@ def address(trained, world, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     flags = ["--checkpoint", trained / "best.pt", "--examples", world / "videos", "--port", port]
+    flags += ["--probe", probed]
     flags += [flag for pair in LIMITS.items() for flag in pair]
     command = [sys.executable, "-m", "viz.app", *map(str, flags)]
     process = subprocess.Popen(
@@ -67,17 +80,23 @@ def value(page, name):
     )
 
 
-def test_an_upload_gets_the_same_captions_as_with_infer(page, world, trained, capsys):
+def test_an_upload_gets_the_same_captions_as_with_infer(page, world, trained, probed, capsys):
     clip = sorted((world / "videos").glob("*.webm"))[0]
-    captions = {}
+    captions, flags = {}, ["--workers", "0", "--probe", str(probed), "--json"]
     for style in ("label", "sentence"):
-        infer.main([str(clip), "--checkpoint", str(trained), "--workers", "0", "--style", style])
-        captions[style] = capsys.readouterr().out.strip().split("\t")[1]
+        infer.main([str(clip), "--checkpoint", str(trained), "--style", style, *flags])
+        result = json.loads(capsys.readouterr().out)
+        captions[style] = result["caption"]
     upload(page, clip)
     until(lambda: value(page, "label"))
     assert {style: value(page, style) for style in captions} == captions
     table = page.find_element("css selector", "#templates")
     until(lambda: table.text.lower().count("[something]") >= app.NEAREST)
+    table = page.find_element("css selector", "#actions")
+    for action in result["actions"]:
+        until(lambda action=action: action["action"] in table.text)
+        assert f"{round(action['probability'], 3)}" in table.text
+    assert len(result["actions"]) == 5
     picture = "const i = document.querySelector('#picture img'); return i && i.naturalWidth"
     until(lambda: (page.execute_script(picture) or 0) > 500)
 
@@ -151,12 +170,12 @@ def film(path, seconds):
 
 def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
     path = film(tmp_path / "film.webm", 6)
-    message, label, sentence, templates, picture = look(path)
+    message, label, sentence, actions, templates, picture = look(path)
     times = ["0.0 - 2.0 s", "2.0 - 4.0 s", "4.0 - 6.0 s"]
     for text in (label, sentence):
         assert [line.split("  ")[0] for line in text.splitlines()] == times and message == ""
     assert [row[2] for row in templates] == [t for t in times for _ in range(app.NEAREST)]
-    assert picture.height > 3 * 300
+    assert picture.height > 3 * 300 and actions == []
 
 
 def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import venv
 
+import encoders
 import pytest
 
 import checkpoint
@@ -37,7 +38,7 @@ def hub_copy(cache, name, files):
     snapshot = folder / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     for file in files:
-        (snapshot / file).write_text("{}")
+        (snapshot / file).write_text('{"model_type": "vjepa2"}')
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,21 @@ def test_a_damaged_checkpoint_and_a_model_with_a_damaged_config(tmp_path):
     found = {f.what: f for f in doctor_checks.check_models(doctor.parse_args(flags))}
     assert found["checkpoint"].state == found["lm"].state == "missing"
     assert "not a valid checkpoint" in found["checkpoint"].found
+
+
+def test_the_type_of_the_encoder_is_checked(tmp_path):
+    """doctor.py reported "ok" for models that preprocess_ssv2.py refuses."""
+    encoders.save("dinov2", tmp_path)
+    args = doctor.parse_args(["--encoder", str(tmp_path)])
+
+    def encoder():
+        return next(f for f in doctor_checks.check_models(args) if f.what == "encoder")
+
+    assert encoder().state == "ok"
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert encoder().state == "missing" and "preprocessor_config.json" in encoder().found
+    (tmp_path / "config.json").write_text('{"model_type": "x_clip"}')
+    assert encoder().state == "missing" and "Possible types: vjepa2" in encoder().found
 
 
 def test_the_models_of_a_checkpoint_are_found(trained, world):

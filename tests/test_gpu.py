@@ -8,7 +8,9 @@ import torch
 from conftest import preprocess, train_flags
 
 import evaluate
+import heads
 import infer
+import probe
 import train
 import windows
 from captioner import VideoCaptioner, check_lm
@@ -61,28 +63,56 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     captions = [line.split("\t")[1] for line in printed.out.splitlines()]
     assert captions == [p["caption"] for p in greedy]
     assert printed.err.startswith("device       cpu:0 (emulated GPU 0), bfloat16")
-    args = app.parse_args(common)
+
+    # a probe, trained, stopped and resumed
+    flags = [
+        "--workers",
+        "0",
+        "--limit",
+        "20",
+        "--epochs",
+        "2",
+        "--num-heads",
+        "4",
+        "--layers",
+        "2",
+    ]
+    flags += [*cached, "--lr", "1e-3", "--output", str(tmp_path / "probe")]
+    save = probe.State.save
+    with monkeypatch.context() as patch:
+        patch.setattr(probe.State, "save", lambda *args: save(*args) or stop(args[0].epoch == 1))
+        with pytest.raises(KeyboardInterrupt):
+            probe.main(flags)
+    assert not probe.main([*flags, "--resume"])
+    path = tmp_path / "probe" / "evaluation_validation_first20.json"
+    scores = json.loads(path.read_text())["metrics"]
+    flags = ["--evaluate", str(tmp_path / "probe"), "--workers", "0", "--limit", "20"]
+    assert not probe.main([*cached, *flags])
+    assert json.loads(path.read_text())["metrics"] == scores
+
+    args = app.parse_args([*common, "--probe", str(tmp_path / "probe")])
     checkpoint = read_checkpoint(args.checkpoint)
     models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
-    look = app.Look(*models, checkpoint["templates"], windows.Windowing.of(args), 10.0)
-    assert look(paths[0])[1] == greedy[0]["caption"]
+    recognise = heads.recogniser(args.probe, "--probe", settings, models[1].device)
+    how = windows.Windowing.of(args)
+    look = app.Look(*models, checkpoint["templates"], how, 10.0, recognise)
+    _, label, _, actions, *_ = look(paths[0])
+    assert label == greedy[0]["caption"] and len(actions) == 5
+
+
+def stop(now):
+    if now:
+        raise KeyboardInterrupt
 
 
 def test_gpu_and_cpu_store_the_same_features(gpu, world, prepared, tmp_path, monkeypatch):
     """A GPU encodes in batches, and its copies to the host are read only when complete."""
     (tmp_path / "annotations").symlink_to(prepared / "annotations")
     flags = ["--batch-size", 3, "--limit", 7, "--splits", "train", "--dtype", "float32"]
-    sizes, encode = [], VideoEncoder.encode
-
-    def counted(self, clips):
-        with monkeypatch.context() as patch:
-            vision = self.model.get_vision_features
-            patch.setattr(
-                self.model, "get_vision_features", lambda x: sizes.append(len(x)) or vision(x)
-            )
-            return encode(self, clips)
-
-    monkeypatch.setattr(VideoEncoder, "encode", counted)
+    sizes, tokens = [], VideoEncoder._tokens
+    monkeypatch.setattr(
+        VideoEncoder, "_tokens", lambda self, x: sizes.append(len(x)) or tokens(self, x)
+    )
     assert preprocess(world, tmp_path, *flags) == 0
     assert sizes == [3, 3, 1]  # one call per batch
     settings = load_manifest(prepared / "features").settings

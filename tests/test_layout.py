@@ -7,7 +7,7 @@ from collections import defaultdict
 from graphlib import TopologicalSorter
 
 FOLDERS = ("runtime", "worlds", "viz", "bench", "research", "tools")
-SCRIPTS = {"prepare_annotations", "preprocess_ssv2", "train", "evaluate", "infer"}
+SCRIPTS = {"prepare_annotations", "preprocess_ssv2", "train", "probe", "evaluate", "infer"}
 MODULES = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
 OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard"}
 DECODERS = {"av", "decord"}

@@ -1,6 +1,7 @@
 """The probe: heads on cached features, their training, scores and checkpoints."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import heads
 import probe
 from encoder import VideoEncoder, quantise
 from feature_cache import Manifest, Settings, save_features
+from runtime import class_scores
 from runtime.errors import UserError
 from runtime.files import write_json
 
@@ -172,7 +174,7 @@ def test_average_precision():
     scores, wanted = rng.normal(size=(40, 5)), rng.random((40, 5)) < 0.2
     wanted[:, 4] = False  # a class without positives
     wanted[:6] = False  # videos without actions
-    found, per_class = heads.multi_label_scores(scores, wanted.astype(np.float32))
+    found, per_class = class_scores.multi_label_scores(scores, wanted.astype(np.float32))
     by_name = {str(i): row for i, row in enumerate(scores)}
     labels = {str(i): row for i, row in enumerate(wanted)}
     assert found["mAP_official"] == pytest.approx(official(by_name, labels))
@@ -185,16 +187,48 @@ def test_average_precision():
     assert found["mAP_official"] == pytest.approx(official(by_name, labels))
     # clips of equal score: the order in which they are listed does not matter
     tied, positive = np.array([1.0, 1, 1, 0]), np.array([True, False, False, True])
-    assert heads.average_precision(tied, positive) == heads.average_precision(
+    assert class_scores.average_precision(tied, positive) == class_scores.average_precision(
         tied, positive[[1, 0, 2, 3]]
     )
-    assert heads.average_precision(tied, positive) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert class_scores.average_precision(tied, positive) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
 def test_ranks_count_equal_scores_against_the_probe():
     logits = np.array([[0.0, 0, 0], [3, 1, 2], [1, 2, 3]])
-    assert heads.ranks(logits, np.array([0, 2, -1])).tolist() == [3, 2, 4]
-    assert heads.ranks(np.full((1, 3), np.nan), np.array([0])).tolist() == [3]
+    assert class_scores.ranks(logits, np.array([0, 2, -1])).tolist() == [3, 2, 4]
+    assert class_scores.ranks(np.full((1, 3), np.nan), np.array([0])).tolist() == [3]
+
+
+def test_heads_that_diverge_are_not_chosen(world):
+    """A head whose logits are NaN could be chosen by chance, and its score was NaN in a JSON file."""
+    flags = *TRAINED, "--epochs", "1"
+    with pytest.raises(UserError, match="all heads has diverged"):
+        run(world, *flags, "--lr", "1e30")
+    result = run(world, *flags, "--lr", "1e30", "0.01")
+    assert result["settings"]["chosen"]["lr"] == 0.01
+    (line,) = (world / "probe" / "metrics.jsonl").read_text().splitlines()
+    assert [head["held_out"] is None for head in json.loads(line)["heads"]] == [True, False]
+
+
+def test_scores_of_some_clips_do_not_replace_those_of_all(world):
+    """--evaluate --limit replaced the scores of the split, and ignored --output."""
+    whole = run(world, *TRAINED, "--epochs", "1")
+    args = ["--features", world / "features", "--annotations", world / "annotations"]
+    args += ["--evaluate", world / "probe", "--workers", "0", "--device", "cpu"]
+    assert not probe.main([*map(str, args), "--limit", "4"])
+    found = json.loads((world / "probe" / "evaluation_validation_first4.json").read_text())
+    assert found["n"] == 4
+    assert json.loads((world / "probe" / "evaluation_validation.json").read_text()) == whole
+    assert not probe.main([*map(str, args), "--output", str(world / "other")])
+    assert (world / "other" / "evaluation_validation.json").is_file()
+
+
+def test_windows_with_one_action_each_are_not_combined():
+    """Of the spans of one file only the first one's template counted, for the maximum of all scores."""
+    records = [{"id": i, "video": "a", "template": i, "actions": None} for i in "xy"]
+    logits = {"x": np.array([2.0, 0]), "y": np.array([0.0, 3])}
+    scores, _ = heads.score(records, logits, ["x", "y"], multi=False)
+    assert scores["top1"] == 1
 
 
 def test_windows_of_a_video_are_combined():
@@ -233,7 +267,11 @@ def test_the_published_head_gives_its_own_logits(tmp_path, capsys):
         *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
     )
     manifest = Manifest(encoder.settings, {"encoder": str(tmp_path / "model")})
-    _, head = probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    _, head = heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    for change in ({"pool": 2}, {"sampling": "still"}):
+        other = Manifest(replace(encoder.settings, **change), manifest.info)
+        with pytest.raises(UserError, match="without --pool and --still"):
+            heads.published(str(tmp_path / "model"), other, torch.device("cpu"))
     clip = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     x = encoder.encode([clip])["features"]
     pixels = probe_pixels(clip)
@@ -272,12 +310,12 @@ def test_the_published_head_gives_its_own_logits(tmp_path, capsys):
         *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
     )
     manifest = Manifest(alone.settings, {"encoder": str(tmp_path / "alone")})
-    probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
     with torch.no_grad():
         model.vjepa2.encoder.layernorm.bias += 1
     model.vjepa2.save_pretrained(tmp_path / "alone")
     with pytest.raises(UserError, match="made with another encoder"):
-        probe.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+        heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
 
 
 def probe_pixels(clip):

@@ -31,6 +31,7 @@ NEEDS = {  # per script: names of findings, or of lists of packages
     "prepare_annotations.py": ["packages", "labels"],
     "preprocess_ssv2.py": ["packages", "encoder", "annotations", "videos"],
     "train.py": ["packages", "lm", "annotations", "features"],
+    "probe.py": ["packages", "annotations", "features"],
     "evaluate.py": [
         *("packages", "checkpoint", "checkpoint's lm"),
         *("annotations", "features", "checkpoint's features"),

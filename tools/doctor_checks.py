@@ -18,7 +18,7 @@ import optim
 import train
 from checkpoint import read_checkpoint
 from dataset import TRAIN, VALIDATION, encode_caption, load_records, loader, shared_bytes
-from encoder import VideoEncoder
+from encoder import VideoEncoder, family_of, preprocessor_file
 from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
@@ -249,6 +249,9 @@ def check_model(what, name):
     try:
         folder, missing = hub.look_here(name, f"--{what.split()[-1]}")
         if folder and not missing:
+            if what == "encoder":
+                family_of(folder, name)
+                preprocessor_file(folder, name)
             size = sum(path.stat().st_size for path in list_files(folder, ".safetensors"))
             return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
     except UserError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import heads
 import video
 import windows
 from checkpoint import load_models, read_checkpoint
@@ -34,12 +35,22 @@ from windows import Windowing
 NEAREST = 5  # templates shown
 EXAMPLES = 6
 DELETE = (600, 3600)  # every 600 s, delete uploads older than 3600 s
-EMPTY = "", "", [], None  # label, sentence, templates and picture of a clip that failed
+EMPTY = (
+    "",
+    "",
+    [],
+    [],
+    None,
+)  # label, sentence, actions, templates and picture of a clip that failed
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    cli.add_models(parser.add_argument_group("model"))
+    group = parser.add_argument_group("model")
+    cli.add_models(group)
+    group.add_argument(
+        "--probe", help="checkpoint of a probe (probe.py); also show the five likeliest actions"
+    )
     group = parser.add_argument_group("clips")
     windows.add_flags(group)
     group.add_argument(
@@ -75,7 +86,11 @@ def main(argv=None):
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     templates = checkpoint.get("templates", [])
-    look = Look(encoder, captioner, templates, Windowing.of(args), args.max_seconds)
+    recognise = None
+    if args.probe:
+        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
+    windowing = Windowing.of(args)
+    look = Look(encoder, captioner, templates, windowing, args.max_seconds, recognise)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         blocks = page(look, example_clips(Path(args.examples), args.seed), args.max_megabytes)
@@ -111,18 +126,20 @@ def example_clips(folder, seed):
 
 
 class Look:
-    """Computes the contents of the page's five outputs for a clip.
+    """Computes the contents of the page's six outputs for a clip.
 
     templates: the action templates of the training set, or []. windowing: a `Windowing`.
-    max_seconds: the length of the longest clip that is accepted.
+    max_seconds: the length of the longest clip that is accepted. recognise: a function that returns the
+    actions in each of a list of stored clips, see `heads.recogniser`, or None.
     """
 
-    def __init__(self, encoder, captioner, templates, windowing, max_seconds):
+    def __init__(self, encoder, captioner, templates, windowing, max_seconds, recognise=None):
         self.encoder, self.captioner, self.templates = encoder, captioner, templates
+        self.recognise = recognise
         self.windowing, self.max_seconds = windowing, max_seconds
 
     def __call__(self, path):
-        """Return (message, label, sentence, rows of templates, picture) for an uploaded clip.
+        """Return (message, label, sentence, rows of actions, rows of templates, picture) for a clip.
 
         path: the uploaded file, or None if the user has removed it.
         """
@@ -143,8 +160,11 @@ class Look:
             "\n".join(f"{w['time']}  {w[style]}" if len(pairs) > 1 else w[style] for w in looks)
             for style in STYLES
         ]
-        templates = [[*row, w["time"]] for w in looks for row in w["templates"]]
-        return message, *captions, templates, draw_text.stacked([w["picture"] for w in looks])
+        tables = [
+            [[*row, w["time"]] for w in looks for row in w[name]]
+            for name in ("actions", "templates")
+        ]
+        return message, *captions, *tables, draw_text.stacked([w["picture"] for w in looks])
 
     def windows(self, path):
         """Caption each window of a clip.
@@ -167,7 +187,7 @@ class Look:
         return pairs
 
     def batch(self, decoded):
-        """Yield the captions, nearest templates and picture of each window of a batch, as a dict."""
+        """Yield the captions, actions, nearest templates and picture of each window, as a dict."""
         from PIL import Image
 
         captioner = self.captioner
@@ -175,6 +195,8 @@ class Look:
         with torch.inference_mode():
             cache = captioner.prefix(**features)
         captions = {style: captioner.generate(copy.deepcopy(cache), style) for style in STYLES}
+        if self.recognise:
+            windows.add_actions(decoded, self.recognise)
         shares = attention_map.mass(captioner.qformer, features)
         for n, w in enumerate(decoded):
             one = {k: v[n : n + 1] for k, v in features.items()}
@@ -183,6 +205,7 @@ class Look:
             yield {
                 "time": f"{w.start:.1f} - {w.end:.1f} s",
                 **{style: texts[n] for style, texts in captions.items()},
+                "actions": [[a["action"], round(a["probability"], 3)] for a in w.actions or ()],
                 "templates": nearest(captioner, one, label, self.templates),
                 "picture": Image.open(io.BytesIO(picture)),
             }
@@ -228,6 +251,15 @@ def page(look, examples, max_megabytes):
                 message = gradio.Textbox(label="message", visible=False, elem_id="message")
                 label = gradio.Textbox(label="caption", elem_id="label")
                 sentence = gradio.Textbox(label="as a sentence", elem_id="sentence")
+                actions = gradio.Dataframe(
+                    headers=["action", "probability", "time"],
+                    label="likeliest actions",
+                    visible=look.recognise is not None,
+                    wrap=True,
+                    column_widths=["60%", "15%", "25%"],
+                    interactive=False,
+                    elem_id="actions",
+                )
                 templates = gradio.Dataframe(
                     headers=["template", "score", "time"],
                     label="nearest action templates: log-likelihood per token",
@@ -243,7 +275,7 @@ def page(look, examples, max_megabytes):
             problem, *rest = look(path)
             return gradio.update(value=problem, visible=bool(problem)), *rest
 
-        outputs = [message, label, sentence, templates, picture]
+        outputs = [message, label, sentence, actions, templates, picture]
         clip.change(show, clip, outputs, api_name="caption", show_progress="minimal")
     return blocks.queue(max_size=20)
 
