@@ -29,6 +29,7 @@ PREPROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+MAX_SIZE = 4096  # pixels along an edge of the frames
 MAX_ERROR = 0.03  # of int8 storage, see `quantisation_error`; 0.008 for Gaussian features
 
 
@@ -476,7 +477,7 @@ def _preprocessing(path, config):
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         ok = False
-    if not ok or not is_count(size):
+    if not ok or not (is_count(size) and size <= MAX_SIZE):
         raise UserError(f"{path} does not give the size, mean and standard deviation of the pixels")
     return size, mean_std
 

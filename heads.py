@@ -20,6 +20,7 @@ from runtime import hub
 from runtime.class_scores import multi_label_scores, ranks, single_label_scores
 from runtime.errors import UserError, out_of_memory
 from runtime.files import read_torch
+from runtime.names import counted
 
 HEADS = ("attentive", "mlp", "linear")
 INPUTS = ("tokens", "mean", "weights", "cls")
@@ -163,7 +164,7 @@ def class_names(records):
     classes = sorted({name for r in records for name in names_of(r, multi)})
     if len(classes) < 2:
         raise UserError(
-            f"the training clips have {len(classes)} classes: a probe needs records with a template, as"
+            f"the training clips have {counted(len(classes), 'class', 'classes')}: a probe needs records with a template, as"
             " in Something-Something-V2, or with actions, as in Charades"
         )
     return classes, multi
@@ -274,12 +275,14 @@ def read_probe(path, flag):
         classes, counts, sizes = (probe.get(k) for k in ("classes", "counts", "sizes"))
         valid = (
             isinstance(classes, list)
-            and all(isinstance(c, str) for c in classes)
+            and all(isinstance(c, str) and c.isprintable() for c in classes)
+            and len({*classes}) == len(classes)
             and isinstance(counts, list)
             and len(counts) == len(classes) == sizes["classes"]
             and all(type(n) is int and n >= 0 for n in counts)
             and type(probe.get("multi")) is bool
             and isinstance(probe.get("chosen"), dict)
+            and all(type(v) in (int, float) for v in probe["chosen"].values())
             and all(map(is_count, (sizes["layers"], sizes["num_heads"], sizes["video_width"])))
             and sizes["layers"] <= len(probe["weights"])
         )
@@ -289,6 +292,8 @@ def read_probe(path, flag):
         settings = manifest.settings
         if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
             raise ValueError("its sizes do not fit its manifest")
+        if not all(w.isfinite().all() for w in probe["weights"].values()):
+            raise ValueError("its weights contain NaN or infinity")
         with torch.device("meta"):  # untrusted sizes must not allocate memory
             Probe(**sizes).load_state_dict(dict(probe["weights"]), assign=True)
     except PermissionError as error:
@@ -296,7 +301,8 @@ def read_probe(path, flag):
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
         if out_of_memory(error):
             raise
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # the first line of torch's message about weights is generic
+        why = str(error).strip().splitlines()[-1].strip() if str(error) else type(error).__name__
         raise UserError(f"{flag} {path} is not a valid probe ({why})") from None
     return probe | {"manifest": manifest}
 

@@ -326,7 +326,16 @@ def read_charades(folder, window, stride, seed):
     seconds, and an action belongs to each window that it overlaps.
     """
     videos, oddities = charades.read(folder)
-    held_out = set(by_hash((v.id for v in videos[TRAIN]), seed)[: len(videos[TRAIN]) // 10])
+    count = max(2, len(videos[TRAIN]) // 10)  # CIDEr needs at least two clips
+    if count >= len(videos[TRAIN]):
+        raise UserError(
+            f"--charades {folder} has too few training videos to hold out two for validation"
+        )
+    if window and not any(v.length for of_split in videos.values() for v in of_split):
+        raise UserError(
+            "--window needs the lengths of the videos, which old copies of Charades lack"
+        )
+    held_out = set(by_hash((v.id for v in videos[TRAIN]), seed)[:count])
     splits = {TRAIN: [], VALIDATION: [], TEST: []}
     for split, of_split in videos.items():
         for video in of_split:
@@ -336,13 +345,16 @@ def read_charades(folder, window, stride, seed):
                 records.append(charades_record(video) | {"actions": actions})
                 continue
             if video.length is None:
-                raise UserError(f"--window needs the column length, which video {video.id} lacks")
+                oddities["videos without a length, left out"] += 1
+                continue
             for span in window_spans(video.length, window, stride):
                 names = {
                     name for name, start, end in video.actions if start < span[1] and end > span[0]
                 }
                 part = record(span_id(video.id, span), f"{video.id}.mp4") | span_fields(span)
                 records.append(part | {"actions": sorted(names)})
+    if window and stride > window:
+        note("note: --stride is longer than --window, so parts of the videos are in no window")
     for what, count in oddities.items():
         if count:
             note(f"note: {what}: {count:,}")

@@ -32,7 +32,7 @@ from runtime import cli, devices, ranks, run_folder
 from runtime.charades import write_submission
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
-from runtime.files import json_line, read_torch, torch_bytes, write_json
+from runtime.files import json_line, read_json, read_torch, torch_bytes, write_json
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 
@@ -94,6 +94,8 @@ def parse_args(argv=None):
         parser.error("--evaluate and --published are mutually exclusive")
     if args.control != "none" and not args.evaluate:
         parser.error("--control needs --evaluate")
+    if args.submission:
+        cli.output_folder(Path(args.submission).parent, "--submission")
     return args
 
 
@@ -107,11 +109,10 @@ def main(argv=None):
     manifest = load_manifest(args.features)
     train = usable(args, TRAIN)
     classes, multi = heads.class_names(train)
-    train = heads.annotated(train, multi)
-    records = heads.annotated(usable(args, args.split), multi)
-    train, held_out = hold_out(train, args.seed)
-    if not train or not held_out or not records:
-        raise UserError("too few clips to train on, to choose the best head with and to score")
+    train, held_out = hold_out(heads.annotated(train, multi), args.seed)
+    if not train:
+        raise UserError("the training split has too few videos to hold one out")
+    records = to_score(args, multi)
     settings = manifest.settings
     if args.on == "cls" and not settings.cls:
         raise UserError(f"the cache {args.features} has no CLS, because its encoder has none")
@@ -136,6 +137,17 @@ def usable(args, split):
     """Return the records of a split that have features."""
     records = load_records(args.annotations, split)[: args.limit]
     return require_features(args.features, split, records, args.allow_missing)
+
+
+def to_score(args, multi):
+    """Return the records of --split with features and a class. Raises UserError if there are none."""
+    records = usable(args, args.split)
+    if not records:
+        raise UserError(f"no clip of split {args.split!r} has features")
+    records, what = heads.annotated(records, multi), "an action" if multi else "a template"
+    if not any(heads.names_of(r, multi) for r in records):
+        raise UserError(f"no clip of split {args.split!r} has {what}, so there is nothing to score")
+    return records
 
 
 def hold_out(records, seed):
@@ -333,9 +345,7 @@ def evaluate(args):
     else:
         probe, head = heads.published(args.published, manifest, device)
         folder = OUTPUT
-    records = heads.annotated(usable(args, args.split), probe["multi"])
-    if not records:
-        raise UserError(f"no clip of split {args.split!r} has a class")
+    records = to_score(args, probe["multi"])
     folder = cli.output_folder(args.output or folder, "--output")
     with shared_memory(manifest.settings, args.workers, scoring=args.batch_size):
         report(args, scores_of(args, probe, head, {}, records, device), folder)
@@ -383,8 +393,12 @@ def report(args, result, folder):
     parts = [args.split] + [args.control] * (args.control != "none")
     parts += ["published"] if args.published else []
     parts += [f"first{args.limit}"] if args.limit else []
-    parts += [args.windows] if args.windows != "max" else []
+    parts += [args.windows] if args.windows != "max" and "per_class" in result else []
     path = folder / f"evaluation_{'_'.join(parts)}.json"
+    if path.exists():  # keep the control that only the training run has
+        before = read_json(path, "evaluation")
+        if isinstance(before, dict) and before.get("settings") == result["settings"]:
+            result["controls"] = before["controls"] | result["controls"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     names = list(result["metrics"])

@@ -33,7 +33,7 @@ class Video:
 
 
 def read(folder):
-    """Read a folder of Charades. Returns ({split: list of `Video`}, {oddity: count}).
+    """Read a folder of Charades. Returns ({split: list of `Video`}, a Counter of oddities).
 
     Intervals are clipped to the length of the video; those that start after it are left out. Raises
     UserError if a file is missing or a row is not valid.
@@ -58,32 +58,37 @@ def read(folder):
         splits[split] = videos
     counts = Counter(v.id for videos in splits.values() for v in videos)
     refuse([i for i, n in counts.items() if n > 1], "videos occur more than once")
-    return splits, dict(oddities)
+    return splits, oddities
 
 
 def read_classes(path):
     """Return {"c008": "c008 Opening a door"}."""
-    lines = [line.strip() for line in read_text(path, "--charades").splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in read_text(path, "--charades").splitlines()]
+    lines = [line for line in lines if line]
     bad = [line for line in lines if not re.fullmatch(r"c\d{3} \S.*", line)]
     refuse(bad, f"lines of {path} are not a class such as 'c008 Opening a door'")
+    counts = Counter(line[:4] for line in lines)
+    refuse([code for code, n in counts.items() if n > 1], f"classes occur more than once in {path}")
     return {line[:4]: line for line in lines}
 
 
 def parse_row(row, classes, oddities):
     """Turn a row, a dict by column, into a `Video`. Counts oddities. Raises ValueError or KeyError."""
-    length = float(row["length"]) if (row.get("length") or "").strip() else None
-    if length is not None and not 0 < length < 1e6:
-        raise ValueError(f"length {length}")
+    length = None
+    if text := (row.get("length") or "").strip():
+        length = seconds(text, f"the length {text!r} is not a number of seconds")
     actions = []
     for text in filter(None, map(str.strip, (row.get("actions") or "").split(";"))):
-        name, start, end = text.split()
+        problem = (
+            f"the action {text!r} is not a class, a start and an end, as in 'c092 11.90 21.20'"
+        )
+        if len(parts := text.split()) != 3:
+            raise ValueError(problem)
+        name, start, end = parts[0], seconds(parts[1], problem), seconds(parts[2], problem)
         if name not in classes:
             raise ValueError(f"class {name!r} is not in {CLASSES}")
-        start, end = float(start), float(end)
-        if not 0 <= start < 1e6 or not 0 <= end < 1e6:
-            raise ValueError(f"action {text!r}")
         if end <= start:
-            oddities["actions that end before they start"] += 1
+            oddities["actions that do not end after they start"] += 1
         elif length is not None and start >= length:
             oddities["actions that start after the end of the video"] += 1
         else:
@@ -98,6 +103,17 @@ def parse_row(row, classes, oddities):
     return Video(
         row["id"].strip(), (row.get("script") or "").strip(), descriptions, length, tuple(actions)
     )
+
+
+def seconds(text, problem):
+    """Return a text as a number of seconds. Raises ValueError with the text `problem`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise ValueError(problem)
+    return value
 
 
 def write_submission(path, scores, classes):
@@ -116,4 +132,5 @@ def write_submission(path, scores, classes):
         return f"{Path(video).stem} {' '.join(f'{v:.8g}' for v in row)}\n"
 
     text = "".join(line(video, values) for video, values in scores.items())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), text.encode())

@@ -375,7 +375,7 @@ def test_charades(tmp_path, capsys):
     printed = capsys.readouterr()
     for note in (
         "actions that start after the end of the video: 14",
-        "actions that end before they start: 14",
+        "actions that do not end after they start: 14",
         "actions that end after the end of the video: 28",
         "actions that occur more than once in a video: 14",
         "videos without actions: 14",
@@ -401,11 +401,29 @@ def test_charades(tmp_path, capsys):
     assert parts[0]["label"] is None and parts[1]["id"] == "T000_3-9"
 
     # old copies have no lengths, so windows are not known
-    old = CHARADES.replace(",length", "")
-    write_charades(tmp_path / "charades", ["ID,S,K,6,7,Yes,Stands.,,,c000 1.0 2.0"], header=old)
+    old, row = CHARADES.replace(",length", ""), "ID,S,K,6,7,Yes,Stands.,,,c000 1.0 2.0"
+    write_charades(tmp_path / "charades", [row] * 5, header=old)
     main(flags)
-    with pytest.raises(UserError, match="needs the column length, which video A000 lacks"):
+    with pytest.raises(UserError, match="needs the lengths of the videos, which old copies"):
         main([*flags, "--window", "6"])
-    write_charades(tmp_path / "charades", ["ID,S,K,6,7,Yes,Stands.,,,c009 1.0 2.0,9"])
-    with pytest.raises(UserError, match=r"class 'c009' is not in Charades_v1_classes\.txt"):
-        main(flags)
+    write_charades(tmp_path / "charades", [f"{row},"] + [f"{row},9"] * 4)
+    capsys.readouterr()
+    main([*flags, "--window", "2", "--stride", "3"])
+    printed = capsys.readouterr().err
+    assert "videos without a length, left out: 2" in printed and "are in no window" in printed
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("c009 1.0 2.0,9", r"class 'c009' is not in Charades_v1_classes\.txt"),
+        ("c000 1.0,9", "the action 'c000 1.0' is not a class, a start and an end"),
+        ("c000 1.0 x,9", "the action 'c000 1.0 x' is not a class, a start and an end"),
+        ("c000 1.0 2.0,abc", "the length 'abc' is not a number of seconds"),
+    ],
+)
+def test_bad_rows_of_charades_are_named(tmp_path, row, message):
+    write_charades(tmp_path / "charades", [f"ID,S,K,6,7,Yes,Stands.,,,{row}"] * 5)
+    with pytest.raises(UserError, match=f"line 2: {message}"):
+        main(["--charades", str(tmp_path / "charades"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -254,6 +254,15 @@ def test_tables_match_the_committed_results():
     assert rows[:2] == table[:2] and len(rows) == 5 and set(rows) <= set(table)
 
 
+def test_the_probes_tables_match_the_committed_results():
+    from research import probe_report
+
+    results = HERE / "results"
+    table = probe_report.markdown(json.loads((results / "probe.json").read_text())["runs"])
+    assert (results / "probe.md").read_text() == table
+    assert table in (HERE / "docs" / "probe.md").read_text()
+
+
 def test_successful_commands_print_no_warning(world, prepared, tmp_path):
     """Every command printed three lines about deprecated arguments, and `make demo` printed 21. The
     default number of workers is used, since torch warns if it exceeds the number of CPUs."""

@@ -77,8 +77,10 @@ def read(path):
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can raise almost anything in torch
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]:.200}") from None
+    except Exception:  # a foreign file can raise almost anything in torch
+        raise UserError(
+            f"{path} is not a file of weights that can be read without running code"
+        ) from None
     for key in ("teacher", "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -96,7 +98,11 @@ def read(path):
 
 def convert(weights):
     """Return a `TimesformerModel` with SVT's tensors. Raises UserError if one is missing or unknown."""
-    patch, width = weights["patch_embed.proj.weight"].shape[-1], weights["cls_token"].shape[-1]
+    names = ("patch_embed.proj.weight", "cls_token", "pos_embed", "time_embed")
+    kernel, *tokens = (weights[name].shape for name in names)
+    if len(kernel) != 4 or not all(len(shape) == 3 for shape in tokens) or tokens[0][-1] % 64:
+        raise UserError("the weights are not those of SVT: their shapes are different")
+    patch, width = kernel[-1], tokens[0][-1]
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     config = TimesformerConfig(
         hidden_size=width,
@@ -112,7 +118,7 @@ def convert(weights):
         model.load_state_dict({rename(name): tensor for name, tensor in weights.items()})
     except RuntimeError as error:
         raise UserError(
-            f"the weights are not those of SVT: {str(error).splitlines()[1]:.300}"
+            f"the weights are not those of SVT: {str(error).splitlines()[1].strip():.300}"
         ) from None
     return model.eval()
 
