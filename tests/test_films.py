@@ -18,6 +18,7 @@ import pytest
 import infer
 import video
 import windows
+from feature_cache import Settings
 from runtime import start
 from runtime.errors import UserError
 from viz import attention_map, draw_text, films, strips, subtitles
@@ -245,7 +246,7 @@ def test_missing_characters_are_reported_once(tmp_path, installed, capsys):
     pictures = [draw_text.panel([(t, "#000000")], 200, 20) for t in ("杯子", draw_text.BOX * 2)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
     clip = np.zeros((2, 64, 64, 3), np.uint8), np.full((2, 2, 2), 1 / 8)
-    attention_map.draw(*clip, SimpleNamespace(size=64, resize="squash"), CHINESE * 3)  # warns not
+    attention_map.draw(*clip, Settings(size=64), CHINESE * 3)  # warns not
 
 
 def test_films_report_missing_characters(tmp_path, installed, capsys):
