@@ -31,7 +31,7 @@ from optim import dropout_seed, epoch_order, lr_at, parameter_groups
 from runtime import cli, devices, ranks, run_folder
 from runtime.charades import write_submission
 from runtime.cli import note
-from runtime.errors import FAILED, UserError
+from runtime.errors import FAILED, Stopped, UserError
 from runtime.files import json_line, read_json, read_torch, torch_bytes, write_json
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
@@ -92,6 +92,8 @@ def parse_args(argv=None):
         parser.error("--layers is for --head attentive")
     if args.evaluate and args.published:
         parser.error("--evaluate and --published are mutually exclusive")
+    if (args.evaluate or args.published) and (args.resume or args.overwrite):
+        parser.error("--resume and --overwrite are for training, not for scoring")
     if args.control != "none" and not args.evaluate:
         parser.error("--control needs --evaluate")
     if args.submission:
@@ -127,7 +129,12 @@ def main(argv=None):
         with run_folder.recorded(folder, vars(args), args.overwrite, device, clips=len(train)):
             (state.resume if args.resume else state.save)(folder)
             print_plan(args, state, train, held_out, records)
-            fit(args, state, train, held_out, folder)
+            try:
+                fit(args, state, train, held_out, folder)
+            except Stopped:
+                if state.epoch:
+                    note(f"stopped after epoch {state.epoch}; use --resume to continue")
+                raise
         probe = heads.read_probe(folder, "--output")
         head, controls = heads.load_probe(probe, device), {"shuffled_labels": state.heads[-1]}
         report(args, scores_of(args, probe, head, controls, records, device), folder)

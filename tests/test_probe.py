@@ -1,6 +1,7 @@
 """The probe: heads on cached features, their training, scores and checkpoints."""
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import probe
 from encoder import VideoEncoder, quantise
 from feature_cache import Manifest, Settings, save_features
 from runtime import class_scores
-from runtime.errors import UserError
+from runtime.errors import Stopped, UserError
 from runtime.files import write_json
 
 GRID, WIDTH, CLASSES = (2, 2, 2), 8, 3
@@ -93,7 +94,7 @@ def test_layers_attend_to_all_tokens(world):
     assert result["metrics"]["top1"] < 0.7
 
 
-def test_a_resumed_run_is_the_same_run(world, monkeypatch):
+def test_a_resumed_run_is_the_same_run(world, monkeypatch, capsys):
     flags = *TRAINED, "--epochs", "4", "--lr", "0.02", "0.01"
     whole = run(world, *flags, output="whole")
     save = probe.State.save
@@ -101,11 +102,12 @@ def test_a_resumed_run_is_the_same_run(world, monkeypatch):
     def stop_after_two(state, folder):
         save(state, folder)
         if state.epoch == 2:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(probe.State, "save", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(world, *flags)
+    assert "stopped after epoch 2; use --resume to continue" in capsys.readouterr().err
     monkeypatch.setattr(probe.State, "save", save)
     assert run(world, *flags, "--resume") == whole
     lines = (world / "probe" / "metrics.jsonl").read_text()
