@@ -165,7 +165,7 @@ def test_resume_refuses_other_validation_captions(world, prepared, trained, tmp_
 def test_resume_notices_features_of_other_films(
     world, prepared, trained, tmp_path, capsys, monkeypatch
 ):
-    """Films were replaced and encoded again between stop and resume, and no one was told."""
+    """Training resumed without a message after films had been replaced and encoded again."""
     monkeypatch.setattr(train, "time_steps", lambda *_: 0)
     features = tmp_path / "features"
     features.mkdir()
