@@ -118,6 +118,9 @@ def main(argv=None):
     if probe:
         if probe["multi"]:
             raise UserError(f"--probe {args.probe} was trained on actions, not on templates")
+        if args.style != "label" or not any(r["template"] for r in records):
+            raise UserError("--probe needs --style label, and clips with a template")
+        require_features(args.features, args.split, records, args.allow_missing)
         wanted = load_manifest(args.features).settings
         probe["manifest"].settings.check_same(wanted, f"the cache {args.features}")
     source = args.predictions[0] if args.predictions else args.checkpoint

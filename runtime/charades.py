@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cli import existing
-from runtime.errors import refuse
+from runtime.errors import refuse, refuse_file
 from runtime.files import read_text, write_atomic
 from runtime.table import read_table
 
@@ -41,6 +41,7 @@ def read(folder):
     folder = existing(
         folder, "--charades", f"It must contain {', '.join([*SPLITS.values(), CLASSES])}."
     )
+    refuse_file(folder, "--charades")
     for name in (*SPLITS.values(), CLASSES):
         existing(folder / name, "--charades", "It is part of the annotations of Charades.")
     classes, oddities = read_classes(folder / CLASSES), Counter()

@@ -427,3 +427,6 @@ def test_bad_rows_of_charades_are_named(tmp_path, row, message):
     with pytest.raises(UserError, match=f"line 2: {message}"):
         main(["--charades", str(tmp_path / "charades"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    file = str(tmp_path / "charades" / "Charades_v1_train.csv")
+    with pytest.raises(UserError, match="is a file, but must be a folder"):
+        main(["--charades", file, "--output", str(tmp_path / "out")])

@@ -35,13 +35,8 @@ from windows import Windowing
 NEAREST = 5  # templates shown
 EXAMPLES = 6
 DELETE = (600, 3600)  # every 600 s, delete uploads older than 3600 s
-EMPTY = (
-    "",
-    "",
-    [],
-    [],
-    None,
-)  # label, sentence, actions, templates and picture of a clip that failed
+# label, sentence, actions, templates and picture of a clip that failed
+EMPTY = "", "", [], [], None
 
 
 def parse_args(argv=None):
