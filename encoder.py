@@ -471,6 +471,8 @@ def _preprocessing(path, config):
         mean_std = tuple((offset + m) / scale for m in mean), tuple(v / scale for v in std)
         edge = p.get("crop_size") if p.get("do_center_crop") else p["size"]
         size = getattr(config, family.size) if family.size else _edge(edge)
+        if isinstance(size, tuple):
+            raise UserError(f"{path}: frames of {size[0]} x {size[1]} pixels are not square")
         ok = (
             all(len(v) == 3 and all(map(math.isfinite, v)) for v in mean_std)
             and min(mean_std[1]) > 0
@@ -483,5 +485,11 @@ def _preprocessing(path, config):
 
 
 def _edge(size):
-    """Return the shorter edge of a preprocessor's size: 224, {"shortest_edge": 224}, {"height": 224, …}."""
-    return size.get("shortest_edge") or size["height"] if isinstance(size, dict) else size
+    """Return the edge of a size: 224, {"shortest_edge": 224}, {"height": 224, "width": 224}.
+
+    If it is not square, the result is (height, width).
+    """
+    if not isinstance(size, dict) or "shortest_edge" in size:
+        return size["shortest_edge"] if isinstance(size, dict) else size
+    height, width = size["height"], size["width"]
+    return height if height == width else (height, width)

@@ -96,7 +96,11 @@ def parse_args(argv=None):
     add("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
     cli.add_generation(group)
     cli.add_common(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.predictions:
+        names = ("checkpoint", "lm", "num_beams", "max_new_tokens")
+        parser.refuse_given(args, names, "cannot be used with --predictions")
+    return args
 
 
 def main(argv=None):

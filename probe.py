@@ -41,6 +41,9 @@ HELD_OUT = 10  # one clip of so many training clips is held out to choose the be
 CLIP_GRAD = 1.0
 OUTPUT = "results/probe"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
+# flags of a head and its training
+TRAINING = ("head", "on", "layers", "num_heads", "no_positions", "dropout", "epochs", "lr")
+TRAINING += ("weight_decay", "warmup_steps", "resume", "overwrite")
 # flags that a resumed run may change
 MAY_CHANGE = {"output", "device", "workers", "resume", "overwrite", "features", "annotations"}
 MAY_CHANGE |= {"split", "windows", "submission", "allow_missing"}
@@ -85,6 +88,8 @@ def parse_args(argv=None):
     add("--submission", metavar="FILE", help="also write scores for the challenge of Charades")
     cli.add_common(parser)
     args = parser.parse_args(argv)
+    if args.evaluate or args.published:
+        parser.refuse_given(args, TRAINING, "cannot be used with --evaluate or --published")
     args.on = args.on or ("tokens" if args.head == "attentive" else "mean")
     if (args.head == "attentive") != (args.on == "tokens"):
         parser.error("--head attentive and --on tokens belong together")
@@ -92,8 +97,6 @@ def parse_args(argv=None):
         parser.error("--layers is for --head attentive")
     if args.evaluate and args.published:
         parser.error("--evaluate and --published are mutually exclusive")
-    if (args.evaluate or args.published) and (args.resume or args.overwrite):
-        parser.error("--resume and --overwrite are for training, not for scoring")
     if args.control != "none" and not args.evaluate:
         parser.error("--control needs --evaluate")
     if args.submission:
@@ -109,18 +112,21 @@ def main(argv=None):
         return evaluate(args)
     folder = run_folder.check(args.output or OUTPUT, args.resume, args.overwrite)
     manifest = load_manifest(args.features)
-    train = usable(args, TRAIN)
+    source = args.features, args.annotations, args.limit, args.allow_missing
+    train = usable(TRAIN, *source)
     classes, multi = heads.class_names(train)
     train, held_out = hold_out(heads.annotated(train, multi), args.seed)
     if not train:
         raise UserError("the training split has too few videos to hold one out")
-    records = to_score(args, multi)
+    records = to_score(args.split, multi, *source)
     settings = manifest.settings
     if args.on == "cls" and not settings.cls:
         raise UserError(f"the cache {args.features} has no CLS, because its encoder has none")
     if args.head == "attentive" and settings.width % args.num_heads:
         raise UserError(f"--num-heads {args.num_heads} does not divide the width {settings.width}")
     device, _ = devices.resolve(args.device, args.dtype)
+    read = partial(feature_batches, args.features, batch_size=args.batch_size)
+    read = partial(read, workers=args.workers, device=device)
     with (
         run_folder.locked(folder, args.resume, args.overwrite),
         shared_memory(settings, args.workers, training=args.batch_size),
@@ -130,30 +136,30 @@ def main(argv=None):
             (state.resume if args.resume else state.save)(folder)
             print_plan(args, state, train, held_out, records)
             try:
-                fit(args, state, train, held_out, folder)
+                fit(args, state, train, held_out, read, folder)
             except Stopped:
                 if state.epoch:
                     note(f"stopped after epoch {state.epoch}; use --resume to continue")
                 raise
         probe = heads.read_probe(folder, "--output")
         head, controls = heads.load_probe(probe, device), {"shuffled_labels": state.heads[-1]}
-        report(args, scores_of(args, probe, head, controls, records, device), folder)
+        report(args, scores_of(args, probe, head, controls, records, read), folder)
 
 
-def usable(args, split):
+def usable(split, features, annotations, limit, allow_missing):
     """Return the records of a split that have features."""
-    records = load_records(args.annotations, split)[: args.limit]
-    return require_features(args.features, split, records, args.allow_missing)
+    records = load_records(annotations, split)[:limit]
+    return require_features(features, split, records, allow_missing)
 
 
-def to_score(args, multi):
-    """Return the records of --split with features and a class. Raises UserError if there are none."""
-    records = usable(args, args.split)
+def to_score(split, multi, *source):
+    """Return the records of `usable(split, *source)` with a class. Raises UserError if there are none."""
+    records = usable(split, *source)
     if not records:
-        raise UserError(f"no clip of split {args.split!r} has features")
+        raise UserError(f"no clip of split {split!r} has features")
     records, what = heads.annotated(records, multi), "an action" if multi else "a template"
     if not any(heads.names_of(r, multi) for r in records):
-        raise UserError(f"no clip of split {args.split!r} has {what}, so there is nothing to score")
+        raise UserError(f"no clip of split {split!r} has {what}, so there is nothing to score")
     return records
 
 
@@ -239,8 +245,11 @@ class State:
         note(f"resuming after epoch {self.epoch}")
 
 
-def fit(args, state, train, held_out, folder):
-    """Train all heads side by side, and write last.pt and, if it is the best so far, best.pt each epoch."""
+def fit(args, state, train, held_out, read, folder):
+    """Train all heads side by side, and write last.pt and, if it is the best so far, best.pt each epoch.
+
+    read: function (split, records) -> batches, see `dataset.feature_batches`.
+    """
     device = next(state.heads[0].parameters()).device
     classes, multi = state.fixed["classes"], state.fixed["multi"]
     wanted = torch.as_tensor(heads.targets(train, classes, multi))
@@ -254,7 +263,7 @@ def fit(args, state, train, held_out, folder):
         total = torch.zeros(len(state.heads), device=device)
         for head in state.heads:
             head.train()
-        data = reader(args, TRAIN, records, device)
+        data = read(TRAIN, records)
         with tqdm(total=len(records), unit="clip", desc=f"epoch {epoch + 1}", leave=False) as bar:
             for step, batch in enumerate(data, epoch * steps):
                 inputs = heads.head_inputs(batch, device)
@@ -280,8 +289,9 @@ def fit(args, state, train, held_out, folder):
         state.epoch = epoch + 1
 
         # the head and epoch with the best score on the held-out clips are kept
-        data = reader(args, TRAIN, held_out, device)
-        found = heads.predict(state.heads[:-1], data, device)  # without the control
+        found = heads.predict(
+            state.heads[:-1], read(TRAIN, held_out), device
+        )  # without the control
         values = [main_score(state, held_out, logits) for logits in found]
         best = int(np.argmax(values))
         if max(values[best], state.best) == -math.inf:
@@ -293,10 +303,6 @@ def fit(args, state, train, held_out, folder):
             state.save_best(folder, best, values[best])
         log_epoch(state, total / len(records), values, best, (epoch + 1) * steps, folder)
         state.save(folder)
-
-
-def reader(args, split, records, device):
-    return feature_batches(args.features, split, records, args.batch_size, args.workers, device)
 
 
 def main_score(state, records, logits):
@@ -352,19 +358,23 @@ def evaluate(args):
     else:
         probe, head = heads.published(args.published, manifest, device)
         folder = OUTPUT
-    records = to_score(args, probe["multi"])
+    source = args.features, args.annotations, args.limit, args.allow_missing
+    records = to_score(args.split, probe["multi"], *source)
+    read = partial(feature_batches, args.features, batch_size=args.batch_size)
+    read = partial(read, workers=args.workers, device=device)
     folder = cli.output_folder(args.output or folder, "--output")
     with shared_memory(manifest.settings, args.workers, scoring=args.batch_size):
-        report(args, scores_of(args, probe, head, {}, records, device), folder)
+        report(args, scores_of(args, probe, head, {}, records, read), folder)
 
 
-def scores_of(args, probe, head, controls, records, device):
+def scores_of(args, probe, head, controls, records, read):
     """Predict and score the records. Returns the content of evaluation_<split>.json.
 
     controls: {name: head}, further heads that are scored on the same clips.
     """
     classes, multi = probe["classes"], probe["multi"]
-    data = reader(args, args.split, records, device)
+    device = next(head.parameters()).device
+    data = read(args.split, records)
     logits, *others = heads.predict([head, *controls.values()], data, device)
     controls = dict(zip(controls, others, strict=True))
     if probe["counts"]:

@@ -146,6 +146,16 @@ class Parser(argparse.ArgumentParser):
             setattr(namespace, name, expand_home(value))
         return namespace, rest
 
+    def refuse_given(self, args, names, why):
+        """End the script with a usage error if a flag of these names does not have its default value.
+
+        A flag that has no effect would otherwise be ignored silently.
+        """
+        given = [name for name in names if getattr(args, name) != self.get_default(name)]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            self.error(f"{flags} {why}")
+
 
 def refuse_url(value):
     """Raise UserError if a value of a flag, or one in a list of values, is a URL."""

@@ -55,11 +55,11 @@ def check(output, resume, overwrite, dry_run=False):
 
 @contextmanager
 def locked(folder, resume, overwrite, dry_run=False):
-    """Lock the run folder for the block. Raises UserError if another train.py is running in it."""
+    """Lock the run folder for the block. Raises UserError if another process is training in it."""
     if dry_run or ranks.rank():
         yield
         return
-    with lock(folder, f"another train.py is running in {folder}: wait for it, or stop it first"):
+    with lock(folder, f"another process is training in {folder}: wait for it, or stop it first"):
         # check again, because a run may have started and ended in the meantime
         check(folder, resume, overwrite)
         remove_unfinished(folder)

@@ -217,6 +217,14 @@ def test_heads_that_diverge_are_not_chosen(world):
     assert [head["held_out"] is None for head in json.loads(line)["heads"]] == [True, False]
 
 
+def test_flags_of_the_training_are_refused_when_a_probe_is_scored(capsys):
+    """`--evaluate results/probe --head mlp` scored the attentive probe, and said nothing."""
+    for flags in (["--evaluate", "a", "--head", "mlp"], ["--published", "--lr", "1"]):
+        with pytest.raises(SystemExit):
+            probe.parse_args(flags)
+        assert f"{flags[-2]} cannot be used with" in capsys.readouterr().err
+
+
 def test_scores_of_some_clips_do_not_replace_those_of_all(world):
     """--evaluate --limit replaced the scores of the split, and ignored --output."""
     whole = run(world, *TRAINED, "--epochs", "1")

@@ -7,7 +7,6 @@ import shutil
 import time
 from pathlib import Path
 
-import av
 import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, VJEPA2Config, VJEPA2Model
@@ -25,6 +24,7 @@ from runtime import cli, devices, hub
 from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
 from runtime.names import list_files, visible
+from tools.doctor_children import gpu_properties, missing_decoders
 from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child
 
 SHARED = "/dev/shm"
@@ -74,17 +74,6 @@ def check_gpu(torch_range):
     return Finding(OK, "CUDA", f"{text}, bfloat16")
 
 
-def gpu_properties():
-    """Compute something on the first GPU and return its properties."""
-    facts = {"built_for": torch.version.cuda, "name": None}
-    if torch.cuda.is_available():
-        torch.ones(1, device="cuda").sum().item()  # fails if torch has no kernels for this GPU
-        gpu = torch.cuda.get_device_properties(0)
-        facts |= {"name": gpu.name, "bytes": gpu.total_memory, "count": torch.cuda.device_count()}
-        facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
-    return facts
-
-
 def try_step(device):
     """Encode clips, train one step and generate captions, with tiny random models.
 
@@ -132,20 +121,6 @@ def check_decoders():
         return Finding(OK, "decoders", "VP9, H.264, AV1")
     fix = f"{INSTALL} --force-reinstall --only-binary av av"
     return Finding(NOTE, "decoders", why or f"PyAV cannot decode {', '.join(missing)}", fix)
-
-
-def missing_decoders():
-    """Return the formats that this build of PyAV cannot decode."""
-
-    def is_available(decoder):
-        try:
-            return bool(av.codec.Codec(decoder, "r"))
-        except av.codec.codec.UnknownCodecError:
-            return False
-
-    # not FFmpeg's native "av1" decoder, which needs a GPU
-    decoders = {"VP9": ["vp9"], "H.264": ["h264"], "AV1": ["libdav1d", "libaom-av1"]}
-    return [name for name, any_of in decoders.items() if not any(map(is_available, any_of))]
 
 
 def check_java():
