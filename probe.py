@@ -39,6 +39,7 @@ from runtime.run_log import truncate_log
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 HELD_OUT = 10  # one clip of so many training clips is held out to choose the best head
 CLIP_GRAD = 1.0
+DIVERGED = -math.inf, -math.inf  # the `quality` of logits that are not finite
 OUTPUT = "results/probe"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
 # flags of a head and its training
@@ -212,7 +213,7 @@ class State:
         labels = [[r["id"], heads.names_of(r, multi)] for r in train]
         text = json_line({"flags": flags, "train": labels})
         self.identity = hashlib.sha256(text.encode()).hexdigest()
-        self.epoch, self.best = 0, -math.inf
+        self.epoch, self.best = 0, DIVERGED
 
     def save(self, folder):
         """Write last.pt."""
@@ -239,7 +240,7 @@ class State:
             for head, weights in zip(self.heads, saved["heads"], strict=True):
                 head.load_state_dict(weights)
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.epoch, self.best = int(saved["epoch"]), float(saved["best"])
+            self.epoch, self.best = int(saved["epoch"]), tuple(map(float, saved["best"]))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"--resume: {folder / heads.LAST} cannot be used: {error}") from None
         note(f"resuming after epoch {self.epoch}")
@@ -288,29 +289,34 @@ def fit(args, state, train, held_out, read, folder):
                 bar.update(len(rows))
         state.epoch = epoch + 1
 
-        # the head and epoch with the best score on the held-out clips are kept
+        # the head and epoch with the best score on the held-out clips, or of equal scores the smallest
+        # loss, are kept
         found = heads.predict(
             state.heads[:-1], read(TRAIN, held_out), device
         )  # without the control
-        values = [main_score(state, held_out, logits) for logits in found]
-        best = int(np.argmax(values))
-        if max(values[best], state.best) == -math.inf:
+        values = [quality(state, held_out, logits) for logits in found]
+        best = values.index(max(values))
+        if max(values[best], state.best) == DIVERGED:
             raise UserError(
                 "the training of all heads has diverged: use smaller values of --lr", code=FAILED
             )
         if values[best] > state.best:
             state.best = values[best]
-            state.save_best(folder, best, values[best])
-        log_epoch(state, total / len(records), values, best, (epoch + 1) * steps, folder)
+            state.save_best(folder, best, values[best][0])
+        scores = [score for score, _ in values]
+        log_epoch(state, total / len(records), scores, best, (epoch + 1) * steps, folder)
         state.save(folder)
 
 
-def main_score(state, records, logits):
-    """Return the top-1 accuracy, or mAP, of {id: logits}, or -inf if the training has diverged."""
-    if not all(np.isfinite(values).all() for values in logits.values()):
-        return -math.inf
+def quality(state, records, logits):
+    """Return (top-1 accuracy or mAP, minus the loss) of {id: logits}, or DIVERGED. More is better."""
     classes, multi = state.fixed["classes"], state.fixed["multi"]
-    return heads.score(records, logits, classes, multi)[0]["mAP" if multi else "top1"]
+    values = np.stack([logits[r["id"]] for r in records])
+    if not np.isfinite(values).all():
+        return DIVERGED
+    wanted = torch.as_tensor(heads.targets(records, classes, multi))
+    loss = heads.loss(torch.as_tensor(values), wanted).item()
+    return heads.score(records, logits, classes, multi)[0]["mAP" if multi else "top1"], -loss
 
 
 def log_epoch(state, losses, held_out, best, step, folder):

@@ -178,7 +178,7 @@ def stand_in(name, init, error=RuntimeError):
     return library
 
 
-@pytest.mark.parametrize("name", ["trackio", "wandb"])
+@pytest.mark.parametrize("name", [pytest.param("trackio", marks=pytest.mark.slow), "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
     started, logged, ended = [], [], []
     # matplotlib takes longer than the training

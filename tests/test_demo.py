@@ -38,14 +38,20 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
     assert summary["clips"]["train"] == 300 and summary["trainable_parameters"] > 100_000
     assert set(summary["seconds"]) > {"total", "world", "features", "training", "evaluation"}
     assert "validation: clips never seen" in capsys.readouterr().out
-    first = list(in_process)
-    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING + " --limit 64")
-    demo.main([*world, "--epochs", "1"])  # a second run into the same folder
-    assert len(in_process) == 2 * len(first)
-    assert {c.split()[0] for c in first} == {
+    assert {c.split()[0] for c in in_process} == {
         *("-m", "prepare_annotations.py", "preprocess_ssv2.py", "train.py"),
         *("evaluate.py", "infer.py"),
     }
+
+    # a second run into the same folder, up to its training
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING + " --limit 64")
+    for phase, command in demo.steps(demo.parse_args([*world, "--epochs", "1"])):
+        if phase == "evaluation":
+            break
+        demo.shell(command)
+    assert phase == "evaluation"
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1:]
+    assert json.loads(line)["step"] == 4
 
 
 def test_a_failing_script_ends_the_demo(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +205,16 @@ def test_ranks_count_equal_scores_against_the_probe():
     logits = np.array([[0.0, 0, 0], [3, 1, 2], [1, 2, 3]])
     assert class_scores.ranks(logits, np.array([0, 2, -1])).tolist() == [3, 2, 4]
     assert class_scores.ranks(np.full((1, 3), np.nan), np.array([0])).tolist() == [3]
+
+
+def test_of_equal_scores_the_smaller_loss_decides():
+    """The first of several epochs with the same held-out score was kept, although training went on."""
+    state = SimpleNamespace(fixed={"classes": ["a", "b"], "multi": False})
+    records = [{"id": i, "template": i, "actions": None} for i in "ab"]
+    sure, unsure = ({"a": np.array([x, 0.0]), "b": np.array([0.0, x])} for x in (4.0, 1.0))
+    wrong = {"a": np.array([4.0, 0.0]), "b": np.array([1.0, 0.0])}
+    qualities = [probe.quality(state, records, logits) for logits in (wrong, unsure, sure)]
+    assert sorted(qualities) == qualities and qualities[1][0] == qualities[2][0] == 1
 
 
 def test_heads_that_diverge_are_not_chosen(world):
