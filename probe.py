@@ -143,6 +143,7 @@ def main(argv=None):
                     note(f"stopped after epoch {state.epoch}; use --resume to continue")
                 raise
         probe = heads.read_probe(folder, "--output")
+        note_edge(probe["chosen"]["lr"], args.lr)
         head, controls = heads.load_probe(probe, device), {"shuffled_labels": state.heads[-1]}
         report(args, scores_of(args, probe, head, controls, records, read), folder)
 
@@ -333,6 +334,15 @@ def log_epoch(state, losses, held_out, best, step, folder):
         entry["heads"].append({"lr": lr, "weight_decay": decay, "loss": loss, "held_out": value})
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json_line(entry))
+
+
+def note_edge(chosen, rates):
+    """Suggest further learning rates if the best one is at the edge of the grid."""
+    if len(rates) > 1 and chosen in (min(rates), max(rates)):
+        which, way = ("smallest", "smaller") if chosen == min(rates) else ("largest", "larger")
+        note(
+            f"note: the best learning rate, {chosen:g}, is the {which} of --lr; a {way} one may be better"
+        )
 
 
 def print_plan(args, state, train, held_out, records):

@@ -20,15 +20,14 @@ from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_atomic, write_json
 
-TRAINING = (
-    "--num-heads 4 --epochs 10 --lr 3e-3 1e-3 --weight-decay 0.05 --warmup-steps 50 --workers 1"
-)
+TRAINING = "--num-heads 4 --epochs 10 --weight-decay 0.05 --warmup-steps 200 --workers 1"
+ATTENTIVE, POOLED = "--lr 3e-3 1e-3 3e-4", "--lr 1e-1 3e-2 1e-2 3e-3"
 PROBES = {
-    "attentive": "",
-    "attentive, without positions": "--no-positions",
-    "MLP on the mean with learned token weights": "--head mlp --on weights",
-    "MLP on the mean": "--head mlp",
-    "linear on the mean": "--head linear",
+    "attentive": ATTENTIVE,
+    "attentive, without positions": f"{ATTENTIVE} --no-positions",
+    "MLP on the mean with learned token weights": f"{POOLED} --head mlp --on weights",
+    "MLP on the mean": f"{POOLED} --head mlp",
+    "linear on the mean": f"{POOLED} --head linear",
 }
 SPLITS = {VALIDATION: "validation", "validation_pairs": "unseen pairs"}
 SPLITS |= {"validation_objects": "unseen objects"}
