@@ -94,7 +94,8 @@ def measure(run, data):
         top1[name] = scores | {STILL: score(folder, f"{VALIDATION}_still")}
     # the control is trained beside the heads, so its score is in the result of the training
     best = data / "probes" / "attentive"
-    shell("probe.py", *cached, *TRAINING.split(), "--output", best, "--resume")
+    flags = TRAINING.split() + PROBES["attentive"].split()
+    shell("probe.py", *cached, *flags, "--output", best, "--resume")
     controls = read_json(best / f"evaluation_{VALIDATION}.json", "evaluation")["controls"]
     shell(
         "evaluate.py", *cached, "--checkpoint", run, "--probe", best, "--no-meteor", "--workers", 0
