@@ -1,6 +1,6 @@
-"""Small heads on the feature cache: the probe, which predicts the actions in a clip.
+"""Probes: small heads on cached features that predict the actions in a clip.
 
-A probe tells what the cached features contain, whatever the captioner makes of them. Shapes: B clips,
+A probe shows what the features contain, independently of the captioner. Shapes: B clips,
 N = T*H*W video tokens, E video width, C classes.
 """
 
@@ -32,14 +32,15 @@ BEST, LAST = "best.pt", "last.pt"
 
 
 class Probe(nn.Module):
-    """Maps a clip's stored features (B, N, E) to the logits of C classes.
+    """A head that maps the stored features of clips (B, N, E) to logits (B, C).
 
-    kind: "linear", "mlp" (one hidden layer of width E) or "attentive". An attentive probe is V-JEPA 2's
-    (Assran et al. 2025, arXiv:2506.09985): `layers` - 1 layers of self-attention over the tokens, then one
-    learned query that attends to them, here a one-query `QFormer`, and a Linear layer.
-    on: what the head reads: all "tokens" (attentive only), their "mean", their mean with one learned
-    weight for each of the N places ("weights"), or the "cls" of the encoder.
-    positions: whether an attentive probe adds learned positions to the tokens.
+    kind: "linear", "mlp" (one hidden layer of width E) or "attentive". The attentive probe is that
+    of V-JEPA 2 (Assran et al. 2025, arXiv:2506.09985): `layers` - 1 layers of self-attention over
+    the tokens, one learned query that attends to them (here a `QFormer` with one query), and a
+    linear layer.
+    on: the input of the head: all "tokens" (attentive only), their "mean", their mean with one
+    learned weight for each of the N places ("weights"), or the "cls" token of the encoder.
+    positions: whether an attentive probe adds learned position embeddings to the tokens.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Probe(nn.Module):
             x = x + video.positions()  # (B, N, E)
             for layer in self.layers:
                 x = layer(x)
-            # the query undoes scale, offset, mean and std again
+            # self.query computes (x * scale + offset - mean) / std, which is now x
             features, scale, offset = x, self.std.expand_as(scale), self.mean.expand_as(offset)
         return self.query(features, scale, offset)[:, 0]
 
@@ -134,7 +135,7 @@ class PublishedHead(nn.Module):
 
 @torch.inference_mode()
 def predict(heads, batches, device):
-    """Apply several heads to batches of `dataset.loader`. Returns {id: float32 logits (C,)} for each."""
+    """Apply heads to batches of features. Returns {id: float32 logits (C,)} for each head."""
     found = [{} for _ in heads]
     for head in heads:
         head.eval()
@@ -155,17 +156,19 @@ def head_inputs(batch, device):
 
 
 def class_names(records):
-    """Return (classes, multi): the sorted class names of training records, and whether a clip has many.
+    """Return (classes, multi) of training records.
 
-    If any record has a list of actions, the classes are the actions. Otherwise they are the templates.
-    Raises UserError if the records have neither, or only one class.
+    classes: sorted class names. If any record has a list of actions, the classes are the actions,
+    otherwise the templates. multi: True if they are actions, since a clip can have several. Raises
+    UserError if there are fewer than two classes.
     """
     multi = any(r["actions"] is not None for r in records)
     classes = sorted({name for r in records for name in names_of(r, multi)})
     if len(classes) < 2:
         raise UserError(
-            f"the training clips have {counted(len(classes), 'class', 'classes')}: a probe needs records with a template, as"
-            " in Something-Something-V2, or with actions, as in Charades"
+            f"the training clips have {counted(len(classes), 'class', 'classes')}, but a probe needs"
+            " at least two. Classes are templates, as in Something-Something-V2, or actions, as in"
+            " Charades."
         )
     return classes, multi
 
@@ -178,14 +181,14 @@ def names_of(record, multi):
 
 
 def annotated(records, multi):
-    """Return the records with a class; in multi-label data, an empty list of actions counts."""
+    """Return the records with a template or, if `multi`, with a list of actions, possibly empty."""
     return [r for r in records if (r["actions"] is not None if multi else r["template"])]
 
 
 def targets(records, classes, multi):
     """Return the targets of n records: 0 or 1, float32 (n, C), or the class indices, int64 (n,).
 
-    An action that is not in `classes` is ignored. A template that is not gets the index -1.
+    An action that is not in `classes` is ignored. A template that is not in `classes` gets index -1.
     """
     index = {name: i for i, name in enumerate(classes)}
     if not multi:
@@ -207,7 +210,7 @@ def loss(logits, wanted):
 
 
 def by_video(records, logits, how="max"):
-    """Combine the windows of each video: its logits are their maximum or mean.
+    """Combine the logits of the windows of each video by their maximum or mean.
 
     Returns [(video, records, logits (C,))] in the order of the records.
     """
@@ -234,10 +237,12 @@ def unknown_classes(records, classes, multi):
 def score(records, logits, classes, multi, how="max"):
     """Score {id: logits (C,)}. Returns (scores, details), see `runtime.class_scores`.
 
-    how: how to combine the windows of a video, if a clip can have several classes. Otherwise each record
-    counts, because the windows of a video may show different actions. details: {"per_class": average
-    precisions} or {"worst": classes, "right": bool (n,)}. An action that is not in `classes`, because no
-    training clip has it, is scored too, with a score below all others.
+    how: "max" or "mean", how to combine the windows of a video if `multi`. Otherwise each record is
+    scored on its own, because the windows of a video may show different actions.
+    details: {"per_class": average precisions} or, if not `multi`,
+    {"worst": classes, "right": bool (n,)}.
+    Actions that no training clip has are not in `classes`. They still count in the mean average
+    precision, with scores below all others.
     """
     if not multi:
         wanted = targets(records, classes, multi)
@@ -258,11 +263,12 @@ def score(records, logits, classes, multi, how="max"):
 
 
 def read_probe(path, flag):
-    """Read a probe's checkpoint (best.pt or its run folder) and return it with a `Manifest`.
+    """Read a probe's checkpoint: best.pt, or the run folder that contains it.
 
-    A dict with "weights", "sizes", "classes", "counts" (training clips of each class), "multi", "manifest"
-    and "chosen" (the grid's choice). No code in it is executed. Raises UserError if it does not exist or
-    is not valid.
+    Returns a dict with "weights", "sizes", "classes", "counts" (number of training clips of each
+    class), "multi", "manifest" (a `Manifest`) and "chosen" (learning rate, weight decay, epoch and
+    held-out score). No code in the file is executed. Raises UserError if it does not exist or is not
+    valid.
     """
     path = Path(path)
     path = path / BEST if path.is_dir() else path
@@ -317,7 +323,8 @@ def load_probe(probe, device):
 def published(name, manifest, device):
     """Load the classifier of a published model. Returns (probe, head), see `read_probe`.
 
-    Raises UserError unless the cache was made with the encoder of that model, and has all its tokens.
+    Raises UserError unless the cache contains all tokens of clips and was made with the model's
+    encoder.
     """
     if manifest.settings.pool > 1 or manifest.settings.sampling == "still":
         raise UserError(f"--published {name} needs a cache made without --pool and --still")
@@ -334,8 +341,8 @@ def published(name, manifest, device):
 def require_same_encoder(encoder, name, manifest):
     """Raise UserError unless the encoder of a cache has exactly the weights of another encoder.
 
-    A classifier may be published with an encoder that is also published alone. Their configurations, and
-    thus their fingerprints, differ, although the features are the same.
+    An encoder may be published both alone and with a classifier. The two models have different
+    configurations, and so different fingerprints, although their features are the same.
     """
     other = hub.recorded("encoder", manifest.info, "--features")
     folder = hub.find_model(other, "the encoder")
@@ -355,7 +362,7 @@ def require_same_encoder(encoder, name, manifest):
 
 
 def probabilities(logits, multi):
-    """Turn logits (C,) into probabilities: their sigmoid if a clip can have several classes, or softmax."""
+    """Turn logits (C,) into probabilities: by sigmoid if `multi`, otherwise by softmax."""
     if multi:
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
     x = np.exp(logits.astype(np.float64) - logits.max())
@@ -372,10 +379,11 @@ def likeliest(logits, classes, multi, count=5):
 
 
 def recogniser(path, flag, settings, device):
-    """Return a function that maps a list of stored clips to the actions in each, see `likeliest`.
+    """Return a function that maps a list of stored clips to the likeliest actions in each.
 
-    path, flag: of a probe's checkpoint. settings: those of the features. Raises UserError if it is not a
-    probe, or was trained on other features.
+    path: a probe's checkpoint or run folder. flag: the flag that gave it, for error messages.
+    settings: those of the features. The actions are as in `likeliest`. Raises UserError if the file
+    is not a probe, or was trained on features with other settings.
     """
     probe = read_probe(path, flag)
     probe["manifest"].settings.check_same(settings, f"the features for {flag} {path}")
@@ -396,5 +404,5 @@ def plain(template):
 
 
 def still(settings):
-    """Return the settings of a cache that differs only in that it contains first frames."""
+    """Return the settings of the same cache made with --still."""
     return replace(settings, sampling="still")

@@ -4,10 +4,11 @@
     python probe.py --evaluate results/probe --split validation
     python probe.py --published                              (V-JEPA 2's own SSv2 classifier)
 
-The classes are the actions of the records, of which a clip may have several, or else their templates.
-Heads with all learning rates and weight decays of the grid are trained side by side in one pass over the
-features. The best one is chosen on a tenth of the training clips, which are held out. Writes best.pt,
-last.pt, metrics.jsonl, args.json and evaluation_<split>.json to --output.
+The classes are the templates of the clips, or their actions if they have any; a clip can have
+several actions. One head is trained for each combination of --lr and --weight-decay, all at the
+same time, so the features are read once per epoch. The best head is chosen on a tenth of the
+training clips, which are held out. Writes best.pt, last.pt, metrics.jsonl, args.json and
+evaluation_<split>.json to --output.
 """
 
 import runtime.start
@@ -37,12 +38,12 @@ from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
-HELD_OUT = 10  # one clip of so many training clips is held out to choose the best head
+HELD_OUT = 10  # one of this many training videos is held out to choose the best head
 CLIP_GRAD = 1.0
 DIVERGED = -math.inf, -math.inf  # the `quality` of logits that are not finite
 OUTPUT = "results/probe"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
-# flags of a head and its training
+# flags that only matter for training
 TRAINING = ("head", "on", "layers", "num_heads", "no_positions", "dropout", "epochs", "lr")
 TRAINING += ("weight_decay", "warmup_steps", "resume", "overwrite")
 # flags that a resumed run may change
@@ -55,47 +56,52 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
-    text = f"folder for the results (default: {OUTPUT}, or the folder of the probe that is scored)"
+    text = f"folder for the results (default: {OUTPUT}, or the folder of --evaluate)"
     add("--output", help=text)
     text = "maximum number of clips per split without features; they are skipped"
     add("--allow-missing", type=cli.whole(0), default=0, help=text)
     add = parser.add_argument_group("head").add_argument
     add("--head", choices=heads.HEADS, default="attentive", help="type of the head")
-    text = "what the head reads; weights means a mean with one learned weight per token (default: tokens for"
-    add("--on", choices=heads.INPUTS, help=f"{text} an attentive head, or mean)")
-    text = "layers of an attentive head; all but the last are self-attention between the tokens"
+    text = "input of the head: all tokens, their mean, a mean with one learned weight per token, or"
+    text += " the CLS token (default: tokens for an attentive head, otherwise mean)"
+    add("--on", choices=heads.INPUTS, help=text)
+    text = "layers of an attentive head; all but the last are self-attention over the tokens"
     add("--layers", type=cli.whole(1), default=1, help=text)
-    add("--num-heads", type=cli.whole(1), default=16, help="attention heads of an attentive head")
-    add("--no-positions", action="store_true", help="do not add positions to the tokens")
+    text = "number of attention heads of an attentive head"
+    add("--num-heads", type=cli.whole(1), default=16, help=text)
+    add("--no-positions", action="store_true", help="do not add position embeddings to the tokens")
     add("--dropout", type=cli.number(least=0, below=1), default=0.1, help="dropout rate")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.whole(1), default=20, help="passes over the training clips")
     add("--batch-size", type=cli.whole(1), default=64, help="clips per step")
     lr, decay = cli.number(above=0), cli.number(least=0)
-    add("--lr", type=lr, nargs="+", default=[1e-3, 3e-4, 1e-4], help="peak learning rates")
-    add("--weight-decay", type=decay, nargs="+", default=[0.1, 0.01], help="weight decays of AdamW")
+    add("--lr", type=lr, nargs="+", default=[1e-3, 3e-4, 1e-4], help="peak learning rates to try")
+    text = "weight decays of AdamW to try"
+    add("--weight-decay", type=decay, nargs="+", default=[0.1, 0.01], help=text)
     add("--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up")
     add("--resume", action="store_true", help="continue the run in --output after its last epoch")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add = parser.add_argument_group("scoring").add_argument
-    add("--evaluate", metavar="CHECKPOINT", help="score a trained probe on --split instead")
-    text = "score a published classifier (default: %(const)s), of whose encoder --features must be a cache"
+    add("--evaluate", metavar="CHECKPOINT", help="do not train; score this probe on --split")
+    text = "do not train; score a published classifier (default: %(const)s) on --split. --features"
+    text += " must be made with its encoder"
     add("--published", nargs="?", const=PUBLISHED, metavar="MODEL", help=text)
-    add("--split", default=VALIDATION, help="split to score; it chooses nothing")
-    text = "how to combine the scores of the windows of one video, if the classes are actions"
+    add("--split", default=VALIDATION, help="split to score; it is not used to choose the head")
+    text = "how to combine the scores of the windows of a video, if the classes are actions"
     add("--windows", choices=["max", "mean"], default="max", help=text)
     text = "still: --features was made with preprocess_ssv2.py --still"
     add("--control", choices=["none", "still"], default="none", help=text)
-    add("--submission", metavar="FILE", help="also write scores for the challenge of Charades")
+    text = "also write the scores in the format of the Charades challenge"
+    add("--submission", metavar="FILE", help=text)
     cli.add_common(parser)
     args = parser.parse_args(argv)
     if args.evaluate or args.published:
         parser.refuse_given(args, TRAINING, "cannot be used with --evaluate or --published")
     args.on = args.on or ("tokens" if args.head == "attentive" else "mean")
     if (args.head == "attentive") != (args.on == "tokens"):
-        parser.error("--head attentive and --on tokens belong together")
+        parser.error("--head attentive and --on tokens can only be used together")
     if args.layers > 1 and args.head != "attentive":
-        parser.error("--layers is for --head attentive")
+        parser.error("--layers can only be used with --head attentive")
     if args.evaluate and args.published:
         parser.error("--evaluate and --published are mutually exclusive")
     if args.control != "none" and not args.evaluate:
@@ -108,7 +114,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if ranks.world_size() > 1:
-        raise UserError("probe.py runs in one process: start it without torchrun")
+        raise UserError("probe.py runs in a single process; start it without torchrun")
     if args.evaluate or args.published:
         return evaluate(args)
     folder = run_folder.check(args.output or OUTPUT, args.resume, args.overwrite)
@@ -118,11 +124,13 @@ def main(argv=None):
     classes, multi = heads.class_names(train)
     train, held_out = hold_out(heads.annotated(train, multi), args.seed)
     if not train:
-        raise UserError("the training split has too few videos to hold one out")
+        raise UserError(
+            "the training split needs at least two videos with classes, since one is held out"
+        )
     records = to_score(args.split, multi, *source)
     settings = manifest.settings
     if args.on == "cls" and not settings.cls:
-        raise UserError(f"the cache {args.features} has no CLS, because its encoder has none")
+        raise UserError(f"--on cls: the encoder of the cache {args.features} has no CLS token")
     if args.head == "attentive" and settings.width % args.num_heads:
         raise UserError(f"--num-heads {args.num_heads} does not divide the width {settings.width}")
     device, _ = devices.resolve(args.device, args.dtype)
@@ -155,7 +163,10 @@ def usable(split, features, annotations, limit, allow_missing):
 
 
 def to_score(split, multi, *source):
-    """Return the records of `usable(split, *source)` with a class. Raises UserError if there are none."""
+    """Return the records of a split that have features and a class.
+
+    source: the other arguments of `usable`. Raises UserError if there are no such records.
+    """
     records = usable(split, *source)
     if not records:
         raise UserError(f"no clip of split {split!r} has features")
@@ -166,7 +177,7 @@ def to_score(split, multi, *source):
 
 
 def hold_out(records, seed):
-    """Split training records into (train, held out). All windows of a video are on the same side."""
+    """Split training records into (train, held out). Windows of a video are in the same part."""
     videos = {heads.video_of(r) for r in records}
     chosen = set(by_hash(videos, f"held out:{seed}")[: max(1, len(videos) // HELD_OUT)])
     held_out = [r for r in records if heads.video_of(r) in chosen]
@@ -177,10 +188,10 @@ def hold_out(records, seed):
 
 
 class State:
-    """The heads of a run, their optimizer and what is recorded with them.
+    """The heads of a run, their optimizer and the facts that are saved with them.
 
-    The last head is a control: it has the middle values of the grid, and is trained on labels that are
-    shuffled among the training clips. A head that learns more than chance from them would reveal a leak.
+    The last head is a control. It has the middle values of the grid and is trained on labels that are
+    shuffled among the training clips. If it scores better than chance, there is a leak.
     """
 
     def __init__(self, args, manifest, train, classes, multi, device):
@@ -231,13 +242,13 @@ class State:
         run_folder.replace_checkpoint(folder / heads.BEST, torch_bytes(value))
 
     def resume(self, folder):
-        """Load last.pt. Raises UserError if there is none, or if it is of another run."""
+        """Load last.pt. Raises UserError if it is missing or belongs to another run."""
         try:
             saved = read_torch(folder / heads.LAST)
             if saved["identity"] != self.identity:
                 raise UserError("--resume: flags, training clips or their classes have changed")
             if saved["manifest"] != self.fixed["manifest"]:
-                raise UserError("--resume: the feature cache is another one")
+                raise UserError("--resume: the run was started with another feature cache")
             for head, weights in zip(self.heads, saved["heads"], strict=True):
                 head.load_state_dict(weights)
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -248,7 +259,7 @@ class State:
 
 
 def fit(args, state, train, held_out, read, folder):
-    """Train all heads side by side, and write last.pt and, if it is the best so far, best.pt each epoch.
+    """Train all heads. Writes last.pt after each epoch, and best.pt if the best score improved.
 
     read: function (split, records) -> batches, see `dataset.feature_batches`.
     """
@@ -290,11 +301,9 @@ def fit(args, state, train, held_out, read, folder):
                 bar.update(len(rows))
         state.epoch = epoch + 1
 
-        # the head and epoch with the best score on the held-out clips, or of equal scores the smallest
-        # loss, are kept
-        found = heads.predict(
-            state.heads[:-1], read(TRAIN, held_out), device
-        )  # without the control
+        # keep the head and epoch with the best score on the held-out clips or, if scores are equal,
+        # the smallest loss; the control is left out
+        found = heads.predict(state.heads[:-1], read(TRAIN, held_out), device)
         values = [quality(state, held_out, logits) for logits in found]
         best = values.index(max(values))
         if max(values[best], state.best) == DIVERGED:
@@ -310,7 +319,10 @@ def fit(args, state, train, held_out, read, folder):
 
 
 def quality(state, records, logits):
-    """Return (top-1 accuracy or mAP, minus the loss) of {id: logits}, or DIVERGED. More is better."""
+    """Return (top-1 accuracy or mAP, minus the loss) of {id: logits}, or DIVERGED.
+
+    Larger is better.
+    """
     classes, multi = state.fixed["classes"], state.fixed["multi"]
     values = np.stack([logits[r["id"]] for r in records])
     if not np.isfinite(values).all():
@@ -321,7 +333,7 @@ def quality(state, records, logits):
 
 
 def log_epoch(state, losses, held_out, best, step, folder):
-    """Print the best head of an epoch, and append the losses and scores of all to metrics.jsonl."""
+    """Print the best head of an epoch, and append the results of all heads to metrics.jsonl."""
     name = "mAP" if state.fixed["multi"] else "top-1"
     lr, decay = state.grid[best]
     note(
@@ -386,7 +398,7 @@ def evaluate(args):
 def scores_of(args, probe, head, controls, records, read):
     """Predict and score the records. Returns the content of evaluation_<split>.json.
 
-    controls: {name: head}, further heads that are scored on the same clips.
+    controls: {name: head}, more heads to score on the same clips.
     """
     classes, multi = probe["classes"], probe["multi"]
     device = next(head.parameters()).device
@@ -428,7 +440,7 @@ def report(args, result, folder):
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [args.windows] if args.windows != "max" and "per_class" in result else []
     path = folder / f"evaluation_{'_'.join(parts)}.json"
-    if path.exists():  # keep the control that only the training run has
+    if path.exists():  # keep the control "shuffled_labels", which only training can score
         before = read_json(path, "evaluation")
         if isinstance(before, dict) and before.get("settings") == result["settings"]:
             result["controls"] = before["controls"] | result["controls"]

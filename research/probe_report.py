@@ -1,4 +1,6 @@
-"""Compare probes on the toy world, and the best one with the captioner. Writes probe.json and probe.md.
+"""Compare probes on the toy world, and the attentive one with the captioner.
+
+Writes probe.json and probe.md.
 
     python -m worlds.demo && python -m worlds.demo --seed 1 --data data/toy1 --output results/demo1    (and so on)
     python -m research.probe_report --runs results/demo results/demo1 results/demo2 --data data/toy data/toy1 data/toy2
@@ -51,7 +53,11 @@ def parse_args(argv=None):
         help="run folders of worlds.demo",
     )
     add(
-        "--data", nargs="+", default=["data/toy"], metavar="DIR", help="their worlds, in this order"
+        "--data",
+        nargs="+",
+        default=["data/toy"],
+        metavar="DIR",
+        help="folders of their worlds, in the same order",
     )
     add("--output", default="results", help="folder for probe.json and probe.md")
     return parser.parse_args(argv)
@@ -92,7 +98,7 @@ def measure(run, data):
         shell("probe.py", *common, "--evaluate", folder, *still)
         scores = {text: score(folder, split) for split, text in SPLITS.items()}
         top1[name] = scores | {STILL: score(folder, f"{VALIDATION}_still")}
-    # the control is trained beside the heads, so its score is in the result of the training
+    # only a training run scores the control; resuming a finished one does not train again
     best = data / "probes" / "attentive"
     flags = TRAINING.split() + PROBES["attentive"].split()
     shell("probe.py", *cached, *flags, "--output", best, "--resume")
@@ -124,7 +130,7 @@ def shell(script, *arguments):
 
 
 def markdown(found):
-    """Format the results as two tables: top-1 accuracy of each probe, and the best one beside the captions."""
+    """Format two tables: top-1 accuracy of each probe, and the attentive one against the captions."""
 
     def cell(values):
         if len(values) == 1:
