@@ -1,6 +1,6 @@
 """Frozen video encoders: uint8 frames -> normalised pixels -> features -> stored (int8 or float16) form.
 
-`FAMILIES` lists the types of models that can be used; the default is V-JEPA 2. Every step is determined
+`FAMILIES` lists the supported types of models. The default is V-JEPA 2. Every step is determined
 by the `Settings` in the manifest, so preprocessing and inference always agree.
 Shapes: B clips, F frames, N = T*H*W video tokens, E video width, S pixels along an edge.
 """
@@ -38,21 +38,21 @@ class Family:
     """How a type of model of transformers turns pixels into tokens.
 
     A video model takes clips (B, F, 3, S, S). An image model takes single frames (B*F, 3, S, S), so T = F.
-    Both return tokens (., P + N, E), of which the first P are not on the grid. A model with a feature map
-    returns (., E, H, W).
+    Both return tokens (., P + N, E), where the first P tokens (CLS, registers) are not on the grid.
+    A model with a feature map returns (., E, H, W) instead.
     """
 
     images: bool = False
     cls: bool = False  # the first token is a CLS; it may be followed by `num_register_tokens`
     feature_map: bool = False
     time_last: bool = False  # tokens are ordered by (H, W, T), not (T, H, W)
-    fixed_frames: bool = False  # the number of frames is that of the training, config.num_frames
-    size: str | None = None  # attribute of the configuration with S; None: the preprocessor's size
-    mean_std: tuple | None = None  # without a preprocessor's file; None: the file must be there
+    fixed_frames: bool = False  # accepts only config.num_frames frames, as in its training
+    size: str | None = None  # config attribute that is S; None: S is in the preprocessor file
+    mean_std: tuple | None = None  # used without a preprocessor file; None: the file is required
     pixels: str = "pixel_values"  # name of the model's first argument
-    options: tuple = ()  # further arguments, pairs (name, value)
+    options: tuple = ()  # other arguments of the model, as pairs (name, value)
     model: type = AutoModel
-    unused: tuple = ()  # modules behind the tokens, whose weights may be missing
+    unused: tuple = ()  # modules after the tokens; their weights may be missing
 
 
 FAMILIES = {  # by the model_type in config.json
@@ -90,9 +90,9 @@ def transform(frames, size, resize, mean_std=IMAGENET):
     mean_std: mean and standard deviation of the three channels, on a scale from 0 to 1.
     resize:
         "squash" keeps the whole picture and loses the aspect ratio.
-        "crop" is the published transform of V-JEPA 2: it scales the shorter edge to size * 256/224 and
-        takes the central crop. Its edges are those of Meta's code. If an odd number of pixels is cut off,
-        VJEPA2VideoProcessor of transformers crops one pixel further up or left.
+        "crop" is the published transform of V-JEPA 2: it scales the shorter edge to size * 256/224
+        and takes the central crop, at the same pixels as Meta's code. If an odd number of pixels is
+        cut off, VJEPA2VideoProcessor of transformers crops one pixel further up or left.
         "pad" keeps the whole picture and the aspect ratio, and fills the rest with the mean colour,
         which is zero after normalisation.
     A new mode also needs an entry in `feature_cache.CHOICES` and in the help of --resize.
@@ -210,8 +210,8 @@ class VideoEncoder:
         On a GPU it computes in the dtype of the cache. On a CPU it computes in float32, because bfloat16 is
         several times slower on most CPUs; features then differ from those in bfloat16 by 2 % of their
         standard deviation.
-        name: its folder or Hub id, if it is no longer the one in the manifest. Raises UserError if it is
-        another model.
+        name: the encoder's folder or Hub id, if it is no longer the one in the manifest. Raises
+        UserError if the fingerprint of that model differs.
         """
         settings = manifest.settings
         dtype = getattr(torch, settings.compute_dtype) if devices.on_gpu(device) else torch.float32
@@ -229,7 +229,7 @@ class VideoEncoder:
     def encode(self, clips, together=None):
         """Encode B clips: {"features": (B, N, E), "cls": (B, E)}, float32 on the device.
 
-        The CLS of an image model is the mean over the frames. A model without CLS returns features only.
+        For an image model, "cls" is the mean over the frames. Without a CLS token, there is no "cls".
         clips: uint8 arrays (F, H, W, 3), each with its own H and W.
         together: whether the clips are encoded in one batch. The default is True on a GPU and False on
         a CPU. A batch is faster, but the last bits of the result may depend on the batch size, because
@@ -262,7 +262,7 @@ class VideoEncoder:
         prefix = x.shape[1] - wanted
         if prefix != _prefix(family, self.model.config):
             raise UserError(
-                f"the encoder returns {x.shape[1]} tokens, which are not the {wanted} of its grid"
+                f"the encoder returns {x.shape[1]} tokens, which do not fit its grid of {wanted} tokens"
             )
         cls, x = x[:, 0], x[:, prefix:]
         if family.images:  # (B*F, H*W, E) -> (B, F*H*W, E)
@@ -279,12 +279,11 @@ class VideoEncoder:
 
     @torch.inference_mode()
     def launch(self, clips, measure=False):
-        """Start to encode B clips. Returns a function that waits and returns the result of `stored`.
-
-        measure: add the `quantisation_error` of each clip to its dict as "error" if the store is int8.
+        """Start encoding B clips. Returns a function that waits and returns the result of `stored`.
 
         On a GPU, all work is queued, including the copy back to the host, so the caller can prepare the
         next batch in the meantime.
+        measure: add the `quantisation_error` of each clip to its dict as "error" if the store is int8.
         """
         batch = self.encode(clips)
         x = batch["features"]  # (B, N, E)
@@ -321,11 +320,12 @@ class VideoEncoder:
 
 
 def encode_files(encoder, clips, batch_size, pool):
-    """Decode and encode clips, {key: (path, span)}, in batches. Yields a pair (key, result) for each.
+    """Decode and encode clips in batches. Yields a pair (key, result) for each clip.
 
-    span: (start, end) in seconds, or None for the whole file. pool: a `WorkerPool` for decoding. The result
-    is (`Source`, stored features, decoder), see `feature_cache.save_features`, or a VideoError if the file
-    cannot be decoded or is damaged, or if its features contain NaN or infinity.
+    clips: {key: (path, span)}, where span is (start, end) in seconds, or None for the whole file.
+    pool: a `WorkerPool` for decoding. A result is (`Source`, stored features, decoder), see
+    `feature_cache.save_features`, or a VideoError if the file cannot be decoded or is damaged, or
+    if its features contain NaN or infinity.
     """
 
     def launch(batch):
@@ -366,20 +366,21 @@ def encode_files(encoder, clips, batch_size, pool):
     for launched in running:
         yield from collect(*launched)
     if too_long:
-        note(f"{counted(too_long, 'clip ends', 'clips end')} after the end of the video; cut there")
+        what = counted(too_long, "clip ends", "clips end")
+        note(f"note: {what} after the end of the video; the end of the video is used instead")
 
 
 def note_quantisation(errors):
-    """Print the median of the quantisation errors of the first clips, if any, and a warning if it is high."""
+    """Print the median of the quantisation errors of some clips, as a warning if it is high."""
     if not errors:
         return
-    error = median(errors)  # in a clip of constant colour the error is large and of no importance
+    error = median(errors)  # a clip of constant colour has a large error that does not matter
     text = f"int8 storage: relative error {error:.1%} (median of the first {counted(len(errors), 'clip')})"
     if error > MAX_ERROR:
         text = (
-            f"WARNING: {text}, more than {MAX_ERROR:.0%}: a few tokens are much larger than the others,"
-            " which lose precision. Use --store fp16 with another --features folder; it takes twice the"
-            " space"
+            f"WARNING: {text}, more than {MAX_ERROR:.0%}. A few tokens are much larger than the"
+            " others, and the others lose precision. Use --store fp16 with another --features folder;"
+            " it takes twice the space."
         )
     note(text)
 
@@ -396,15 +397,15 @@ def family_of(folder, name):
 
 
 def preprocessor_file(folder, name):
-    """Return the path of the preprocessor's file of the model in a folder, or None if it can do without.
+    """Return the path of a model's preprocessor file, or None if the model has and needs none.
 
-    Raises UserError if it is missing, or if the model is of an unknown type.
+    Raises UserError if a required file is missing, or if the model is of an unknown type.
     """
     path = next((folder / file for file in PREPROCESSORS if (folder / file).is_file()), None)
     if path is None and family_of(folder, name).mean_std is None:
         raise UserError(
-            f"--encoder {name} has no {PREPROCESSORS[1]}, which gives the mean and standard deviation of"
-            " its pixels"
+            f"--encoder {name} has no {PREPROCESSORS[1]}, which must contain the mean and standard"
+            " deviation of its pixels"
         )
     return path
 
@@ -417,17 +418,20 @@ def _load(name, dtype):
 
 
 def _prefix(family, config):
-    """Return the number of tokens before the grid: CLS and registers."""
+    """Return the number of tokens before those of the grid: CLS and registers."""
     return (1 + getattr(config, "num_register_tokens", 0)) if family.cls else 0
 
 
 def _grid(model, size, num_frames, pool):
-    """Return the grid (T, H, W) of pooled tokens and their width E. Raises UserError if it is impossible."""
+    """Return the grid (T, H, W) of pooled tokens and their width E.
+
+    Raises UserError if `num_frames` or `pool` does not fit the model.
+    """
     config, family = model.config, FAMILIES[model.config.model_type]
     if family.fixed_frames and num_frames != config.num_frames:
         raise UserError(
-            f"--num-frames {num_frames}: this encoder was trained on {config.num_frames} frames and takes"
-            f" no other number; use --num-frames {config.num_frames}"
+            f"--num-frames {num_frames}: this encoder accepts only {config.num_frames} frames, as in its"
+            f" training; use --num-frames {config.num_frames}"
         )
     tubelet, patch = getattr(config, "tubelet_size", 1), getattr(config, "patch_size", None)
     if not isinstance(tubelet, int):  # (frames, pixels, pixels)
@@ -441,7 +445,7 @@ def _grid(model, size, num_frames, pool):
         width, side, _ = x.shape[1:]
     elif size % patch:
         raise UserError(
-            f"the encoder's frames of {size} pixels are no multiple of its patches of {patch}"
+            f"the encoder's frames of {size} pixels are not a multiple of its patches of {patch}"
         )
     else:
         width, side = config.hidden_size, size // patch
@@ -451,12 +455,12 @@ def _grid(model, size, num_frames, pool):
 
 
 def _preprocessing(path, config):
-    """Return the edge S of the frames in pixels, and mean and standard deviation of pixels from 0 to 1.
+    """Return the edge S of the frames, and the mean and standard deviation of pixels from 0 to 1.
 
-    path: the preprocessor's file, or None.
+    path: the preprocessor file, or None. Raises UserError if one of these values is not in it.
     A preprocessor computes (p * rescale_factor - offset - mean) / std from p = 0 .. 255, which equals
     (p / 255 - mean') / std' with mean' = (offset + mean) / (255 * rescale_factor) and
-    std' = std / (255 * rescale_factor). Raises UserError if the file does not give them.
+    std' = std / (255 * rescale_factor).
     """
     family = FAMILIES[config.model_type]
     if path is None:
@@ -480,14 +484,16 @@ def _preprocessing(path, config):
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         ok = False
     if not ok or not (is_count(size) and size <= MAX_SIZE):
-        raise UserError(f"{path} does not give the size, mean and standard deviation of the pixels")
+        raise UserError(
+            f"{path} does not contain a valid size, mean and standard deviation of the pixels"
+        )
     return size, mean_std
 
 
 def _edge(size):
-    """Return the edge of a size: 224, {"shortest_edge": 224}, {"height": 224, "width": 224}.
+    """Return the edge of 224, {"shortest_edge": 224} or {"height": 224, "width": 224}.
 
-    If it is not square, the result is (height, width).
+    If the size is not square, return (height, width).
     """
     if not isinstance(size, dict) or "shortest_edge" in size:
         return size["shortest_edge"] if isinstance(size, dict) else size

@@ -291,9 +291,9 @@ def test_pixels_are_normalised_as_by_the_preprocessor(kind, preprocessor, mean_s
     [
         ("videomae", {}, {"num_frames": 16}, "use --num-frames 8"),
         ("resnet", {}, {"pool": 3}, "does not divide the encoder's 8 x 8 grid"),
-        ("dinov2", {"size": 60}, {}, "60 pixels are no multiple of its patches of 16"),
+        ("dinov2", {"size": 60}, {}, "60 pixels are not a multiple of its patches of 16"),
         ("dinov2", {"size": {"height": 64, "width": 96}}, {}, "64 x 96 pixels are not square"),
-        ("dinov2", {"image_std": [0, 1, 1]}, {}, "does not give the size, mean"),
+        ("dinov2", {"image_std": [0, 1, 1]}, {}, "does not contain a valid size, mean"),
         ("dinov2", None, {}, "has no preprocessor_config.json"),
     ],
 )

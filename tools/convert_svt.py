@@ -1,9 +1,10 @@
-"""Convert the weights of Self-supervised Video Transformer to a folder for --encoder.
+"""Convert the weights of Self-supervised Video Transformer (SVT) to a folder for --encoder.
 
     python -m tools.convert_svt kinetics400_vitb_ssl.pth data/svt
 
-SVT (Ranasinghe et al. 2022, arXiv:2112.01514) is a TimeSformer. The folder contains an ordinary TimeSformer
-model of transformers, for 8 frames of 224 x 224 pixels, and the file with the normalisation of its pixels.
+SVT (Ranasinghe et al. 2022, arXiv:2112.01514) is a TimeSformer. The folder contains a TimeSformer
+model of transformers, for 8 frames of 224 x 224 pixels, and a preprocessor file with the
+normalisation of its pixels.
 """
 
 import runtime.start
@@ -56,7 +57,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    path = cli.existing(args.weights, "weights", "Download kinetics400_vitb_ssl.pth of SVT first.")
+    path = cli.existing(args.weights, "weights", "Download SVT's kinetics400_vitb_ssl.pth first.")
     output = Path(args.output)
     if output.exists():
         raise UserError(f"{output} already exists; choose another folder")
@@ -71,15 +72,16 @@ def main(argv=None):
 
 
 def read(path):
-    """Return SVT's tensors {name: tensor} without the prefix "backbone." and without the training's head.
+    """Read SVT's tensors. Returns {name: tensor}, without the prefix "backbone.".
 
-    No code in the file is executed. Raises UserError if it is not a file of SVT.
+    The head of SVT's training is left out. No code in the file is executed. Raises UserError if it
+    does not contain the weights of SVT.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a foreign file can raise almost anything in torch
         raise UserError(
-            f"{path} is not a file of weights that can be read without running code"
+            f"{path} cannot be read as a file of weights without executing code in it"
         ) from None
     for key in ("teacher", "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -92,7 +94,9 @@ def read(path):
     }
     weights = {k: v for k, v in found.items() if not k.startswith("head.")}
     if not {"cls_token", "pos_embed", "time_embed", "patch_embed.proj.weight"} <= weights.keys():
-        raise UserError(f"{path} does not contain the weights of SVT: it has no time_embed")
+        raise UserError(
+            f"{path} does not contain the weights of SVT: it lacks time_embed or another tensor"
+        )
     return weights
 
 
@@ -101,7 +105,7 @@ def convert(weights):
     names = ("patch_embed.proj.weight", "cls_token", "pos_embed", "time_embed")
     kernel, *tokens = (weights[name].shape for name in names)
     if len(kernel) != 4 or not all(len(shape) == 3 for shape in tokens) or tokens[0][-1] % 64:
-        raise UserError("the weights are not those of SVT: their shapes are different")
+        raise UserError("the weights are not those of SVT: their shapes differ")
     patch, width = kernel[-1], tokens[0][-1]
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     config = TimesformerConfig(
