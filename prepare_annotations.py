@@ -3,7 +3,7 @@
 Something-Something-V2, with the file names of its first or current release (paraphrases are optional):
     python prepare_annotations.py --labels data/labels --paraphrases data/paraphrases
 Your own clips, from a CSV or JSON file with video,caption[,split][,start,end] (a clip may have several
-rows; with a start and an end, in seconds, it is that part of the video):
+rows; start and end, in seconds, select a part of the video):
     python prepare_annotations.py --captions mine.csv
 Charades, as whole videos or as windows for recognising actions:
     python prepare_annotations.py --charades data/charades
@@ -50,7 +50,7 @@ def parse_args(argv=None):
         "--validation-share",
         type=cli.number(least=0, below=1),
         default=0.1,
-        help="fraction of the clips to hold out for validation if there is no split column",
+        help="fraction of the videos to hold out for validation if there is no split column",
     )
     add = parser.add_argument_group("Charades").add_argument
     add(
@@ -58,7 +58,8 @@ def parse_args(argv=None):
         metavar="DIR",
         help="folder with Charades_v1_train.csv, _test.csv and _classes.txt",
     )
-    add("--window", type=cli.number(above=0), help="split videos into windows of this many seconds")
+    text = "split the videos of Charades into windows of this many seconds"
+    add("--window", type=cli.number(above=0), help=text)
     add("--stride", type=cli.number(above=0), help="seconds between windows (default: --window)")
     parser.add_argument("--output", default=cli.ANNOTATIONS, help="folder for <split>.json")
     parser.add_argument(
@@ -73,7 +74,7 @@ def main(argv=None):
     if args.charades and args.captions:
         raise UserError("--charades and --captions are mutually exclusive")
     if (args.stride and not args.window) or (args.window and not args.charades):
-        raise UserError("--window is for --charades, and --stride for --window")
+        raise UserError("--window can only be used with --charades, and --stride with --window")
     if args.charades:
         splits = read_charades(args.charades, args.window, args.stride or args.window, args.seed)
     elif args.captions:
@@ -321,9 +322,10 @@ def add_paraphrases(splits, pattern):
 def read_charades(folder, window, stride, seed):
     """Read Charades. Returns {split: records}, with a tenth of the training videos as validation.
 
-    A record is a whole video, with its script as label, its descriptions as paraphrases and its actions.
-    With a window in seconds, the records are windows of the videos without captions, one every `stride`
-    seconds, and an action belongs to each window that it overlaps.
+    window, stride: in seconds, or None. Without a window, a record is a whole video, with its script
+    as label, its descriptions as paraphrases, and its actions. With a window, a record is a part of a
+    video, without captions, and it has all actions that overlap it. Such windows start every `stride`
+    seconds.
     """
     videos, oddities = charades.read(folder)
     count = max(2, len(videos[TRAIN]) // 10)  # CIDEr needs at least two clips
@@ -333,7 +335,7 @@ def read_charades(folder, window, stride, seed):
         )
     if window and not any(v.length for of_split in videos.values() for v in of_split):
         raise UserError(
-            "--window needs the lengths of the videos, which old copies of Charades lack"
+            "--window needs the column length, which old copies of Charades' files lack"
         )
     held_out = set(by_hash((v.id for v in videos[TRAIN]), seed)[:count])
     splits = {TRAIN: [], VALIDATION: [], TEST: []}

@@ -22,7 +22,8 @@ CLASSES = "Charades_v1_classes.txt"
 class Video:
     """A row of Charades' CSV files.
 
-    length: seconds, or None in old copies of the files. actions: (class, start, end) in seconds.
+    length: in seconds, or None if the file lacks it, as old copies do. actions: tuples
+    (class, start, end), in seconds.
     """
 
     id: str
@@ -33,17 +34,18 @@ class Video:
 
 
 def read(folder):
-    """Read a folder of Charades. Returns ({split: list of `Video`}, a Counter of oddities).
+    """Read the folder with Charades' annotations. Returns ({split: list of `Video`}, oddities).
 
-    Intervals are clipped to the length of the video; those that start after it are left out. Raises
-    UserError if a file is missing or a row is not valid.
+    oddities: a Counter of problems that are not errors. An action that ends after the end of the
+    video is cut there; one that starts after it is left out. Raises UserError if a file is missing or
+    a row is not valid.
     """
     folder = existing(
         folder, "--charades", f"It must contain {', '.join([*SPLITS.values(), CLASSES])}."
     )
     refuse_file(folder, "--charades")
     for name in (*SPLITS.values(), CLASSES):
-        existing(folder / name, "--charades", "It is part of the annotations of Charades.")
+        existing(folder / name, "--charades", "It is one of the annotation files of Charades.")
     classes, oddities = read_classes(folder / CLASSES), Counter()
     columns = ("id", "script", "descriptions", "actions"), ("length",)
     splits = {}
@@ -63,7 +65,7 @@ def read(folder):
 
 
 def read_classes(path):
-    """Return {"c008": "c008 Opening a door"}."""
+    """Read the file of classes. Returns {code: class}, such as {"c008": "c008 Opening a door"}."""
     lines = [" ".join(line.split()) for line in read_text(path, "--charades").splitlines()]
     lines = [line for line in lines if line]
     bad = [line for line in lines if not re.fullmatch(r"c\d{3} \S.*", line)]
@@ -74,7 +76,10 @@ def read_classes(path):
 
 
 def parse_row(row, classes, oddities):
-    """Turn a row, a dict by column, into a `Video`. Counts oddities. Raises ValueError or KeyError."""
+    """Turn a row, {column: text}, into a `Video`, and count its oddities in a Counter.
+
+    Raises ValueError or KeyError if the row is not valid.
+    """
     length = None
     if text := (row.get("length") or "").strip():
         length = seconds(text, f"the length {text!r} is not a number of seconds")
@@ -89,12 +94,12 @@ def parse_row(row, classes, oddities):
         if name not in classes:
             raise ValueError(f"class {name!r} is not in {CLASSES}")
         if end <= start:
-            oddities["actions that do not end after they start"] += 1
+            oddities["actions that do not end after they start, left out"] += 1
         elif length is not None and start >= length:
-            oddities["actions that start after the end of the video"] += 1
+            oddities["actions that start after the end of the video, left out"] += 1
         else:
             if length is not None and end > length:
-                oddities["actions that end after the end of the video"] += 1
+                oddities["actions that end after the end of the video, cut there"] += 1
                 end = length
             actions.append((classes[name], start, end))
     names = [name for name, *_ in actions]
@@ -107,7 +112,7 @@ def parse_row(row, classes, oddities):
 
 
 def seconds(text, problem):
-    """Return a text as a number of seconds. Raises ValueError with the text `problem`."""
+    """Convert a text to a number of seconds. Raises ValueError(problem) if it is not valid."""
     try:
         value = float(text)
     except ValueError:
@@ -118,9 +123,10 @@ def seconds(text, problem):
 
 
 def write_submission(path, scores, classes):
-    """Write {video's file name: scores of the classes} in the format of the challenge, a line per video.
+    """Write scores in the format of the Charades challenge: one line per video, its id and scores.
 
-    A class of Charades, such as "c008 Opening a door", has the column of its number. Columns without a class
+    scores: {file name of a video: scores of the classes}. A class of Charades, such as
+    "c008 Opening a door", is written to the column of its number, here 8. Columns without a class
     are 0.
     """
     numbers = [re.fullmatch(r"c(\d{3}) .*", name) for name in classes]

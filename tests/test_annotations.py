@@ -374,9 +374,9 @@ def test_charades(tmp_path, capsys):
     main(flags)
     printed = capsys.readouterr()
     for note in (
-        "actions that start after the end of the video: 14",
-        "actions that do not end after they start: 14",
-        "actions that end after the end of the video: 28",
+        "actions that start after the end of the video, left out: 14",
+        "actions that do not end after they start, left out: 14",
+        "actions that end after the end of the video, cut there: 28",
         "actions that occur more than once in a video: 14",
         "videos without actions: 14",
     ):
@@ -404,7 +404,7 @@ def test_charades(tmp_path, capsys):
     old, row = CHARADES.replace(",length", ""), "ID,S,K,6,7,Yes,Stands.,,,c000 1.0 2.0"
     write_charades(tmp_path / "charades", [row] * 5, header=old)
     main(flags)
-    with pytest.raises(UserError, match="needs the lengths of the videos, which old copies"):
+    with pytest.raises(UserError, match="needs the column length, which old copies"):
         main([*flags, "--window", "6"])
     write_charades(tmp_path / "charades", [f"{row},"] + [f"{row},9"] * 4)
     capsys.readouterr()

@@ -65,7 +65,7 @@ def test_the_same_flags_give_the_same_files(charades, world, tmp_path):
         toy_charades.main([*flags, "--test-videos", "13"])
     with pytest.raises(UserError, match=r"toy world not found.* worlds\.toy_ssv2"):
         toy_charades.main([str(tmp_path), *flags[1:]])
-    with pytest.raises(UserError, match=r"is not a world of worlds\.toy_ssv2"):
+    with pytest.raises(UserError, match=r"is not a toy world of worlds\.toy_ssv2"):
         toy_charades.main([str(tmp_path / "c"), *flags[1:]])
 
 

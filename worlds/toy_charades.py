@@ -1,11 +1,12 @@
-"""Write a tiny data set in Charades' layout, joined from the clips of a toy world.
+"""Write a tiny data set in Charades' layout, made from the clips of a toy world.
 
     python -m worlds.toy_ssv2 data/toy
     python -m worlds.toy_charades data/toy data/charades
 
-A video has a left and a right half. Each shows zero to two clips of the toy world, one after the other, with
-pauses, so that actions overlap in time. A video of the test split uses validation clips only. It is
-synthetic: scores do not carry over to Charades. The defaults take about 15 s and 6 MB:
+A video has a left and a right half. Each half shows zero to two clips of the toy world, one after
+the other, with pauses, so actions can overlap in time. Videos of the test split are made from
+validation clips. The data are synthetic, so scores say nothing about Charades. The defaults take
+about 15 s and 6 MB:
 
     videos/                               <ID>.mp4, VP9, 12 frames/s, 128x64, 1-7 s
     Charades_v1_train.csv, _test.csv      the script and descriptions name all actions; some videos have no
@@ -36,7 +37,7 @@ from worlds.toy_models import SIZE
 from worlds.toy_ssv2 import RATE, mark_started, render, write_video
 
 WORLD = 1  # increment when a change to the code changes the files
-GREY = 28  # where no clip is shown
+GREY = 28  # brightness where no clip is shown
 NUMBER = {action.keyword: f"c{i:03}" for i, action in enumerate(ACTIONS)}
 COLUMNS = ("id", "subject", "scene", "quality", "relevance", "verified", "script", "objects")
 COLUMNS += ("descriptions", "actions", "length")
@@ -44,7 +45,7 @@ COLUMNS += ("descriptions", "actions", "length")
 
 def parse_args(argv=None):
     p = parser(__doc__)
-    p.add_argument("toy", help="a finished toy world of worlds.toy_ssv2")
+    p.add_argument("toy", help="folder of a toy world, written by worlds.toy_ssv2")
     p.add_argument("output", help="folder for the data set")
     p.add_argument("--videos", type=whole(10), default=400, help="number of training videos")
     p.add_argument("--test-videos", type=whole(2), default=150, help="number of test videos")
@@ -54,10 +55,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    hint = "It must be a finished world: run python -m worlds.toy_ssv2 first."
+    hint = "Run python -m worlds.toy_ssv2 first."
     world = read_json(existing(Path(args.toy) / "toy.json", "toy world", hint), "toy world")
     if not isinstance(world, dict) or not {"clips", "seed"} <= world.keys():
-        raise UserError(f"{args.toy} is not a world of worlds.toy_ssv2")
+        raise UserError(f"{args.toy} is not a toy world of worlds.toy_ssv2")
     root, counts = Path(args.output), {TRAIN: args.videos, TEST: args.test_videos}
     settings = {"world": WORLD, "data": "Charades", "synthetic": True, "clips_of": world}
     mark_started(root, settings | {"videos": counts, "seed": args.seed})
@@ -94,7 +95,7 @@ def sample_ids(count, seed):
 
 
 def join(rng, clips, seed):
-    """Join the next zero to four clips. Returns (video, shown).
+    """Join the next zero to four clips into one video. Returns (video, shown).
 
     video: uint8 (frames, SIZE, 2 * SIZE, 3). shown: [(clip, start, end)] in seconds, in order of start.
     """
@@ -116,7 +117,10 @@ def join(rng, clips, seed):
 
 
 def row_of(rng, name, shown, length):
-    """Return the row of a video. In one of eight videos with actions, the last interval is too long."""
+    """Return the row of a video.
+
+    In one of eight videos with actions, the last action ends after the end of the video.
+    """
     labels = [label_of(clip) for clip, *_ in shown]
     script = f"Someone is {', and '.join(labels)}." if shown else "Nothing happens."
     descriptions = [
