@@ -95,9 +95,8 @@ def measure(root, data, name):
     start = "--resume" if (probe / heads.LAST).exists() else "--overwrite"
     shell("probe.py", *given, *TRAINING.split(), "--output", probe, start)
     result = read_json(probe / "evaluation_test.json", "evaluation")
-    # the same probe with the mean over windows, which gives a file of the same name
     shell("probe.py", *given, "--evaluate", probe, "--windows", "mean")
-    mean = read_json(probe / "evaluation_test.json", "evaluation")
+    mean = read_json(probe / "evaluation_test_mean.json", "evaluation")
     records = {s: len(read_json(annotations / f"{s}.json", "annotations")) for s in SPLITS}
     result["controls"]["windows"] = count_windows(load_records(annotations, TEST))
     found = {"records": records, "videos": result["n"], "max": result["metrics"]}
