@@ -1,5 +1,7 @@
 """The frozen language model, the shared prefix, the loss, generation, checkpoints."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,36 +290,37 @@ def test_invalid_checkpoints_are_refused(captioner, tmp_path, content, monkeypat
     assert not (tmp_path / "bomb_went_off").exists()
 
 
-def test_accumulated_micro_batches_equal_one_batch(
-    make_qformer, lm, tokenizer, make_batch, make_clips
-):
+def check_accumulation(captioner, make_batch, make_clips, clips, micro, tolerance):
+    """Check that micro-batches of `micro` clips give the same optimizer step as one batch of `clips`."""
+    features = make_clips(clips)
+    texts = [
+        [("label", "x" * (1 + 3 * i % 17)), ("sentence", "Y" * (i + 1))] for i in range(clips)
+    ]
+    after = []
+    for size in (micro, clips):
+        qformer = copy.deepcopy(captioner.qformer)
+        model = VideoCaptioner(qformer, captioner.lm, captioner.tokenizer).train()
+        optimizer = torch.optim.AdamW(optim.parameter_groups(model.qformer, 0.03), lr=1e-2)
+        window = [
+            double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
+            for i in range(0, clips, size)
+        ]
+        loss, tokens, _ = train.accumulate(model, window)
+        optim.average_and_clip(model.qformer, tokens, 1.0)
+        optimizer.step()
+        after.append((loss, tokens, [p.detach() for p in model.qformer.parameters()]))
+    assert after[0][1] == after[1][1]
+    assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
+    # Adam's first step is lr * g/|g|: compare gradients' signs through the parameters
+    for a, b in zip(after[0][2], after[1][2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("clips", [16, 11])
+def test_accumulated_micro_batches_equal_one_batch(captioner, make_batch, make_clips, clips):
     """8 x 2 clips equal 1 x 16 after an optimizer step, also with an incomplete last step and with
     captions of different lengths. The original always divided by 16."""
-    import copy
-
-    for clips in (16, 11):
-        features = make_clips(clips)
-        texts = [
-            [("label", "x" * (1 + 3 * i % 17)), ("sentence", "Y" * (i + 1))] for i in range(clips)
-        ]
-        captioner = VideoCaptioner(make_qformer(), copy.deepcopy(lm), tokenizer).double()
-        after = []
-        for size in (2, 16):
-            model = copy.deepcopy(captioner).train()
-            optimizer = torch.optim.AdamW(optim.parameter_groups(model.qformer, 0.03), lr=1e-2)
-            window = [
-                double(make_batch(texts[i : i + size], tuple(t[i : i + size] for t in features)))
-                for i in range(0, clips, size)
-            ]
-            loss, tokens, _ = train.accumulate(model, window)
-            optim.average_and_clip(model.qformer, tokens, 1.0)
-            optimizer.step()
-            after.append((loss, tokens, [p.detach() for p in model.qformer.parameters()]))
-        assert after[0][1] == after[1][1]
-        assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
-        # Adam's first step is lr * g/|g|: compare gradients' signs through the parameters
-        for a, b in zip(after[0][2], after[1][2], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    check_accumulation(captioner, make_batch, make_clips, clips, micro=2, tolerance=1e-6)
 
 
 def test_loss_is_the_mean_over_real_tokens(captioner, make_batch):
