@@ -293,9 +293,7 @@ def test_invalid_checkpoints_are_refused(captioner, tmp_path, content, monkeypat
 def check_accumulation(captioner, make_batch, make_clips, clips, micro, tolerance):
     """Check that micro-batches of `micro` clips give the same optimizer step as one batch of `clips`."""
     features = make_clips(clips)
-    texts = [
-        [("label", "x" * (1 + 3 * i % 17)), ("sentence", "Y" * (i + 1))] for i in range(clips)
-    ]
+    texts = [[("label", "x" * (1 + 3 * i % 17)), ("sentence", "Y" * (i + 1))] for i in range(clips)]
     after = []
     for size in (micro, clips):
         qformer = copy.deepcopy(captioner.qformer)
