@@ -11,29 +11,23 @@ The toy world is tiny. The results do not carry over to Something-Something-V2.
 """
 
 import runtime.start
-from runtime.start import environment
 
 import math
 import shlex
 import statistics
-import subprocess
-import sys
-import time
 from collections import namedtuple
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
-from tqdm import tqdm
 
 import evaluate
 import train
 from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
+from bench.jobs import run_commands, step_times
 from feature_cache import load_manifest
-from runtime import cli, hub, run_log
+from runtime import cli, hub
 from runtime.errors import FAILED, PARTIAL, UserError
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
@@ -212,25 +206,6 @@ def run_row(study, name, seed):
     write_json(folder / "result.json", {"seed": seed, **result, **study.inputs(name, seed)})
 
 
-@contextmanager
-def step_times():
-    """Yield a list that collects the processor time of each training step.
-
-    Unlike wall-clock time it does not depend on what else the machine is doing.
-    """
-    seconds, log = [], run_log.Log.step
-
-    def step(*args):
-        nonlocal began
-        seconds.append(time.process_time() - began)
-        log(*args)
-        began = time.process_time()
-
-    began = time.process_time()
-    with mock.patch.object(run_log.Log, "step", step):
-        yield seconds
-
-
 def read_run(folder, step_seconds):
     """Collect the figures of a finished run. step_seconds: its median time per step."""
     steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -273,38 +248,18 @@ def share_right(data, predictions):
 
 
 def run_all(study, jobs):
-    """Start all unfinished runs, `jobs` at a time. Returns the names of the rows that failed."""
+    """Start all unfinished runs, `jobs` at a time. Returns the names of those that failed."""
     every = [(name, seed) for seed in range(study.seeds) for name in ROWS]
     waiting = [run for run in every if not study.result(*run)]
     study.runs.mkdir(parents=True, exist_ok=True)
-    running, failed = {}, []
-    with tqdm(total=len(every), initial=len(every) - len(waiting), unit="run") as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running[run] = start(study, *run)
-                time.sleep(0.2)
-                for name, seed in [run for run, p in running.items() if p.poll() is not None]:
-                    if code := running.pop((name, seed)).returncode:
-                        log = study.folder(name, seed).with_suffix(".log")
-                        bar.write(f"{name}, seed {seed}: exit code {code}, see {log}", sys.stderr)
-                        failed.append(name)
-                    bar.update()
-        finally:
-            for process in running.values():
-                process.terminate()
-                process.wait()
-    return failed
-
-
-def start(study, name, seed):
-    """Start one run in its own process. Its output goes to <run folder>.log."""
-    command = [sys.executable, "-m", "bench.ablation", "--row", name, "--seed", str(seed)]
-    command += ["--data", str(study.data), "--runs", str(study.runs), "--clips", str(study.clips)]
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(study.folder(name, seed).with_suffix(".log"), "w", encoding="utf-8") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment() | one)
+    commands, logs = {}, {}
+    for name, seed in waiting:
+        run = f"{name}, seed {seed}"
+        commands[run] = ["-m", "bench.ablation", "--row", name, "--seed", str(seed)]
+        commands[run] += ["--data", str(study.data), "--runs", str(study.runs)]
+        commands[run] += ["--clips", str(study.clips)]
+        logs[run] = study.folder(name, seed).with_suffix(".log")
+    return run_commands(commands, logs, len(every) - len(waiting), jobs)
 
 
 def collect(study):

@@ -183,7 +183,7 @@ def test_a_run_uses_the_real_scripts_and_is_not_repeated(study, monkeypatch, cap
     assert checkpoint["qformer"]["std"].eq(1).all()
 
     stamp = done.stat().st_mtime_ns
-    assert ablation.run_all(study, jobs=2) == ["base"]
+    assert ablation.run_all(study, jobs=2) == ["base, seed 0"]
     assert done.stat().st_mtime_ns == stamp
     assert not (study.runs / "original_seed0.log").exists()
     log = study.runs / "base_seed0.log"
