@@ -1,4 +1,4 @@
-"""The code changes of bench/ablation.py. Each returns [(object, attribute or key, replacement)].
+"""The code changes of bench/ablation.py and bench/tabletop.py. Each returns [(object, attribute or key, replacement)].
 
 Everything else runs unchanged.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import dataset
 import train
+from captioner import VideoCaptioner
 from dataset import STYLES
 from qformer import CrossAttention, QFormer
 from runtime.errors import UserError
@@ -118,7 +119,44 @@ def collate_with_pads(items):
     return dataset.collate([i | {"captions": list(map(pad, i["captions"]))} for i in items])
 
 
+def labels_only():
+    """Train on labels only."""
+
+    def choose(record, count, seed, epoch):
+        return [("label", record["label"])]
+
+    return [(train, "choose_captions", choose)]
+
+
+def per_caption():
+    """Weight captions equally, and not their tokens: divide each token's loss by its caption's length."""
+    original = VideoCaptioner.loss
+
+    def loss(self, cache, text):
+        values = original(self, cache, text)  # (M,)
+        if not self.training:
+            return values
+        rows = text["positions"] // text["input_ids"].shape[1]  # (M,), the caption of each token
+        lengths = rows.bincount()[rows]
+        return values * (len(rows) / len(rows.unique()) / lengths)  # the mean weight is 1
+
+    return [(VideoCaptioner, "loss", loss)]
+
+
+def eot_in_front():
+    """Put the embedding of the end-of-text token before the soft prompts."""
+    original = VideoCaptioner.__init__
+
+    def init(self, qformer, lm, tokenizer, bos=None, **options):
+        original(self, qformer, lm, tokenizer, tokenizer.eos_token_id, **options)
+
+    return [(VideoCaptioner, "__init__", init)]
+
+
 CHANGES = {
     change.__name__: change
-    for change in (no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original)
+    for change in (
+        *(no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original),
+        *(labels_only, per_caption, eot_in_front),
+    )
 }

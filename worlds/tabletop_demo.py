@@ -77,9 +77,8 @@ def quoted(path):
     return shlex.quote(str(path))
 
 
-def cached(data, still=False):
+def cached(data, features="features"):
     """Return the flags for the annotations and the features of the world."""
-    features = "features_still" if still else "features"
     return f"--annotations {quoted(data)}/annotations --features {quoted(data)}/{features}"
 
 
@@ -91,17 +90,24 @@ def prepare(data, pretrained, clips, seed):
         f"prepare_annotations.py --labels {quoted(data)}/labels --paraphrases {quoted(data)}/paraphrases"
         f" --output {quoted(data)}/annotations"
     )
-    encode = f"preprocess_ssv2.py --videos {quoted(data)}/videos --num-frames {FRAMES} --workers 2"
-    encode += f" --encoder {quoted(pretrained)}/mobilenet_v2 --device cpu"
-    yield f"{encode} {cached(data)} --splits train {' '.join(SPLITS)}"
-    yield f"{encode} {cached(data, still=True)} --splits {VALIDATION} --still"
+    encoder, splits = Path(pretrained) / "mobilenet_v2", ["train", *SPLITS]
+    yield encode(data, encoder, "features", splits)
+    yield encode(data, encoder, "features_still", [VALIDATION], "--still")
+
+
+def encode(data, encoder, features, splits, flags=""):
+    """Return the command line that encodes splits of the world into a cache, a folder in `data`."""
+    return (
+        f"preprocess_ssv2.py --videos {quoted(data)}/videos --encoder {quoted(encoder)}"
+        f" --num-frames {FRAMES} {cached(data, features)} --splits {' '.join(splits)} --workers 2 {flags}"
+    )
 
 
 def evaluations(run, data, dtype):
     """Return {name of the result: command line} for all splits, and the control of first frames."""
-    score = f"evaluate.py --checkpoint {quoted(run)} --no-meteor --device cpu --dtype {dtype} --workers 0"
+    score = f"evaluate.py --checkpoint {quoted(run)} --no-meteor --dtype {dtype} --workers 0"
     commands = {split: f"{score} {cached(data)} --split {split}" for split in SPLITS}
-    return commands | {STILL: f"{score} {cached(data, still=True)} --control still"}
+    return commands | {STILL: f"{score} {cached(data, 'features_still')} --control still"}
 
 
 def pictures(run, data):
