@@ -17,7 +17,7 @@ from encoder import VideoEncoder
 from feature_cache import Settings
 from qformer import QFormer
 from runtime import devices
-from worlds.toy_ssv2 import write_video
+from worlds.ssv2_files import write_video
 
 PROMPT = [5, 6, 7, 8]  # as many tokens as "a video showing:" has in Qwen2
 

@@ -13,7 +13,7 @@ from runtime.errors import UserError, explain
 from runtime.files import read_json, read_text, write_atomic
 from runtime.names import id_problem, list_names, safe_id
 from runtime.table import read_table
-from worlds import toy_ssv2
+from worlds import ssv2_files
 
 CAFE, LONG = "Café 1", "é" * 120
 
@@ -48,7 +48,7 @@ def test_hidden_files_of_macos_are_not_a_run_or_a_clip(tmp_path):
     run = make(tmp_path / "run", ".DS_Store")
     assert run_folder.check(run, resume=False, overwrite=False) == run
     make(tmp_path / "world", ".DS_Store")
-    toy_ssv2.mark_started(tmp_path / "world", {"clips": 1})
+    ssv2_files.mark_started(tmp_path / "world", {"clips": 1})
     make(tmp_path / "features", "train/._1.pt")
     with pytest.raises(UserError, match="1 of 1 clip of"):
         require_features(tmp_path / "features", "train", [record("._1")])
@@ -220,7 +220,7 @@ def test_a_long_message_keeps_its_start_and_end(tmp_path):
     with pytest.raises(
         UserError, match=r"has a toy world with clips = 'xx.*choose another one"
     ) as error:
-        toy_ssv2.mark_started(tmp_path, {"clips": 4})
+        ssv2_files.mark_started(tmp_path, {"clips": 4})
     assert len(str(error.value)) < 2100
 
 

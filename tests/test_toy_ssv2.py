@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from runtime.errors import UserError
-from worlds import shapes, toy_models, toy_ssv2
+from worlds import shapes, ssv2_files, toy_models, toy_ssv2
 
 SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
 
@@ -109,7 +109,8 @@ def test_records_look_like_ssv2(world):
 
 
 def test_labels_can_have_ssv2s_old_file_names(tmp_path):
-    toy_ssv2.write_labels(tmp_path, shapes.plan(100, 0), old_names=True)
+    templates = {a.keyword: a.template for a in shapes.ACTIONS}
+    ssv2_files.write_labels(tmp_path, shapes.plan(100, 0), templates, toy_ssv2.OLD_PREFIX)
     names = {p.stem for p in tmp_path.glob("*.json")}
     assert names == {f"something-something-v2-{s}" for s in (*SPLITS, "test", "labels")}
 

@@ -5,6 +5,7 @@ import random
 from collections import namedtuple
 
 from dataset import TEST, TRAIN, VALIDATION
+from worlds.ssv2_files import fill
 
 PAIRS, OBJECTS = "validation_pairs", "validation_objects"  # the two harder validation splits
 COLOURS = {  # all brighter than the background, so that contrast has the same sign for all
@@ -140,10 +141,7 @@ def action_of(clip):
 
 def label_of(clip):
     """Return the label as in SSv2: the template in lower case with the objects filled in."""
-    text = action_of(clip).template.lower()
-    for name in clip["objects"]:
-        text = text.replace("[something]", name, 1)
-    return text
+    return fill(action_of(clip).template, clip["objects"])
 
 
 def sentences_of(clip):

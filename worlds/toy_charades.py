@@ -30,11 +30,12 @@ from dataset import TEST, TRAIN, VALIDATION
 from runtime.charades import CLASSES, SPLITS
 from runtime.cli import existing, parser, run, whole
 from runtime.errors import UserError
-from runtime.files import read_json, write_atomic, write_json
+from runtime.files import read_json, write_atomic
 from runtime.names import list_names
 from worlds.shapes import ACTIONS, deck, label_of, plan, sentences_of
+from worlds.ssv2_files import RATE, mark_finished, mark_started, write_video
 from worlds.toy_models import SIZE
-from worlds.toy_ssv2 import RATE, mark_started, render, write_video
+from worlds.toy_ssv2 import render
 
 WORLD = 1  # increment when a change to the code changes the files
 GREY = 28  # brightness where no clip is shown
@@ -81,8 +82,7 @@ def main(argv=None):
             write_csv(root / SPLITS[split], rows)
     names = [f"{NUMBER[a.keyword]} {plain(a.template)}\n" for a in ACTIONS]
     write_atomic(root / CLASSES, "".join(names).encode())
-    write_json(root / "toy.json", settings | {"videos": counts, "seed": args.seed})
-    (root / ".toy-started.json").unlink(missing_ok=True)
+    mark_finished(root, settings | {"videos": counts, "seed": args.seed})
     print(f"{root}: {', '.join(f'{n} videos {split}' for split, n in counts.items())}")
 
 

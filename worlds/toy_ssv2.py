@@ -21,8 +21,6 @@ The same flags always give the same files. A second run keeps finished files.
 
 import multiprocessing
 import os
-import shutil
-import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,25 +28,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import TEST, TRAIN, VALIDATION
-from runtime.cli import add_workers, note, parser, run, whole
+from runtime.cli import add_workers, parser, run, whole
 from runtime.errors import FAILED, UserError
-from runtime.files import read_json, write_json
-from runtime.names import counted, list_names, visible
-from worlds.shapes import (
-    ACTIONS,
-    COLOURS,
-    SINGLE,
-    action_of,
-    label_of,
-    paraphrases_of,
-    plan,
+from runtime.names import counted
+from worlds.shapes import ACTIONS, COLOURS, SINGLE, paraphrases_of, plan
+from worlds.ssv2_files import (
+    ignore_interrupt,
+    make_folder,
+    mark_finished,
+    mark_started,
+    start_clips,
+    write_labels,
+    write_paraphrases,
 )
 from worlds.toy_models import SIZE, write_encoder, write_lm
 
 WORLD = 1  # increment when a change to the code changes the files
-RATE = 12  # frames per second, as SSv2
 FRAMES = (18, 28)  # per clip; more than the encoder's 16, so that sampling matters
+OLD_PREFIX = "something-something-v2-"  # of the label files
 
 
 def parse_args(argv=None):
@@ -72,45 +69,6 @@ def parse_args(argv=None):
     group = p.add_argument_group("machine")
     add_workers(group, 2, least=1)
     return p.parse_args(argv)
-
-
-# ---- labels and paraphrases ---------------------------------------------------------------
-
-
-def write_labels(folder, clips, old_names):
-    prefix = "something-something-v2-" if old_names else ""
-    bare = {a.keyword: a.template.replace("[", "").replace("]", "") for a in ACTIONS}
-    for split in dict.fromkeys(c["split"] for c in clips):
-        records = [
-            {
-                "id": c["id"],
-                "label": label_of(c),
-                "template": action_of(c).template,
-                "placeholders": c["objects"],
-            }
-            for c in clips
-            if c["split"] == split
-        ]
-        if split == TEST:
-            records = [{"id": r["id"]} for r in records]
-        write_json(folder / f"{prefix}{split}.json", records)
-    ordered = sorted(bare.values(), key=str.lower)
-    write_json(folder / f"{prefix}labels.json", {text: str(i) for i, text in enumerate(ordered)})
-    rows = [f"{c['id']};{bare[c['action']]}\n" for c in clips if c["split"] == TEST]
-    (folder / "test-answers.csv").write_text("".join(rows), encoding="utf-8")
-
-
-def write_paraphrases(folder, clips, seed):
-    def shard(name, clips):
-        write_json(
-            folder / f"ssv2_paraphrase_{name}.json",
-            {c["id"]: paraphrases_of(c, seed) for c in clips},
-        )
-
-    train = [c for c in clips if c["split"] == TRAIN]
-    for i in range(10):
-        shard(f"train_{i}", train[i::10])
-    shard(VALIDATION, [c for c in clips if c["split"] == VALIDATION])
 
 
 # ---- clips ---------------------------------------------------------------------------------
@@ -212,93 +170,6 @@ def render(clip, seed):
     return np.clip(video, 0, 255, out=video).astype(np.uint8).transpose(1, 2, 3, 0).copy()
 
 
-def write_video(path, video):
-    """Encode frames as VP9 in webm or mp4, by the suffix of `path`. The same frames give the same bytes."""
-    import av
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    speed = {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "threads": "1"}
-    exact = {"fflags": "+bitexact"}  # otherwise the container gets a random id
-    with av.open(str(temporary), "w", format=path.suffix[1:], options=exact) as container:
-        stream = container.add_stream("libvpx-vp9", rate=RATE, options=speed)
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1
-        for image in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(temporary, path)
-
-
-def write_clips(folder, clips, seed):
-    """Render and encode a few clips, in a worker. Returns their number."""
-    for clip in clips:
-        write_video(Path(folder) / f"{clip['id']}.webm", render(clip, seed))
-    return len(clips)
-
-
-def ignore_interrupt():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-
-
-# ---- the output folder ---------------------------------------------------------------------
-
-
-def mark_started(root, settings):
-    """Mark `root` as a toy world with these settings. Raises UserError if it is anything else."""
-    done, started = root / "toy.json", root / ".toy-started.json"
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file, not a folder")
-    marker = next((m for m in (done, started) if m.is_file()), None)
-    if marker is None:
-        if visible(root):
-            raise UserError(f"{root} is not empty and not a toy world. Choose another folder.")
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(started, settings)
-        return
-    existing = read_json(marker, "toy world")
-    existing = existing if isinstance(existing, dict) else {}
-    for key in settings:
-        if existing.get(key) != settings[key]:
-            raise UserError(
-                f"{root} has a toy world with {key} = {existing.get(key)!r}, not {settings[key]!r}."
-                " Use the same flags, delete the folder, or choose another one."
-            )
-
-
-def make_folder(root, name, fill):
-    """Make `root/name` atomically by `fill(folder)`, or keep an existing one. Returns fill's result."""
-    if (root / name).is_dir():
-        note(f"{name}/ exists and is kept")
-        return None
-    temporary = root / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    result = fill(temporary)
-    os.replace(temporary, root / name)
-    return result
-
-
-def start_clips(pool, folder, clips, seed, bar):
-    """Submit the missing clips to the pool in batches of 20. Returns the futures."""
-    folder.mkdir(exist_ok=True)
-    existing = set(list_names(folder, ".webm"))
-    missing = [c for c in clips if f"{c['id']}.webm" not in existing]
-    bar.update(len(clips) - len(missing))
-    bar.initial = bar.n  # otherwise existing clips would count towards the speed
-    if len(missing) < len(clips):
-        note(f"videos/: kept {counted(len(clips) - len(missing), 'existing clip')}")
-
-    def count(future):
-        if not future.cancelled() and not future.exception():
-            bar.update(future.result())
-
-    futures = []
-    for start in range(0, len(missing), 20):
-        futures.append(pool.submit(write_clips, str(folder), missing[start : start + 20], seed))
-        futures[-1].add_done_callback(count)
-    return futures
-
-
 def main(argv=None):
     args = parse_args(argv)
     root = Path(args.output)
@@ -306,15 +177,21 @@ def main(argv=None):
     settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps}
     mark_started(root, settings)
     clips = plan(args.clips, args.seed)
-    make_folder(root, "labels", lambda folder: write_labels(folder, clips, args.old_names))
-    make_folder(root, "paraphrases", lambda folder: write_paraphrases(folder, clips, args.seed))
+    templates = {action.keyword: action.template for action in ACTIONS}
+    prefix = OLD_PREFIX if args.old_names else ""
+    make_folder(root, "labels", lambda folder: write_labels(folder, clips, templates, prefix))
+    make_folder(
+        root,
+        "paraphrases",
+        lambda folder: write_paraphrases(folder, clips, lambda c: paraphrases_of(c, args.seed)),
+    )
     interval = 0.2 if os.isatty(2) else 15
     pool = ProcessPoolExecutor(
         args.workers, multiprocessing.get_context("spawn"), initializer=ignore_interrupt
     )
     with tqdm(total=len(clips), desc="clips", unit=" clips", mininterval=interval) as bar:
         try:
-            futures = start_clips(pool, root / "videos", clips, args.seed, bar)
+            futures = start_clips(pool, root / "videos", clips, render, args.seed, bar)
             make_folder(root, "encoder", lambda folder: write_encoder(folder, args.seed))
             report = make_folder(
                 root,
@@ -329,8 +206,7 @@ def main(argv=None):
             pool.shutdown(cancel_futures=True)
     if report:
         print(report)
-    write_json(root / "toy.json", settings)
-    (root / ".toy-started.json").unlink(missing_ok=True)
+    mark_finished(root, settings)
     counts = Counter(c["split"] for c in clips)
     parts = [f"{counted(n, 'clip')} {split}" for split, n in counts.items()]
     print(f"{root}: {', '.join(parts)}")
