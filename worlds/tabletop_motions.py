@@ -14,9 +14,11 @@ from worlds.tabletop_plan import BY_KEYWORD, COVERS, NOUNS, TRAINING, covers
 FRAMES = (16, 24)  # per clip
 GRAVITY = 9.81
 TIP = 0.03  # from the middle of a pinch to the tips of the fingers
+EDGE = 0.31  # largest x at which an object is in the picture
 WIDEST = 0.085  # that a hand can grasp across
 SEAT = {"plate": 0.4}  # height on which things stand, relative to the carrier's height
 ENTERS = {"up", "down", "onto", "drop", "behind", "front"}  # a hand brings the first object
+OPENING_DOWN = {"hat": 0.85, "bowl": 0.4, "bucket": 0.5}  # probability
 X, Y, Z = np.eye(3)
 
 
@@ -25,7 +27,9 @@ class Thing:
     """An object of a clip: where it is in each frame."""
 
     name: str
-    half: np.ndarray  # half the extents (3,) of its bounding box, as it lies on the table, before yaw
+    half: (
+        np.ndarray
+    )  # half the extents (3,) of its bounding box, as it lies on the table, before yaw
     yaw: float
     scale: float
     centre: np.ndarray  # (3,) in the first frame, then (F, 3)
@@ -40,8 +44,16 @@ class Thing:
         """Of a circle around the footprint."""
         return self.half[0] if self.is_round else np.hypot(*self.half[:2])
 
+    def extent(self, angle):
+        """Return how far the object extends from its centre in a horizontal direction."""
+        if self.is_round:
+            return self.half[0]
+        return self.half[0] * abs(np.cos(angle - self.yaw)) + self.half[1] * abs(
+            np.sin(angle - self.yaw)
+        )
+
     def reach(self, angle):
-        """Return the extent from the centre in a horizontal direction."""
+        """Return the distance from the centre to the side, along a ray in a horizontal direction."""
         if self.is_round:
             return self.half[0]
         c, s = abs(np.cos(angle - self.yaw)), abs(np.sin(angle - self.yaw))
@@ -116,11 +128,11 @@ def heading(angle):
 
 def spawn(name, rng, x=0.0, y=0.0, base=0.0, pose=None):
     """Place an object. pose: standing, lying or inverted; sampled if None."""
-    kinds, lies, inverted = NOUNS[name].kinds, rng.random() < 0.35, rng.random() < 0.5
+    kinds, lies, inverted = NOUNS[name].kinds, rng.random() < 0.35, rng.random()
     yaw, scale = rng.uniform(-1, 1), rng.uniform(0.92, 1.08)
     if pose is None:
         pose = "lying" if lies and "lie" in kinds else "standing"
-        pose = "inverted" if inverted and "cover" in kinds else pose
+        pose = "inverted" if "cover" in kinds and inverted < OPENING_DOWN[name] else pose
     half = np.array(NOUNS[name].size) * scale / 2
     turn = about(Z, 0.0)
     if pose == "lying":  # along y, so that it can roll sideways
@@ -171,6 +183,7 @@ def lay_out(clip, rng):
     side, slope = rng.choice((-1, 1)), rng.uniform(-0.2, 0.2)
     distance, paired, corners = rng.uniform(0.19, 0.22), rng.random() < 0.5, rng.integers(3)
     stacked = rng.random() < 0.3
+    corners -= action == "off" and corners > 0  # two objects stand in the middle
 
     def extra(allowed=lambda name: True, pose=None):
         name = rng.choice([n for n in pool if n not in taken and allowed(n)])
@@ -195,7 +208,7 @@ def lay_out(clip, rng):
         if paired:
             others.append(beside)
     distance = max(distance, middle.radius + beside.radius + 0.09)
-    x -= side * distance / 2
+    x -= side * min(distance / 2, 0.1)
     put(middle, x, y)
     put(beside, x + side * distance * np.cos(slope), y + distance * np.sin(slope))
     for actor in actors:
@@ -205,29 +218,59 @@ def lay_out(clip, rng):
     # the corners
     if corners == 2 and stacked:
         carrier = extra(lambda name: "carry" in NOUNS[name].kinds, "standing")
-        if in_corner(carrier, [middle, beside], rng):
+        if in_corner(carrier, [middle, beside], side, rng):
             others.append(carrier)
             rider = extra(lambda name: "small" in NOUNS[name].kinds)
             others.append(put(rider, *carrier.centre[:2], top(carrier)))
     else:
         for _ in range(corners):
             thing = extra()
-            if in_corner(thing, [middle, beside, *others], rng):
+            if in_corner(thing, [middle, beside, *others], side, rng):
                 others.append(thing)
     return actors, middle, others, side
 
 
-def in_corner(thing, placed, rng):
+def in_front(side):
+    """Return the direction from the middle to the place where an object is moved up or down."""
+    return -np.pi / 4 if side > 0 else -3 * np.pi / 4
+
+
+def in_corner(thing, placed, side, rng):
     """Place `thing` clear of the row and column in which the action takes place. Returns success."""
     x, y, r = *placed[0].centre[:2], placed[0].radius + thing.radius
+    free = placed[0].centre[:2] + (placed[0].radius + 0.08) * heading(in_front(side))[:2]
     for _ in range(40):
         back = rng.random() < 0.7
-        place = rng.uniform(-0.28, 0.28), rng.uniform(0.1, 0.26) if back else rng.uniform(-0.2, -0.1)
-        clear = all(np.hypot(*(place - p.centre[:2])) > thing.radius + p.radius + 0.015 for p in placed)
+        place = (
+            rng.uniform(-0.28, 0.28),
+            rng.uniform(0.1, 0.26) if back else rng.uniform(-0.2, -0.1),
+        )
+        clear = all(
+            np.hypot(*(place - p.centre[:2])) > thing.radius + p.radius + 0.015 for p in placed
+        )
+        clear = clear and np.hypot(*(place - free)) > thing.radius + 0.08
         if clear and abs(place[0] - x) > r + 0.01 and abs(place[1] - y) > 0.8 * r:
             put(thing, *place)
             return True
     return False
+
+
+@dataclass
+class Scene:
+    """Surroundings of an action."""
+
+    middle: Thing  # which stands in the middle in the first frame
+    others: list  # that are not in the template
+    side: int  # 1 if there may be an object to the right of `middle`, -1 if to its left
+
+    def room(self, thing, sign):
+        """Return how far `thing` can go to the right (sign 1) or left (-1)."""
+        limits = [EDGE - sign * thing.centre[0] - thing.extent(0)]
+        for other in self.others:
+            x, y, _ = other.centre - thing.centre
+            if sign * x > 0 and abs(y) < thing.extent(np.pi / 2) + other.extent(np.pi / 2):
+                limits.append(sign * x - thing.extent(0) - other.extent(0) - 0.01)
+        return max(min(limits), 0.05)
 
 
 # ---- hands ---------------------------------------------------------------------------------
@@ -235,7 +278,7 @@ def in_corner(thing, placed, rng):
 
 def sideways(rng, from_left):
     """Sample the direction of a hand that comes from the left or right, and a little from the front."""
-    angle = rng.uniform(0.2, 0.8)
+    angle = rng.uniform(0.0, 0.6)
     return angle if from_left else np.pi - angle
 
 
@@ -259,8 +302,9 @@ def reach_in(t, yaw, point, arrive, leave, gap, pitch=0.4, roll=0.0, opened=0.03
 def grasp(thing, yaw):
     """Return (offset from the object's centre, gap, pitch, roll) of a hand that grasps it."""
     across, half = 2 * thing.reach(yaw + np.pi / 2), thing.half[2]
-    if across <= WIDEST:
-        return Z * max(half - 0.02, 0.03 - half), across, 1.0, 0.0
+    if across <= WIDEST:  # fingers behind it and the thumb in front, for a left and a right hand
+        roll = 0.0 if np.cos(yaw) > 0 else np.pi
+        return Z * max(half - 0.02, 0.03 - half), across, 1.0, roll
     edge = -heading(yaw) * (thing.reach(yaw) - 0.01)
     if half < 0.03:  # flat: the thumb is below it
         return edge, 2 * half, 0.25, np.pi / 2
@@ -299,8 +343,7 @@ def move(thing, t, offset, start, end):
 
 
 def push(clip, a, b, scene, rng, sign):
-    room = scene.room if sign == scene.side else 1.0
-    distance = min(rng.uniform(0.11, 0.14), room)
+    distance = min(rng.uniform(0.11, 0.14), scene.room(a, sign))
     a.centre = shove(clip, a, sign, distance * ease(clip.t, 0.35, 0.85), rng, NEVER)
 
 
@@ -318,10 +361,10 @@ def shove(clip, a, sign, travel, rng, leave, yaw=None):
 def lift(clip, a, b, scene, rng, sign):
     """Bring `a` in and move it up (sign 1) or down (-1)."""
     yaw, middle = sideways(rng, rng.random() < 0.5), scene.middle
-    angle = rng.choice((-2.6, -0.54)) + rng.uniform(-0.2, 0.2)  # in front, to the left or right
-    a.centre = a.centre + heading(angle) * (a.radius + middle.radius + 0.02)
-    start, room = rng.uniform(0.055, 0.075), 0.25 - 2 * a.half[2]
-    change = np.clip(room - start, 0.07, 0.12) if sign > 0 else 0.005 - start
+    angle = in_front(scene.side)
+    a.centre = a.centre + heading(angle) * (a.extent(angle) + middle.extent(angle) + 0.02)
+    start, room = rng.uniform(0.075, 0.095), 0.27 - 2 * a.half[2]
+    change = np.clip(room - start, 0.07, 0.11) if sign > 0 else -start
     path = move(a, clip.t, change * Z, 0.45, 0.85) + start * Z
     a.centre = carry_in(clip, a, path, yaw, (0, 0.38), NEVER)
 
@@ -337,7 +380,7 @@ def slide(clip, a, b, scene, rng, sign):
 def tip(clip, a, b, scene, rng):
     angle = (np.pi if scene.side > 0 else 0) + rng.uniform(-0.4, 0.4)
     d, reach, t = heading(angle), a.reach(angle), clip.t
-    edge = a.centre + reach * d - a.half[2] * Z
+    edge = a.centre + a.extent(angle) * d - a.half[2] * Z
     turn = about(np.cross(Z, d), np.pi / 2 * falling(t, 0.42, 0.62))
     yaw = sideways(rng, scene.side < 0)
     contact = a.centre - (reach + 0.012) * d + 0.6 * a.half[2] * Z - TIP * heading(yaw)
@@ -374,7 +417,8 @@ def pick(clip, a, b, scene, rng, really):
 def roll(clip, a, b, scene, rng):
     sign, t = -scene.side, clip.t
     s = np.clip((t - 0.36) / 0.55, 0, 1)
-    travel = rng.uniform(0.13, 0.17) * s * (2 - s)  # slows down
+    distance = min(rng.uniform(0.13, 0.17), scene.room(a, sign))
+    travel = distance * s * (2 - s)  # slows down
     start = a.centre
     a.centre = shove(clip, a, sign, np.minimum(travel, 0.03), rng, (0.5, 0.9))
     axis = multiply(about(Z, a.yaw), np.array([0, *Y]))[1:] if "lie" in NOUNS[a.name].kinds else Y
@@ -395,7 +439,8 @@ def uncover(clip, a, b, scene, rng):
 def approach(clip, a, b, scene, rng, sign):
     """Move `a` closer to `b` (sign 1) or away from it (-1)."""
     d = b.centre - a.centre
-    gap = np.hypot(*d[:2]) - a.radius - b.radius
+    angle = np.arctan2(d[1], d[0])
+    gap = np.hypot(*d[:2]) - a.extent(angle) - b.extent(angle)
     d = d * [1, 1, 0] / np.hypot(*d[:2])
     distance = gap - 0.005 if sign > 0 else -rng.uniform(0.09, 0.12)
     path = move(a, clip.t, distance * d, 0.38, 0.85)
@@ -406,7 +451,8 @@ def approach(clip, a, b, scene, rng, sign):
 def both(clip, a, b, scene, rng, sign):
     """Move `a` and `b` closer to each other (sign 1) or away from each other (-1)."""
     d = b.centre - a.centre
-    gap = np.hypot(*d[:2]) - a.radius - b.radius
+    angle = np.arctan2(d[1], d[0])
+    gap = np.hypot(*d[:2]) - a.extent(angle) - b.extent(angle)
     d = d * [1, 1, 0] / np.hypot(*d[:2])
     distance = gap / 2 - 0.004 if sign > 0 else -rng.uniform(0.06, 0.08)
     for thing, along in ((a, d), (b, -d)):
@@ -425,12 +471,14 @@ def onto(clip, a, b, scene, rng):
 def drop(clip, a, b, scene, rng):
     yaw, t = sideways(rng, rng.random() < 0.5), clip.t
     put(a, *b.centre[:2], top(b))
-    height = rng.uniform(0.12, 0.15)
+    height = min(rng.uniform(0.1, 0.14), max(0.26 - top(b) - 2 * a.half[2], 0.06))
     seconds = np.sqrt(2 * height / GRAVITY)
     end = 0.5 + seconds * RATE / (len(t) - 1)
     bounce = np.clip((t - end) / 0.12, 0, 1)
     z = height * (1 - falling(t, 0.5, end)) + 0.06 * bounce * (1 - bounce)
-    held = carry_in(clip, a, a.centre + height * np.ones_like(t)[:, None] * Z, yaw, (0, 0.4), (0.75, 1.2))
+    held = carry_in(
+        clip, a, a.centre + height * np.ones_like(t)[:, None] * Z, yaw, (0, 0.4), (0.75, 1.2)
+    )
     hand = clip.hands[-1]
     hand.gap = hand.gap + 0.04 * ease(t, 0.46, 0.52)
     a.centre = held + (z - height)[:, None] * Z
@@ -446,7 +494,7 @@ def cover(clip, a, b, scene, rng):
 def place(clip, a, b, scene, rng, sign):
     """Put `a` behind `b` (sign 1) or in front of it (-1)."""
     yaw = sideways(rng, rng.random() < 0.5)
-    put(a, b.centre[0], b.centre[1] + sign * (b.reach(np.pi / 2) + a.reach(np.pi / 2) + 0.015))
+    put(a, b.centre[0], b.centre[1] + sign * (b.extent(np.pi / 2) + a.extent(np.pi / 2) + 0.015))
     height = (0.11 if sign > 0 else 0.07) * (1 - ease(clip.t, 0.4, 0.64))
     a.centre = carry_in(clip, a, a.centre + height[:, None] * Z, yaw, (0, 0.4), (0.7, 1))
 
@@ -489,15 +537,6 @@ MOTIONS = {
 }
 
 
-@dataclass
-class Scene:
-    """Surroundings of an action."""
-
-    middle: Thing  # which stands in the middle in the first frame
-    side: int  # 1 if there may be an object to its right, -1 if to its left
-    room: float  # free distance towards that object
-
-
 def animate(clip, seed):
     """Return a Clip with the things and hands of a planned clip. Depends only on (seed, id)."""
     rng = np.random.default_rng([seed, int(clip["id"])])
@@ -507,12 +546,7 @@ def animate(clip, seed):
     (a, *rest), middle, others, side = lay_out(clip, rng)
     b = rest[0] if rest else None
     things = [a, *rest, *others]
-    gaps = [
-        abs(o.centre[0] - a.centre[0]) - o.radius - a.radius - 0.01
-        for o in others
-        if o is not middle and abs(o.centre[1] - a.centre[1]) < o.radius + a.radius
-    ]
-    result, scene = Clip(t), Scene(middle, side, min(gaps, default=1.0))
+    result, scene = Clip(t), Scene(middle, others, side)
     motion, *values = MOTIONS[clip["action"]]
     motion(result, a, b, scene, rng, *values)
     for thing in things:

@@ -78,7 +78,7 @@ def tube(points, radii, colour, texture=None, sides=10):
     uv = np.stack(
         np.meshgrid(np.linspace(0, 1, sides + 1), np.linspace(0, 1, len(rings))), -1
     ).reshape(-1, 2)
-    faces = grid_faces(len(rings), sides + 1)
+    faces = grid_faces(len(rings), sides + 1)[:, ::-1]
     return Part(np.concatenate(rings), faces, uv, colour, texture)
 
 
@@ -113,7 +113,7 @@ def box(low, high, colour, texture=None):
     low, high = np.array(low, float), np.array(high, float)
     vertices = (low + (high - low) * np.array(CORNERS)).reshape(-1, 3)
     square = np.array([(0.03, 0.01), (0.97, 0.01), (0.97, 0.99), (0.03, 0.99)])
-    uv = np.concatenate([(square + (i, 0)) / (6, 1) for i in range(6)])
+    uv = np.concatenate([(square + np.array((i, 0))) / (6, 1) for i in range(6)])
     faces = np.concatenate([np.array([(0, 1, 2), (0, 2, 3)]) + 4 * i for i in range(6)])
     return Part(vertices, faces, uv, colour, texture)
 
@@ -135,7 +135,9 @@ def lying(part, axis):
 def book():
     return [
         box((0, 0, 0), (16, 11, 0.4), PAINT),
-        box((0, 0, 3.0), (16, 11, 3.5), PAINT, "book"),
+        box((0, 0, 3.0), (16, 11, 3.45), PAINT),
+        box((3, 7, 3.4), (13, 9, 3.5), (0.98, 0.95, 0.85)),
+        box((5.5, 1.8, 3.4), (10.5, 5.4, 3.5), (0.98, 0.85, 0.4)),
         box((0, 0, 0.3), (0.5, 11, 3.2), PAINT),
         box((0.4, 0.3, 0.4), (15.6, 10.7, 3.0), WHITE),
     ]
@@ -245,7 +247,7 @@ def bread():
     n = len(ring)
     rings = [np.insert(ring * s, 1, y, axis=1) for s, y in ((1, 0), (1, 11))]
     uv = np.stack(np.meshgrid(np.linspace(0, 2, n), (0, 1)), -1).reshape(-1, 2)
-    crust = Part(np.concatenate(rings)[:, [0, 1, 2]], grid_faces(2, n), uv, CRUST, "bread")
+    crust = Part(np.concatenate(rings), grid_faces(2, n)[:, ::-1], uv, CRUST, "bread")
     ends = []
     for y, flip in ((0, 1), (11, -1)):
         fan = np.insert(np.concatenate([outline, [(0, 5)]]), 1, y, axis=1)
@@ -327,10 +329,7 @@ def car():
         box((0, 0.6, 1.2), (15, 7.4, 3.9), PAINT),
         box((3.4, 1.1, 3.9), (11.4, 6.9, 6.3), (0.55, 0.75, 0.85)),
         box((3.8, 1.0, 6.0), (11.0, 7.0, 6.6), PAINT),
-        *(
-            lying(moved(cylinder(1.6, y, y + 1.2, BLACK), (1.6, x, 0)), "y")
-            for x, y in wheels
-        ),
+        *(lying(moved(cylinder(1.6, y, y + 1.2, BLACK), (1.6, x, 0)), "y") for x, y in wheels),
         *(box((14.8, y, 2.2), (15.1, y + 1.2, 3.2), YELLOW) for y in (1.2, 5.6)),
     ]
 

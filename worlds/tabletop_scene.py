@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -28,7 +29,14 @@ PAINTS = (
     *((135, 75, 160), (240, 235, 225), (90, 175, 190), (225, 125, 160), (120, 80, 55)),
 )
 SKIN = ((236, 188, 160), (224, 172, 140), (198, 140, 105), (150, 100, 72), (105, 70, 52))
-SLEEVES = ((60, 60, 70), (190, 190, 195), (50, 80, 140), (140, 50, 55), (70, 110, 80), (215, 190, 150))
+SLEEVES = (
+    (60, 60, 70),
+    (190, 190, 195),
+    (50, 80, 140),
+    (140, 50, 55),
+    (70, 110, 80),
+    (215, 190, 150),
+)
 
 # A hand: geoms of three bodies that move apart. In the frame of a hand the origin is between thumb and
 # fingers, x is the direction of the fingers, and y points from the thumb to the fingers.
@@ -39,7 +47,8 @@ HAND = {
         ("capsule", (-0.215, 0, 0), (-0.85, 0, 0), 0.036, "sleeve"),
     ],
     "fingers": [
-        ("capsule", (-0.07, 0.0, z), (-0.025, 0.017, z), 0.0095, "skin") for z in (-0.03, -0.01, 0.01, 0.03)
+        ("capsule", (-0.07, 0.0, z), (-0.025, 0.017, z), 0.0095, "skin")
+        for z in (-0.03, -0.01, 0.01, 0.03)
     ]
     + [
         ("capsule", (-0.025, 0.017, z), (x, 0.010, z), 0.0088, "skin")
@@ -56,17 +65,22 @@ def load_mujoco():
     """Return the module mujoco. Raises UserError if it, or what it needs to render, is missing."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        import mujoco
-    except ImportError:
+    if find_spec("mujoco") is None:
         raise UserError(
             "the package mujoco is not installed. Run: python -m pip install -e '.[tabletop]'"
-        ) from None
+        )
     try:
-        mujoco.GLContext(8, 8).free()
-    except Exception as error:  # AttributeError, ImportError or one of OpenGL's, by what is missing
+        import mujoco  # which loads the OpenGL library
+
+        context = mujoco.GLContext(8, 8)
+        context.make_current()
+        empty = mujoco.MjModel.from_xml_string("<mujoco/>")
+        mujoco.MjrContext(empty, mujoco.mjtFontScale.mjFONTSCALE_100).free()
+        context.free()
+    except Exception as error:  # what is missing decides which error it is
+        backend = os.environ.get("MUJOCO_GL", "")
         raise UserError(
-            f"mujoco cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({error});"
+            f"mujoco cannot render with MUJOCO_GL={backend} ({type(error).__name__}: {error});"
             " on Debian or Ubuntu run: apt-get install libegl1 libgl1-mesa-dri"
         ) from None
     return mujoco
@@ -118,7 +132,7 @@ def sheet(width, depth, texture, repeat):
 def make_model(mujoco, folder):
     """Compile a model with all objects, two hands, all tables and walls, a light and a camera."""
     spec = mujoco.MjSpec()
-    spec.visual.quality.shadowsize, spec.visual.quality.offsamples = 1024, 4
+    spec.visual.quality.shadowsize, spec.visual.quality.offsamples = 512, 0
     spec.visual.global_.offwidth, spec.visual.global_.offheight = WIDTH, HEIGHT
     spec.visual.map.znear, spec.visual.map.zfar = 0.1, 20
     spec.stat.extent, spec.stat.center = 1, (0, 0, 0)
@@ -248,7 +262,9 @@ class Renderer:
         place = np.array([rng.uniform(-0.8, 0.8), rng.uniform(-0.7, 0.2), rng.uniform(1.2, 1.7)])
         model.light_pos[0], model.light_dir[0] = place, -place / np.linalg.norm(place)
         strength = rng.uniform(0.55, 0.85)
-        model.light_diffuse[0] = strength * np.array([1, rng.uniform(0.93, 1), rng.uniform(0.82, 1)])
+        model.light_diffuse[0] = strength * np.array(
+            [1, rng.uniform(0.93, 1), rng.uniform(0.82, 1)]
+        )
         model.light_cutoff[0], model.light_specular[0] = 80, 0.2
         model.vis.headlight.ambient[:] = rng.uniform(0.4, 0.52)
         model.vis.headlight.diffuse[:] = rng.uniform(0.2, 0.32)

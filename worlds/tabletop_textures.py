@@ -155,15 +155,6 @@ FRONT, BACK, LEFT, RIGHT, TOP, BOTTOM = range(6)
 DARK, PALE = (35, 35, 40), (245, 242, 235)
 
 
-def draw_book():
-    image = Picture((255, 255, 255), 6)
-    cover = image.square(TOP)
-    cover.box(0.1, 0.1, 0.9, 0.9, (225, 225, 225)).box(0.14, 0.14, 0.86, 0.86, (255, 255, 255))
-    cover.box(0.22, 0.62, 0.78, 0.72, (255, 250, 225)).box(0.3, 0.52, 0.7, 0.57, (255, 250, 225))
-    cover.disc(0.5, 0.32, 0.12, (255, 250, 225))
-    return image
-
-
 def draw_cardboard():
     image = Picture((178, 135, 88), 6).noise(4)
     for face in (FRONT, BACK, LEFT, RIGHT):
@@ -234,10 +225,10 @@ def draw_dice():
 def draw_remote():
     image = Picture((45, 45, 50), 6)
     top = image.square(TOP)
-    for i, x in enumerate(np.linspace(0.12, 0.88, 8)):
-        for j, y in enumerate((0.25, 0.5, 0.75)):
-            colour = (220, 60, 50) if (i, j) == (0, 2) else (205, 205, 210)
-            top.box(x - 0.03, y - 0.09, x + 0.03, y + 0.09, colour)
+    for i, x in enumerate(np.linspace(0.1, 0.9, 6)):
+        for j, y in enumerate((0.28, 0.72)):
+            colour = (230, 50, 40) if (i, j) == (0, 1) else (235, 235, 240)
+            top.box(x - 0.045, y - 0.16, x + 0.045, y + 0.16, colour)
     return image
 
 
@@ -273,7 +264,6 @@ def draw_sprinkles():
 
 
 DRAWINGS = {
-    "book": draw_book,
     "cardboard": draw_cardboard,
     "cereal": draw_cereal,
     "milk": draw_milk,
