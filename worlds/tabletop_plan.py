@@ -34,7 +34,7 @@ TRAINING = """
     hat              22  22  11    cover round
     bucket           17  17  14    cover flip round hide
     bread            13  11  12    hide flip
-    lemon             9   7   7    small roll
+    lemon             7   9   7    small roll
     apple             8   8   8    small roll round
     ball             10  10  10    roll round
     banana           18   8   4    small

@@ -1,5 +1,6 @@
 """Render clips of the tabletop world with MuJoCo. All bodies are moved by hand; no physics is computed."""
 
+import atexit
 import functools
 import os
 import sys
@@ -8,9 +9,12 @@ from importlib.util import find_spec
 import numpy as np
 
 from runtime.errors import UserError
-from worlds.tabletop_motions import about, animate, multiply
-from worlds.tabletop_objects import PAINT, box, build
+from worlds.ssv2_files import RATE
+from worlds.tabletop_layout import X, Y, Z, about, multiply, rotate
+from worlds.tabletop_motions import animate
+from worlds.tabletop_objects import build
 from worlds.tabletop_plan import BACKGROUND, NOUNS
+from worlds.tabletop_shapes import PAINT, box
 from worlds.tabletop_textures import (
     DRAWINGS,
     TABLES,
@@ -144,7 +148,7 @@ def make_model(mujoco, folder):
         add_texture(spec, mujoco, name, image)
     world = spec.worldbody
     add_mesh(spec, mujoco, world, "table", sheet(1.5, 1.3, TABLES[0], 1.4))
-    wall = world.add_body(name="wall", pos=(0, 0.65, 0), quat=about(np.eye(3)[0], np.pi / 2))
+    wall = world.add_body(name="wall", pos=(0, 0.65, 0), quat=about(X, np.pi / 2))
     add_mesh(spec, mujoco, wall, "wall", sheet(4, 4, WALLS[0], 0.9))
     world.add_light(name="light", castshadow=True)
     world.add_camera(name="camera")
@@ -229,12 +233,12 @@ class Renderer:
         number = self.model.body(body).mocapid[0]
         self.data.mocap_pos[number], self.data.mocap_quat[number] = position, turn
 
-    def dress(self, clip, action, rng):
+    def dress(self, clip, things, hands, rng):
         """Choose surfaces, colours and light of a clip, and hide what it does not show."""
         model = self.model
         model.geom_group[:] = HIDDEN
         self.data.mocap_pos[:] = AWAY
-        tables, walls = (TABLES, WALLS)
+        tables, walls = TABLES, WALLS
         if clip["split"] == BACKGROUND:
             tables, walls = UNSEEN_TABLES, UNSEEN_WALLS
         for name, names in (("table", tables), ("wall", walls)):
@@ -243,7 +247,7 @@ class Renderer:
             model.geom_matid[geom] = model.material(str(rng.choice(names))).id
             model.geom_rgba[geom] = (*rng.uniform(0.8, 1.0) * rng.uniform(0.95, 1.0, 3), 1)
 
-        for thing in action.things:
+        for thing in things:
             paint = np.array(PAINTS[rng.integers(len(PAINTS))]) / 255 * rng.uniform(0.85, 1.05)
             tint = rng.uniform(0.9, 1.05, 3)
 
@@ -253,12 +257,17 @@ class Renderer:
 
             self.show(thing.name, colour, thing.scale)
         skin, sleeve = SKIN[rng.integers(len(SKIN))], SLEEVES[rng.integers(len(SLEEVES))]
-        for number in range(len(action.hands)):
+        for number in range(len(hands)):
             for part in HAND:
                 self.show(
                     f"{part}{number}",
                     lambda name: np.array(skin if name.endswith("skin") else sleeve) / 255,
                 )
+        self.light(rng)
+
+    def light(self, rng):
+        """Sample the light of a clip."""
+        model = self.model
         place = np.array([rng.uniform(-0.8, 0.8), rng.uniform(-0.7, 0.2), rng.uniform(1.2, 1.7)])
         model.light_pos[0], model.light_dir[0] = place, -place / np.linalg.norm(place)
         strength = rng.uniform(0.55, 0.85)
@@ -278,23 +287,23 @@ class Renderer:
         turn = np.empty(4)
         self.mujoco.mju_mat2Quat(turn, np.stack([right, np.cross(back, right), back], 1).ravel())
         self.model.cam_pos[0] = place
-        self.model.cam_quat[0] = multiply(turn, about(np.array([0.0, 0, 1]), tilt))
+        self.model.cam_quat[0] = multiply(turn, about(Z, tilt))
 
     def render(self, clip, seed):
         """Render a planned clip: uint8 (frames, HEIGHT, WIDTH, 3). Depends only on (seed, id)."""
-        mujoco, action = self.mujoco, animate(clip, seed)
+        mujoco, (things, hands) = self.mujoco, animate(clip, seed)
         rng = np.random.default_rng([seed, int(clip["id"]), 1])
-        self.dress(clip, action, rng)
-        place, target, shake = film(rng, len(action.t))
+        self.dress(clip, things, hands, rng)
+        frames, turns = len(things[0].centre), [hand.turn() for hand in hands]
+        place, target, shake = film(rng, frames)
         self.model.cam_fovy[0] = rng.uniform(31, 34)
-        hands = [(hand, hand.turn()) for hand in action.hands]
-        video = np.empty((len(action.t), HEIGHT, WIDTH, 3), np.uint8)
-        view, y = mujoco.MjrRect(0, 0, WIDTH, HEIGHT), np.array([0.0, 1, 0])
+        video = np.empty((frames, HEIGHT, WIDTH, 3), np.uint8)
+        view = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
         for f, image in enumerate(video):
-            for thing in action.things:
+            for thing in things:
                 self.place(thing.name, thing.centre[f], thing.turn[f])
-            for number, (hand, turn) in enumerate(hands):
-                side = rotate_one(turn[f], y) * max(hand.gap[f], 0) / 2
+            for number, (hand, turn) in enumerate(zip(hands, turns, strict=True)):
+                side = rotate(turn[f], Y) * max(hand.gap[f], 0) / 2
                 self.place(f"palm{number}", hand.point[f], turn[f])
                 self.place(f"fingers{number}", hand.point[f] + side, turn[f])
                 self.place(f"thumb{number}", hand.point[f] - side, turn[f])
@@ -315,18 +324,13 @@ class Renderer:
         return video[:, ::-1].copy()
 
 
-def rotate_one(turn, vector):
-    w, u = turn[0], turn[1:]
-    return vector + 2 * np.cross(u, np.cross(u, vector) + w * vector)
-
-
 def film(rng, frames):
     """Return the camera's place (3,), its target (3,) and its shake (frames, 7), for a hand-held camera."""
     side, height = rng.uniform(-0.2, 0.2), np.radians(rng.uniform(30, 43))
     target = np.array([rng.uniform(-0.015, 0.015), rng.uniform(0.0, 0.03), rng.uniform(0.04, 0.06)])
     way = np.array([np.sin(side) * np.cos(height), -np.cos(side) * np.cos(height), np.sin(height)])
     place = target + rng.uniform(0.82, 0.9) * way
-    t = np.arange(frames)[:, None] / 12  # seconds
+    t = np.arange(frames)[:, None] / RATE  # seconds
     waves = [
         rng.normal(0, 1, 7) * np.sin(2 * np.pi * (rng.uniform(*band, 7) * t + rng.uniform(0, 1, 7)))
         for band in ((0.2, 0.6), (1, 2.5))
@@ -337,7 +341,10 @@ def film(rng, frames):
 
 @functools.cache
 def renderer(folder):
-    return Renderer(folder)
+    """Return this process's Renderer."""
+    made = Renderer(folder)
+    atexit.register(made.close)  # otherwise OpenGL prints an error when Python exits
+    return made
 
 
 def render(folder, clip, seed):
