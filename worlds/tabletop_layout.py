@@ -11,7 +11,7 @@ import numpy as np
 from worlds.tabletop_plan import BY_KEYWORD, COVERS, NOUNS, TRAINING, covers
 
 SEAT = {"plate": 0.4}  # height on which things stand, relative to the carrier's height
-OPENING_DOWN = {"hat": 0.85, "bowl": 0.4, "bucket": 0.5}  # probability
+OPENING_DOWN = {"hat": 1.0, "bowl": 0.4, "bucket": 0.5}  # probability
 BROUGHT = {"up", "down", "onto", "drop", "behind", "front"}  # a hand brings the first object
 PAIRED = {"closer", "away", "meet", "part"}  # the second object stands beside the first one
 EDGE = 0.31  # largest x at which an object is in the picture
