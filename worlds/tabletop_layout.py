@@ -63,6 +63,7 @@ class Scene:
     actors: list  # those of the template, in its order
     middle: Thing  # the one that stands in the middle
     others: list  # those that are not in the template
+    beside: bool  # True if one of these stands beside it
     side: int  # 1 if there may be an object to the right of `middle`, -1 if to its left
 
     def room(self, thing, sign):
@@ -172,7 +173,8 @@ def lay_out(clip, rng):
     side = rng.choice((-1, 1))
     middle, others = choose_middle(action, actors, extras)
     beside = actors[1] if action in PAIRED else extras.draw()
-    if action not in PAIRED and rng.random() < 0.5:
+    accompanied = rng.random() < 0.5 and action not in PAIRED
+    if accompanied:
         others.append(beside)
 
     distance = max(rng.uniform(0.19, 0.22), middle.radius + beside.radius + 0.09)
@@ -197,7 +199,7 @@ def lay_out(clip, rng):
             if put_in_corner(thing, placed, side, rng):
                 placed.append(thing)
                 others.append(thing)
-    return Scene(actors, middle, others, side)
+    return Scene(actors, middle, others, accompanied, side)
 
 
 def choose_middle(action, actors, extras):

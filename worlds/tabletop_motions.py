@@ -75,15 +75,18 @@ def falling(t, start, end):
 
 
 def sideways(take, from_left=None):
-    """Sample the direction of a hand that comes from the left or right, and a little from the front."""
-    from_left = take.rng.random() < 0.5 if from_left is None else from_left
-    angle = take.rng.uniform(0.0, 0.6)
+    """Sample the direction of a hand. It comes from a free side, or else from the front."""
+    scene, rng = take.scene, take.rng
+    if from_left is None:
+        from_left = scene.side > 0 if scene.beside else rng.random() < 0.5
+    blocked = scene.beside and from_left == (scene.side < 0)
+    angle = rng.uniform(0.75, 1.05) if blocked else rng.uniform(0.0, 0.6)
     return angle if from_left else np.pi - angle
 
 
 def entry(yaw):
     """Return where a hand comes from (3,), seen from where it goes to: outside of the picture."""
-    return np.array([-0.62 * np.sign(np.cos(yaw)), -0.2, 0.22])
+    return -0.62 * heading(yaw) - 0.12 * Y + 0.2 * Z
 
 
 def reach_in(t, yaw, point, arrive, leave, gap, pitch=0.4, roll=0.0, opened=0.03):
