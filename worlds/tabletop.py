@@ -6,7 +6,7 @@
 A hand moves one or two of 27 objects, as 22 of SSv2's templates say. Several templates differ only in the
 order of events, and the first frame says little about the template. It is synthetic: scores do not carry
 over to SSv2. The pictures of tables and walls come from a package (robosuite 1.5.2, MIT, 157 MB), which
-is downloaded once and not installed:
+is downloaded but not installed. The defaults take about 5 minutes on two idle cores (est.) and 90 MB:
 
     videos/       <id>.webm, VP9, 12 frames/s, 160x120, 16-24 frames
     labels/       train, validation, test, labels (.json) and test-answers.csv as SSv2 has them, and
