@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo ablation torture test clean
+.PHONY: demo tabletop ablation torture test clean
 
 demo: .venv/demo
 	$(BIN)/python -m worlds.demo
+
+# takes an hour on two idle cores and 6 GB; after an interruption, run it again to continue
+tabletop: .venv/tabletop
+	$(BIN)/python -m worlds.tabletop_demo
 
 # takes 40 minutes on two idle cores; after an interruption, run it again to continue
 ablation: .venv/demo
@@ -25,6 +29,11 @@ test: .venv/test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz]'
 	touch $@
 
+.venv/tabletop: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz,tabletop]'
+	touch $@
+
 .venv/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz,app,dev]'
@@ -32,3 +41,4 @@ test: .venv/test
 
 clean:
 	rm -rf .venv data/toy data/ablation results/demo results/ablation_runs
+	rm -rf data/tabletop data/pretrained results/tabletop results/tabletop_runs

