@@ -1,0 +1,124 @@
+"""The training runs on the tabletop world: worlds/tabletop_demo.py and bench/tabletop.py."""
+
+import importlib
+import json
+import shlex
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from bench import tabletop, tabletop_table
+from bench.ablation_changes import changed
+from captioner import VideoCaptioner
+from worlds import tabletop_demo
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Record the command lines of the demo instead of running them."""
+    lines = []
+    monkeypatch.setattr(tabletop_demo, "shell", lines.append)
+    return lines
+
+
+def write_result(folder, split, cider=1.0):
+    scores = {"CIDEr": cider, "template_accuracy": 0.5, "exact_match": 0.25}
+    controls = {"shuffled": {"CIDEr": 0.1}, "most_frequent": {"CIDEr": 0.2}}
+    value = {"n": 3, "metrics": scores, "controls": controls}
+    (folder / f"evaluation_{split}.json").write_text(json.dumps(value))
+
+
+def test_each_script_accepts_its_flags_and_finished_parts_are_kept(commands, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").write_text(
+        json.dumps({"trainable_parameters": 7, "clips": 9, "args": {"seed": 0}})
+    )
+    (run / "best.pt").touch()
+    for split in (*tabletop_demo.SPLITS, tabletop_demo.STILL):
+        write_result(run, split)
+    tabletop_demo.main(["--output", str(run), "--data", "a b", "--dtype", "float32"])
+    names = [line.split()[0] for line in commands]
+    assert "evaluate.py" not in names  # all splits were scored after the training
+    for line in commands:
+        name, *flags = shlex.split(line.removeprefix("-m "))
+        importlib.import_module(name.removesuffix(".py")).parse_args(flags)
+    assert json.loads((run / "summary.json").read_text())["scores"]["validation"]["CIDEr"] == 1
+    assert "clips never seen" in capsys.readouterr().out
+
+    # a new checkpoint is scored again
+    (run / "best.pt").unlink()
+    (run / "best.pt").touch()
+    commands.clear()
+    tabletop_demo.main(["--output", str(run), "--dtype", "float32"])
+    scored = [shlex.split(line) for line in commands if line.startswith("evaluate.py")]
+    assert len(scored) == len(tabletop_demo.SPLITS) + 1
+    for _, *flags in scored:
+        importlib.import_module("evaluate").parse_args(flags)
+
+
+def test_the_flags_of_every_row_are_valid(tmp_path):
+    study = tabletop.Study(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
+    base = vars(train.parse_args(study.flags("base", 0)))
+    for name, row in tabletop.ROWS.items():
+        flags = vars(train.parse_args(study.flags(name, 0)))
+        differs = {key for key in base if flags[key] != base[key]} - {"output"}
+        assert bool(differs) != bool(row.change) or name in ("base", "labels_only"), name
+
+
+def test_captions_weigh_the_same(monkeypatch):
+    """A caption of three tokens and one of a single token have the same sum, and the mean is unchanged."""
+    model = VideoCaptioner.__new__(VideoCaptioner)
+    nn.Module.__init__(model)
+    model.train = lambda mode: None
+    text = {"input_ids": torch.zeros(2, 5), "positions": torch.tensor([1, 2, 3, 5])}
+    monkeypatch.setattr(VideoCaptioner, "loss", lambda *_: torch.ones(4))
+    model.training = True
+    with changed("per_caption"):
+        weights = model.loss(None, text)
+        assert weights[:3].sum() == pytest.approx(2) and weights[3] == 2
+        model.training = False
+        assert model.loss(None, text).tolist() == [1] * 4
+
+
+def test_only_the_order_of_the_layers_is_shuffled(tmp_path):
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=6, num_attention_heads=2
+    )
+    source = tmp_path / "lm"
+    torch.manual_seed(1)  # `make_folder` uses 0
+    LlamaForCausalLM(config).save_pretrained(source)
+    tabletop.make_folder(tmp_path / "shuffled", source, tabletop.shuffled_lm)
+    tabletop.make_folder(tmp_path / "random", source, tabletop.random_lm)
+    one, other, third = (
+        LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("lm", "shuffled", "random")
+    )
+
+    def layers(weights):
+        return [weights[f"model.layers.{n}.mlp.up_proj.weight"] for n in range(6)]
+
+    def places(weights):
+        return [
+            next((i for i, w in enumerate(layers(one)) if w.equal(x)), -1) for x in layers(weights)
+        ]
+
+    assert sorted(places(other)) == list(range(6)) != places(other)
+    assert one["lm_head.weight"].equal(other["lm_head.weight"])
+    assert places(third) == [-1] * 6
+
+
+def test_the_table_has_a_row_for_each_kind_of_run():
+    scores = dict.fromkeys(("CIDEr", "template_accuracy", "placeholder_match", "exact_match"), 0.5)
+    scores = dict.fromkeys(tabletop_demo.SPLITS, scores | {"shuffled": 0.1})
+    run = {"seed": 0, "scores": scores, "steps": 315, "seconds": 9.0, "losses": [2.0, 1.0]}
+    rows = {"base": {"text": "the base", "runs": [run, run]}, "a": {"text": "other", "runs": [run]}}
+    facts = {"clips": 10, "versions": {"torch": "2", "transformers": "5"}}
+    text = tabletop_table.markdown(facts | {"rows": rows})
+    assert (
+        "| the base | 0.50 ± 0.00 | 0.500 ± 0.000 |" in text and "| other | 0.50 | 0.500 |" in text
+    )
+    assert text.rstrip().count("| 1.000 | 9 | 1 |") == 1
