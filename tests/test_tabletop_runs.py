@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from bench import tabletop, tabletop_table
+from bench import free_prompts, tabletop, tabletop_table
 from bench.ablation_changes import changed
 from captioner import VideoCaptioner
 from worlds import tabletop_demo
@@ -122,3 +122,11 @@ def test_the_table_has_a_row_for_each_kind_of_run():
         "| the base | 0.50 ± 0.00 | 0.500 ± 0.000 |" in text and "| other | 0.50 | 0.500 |" in text
     )
     assert text.rstrip().count("| 1.000 | 9 | 1 |") == 1
+
+
+def test_free_prompts_steer_a_frozen_model(lm, tokenizer, make_qformer):
+    model = VideoCaptioner(make_qformer(), lm, tokenizer)
+    before = [p.clone() for p in lm.parameters()]
+    texts, loss = free_prompts.steer(model, ["ab", "cd e"], 8, 60)
+    assert texts == ["ab", "cd e"] and loss < 0.5
+    assert all(p.equal(old) for p, old in zip(lm.parameters(), before, strict=True))
