@@ -1,5 +1,7 @@
 """The training runs on the tabletop world: worlds/tabletop_demo.py and bench/tabletop.py."""
 
+from runtime.start import ROOT
+
 import importlib
 import json
 import shlex
@@ -130,3 +132,8 @@ def test_free_prompts_steer_a_frozen_model(lm, tokenizer, make_qformer):
     texts, loss = free_prompts.steer(model, ["ab", "cd e"], 8, 60)
     assert texts == ["ab", "cd e"] and loss < 0.5
     assert all(p.equal(old) for p, old in zip(lm.parameters(), before, strict=True))
+
+
+def test_the_table_in_the_docs_is_that_of_the_receipt():
+    summary = json.loads((ROOT / "results" / "tabletop_seed0.json").read_text())
+    assert tabletop_demo.table(summary) in (ROOT / "docs" / "tabletop.md").read_text()
