@@ -1,6 +1,6 @@
 """Teach a frozen pretrained language model to caption rendered household objects, with the real scripts.
 
-    make tabletop          (an hour on two idle cores)
+    python -m worlds.tabletop_demo     (an hour on two idle cores; or make tabletop)
 
 SmolLM2 and MobileNetV2 were trained by others, on other data, and stay frozen. Only the Q-Former learns
 from the clips. Writes summary.json, curves.png, strips.png and gallery.html to --output. Each step keeps
