@@ -232,8 +232,8 @@ def available(split, seed):
 
 def sizes(clips):
     """Return {split: number of clips} for a number of training clips."""
-    few = max(len(ACTIONS), clips // 10)
-    return dict(zip(SPLITS, (clips, max(50, clips // 7), few, few, few, few), strict=True))
+    validation, few = min(300, max(50, clips // 7)), min(200, max(len(ACTIONS), clips // 10))
+    return dict(zip(SPLITS, (clips, validation, few, few, few, few), strict=True))
 
 
 def plan(counts, seed):
