@@ -136,4 +136,7 @@ def test_free_prompts_steer_a_frozen_model(lm, tokenizer, make_qformer):
 
 def test_the_table_in_the_docs_is_that_of_the_receipt():
     summary = json.loads((ROOT / "results" / "tabletop_seed0.json").read_text())
-    assert tabletop_demo.table(summary) in (ROOT / "docs" / "tabletop.md").read_text()
+    text = (ROOT / "docs" / "tabletop.md").read_text()
+    assert tabletop_demo.table(summary) in text
+    probe = json.loads((ROOT / "results" / "tabletop_probe_seed0.json").read_text())
+    assert f"recognises {probe['metrics']['top1']:.0%}".replace("%", " %") in text
