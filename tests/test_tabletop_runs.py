@@ -15,6 +15,7 @@ import train
 from bench import free_prompts, tabletop, tabletop_table
 from bench.ablation_changes import changed
 from captioner import VideoCaptioner
+from runtime.errors import UserError
 from worlds import tabletop_demo
 
 
@@ -50,6 +51,12 @@ def test_each_script_accepts_its_flags_and_finished_parts_are_kept(commands, tmp
         importlib.import_module(name.removesuffix(".py")).parse_args(flags)
     assert json.loads((run / "summary.json").read_text())["scores"]["validation"]["CIDEr"] == 1
     assert "clips never seen" in capsys.readouterr().out
+
+    # an impossible output is noticed before the models are fetched
+    commands.clear()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        tabletop_demo.main(["--output", str(run / "args.json")])
+    assert not commands
 
     # a new checkpoint is scored again
     (run / "best.pt").unlink()

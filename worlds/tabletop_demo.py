@@ -54,7 +54,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     dtype = default_dtype() if args.dtype == "auto" else args.dtype
-    run = Path(args.output)
+    run = cli.output_folder(args.output, "--output")
     for command in prepare(args.data, args.pretrained, args.clips, args.seed):
         shell(command)
     lm = f"--lm {shlex.quote(args.pretrained)}/smollm2"
