@@ -39,7 +39,7 @@ class Family:
 
     A video model takes clips (B, F, 3, S, S). An image model takes single frames (B*F, 3, S, S), so T = F.
     Both return tokens (., P + N, E), where the first P tokens (CLS, registers) are not on the grid.
-    A model with a feature map returns (., E, H, W) instead.
+    A model with a feature map returns (., E, H, W) instead, see `feature_map`.
     """
 
     images: bool = False
@@ -160,6 +160,27 @@ def quantisation_error(features, stored):
     return (error / size.clamp(min=torch.finfo(size.dtype).tiny)).mean(-1)
 
 
+def feature_map(model, pixels):
+    """Compute the feature map of an image model: frames (., 3, S, S) -> (., E, H, W).
+
+    It is the last one, unless config.out_indices lists others by their place in `hidden_states`, as for
+    transformers' backbones. Several are stacked along E; the coarser ones are enlarged to the finest grid.
+    Raises UserError if the model has no hidden state with that index.
+    """
+    indices = getattr(model.config, "out_indices", None)
+    if not indices:
+        return model(pixel_values=pixels).last_hidden_state
+    states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    if not all(type(i) is int and -len(states) <= i < len(states) for i in indices):
+        raise UserError(
+            f"--encoder: out_indices is {indices} in config.json, but the model has hidden states from 0 to"
+            f" {len(states) - 1}"
+        )
+    maps = [states[i] for i in indices]
+    grid = max(x.shape[-2:] for x in maps)
+    return torch.cat([F.interpolate(x, grid) if x.shape[-2:] != grid else x for x in maps], 1)
+
+
 def pool_space(features, grid, pool):
     """Average over squares of pool x pool tokens, not over time: (B, N, E) -> (B, N / pool^2, E)."""
     t, h, w = grid
@@ -255,9 +276,11 @@ class VideoEncoder:
         family, (t, h, w), pool = self.family, self.settings.grid, self.settings.pool
         places = h * w * pool * pool
         pixels = pixels.flatten(0, 1) if family.images else pixels
-        out = self.model(**{family.pixels: pixels}, **dict(family.options))
-        x = out.last_hidden_state.float()  # (., P + N, E) or (., E, H, W)
-        x = x.flatten(2).mT if family.feature_map else x
+        if family.feature_map:
+            x = feature_map(self.model, pixels).flatten(2).mT
+        else:
+            x = self.model(**{family.pixels: pixels}, **dict(family.options)).last_hidden_state
+        x = x.float()  # (., P + N, E)
         wanted = places if family.images else t * places
         prefix = x.shape[1] - wanted
         if prefix != _prefix(family, self.model.config):
@@ -441,7 +464,7 @@ def _grid(model, size, num_frames, pool):
         raise UserError(f"--num-frames {num_frames} must be a multiple of {tubelet}")
     if family.feature_map:
         with torch.inference_mode():
-            x = model.eval()(torch.zeros(1, 3, size, size, dtype=model.dtype)).last_hidden_state
+            x = feature_map(model.eval(), torch.zeros(1, 3, size, size, dtype=model.dtype))
         width, side, _ = x.shape[1:]
     elif size % patch:
         raise UserError(

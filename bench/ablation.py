@@ -12,23 +12,18 @@ The toy world is tiny. The results do not carry over to Something-Something-V2.
 
 import runtime.start
 
-import math
 import shlex
 import statistics
-from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-
-import evaluate
-import train
-from bench.ablation_changes import changed
 from bench.ablation_table import SCORES, cpu, draw, markdown
-from bench.jobs import run_commands, step_times
+from bench.study import Row, Study, add_flags, validations
+from dataset import VALIDATION
 from feature_cache import load_manifest
-from runtime import cli, hub
-from runtime.errors import FAILED, PARTIAL, UserError
+from runtime import cli
+from runtime.errors import PARTIAL
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
 
@@ -39,8 +34,6 @@ CACHES = {"features": "", "features_fp16": "--store fp16", "features_pool2": "--
 
 ORIGINAL = "--captions-per-clip 1 --epochs 9 --clip-grad 1e9"
 
-# text: title of the row. flags: of train.py, appended to the base's. change: in bench/ablation_changes.py.
-Row = namedtuple("Row", "text flags change cache", defaults=("", None, "features"))
 ROWS = {
     "base": Row("base: K = 2, 7 passes"),
     "k1": Row("K = 1, 9 passes (equal seconds)", "--captions-per-clip 1 --epochs 9"),
@@ -52,111 +45,66 @@ ROWS = {
     "no_standardisation": Row("without standardisation", change="no_standardisation"),
     "no_gain": Row("output gain that starts at 1", change="no_gain"),
     "no_style_prompts": Row("without style prompts", change="no_style_prompts"),
-    "fp16": Row("features in fp16", cache="features_fp16"),
-    "pool2": Row("features pooled 2 x 2", cache="features_pool2"),
+    "fp16": Row("features in fp16", features="features_fp16"),
+    "pool2": Row("features pooled 2 x 2", features="features_pool2"),
     "queries64": Row("64 queries", "--num-queries 64"),
     "blocks2": Row("2 blocks", "--num-blocks 2"),
     "original": Row(
-        "the original's recipe, lr 1e-3", f"{ORIGINAL} --lr 1e-3", "original", "features_fp16"
+        "the original's recipe, lr 1e-3",
+        f"{ORIGINAL} --lr 1e-3",
+        "original",
+        features="features_fp16",
     ),
     "original_lr": Row(
-        "the original's recipe, its lr 5e-5", f"{ORIGINAL} --lr 5e-5", "original", "features_fp16"
+        "the original's recipe, its lr 5e-5",
+        f"{ORIGINAL} --lr 5e-5",
+        "original",
+        features="features_fp16",
     ),
 }
 
 
-@dataclass(frozen=True)
-class Study:
-    """The folders and the size of an ablation."""
+# Batches have 16 clips, not 32 as in the demo, because with half the steps the score of such a short run
+# depends mostly on when learning starts.
+TRAINING = f"{demo.TRAINING} --epochs 7 --batch-size 16 --eval-clips 100"
 
-    data: Path  # the toy world
-    runs: Path  # parent of the run folders
-    clips: int  # training clips
-    seeds: int  # runs per row
 
-    def folder(self, name, seed):
-        return self.runs / f"{name}_seed{seed}"
-
-    def flags(self, name, seed):
-        """Return the flags of train.py for one run.
-
-        One ninth of the steps is warm-up, as in the demo. Batches have 16 clips, not 32 as in the demo,
-        because with half the steps the score of such a short run depends mostly on when learning starts.
-        """
-        row = ROWS[name]
-        flags = shlex.split(
-            f"{demo.TRAINING} --epochs 7 {row.flags} --batch-size 16 --eval-clips 100 --no-meteor"
-            " --workers 0 --device cpu --overwrite"
-        )
-        flags += ["--features", str(self.data / row.cache), "--lm", str(self.data / "lm")]
-        flags += ["--annotations", str(self.data / "annotations"), "--limit", str(self.clips)]
-        flags += ["--output", str(self.folder(name, seed))]
-        parsed = train.parse_args(flags)
-        steps = parsed.epochs * math.ceil(self.clips / (parsed.batch_size * parsed.grad_accum))
-        return [*flags, "--warmup-steps", str(steps // 9), "--seed", str(seed)]
-
-    def inputs(self, name, seed):
-        """Return what the result of a run depends on, apart from the code."""
-        settings = load_manifest(self.data / ROWS[name].cache).settings
-        return {
-            "flags": self.flags(name, seed),
-            "change": ROWS[name].change,
-            "models": [settings.encoder_fingerprint, hub.fingerprint(self.data / "lm")],
-        }
-
-    def result(self, name, seed):
-        """Return the result of a run with exactly these inputs, or None.
-
-        Older results have only the flags.
-        """
-        path = self.folder(name, seed) / "result.json"
-        result = read_json(path, "result") if path.is_file() else {}
-        inputs = self.inputs(name, seed) if "flags" in result else {}
-        same = inputs and all(result.get(key, value) == value for key, value in inputs.items())
-        return result if same else None
+def make_study(data, runs, clips, seeds):
+    """Return the study of the toy world in the folder `data`, with `clips` training clips per run."""
+    return Study(
+        module="bench.ablation",
+        rows={name: replace(row, seeds=seeds) for name, row in ROWS.items()},
+        data=data,
+        models=data,
+        runs=runs,
+        flags=(*TRAINING.split(), "--limit", str(clips)),
+        splits=(VALIDATION, OBJECTS),
+        options=("--data", str(data), "--runs", str(runs), "--clips", str(clips)),
+    )
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument(
-        "--data", metavar="DIR", default="data/ablation", help="folder of the toy world"
-    )
-    parser.add_argument(
-        "--runs", metavar="DIR", default="results/ablation_runs", help="folder for the run folders"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", default="results", help="folder for the table and figure"
-    )
-    parser.add_argument(
-        "--clips", metavar="N", type=cli.whole(64), default=1000, help="number of training clips"
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", type=cli.whole(1), default=3, help="number of runs per row"
-    )
-    parser.add_argument(
-        "--jobs", metavar="N", type=cli.whole(1), default=2, help="number of runs in parallel"
-    )
-    parser.add_argument(
-        "--row",
-        metavar="NAME",
-        choices=ROWS,
-        help=f"run only this row, with --seed: {', '.join(ROWS)}",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=cli.whole(0), default=0, help="seed of the run of --row"
-    )
+    add = parser.add_argument
+    add("--data", default="data/ablation", metavar="DIR", help="folder of the toy world")
+    add("--runs", default="results/ablation_runs", metavar="DIR", help="parent of the run folders")
+    add("--clips", type=cli.whole(64), default=1000, metavar="N", help="number of training clips")
+    add("--seeds", type=cli.whole(1), default=3, metavar="N", help="number of runs per row")
+    add_flags(parser, ROWS)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    study = Study(Path(args.data), Path(args.runs), args.clips, args.seeds)
+    study = make_study(Path(args.data), Path(args.runs), args.clips, args.seeds)
     if args.row:
-        return run_row(study, args.row, args.seed)
+        features = study.data / ROWS[args.row].features / "manifest.json"
+        cli.existing(features, "features of the toy world", "Run python -m bench.ablation.")
+        return study.run(args.row, args.seed, partial(figures, study.data))
     output = cli.output_folder(args.output, "--output")
-    build_world(study.data, study.clips)
-    failed = run_all(study, args.jobs)
-    results = collect(study)
+    build_world(study.data, args.clips)
+    failed = study.run_all(args.jobs)
+    results = collect(study, args.clips)
     (output / "readme").mkdir(parents=True, exist_ok=True)
     write_json(output / "ablation.json", results)
     table = markdown(results)
@@ -182,48 +130,22 @@ def build_world(data, clips):
         )
 
 
-# ---- one run -------------------------------------------------------------------------------------
-
-
-def run_row(study, name, seed):
-    """Apply the change to the code, train, score and write result.json, all in this process."""
-    folder, features = study.folder(name, seed), study.data / ROWS[name].cache
-    cli.existing(
-        features / "manifest.json", "features of the toy world", "Run python -m bench.ablation."
-    )
-    flags = study.flags(name, seed)
-    (folder / "result.json").unlink(missing_ok=True)
-
-    torch.set_num_threads(1)
-    with changed(ROWS[name].change), step_times() as seconds:
-        if code := train.main(flags):
-            return code  # stopped by a signal
-        score = ["--checkpoint", str(folder), "--features", str(features), "--split", OBJECTS]
-        score += ["--annotations", str(study.data / "annotations"), "--no-meteor"]
-        evaluate.main([*score, "--workers", "0", "--device", "cpu"])
-    result = read_run(folder, statistics.median(seconds))
-    result["right"] = share_right(study.data, folder / "predictions_validation.json")
-    write_json(folder / "result.json", {"seed": seed, **result, **study.inputs(name, seed)})
-
-
-def read_run(folder, step_seconds):
-    """Collect the figures of a finished run. step_seconds: its median time per step."""
-    steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    facts = read_json(folder / "args.json", "args")
-    scores = read_json(folder / "evaluation_validation.json", "scores")["metrics"]
+def figures(data, folder, seconds):
+    """Collect the figures of a finished run. seconds: its processor time of training."""
+    scores = read_json(folder / f"evaluation_{VALIDATION}.json", "scores")["metrics"]
     objects = read_json(folder / f"evaluation_{OBJECTS}.json", "scores")["metrics"]
-    epochs = sorted(folder.glob("validation_epoch_*.json"), key=lambda p: int(p.stem.split("_")[2]))
-    curve = [read_json(path, "validation of an epoch") for path in epochs]
+    curve = validations(folder)
     return {
         "cider": scores["CIDEr"],
         "cider_objects": objects["CIDEr"],
         "template_accuracy": scores["template_accuracy"],
         "exact_match": scores["exact_match"],
-        "seconds": round(step_seconds * steps, 1),
-        "parameters": facts["trainable_parameters"],
+        "right": share_right(data, folder / f"predictions_{VALIDATION}.json"),
+        "seconds": seconds,
+        "parameters": read_json(folder / "args.json", "args")["trainable_parameters"],
         "curve": [
             {
-                "seconds": round(step_seconds * point["step"], 1),
+                "seconds": round(seconds * point["step"] / curve[-1]["step"], 1),
                 "loss": point["loss"],
                 "cider": point["metrics"]["CIDEr"],
             }
@@ -244,47 +166,21 @@ def share_right(data, predictions):
     return statistics.fmean(is_right(clips[c["image_id"]], c["caption"]) for c in captions)
 
 
-# ---- all runs ------------------------------------------------------------------------------------
-
-
-def run_all(study, jobs):
-    """Start all unfinished runs, `jobs` at a time. Returns the names of those that failed."""
-    every = [(name, seed) for seed in range(study.seeds) for name in ROWS]
-    waiting = [run for run in every if not study.result(*run)]
-    study.runs.mkdir(parents=True, exist_ok=True)
-    commands, logs = {}, {}
-    for name, seed in waiting:
-        run = f"{name}, seed {seed}"
-        commands[run] = ["-m", "bench.ablation", "--row", name, "--seed", str(seed)]
-        commands[run] += ["--data", str(study.data), "--runs", str(study.runs)]
-        commands[run] += ["--clips", str(study.clips)]
-        logs[run] = study.folder(name, seed).with_suffix(".log")
-    return run_commands(commands, logs, len(every) - len(waiting), jobs)
-
-
-def collect(study):
-    """Collect the contents of ablation.json. Raises UserError if no run of the base is finished."""
+def collect(study, clips):
+    """Collect the contents of ablation.json."""
     rows = {}
-    for name, row in ROWS.items():
-        runs = [study.result(name, seed) for seed in range(study.seeds)]
-        if runs := [run for run in runs if run]:
-            settings = load_manifest(study.data / row.cache).settings
-            numbers = settings.num_tokens * settings.width
-            rows[name] = {
-                "text": row.text,
-                "flags": row.flags,
-                "change": row.change,
-                "parameters": runs[0]["parameters"],
-                "bytes_per_clip": numbers * {"int8": 1, "fp16": 2}[settings.store],
-                "runs": [
-                    {k: run[k] for k in ("seed", *SCORES, "seconds", "curve")} for run in runs
-                ],
-            }
-    if "base" not in rows:
-        raise UserError(f"no run of the base is finished in {study.runs}", code=FAILED)
-    folder = study.folder("base", rows["base"]["runs"][0]["seed"])
-    versions = read_json(folder / "args.json", "args")["versions"]
-    return {"clips": study.clips, "cpu": cpu(), "versions": versions, "rows": rows}
+    for name, row, runs in study.results():
+        settings = load_manifest(study.data / row.features).settings
+        numbers = settings.num_tokens * settings.width
+        rows[name] = {
+            "text": row.text,
+            "flags": row.flags,
+            "change": row.change,
+            "parameters": runs[0]["parameters"],
+            "bytes_per_clip": numbers * {"int8": 1, "fp16": 2}[settings.store],
+            "runs": [{k: run[k] for k in ("seed", *SCORES, "seconds", "curve")} for run in runs],
+        }
+    return {"clips": clips, "cpu": cpu(), "versions": study.args()["versions"], "rows": rows}
 
 
 if __name__ == "__main__":

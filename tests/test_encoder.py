@@ -267,6 +267,33 @@ def test_each_token_is_at_its_place(kind, tmp_path):
     )
 
 
+def test_feature_maps_of_several_layers_are_stacked(tmp_path):
+    """The last feature map of MobileNetV2 is too coarse for small objects; out_indices adds finer ones."""
+    model = encoders.save("mobilenet_v2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def with_layers(*indices):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"out_indices": indices}))
+        return make(tmp_path, num_frames=2)
+
+    clip = clips(1)[0][:2]  # (F, H, W, 3)
+    encoder = with_layers(15, 11)
+    (t, h, w), e = encoder.settings.grid, encoder.settings.width
+    x = encoder.encode([clip])["features"].view(t, h, w, e)
+    pixels = transform(torch.as_tensor(clip), 256, "squash", encoder.settings.mean_std)
+    with torch.inference_mode():
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    coarse, fine = (states[i].permute(0, 2, 3, 1) for i in (15, 11))  # (F, H, W, E)
+    assert fine.shape[:3] == (t, h, w) and coarse.shape[:3] == (t, h // 2, w // 2)
+    assert e == coarse.shape[3] + fine.shape[3]
+    torch.testing.assert_close(x[..., coarse.shape[3] :], fine)
+    enlarged = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(x[..., : coarse.shape[3]], enlarged)
+
+    with pytest.raises(UserError, match=r"out_indices is \[16\] in config.json.* from 0 to 15"):
+        with_layers(16)
+
+
 @pytest.mark.parametrize(
     ("kind", "preprocessor", "mean_std"),
     [
