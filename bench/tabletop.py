@@ -29,6 +29,7 @@ from runtime.files import read_json, write_atomic, write_json
 from runtime.names import list_files
 from worlds import tabletop_demo
 from worlds.demo import shell
+from worlds.pretrained_models import SIZE
 
 CLIPS, EPOCHS = 1000, 5  # 63 steps of 16 clips per epoch
 METRICS = ("CIDEr", "template_accuracy", "placeholder_match", "exact_match")
@@ -162,7 +163,7 @@ def random_encoder(source, frames):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the mean over the batches
     with torch.no_grad():
-        model.train()(transform(torch.as_tensor(np.stack(frames)), 224, "squash"))
+        model.train()(transform(torch.as_tensor(np.stack(frames)), SIZE, "squash"))
     return model.eval()
 
 

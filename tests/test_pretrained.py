@@ -191,8 +191,9 @@ class PlainMobileNet:
         return F.batch_norm(x, *stored, *affine, training=False, eps=1e-5)
 
     def __call__(self, x):
+        """Return the last feature maps with strides of 16 and 32, enlarged, one above the other."""
         x = F.relu6(self.unit(x, "features.0", 0, 32, size=3, stride=2))
-        block = 1
+        block, maps = 1, {}
         for expansion, channels, blocks, first_stride in MOBILENET:
             for n in range(blocks):
                 name, stride = f"features.{block}.conv", first_stride if n == 0 else 1
@@ -202,8 +203,10 @@ class PlainMobileNet:
                 y = self.unit(y, name, number, y.shape[1], 3, stride, groups=y.shape[1])
                 y = self.unit(F.relu6(y), name, number + 3, channels)
                 x = x + y if stride == 1 and x.shape[1] == channels else y
+                maps[channels] = x
                 block += 1
-        return F.relu6(self.unit(x, "features.18", 0, 1280))
+        self.unit(x, "features.18", 0, 1280)  # not used, but its weights must be in the file
+        return torch.cat([maps[96], maps[320].repeat_interleave(2, 2).repeat_interleave(2, 3)], 1)
 
 
 def encode(folder, clip):
@@ -216,7 +219,7 @@ def encode(folder, clip):
 
 @torch.inference_mode()
 def plain_features(model, clip):
-    x = model(transform(torch.as_tensor(clip), 224, "squash"))  # (F, 1280, 7, 7)
+    x = model(transform(torch.as_tensor(clip), pretrained_models.SIZE, "squash"))  # (F, E, H, W)
     return x.flatten(2).mT.flatten(0, 1)
 
 

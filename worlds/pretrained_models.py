@@ -19,6 +19,7 @@ from feature_cache import IMAGENET
 from runtime.files import write_json
 
 CONTROL = 3  # gguf's token type of special tokens
+LAYERS, SIZE = [11, 15], 160  # of the image encoder: hidden states, pixels
 
 # ---- language model ------------------------------------------------------------------------
 
@@ -155,9 +156,10 @@ def make_tokenizer(reader):
 def write_encoder(weights_file, folder):
     """Convert a MobileNetV2 in torchvision's layout to a folder of transformers' MobileNetV2Model.
 
-    Its tokens are those of the last feature map, 7 x 7 of width 1280 for 224 pixels.
+    Its features are the last maps with strides of 16 and 32, `LAYERS`: 10 x 10 tokens of width 96 + 320 for
+    frames of `SIZE` pixels, which is about the size of the tabletop world's clips.
     """
-    model = MobileNetV2Model(mobilenet_config())
+    model = MobileNetV2Model(mobilenet_config(out_indices=LAYERS))
     weights = torch.load(weights_file, weights_only=True, map_location="cpu")
     model.load_state_dict({mobilenet_name(name): value for name, value in weights.items()})
     model.save_pretrained(folder)
@@ -165,10 +167,8 @@ def write_encoder(weights_file, folder):
     preprocessor = {
         "image_processor_type": "MobileNetV2ImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": 256},
+        "size": {"height": SIZE, "width": SIZE},
         "resample": 2,  # bilinear
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -26,7 +26,7 @@ TRAINING = (
     "--num-queries 16 --num-blocks 1 --num-heads 4 --dropout 0 --lr 1e-3 --warmup-steps 50"
     " --batch-size 16 --grad-accum 1 --captions-per-clip 2"
 )
-FRAMES = 16
+FRAMES = 8
 SPLITS = {
     VALIDATION: "clips never seen",
     "validation_pairs": "objects never seen together",
@@ -43,8 +43,8 @@ def parse_args(argv=None):
     add("--data", default="data/tabletop", metavar="DIR", help="folder of the tabletop world")
     add("--pretrained", default="data/pretrained", metavar="DIR", help="folder of the models")
     add("--output", default="results/tabletop", metavar="DIR", help="run folder")
-    add("--clips", type=cli.whole(50), default=2000, metavar="N", help="number of training clips")
-    add("--epochs", type=cli.whole(1), default=6, metavar="N", help="passes over the clips")
+    add("--clips", type=cli.whole(50), default=6000, metavar="N", help="number of training clips")
+    add("--epochs", type=cli.whole(1), default=2, metavar="N", help="passes over the clips")
     add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the world and the run")
     text = "auto: bfloat16 if the processor computes in it, else float32, which takes twice as long"
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
