@@ -242,7 +242,13 @@ class State:
         run_folder.replace_checkpoint(folder / heads.BEST, torch_bytes(value))
 
     def resume(self, folder):
-        """Load last.pt. Raises UserError if it is missing or belongs to another run."""
+        """Load last.pt, or start if the folder has no checkpoint yet.
+
+        Raises UserError if last.pt is unusable or belongs to another run, or if there is only a best.pt.
+        """
+        if not any((folder / name).exists() for name in (heads.LAST, heads.BEST)):
+            note(f"--resume: there is no {folder / heads.LAST}, starting from the first epoch")
+            return self.save(folder)
         try:
             saved = read_torch(folder / heads.LAST)
             if saved["identity"] != self.identity:

@@ -96,13 +96,14 @@ def main(argv=None):
     if args.row:
         return study.run(args.row, args.seed, figures)
     output = cli.output_folder(args.output, "--output")
+    cli.existing(output / "free_prompts.json", "result", "Run python -m bench.free_prompts first.")
     make_controls(study.data, study.models)
     failed = study.run_all(args.jobs)
     results = collect(study)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "tabletop_runs.json", results)
-    text = markdown(results)
-    write_atomic(output / "tabletop_runs.md", text.encode())
+    text = page(output)
+    write_atomic(output / "tabletop.md", text.encode())
     print(text, end="")
     return PARTIAL if failed else None
 
@@ -199,7 +200,22 @@ def collect(study):
         }
         for name, row, runs in study.results()
     }
-    return {"clips": CLIPS, "versions": study.args()["versions"], "rows": rows}
+    args = study.args()
+    return {
+        "clips": CLIPS,
+        "lr": args["args"]["lr"],
+        "versions": args["versions"],
+        "rows": rows,
+    }
+
+
+def page(folder):
+    """Format tabletop.md from the results in a folder, usually results/."""
+    demos = [read_json(path, "summary") for path in sorted(folder.glob("tabletop_seed*.json"))]
+    runs, free = (
+        read_json(folder / f"{name}.json", name) for name in ("tabletop_runs", "free_prompts")
+    )
+    return markdown(runs, demos, free)
 
 
 if __name__ == "__main__":

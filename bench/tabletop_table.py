@@ -1,8 +1,9 @@
-"""Format the results of bench/tabletop.py."""
+"""Format the results on the tabletop world: of `make tabletop`, bench/tabletop.py and bench/free_prompts.py."""
 
 import statistics
 
 from dataset import VALIDATION
+from worlds import tabletop_demo
 
 COLUMNS = {  # heading: split, metric, decimals
     "CIDEr": (VALIDATION, "CIDEr", 2),
@@ -15,35 +16,86 @@ COLUMNS = {  # heading: split, metric, decimals
     "unseen background": ("validation_background", "CIDEr", 2),
 }
 TEXT = """\
-# Training runs on the tabletop world
+# Tabletop world
 
-`python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on {clips:,} rendered clips for
-{steps} steps of 16 clips, K = 2 captions per clip, learning rate 1e-3, one block, 16 queries, unless the row says
-otherwise. SmolLM2-135M-Instruct is dequantised from Q4_1. Language model and encoder are frozen in all rows.
-"CIDEr" is on a 0-10 scale. "template" is template accuracy, "objects" the share of objects that are named,
-"exact" the share of captions that equal the label. "unseen" columns are CIDEr too. With several seeds, scores are
+The language model, SmolLM2-135M-Instruct dequantised from Q4_1, and the encoder, MobileNetV2, are pretrained and frozen
+in all runs. The clips are rendered: no score carries over to Something-Something-V2. See [docs/tabletop.md](../docs/tabletop.md).
+
+"CIDEr" is on a 0-10 scale. "template" is template accuracy, "objects" the share of objects that are named, and "exact"
+the share of captions that equal the label.
+
+## Scores
+
+`make tabletop`, {runs}. World, initialisation and order of the clips differ between seeds.{spread}
+
+{scores}
+
+## Controls and changes
+
+`python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on {clips:,} clips for {steps} steps
+of 16 clips, K = 2 captions per clip, learning rate {lr}, one block and 16 queries, unless the row says otherwise. These
+runs are shorter than those above, and their scores lower. "unseen" columns are CIDEr too. With several seeds, scores are
 mean ± standard deviation. Loss is that of the last epoch on 100 validation clips. Seconds are processor time of the
 training steps, with one thread.
 
 {table}
 
-The clips are rendered and training is short. The results do not carry over to Something-Something-V2.
+## Upper bound
+
+`python -m bench.free_prompts`: with soft prompts of its own, trained for {free[steps]} steps, the frozen language model
+writes {free[exact_match]:.0%} of {free[n]} labels word for word ({free[num_queries]} prompts per clip, loss {free[loss]:.3f}).
 """
 
 
-def markdown(results):
-    """Format tabletop_runs.md."""
+def markdown(results, demos, free):
+    """Format tabletop.md.
+
+    results: of `bench.tabletop.collect`. demos: the summaries of `make tabletop`, one per seed. free: the
+    result of bench/free_prompts.py.
+    """
     rows = results["rows"]
     heads = ["", *COLUMNS, "loss", "seconds", "seeds"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows.values()]
-    steps = rows["base"]["runs"][0]["steps"]
-    facts = {name: results["versions"][name] for name in ("torch", "transformers")}
-    return TEXT.format(clips=results["clips"], steps=steps, table="\n".join(lines), **facts)
+    lines = [heads, ["---"] * len(heads), *map(cells, rows.values())]
+    several = len(demos) > 1
+    return TEXT.format(
+        runs=f"{len(demos)} seeds" if several else "one seed",
+        spread=" Scores are means; the range is in brackets." if several else "",
+        scores=as_table(demo_table(demos)),
+        clips=results["clips"],
+        lr=results["lr"],
+        steps=rows["base"]["runs"][0]["steps"],
+        table=as_table(lines),
+        free=free,
+        **{name: results["versions"][name] for name in ("torch", "transformers")},
+    )
+
+
+def as_table(lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def demo_table(demos):
+    """Yield the rows of the table of scores: the mean over the seeds, and the range."""
+
+    def cell(values):
+        if None in values:
+            return ""
+        spread = f" ({min(values):.2f} – {max(values):.2f})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{spread}"
+
+    yield ["", *tabletop_demo.SCORES.values()]
+    yield ["---"] * (1 + len(tabletop_demo.SCORES))
+    splits = tabletop_demo.SPLITS | {tabletop_demo.STILL: "control: first frame only"}
+    for split, text in splits.items():
+        scores = [demo["scores"][split] for demo in demos]
+        yield [text, *(cell([s[metric] for s in scores]) for metric in tabletop_demo.SCORES)]
+    for name, text in (("shuffled", "shuffled"), ("most_frequent", "most frequent label")):
+        yield [f"control: {text}", cell([demo["controls"][name] for demo in demos]), "", "", ""]
+    yield ["attentive probe on the same features", "", cell([d["probe"] for d in demos]), "", ""]
 
 
 def cells(row):
-    """Yield the cells of a row: the mean over its runs, and their standard deviation."""
+    """Return the cells of a row of runs: the mean over its runs, and their standard deviation."""
 
     def score(values, digits):
         if None in values:
@@ -52,9 +104,10 @@ def cells(row):
         return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
     runs = row["runs"]
-    yield row["text"]
-    for split, metric, digits in COLUMNS.values():
-        yield score([run["scores"][split][metric] for run in runs], digits)
-    yield score([run["losses"][-1] for run in runs], 3)
-    yield score([run["seconds"] for run in runs], 0)
-    yield str(len(runs))
+    return [
+        row["text"],
+        *(score([r["scores"][split][key] for r in runs], n) for split, key, n in COLUMNS.values()),
+        score([run["losses"][-1] for run in runs], 3),
+        score([run["seconds"] for run in runs], 0),
+        str(len(runs)),
+    ]

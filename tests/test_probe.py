@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_same_run(world, monkeypatch, capsys):
 
     monkeypatch.setattr(probe.State, "save", stop_after_two)
     with pytest.raises(Stopped):
-        run(world, *flags)
+        run(world, *flags, "--resume")  # as in train.py, it starts a run that does not exist yet
     assert "stopped after epoch 2; use --resume to continue" in capsys.readouterr().err
     monkeypatch.setattr(probe.State, "save", save)
     assert run(world, *flags, "--resume") == whole
@@ -116,6 +116,9 @@ def test_a_resumed_run_is_the_same_run(world, monkeypatch, capsys):
     assert lines == (world / "whole" / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="flags, training clips or their classes have changed"):
         run(world, *flags, "--resume", "--seed", "1")
+    (world / "probe" / "last.pt").unlink()
+    with pytest.raises(UserError, match=r"last\.pt cannot be used"):  # best.pt is not replaced
+        run(world, *flags, "--resume")
 
 
 def test_actions_make_a_multi_label_probe(tmp_path):

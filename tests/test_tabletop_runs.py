@@ -36,7 +36,8 @@ def write_result(folder, split, cider=1.0):
 
 def test_each_script_accepts_its_flags_and_finished_parts_are_kept(commands, tmp_path, capsys):
     run = tmp_path / "run"
-    run.mkdir()
+    (run / "probe").mkdir(parents=True)
+    (run / "probe" / "evaluation_validation.json").write_text('{"metrics": {"top1": 0.75}}')
     (run / "args.json").write_text(
         json.dumps({"trainable_parameters": 7, "clips": 9, "args": {"seed": 0}})
     )
@@ -50,7 +51,8 @@ def test_each_script_accepts_its_flags_and_finished_parts_are_kept(commands, tmp
         name, *flags = shlex.split(line.removeprefix("-m "))
         importlib.import_module(name.removesuffix(".py")).parse_args(flags)
     assert json.loads((run / "summary.json").read_text())["scores"]["validation"]["CIDEr"] == 1
-    assert "clips never seen" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "clips never seen" in printed and printed.split("features")[1].split()[0] == "0.75"
 
     # an impossible output is noticed before the models are fetched
     commands.clear()
@@ -125,8 +127,20 @@ def test_the_table_has_a_row_for_each_kind_of_run():
     scores = dict.fromkeys(tabletop_demo.SPLITS, scores | {"shuffled": 0.1})
     run = {"seed": 0, "scores": scores, "steps": 315, "seconds": 9.0, "losses": [2.0, 1.0]}
     rows = {"base": {"text": "the base", "runs": [run, run]}, "a": {"text": "other", "runs": [run]}}
-    facts = {"clips": 10, "versions": {"torch": "2", "transformers": "5"}}
-    text = tabletop_table.markdown(facts | {"rows": rows})
+    facts = {"clips": 10, "lr": 1e-3, "versions": {"torch": "2", "transformers": "5"}}
+    demos = [
+        {
+            "scores": dict.fromkeys(
+                (*tabletop_demo.SPLITS, tabletop_demo.STILL), dict.fromkeys(tabletop_demo.SCORES, x)
+            ),
+            "controls": {"shuffled": 0.25, "most_frequent": 0.125},
+            "probe": x,
+        }
+        for x in (0.5, 1.0)
+    ]
+    free = {"steps": 60, "exact_match": 0.5, "n": 64, "num_queries": 16, "loss": 0.01}
+    text = tabletop_table.markdown(facts | {"rows": rows}, demos, free)
+    assert "| clips never seen | 0.75 (0.50 – 1.00) |" in text and "writes 50% of 64 labels" in text
     assert (
         "| the base | 0.50 ± 0.00 | 0.500 ± 0.000 |" in text and "| other | 0.50 | 0.500 |" in text
     )

@@ -3,8 +3,8 @@
     python -m worlds.tabletop_demo     (an hour on two idle cores; or make tabletop)
 
 SmolLM2 and MobileNetV2 were trained by others, on other data, and stay frozen. Only the Q-Former learns
-from the clips. Writes summary.json, curves.png, strips.png and gallery.html to --output. Each step keeps
-what it has finished, so that the same command continues after an interruption.
+from the clips. Writes summary.json, curves.png, strips.png, gallery.html and GIFs in films/ to --output. Each
+step keeps what it has finished, so that the same command continues after an interruption.
 
 Every command is printed, so that it can be repeated by hand. The clips are rendered: the scores do not
 carry over to Something-Something-V2.
@@ -26,6 +26,7 @@ TRAINING = (
     "--num-queries 16 --num-blocks 1 --num-heads 4 --dropout 0 --lr 1e-3 --warmup-steps 50"
     " --batch-size 16 --grad-accum 1 --captions-per-clip 2"
 )
+PROBE = "--epochs 4 --lr 1e-3 --weight-decay 0.05 --warmup-steps 100 --batch-size 16 --workers 0 --resume"
 FRAMES = 8
 SPLITS = {
     VALIDATION: "clips never seen",
@@ -34,7 +35,12 @@ SPLITS = {
     "validation_background": "tables and walls never seen",
 }
 STILL = f"{VALIDATION}_still"
-SCORES = {"CIDEr": "CIDEr", "template_accuracy": "template", "exact_match": "exact match"}
+SCORES = {
+    "CIDEr": "CIDEr",
+    "template_accuracy": "template",
+    "placeholder_match": "objects",
+    "exact_match": "exact match",
+}
 
 
 def parse_args(argv=None):
@@ -60,6 +66,9 @@ def main(argv=None):
     lm = f"--lm {shlex.quote(args.pretrained)}/smollm2"
     flags = f"--epochs {args.epochs} --seed {args.seed} --dtype {dtype}"
     shell(f"train.py {cached(args.data)} {lm} --output {quoted(run)} {TRAINING} {flags} --resume")
+    shell(
+        f"probe.py {cached(args.data)} --output {quoted(run / 'probe')} {PROBE} --seed {args.seed}"
+    )
     for name, command in evaluations(run, args.data, dtype).items():
         if is_newer(run / f"evaluation_{name}.json", run / "best.pt"):
             note(f"\nkept {run / f'evaluation_{name}.json'}")
@@ -111,11 +120,15 @@ def evaluations(run, data, dtype):
 
 
 def pictures(run, data):
-    """Yield the command lines for a grid of clips with captions, and a web page of all."""
+    """Yield the command lines for a picture of clips with captions, a web page of all, and GIFs."""
     places = f"--annotations {quoted(data)}/annotations --videos {quoted(data)}/videos"
     predictions = quoted(run / f"predictions_{VALIDATION}.json")
-    yield f"-m viz.strips --predictions {predictions} {places} --output {quoted(run / 'strips.png')}"
+    strips = f"--num-samples 6 --output {quoted(run / 'strips.png')}"
+    yield f"-m viz.strips --predictions {predictions} {places} {strips}"
     yield f"-m viz.gallery {quoted(run)} {places}"
+    films = quoted(run / "films")
+    yield f"infer.py --checkpoint {quoted(run)} --num-samples 6 {places} --output {films}"
+    yield f"-m viz.films {films}/captions.json {places}"
 
 
 def default_dtype():
@@ -136,12 +149,14 @@ def summarise(run):
     }
     controls = results[VALIDATION]["controls"]
     args = read_json(run / "args.json", "args")
+    probe = read_json(run / "probe" / f"evaluation_{VALIDATION}.json", "scores")
     return {
         "scores": {
             name: {key: result["metrics"].get(key) for key in SCORES} | {"n": result["n"]}
             for name, result in results.items()
         },
         "controls": {name: scores["CIDEr"] for name, scores in controls.items()},
+        "probe": probe["metrics"]["top1"],
         "trainable_parameters": args["trainable_parameters"],
         "clips": args["clips"],
         "seed": args["args"]["seed"],
@@ -158,6 +173,7 @@ def table(summary):
         lines.append(f"{text:<34}" + "".join(cells))
     for name, text in (("shuffled", "shuffled"), ("most_frequent", "most frequent label")):
         lines.append(f"control: {text:<25}{summary['controls'][name]:13.2f}")
+    lines.append(f"{'probe on the same features':<47}{summary['probe']:13.2f}")
     lines.append("Rendered clips: the scores do not carry over to Something-Something-V2.")
     return "\n".join(lines)
 
