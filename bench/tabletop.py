@@ -48,6 +48,7 @@ DECISIONS = {
     "lr_3e-4": decision("learning rate 3e-4", "--lr 3e-4"),
     "lr_6e-4": decision("learning rate 6e-4", "--lr 6e-4"),
     "lr_2e-3": decision("learning rate 2e-3", "--lr 2e-3"),
+    "batch8": decision("8 clips per step, twice the steps", "--batch-size 8"),
     "no_gain": decision("soft prompts start at the norm of a LayerNorm", change="no_gain"),
     "no_standardisation": decision("features not standardised", change="no_standardisation"),
     "labels_only": decision("labels only, K = 1", "--captions-per-clip 1", "labels_only"),
