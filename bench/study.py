@@ -92,8 +92,8 @@ class Study:
         """Return the result of a run with exactly these inputs, or None."""
         path = self.folder(name, seed) / "result.json"
         result = read_json(path, "result") if path.is_file() else {}
-        inputs = self.inputs(name, seed) if result else {}
-        return result if all(result.get(k) == v for k, v in inputs.items()) else None
+        same = result and all(result.get(k) == v for k, v in self.inputs(name, seed).items())
+        return result if same else None
 
     def run(self, name, seed, read):
         """Apply the change to the code, train, score and write result.json, all in this process.
@@ -138,8 +138,10 @@ class Study:
                 yield name, row, runs
 
     def args(self):
-        """Return the args.json of the base's first run."""
-        return read_json(self.folder("base", 0) / "args.json", "args")
+        """Return the args.json of the base's first finished run."""
+        seeds = range(self.rows["base"].seeds)
+        seed = next(seed for seed in seeds if self.result("base", seed))
+        return read_json(self.folder("base", seed) / "args.json", "args")
 
 
 COMMON = ["--no-meteor", "--workers", "0", "--device", "cpu"]  # flags of train.py and evaluate.py

@@ -34,7 +34,6 @@ from worlds.pretrained_models import SIZE
 CLIPS, EPOCHS = 1000, 5  # 63 steps of 16 clips per epoch
 METRICS = ("CIDEr", "template_accuracy", "placeholder_match", "exact_match")
 
-
 CONTROLS = {
     "base": Row("SmolLM2 and MobileNetV2 as they are", lm="smollm2"),
     "lm_random": Row("SmolLM2 with random weights", lm="smollm2_random"),

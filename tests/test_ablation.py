@@ -200,6 +200,19 @@ def test_a_run_uses_the_real_scripts_and_is_not_repeated(study, monkeypatch, cap
     assert other.result("original", 0) is None, "a result with other flags is not reused"
 
 
+def test_versions_are_those_of_a_finished_run(study, monkeypatch):
+    """If the first seed of the base fails, the others still make a table."""
+    base = ablation.ROWS["base"]
+    study = replace(study, rows={"base": replace(base, seeds=2)})
+    monkeypatch.setattr(
+        type(study), "result", lambda self, name, seed: {"seed": 1} if seed else None
+    )
+    study.folder("base", 1).mkdir(parents=True)
+    (study.folder("base", 1) / "args.json").write_text('{"versions": {}}')
+    assert study.args() == {"versions": {}}
+    assert list(study.results()) == [("base", study.rows["base"], [{"seed": 1}])]
+
+
 def test_the_table_matches_the_committed_results():
     results = json.loads((RESULTS / "ablation.json").read_text())
     assert (RESULTS / "ablation.md").read_text() == ablation_table.markdown(results)
