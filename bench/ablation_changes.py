@@ -119,15 +119,6 @@ def collate_with_pads(items):
     return dataset.collate([i | {"captions": list(map(pad, i["captions"]))} for i in items])
 
 
-def labels_only():
-    """Train on labels only."""
-
-    def choose(record, count, seed, epoch):
-        return [("label", record["label"])]
-
-    return [(train, "choose_captions", choose)]
-
-
 def per_caption():
     """Weight captions equally, and not their tokens: divide each token's loss by its caption's length."""
     original = VideoCaptioner.loss
@@ -157,6 +148,6 @@ CHANGES = {
     change.__name__: change
     for change in (
         *(no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original),
-        *(labels_only, per_caption, eot_in_front),
+        *(per_caption, eot_in_front),
     )
 }

@@ -34,7 +34,8 @@ class Row:
     """A row of the table, with one change from the base.
 
     text: title. flags: of train.py, appended to those of all rows. change: in bench/ablation_changes.py.
-    lm: folder of the language model. features: folder of the feature cache. seeds: number of runs.
+    lm: folder of the language model. features: folder of the feature cache. annotations: their folder.
+    seeds: number of runs.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Row:
     change: str | None = None
     lm: str = "lm"
     features: str = "features"
+    annotations: str = "annotations"
     seeds: int = 3
 
 
@@ -78,8 +80,9 @@ class Study:
 
     def cached(self, name):
         """Return the flags for the annotations and the features of a row."""
-        features = self.data / self.rows[name].features
-        return ["--annotations", str(self.data / "annotations"), "--features", str(features)]
+        row = self.rows[name]
+        folders = str(self.data / row.annotations), str(self.data / row.features)
+        return ["--annotations", folders[0], "--features", folders[1]]
 
     def inputs(self, name, seed):
         """Return what the result of a run depends on, apart from the code."""

@@ -31,7 +31,7 @@ from worlds import tabletop_demo
 from worlds.demo import shell
 from worlds.pretrained_models import SIZE
 
-CLIPS, EPOCHS = 1000, 5  # 63 steps of 16 clips per epoch
+CLIPS, EPOCHS = 1000, 5  # 125 steps of 8 clips per epoch
 METRICS = ("CIDEr", "template_accuracy", "placeholder_match", "exact_match")
 
 CONTROLS = {
@@ -43,19 +43,24 @@ CONTROLS = {
     ),
 }
 decision = partial(Row, lm="smollm2", seeds=1)
+sentences = partial(decision, annotations="annotations_sentences")
 DECISIONS = {
     "lr_3e-4": decision("learning rate 3e-4", "--lr 3e-4"),
     "lr_6e-4": decision("learning rate 6e-4", "--lr 6e-4"),
     "lr_2e-3": decision("learning rate 2e-3", "--lr 2e-3"),
-    "batch8": decision("8 clips per step, twice the steps", "--batch-size 8"),
+    "batch16": decision("16 clips per step, half the steps", "--batch-size 16"),
     "no_gain": decision("soft prompts start at the norm of a LayerNorm", change="no_gain"),
     "no_standardisation": decision("features not standardised", change="no_standardisation"),
-    "labels_only": decision("labels only, K = 1", "--captions-per-clip 1", "labels_only"),
-    "per_caption": decision("captions weighted equally", change="per_caption"),
-    "k1": decision("K = 1, 7 passes", "--captions-per-clip 1 --epochs 7"),
-    "k4": decision("K = 4, 3 passes", "--captions-per-clip 4 --epochs 3"),
+    "k2": sentences("label + 1 sentence (K = 2), 3 passes", "--captions-per-clip 2 --epochs 3"),
+    "k4": sentences("label + 3 sentences (K = 4), 2 passes", "--captions-per-clip 4 --epochs 2"),
+    "k2_per_caption": sentences(
+        "K = 2, 3 passes, captions weighted equally",
+        "--captions-per-clip 2 --epochs 3",
+        "per_caption",
+    ),
     "queries8": decision("8 queries", "--num-queries 8"),
     "queries64": decision("64 queries", "--num-queries 64"),
+    "blocks2": decision("2 blocks", "--num-blocks 2"),
     "eot_in_front": decision("an end-of-text embedding in front", change="eot_in_front"),
     "no_positions": decision("without positions", change="no_positions"),
 }
@@ -112,7 +117,8 @@ def main(argv=None):
 
 
 def make_controls(data, pretrained):
-    """Make the language models and the encoder of the controls, and encode the clips with the latter."""
+    """Make the annotations with sentences, and the models and features of the controls."""
+    shell(tabletop_demo.annotate(data, "annotations_sentences", sentences=True))
     source = pretrained / "smollm2"
     make_folder(pretrained / "smollm2_random", source, random_lm)
     make_folder(pretrained / "smollm2_shuffled", source, shuffled_lm)

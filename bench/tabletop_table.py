@@ -32,8 +32,8 @@ the share of captions that equal the label.
 
 ## Controls and changes
 
-`python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on {clips:,} clips for {steps} steps
-of 16 clips, K = 2 captions per clip, learning rate {lr}, one block and 16 queries, unless the row says otherwise. These
+`python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on the labels of {clips:,} clips,
+for {steps} steps of 8 clips, with a learning rate of {lr}, one block and 16 queries, unless the row says otherwise. These
 runs are shorter than those above, and their scores lower. "unseen" columns are CIDEr too. With several seeds, scores are
 mean ± standard deviation. Loss is that of the last epoch on 100 validation clips. Seconds are processor time of the
 training steps, with one thread.
