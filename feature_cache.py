@@ -371,7 +371,7 @@ def verify(features, keys, paths, spans, part, workers):
     unrecorded = have & paths.keys() - known.keys() if paths else set()
     with ThreadPoolExecutor(max(1, workers)) as threads:
         found = threads.map(check, sorted(have))
-        bad = list(filter(None, tqdm(found, total=len(have), unit="file", mininterval=1)))
+        bad = list(filter(None, tqdm(found, total=len(have), unit="file")))
     bad = [problem for part in distributed.all_gather(bad) for problem in part]
     for _, text in bad[:20]:
         note(text)

@@ -313,7 +313,7 @@ def encode_all(encoder, work, features, batch_size, pool, log_failure, log_sourc
     failed, writes = {}, deque()
     with (
         ThreadPoolExecutor(4) as disk,  # so that encoding does not wait for fsync
-        tqdm(total=len(work.todo), unit="clip", smoothing=0.05, mininterval=1) as bar,
+        tqdm(total=len(work.todo), unit="clip", smoothing=0.05) as bar,
     ):
         for key, result in encode_files(encoder, work.todo, batch_size, pool):
             path = feature_file(features, *key)

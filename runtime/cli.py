@@ -56,7 +56,6 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     if ranks.rank():  # only rank 0 shows results and progress; every rank shows its errors
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until exit)
-        os.environ["TQDM_DISABLE"] = "1"
     signals = StopSignals()
     number = 0
     try:

@@ -74,6 +74,17 @@ def open_standard_streams():
             setattr(sys, name, open(null, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
 
 
+def set_progress_bars():
+    """Show the progress in the first process of torchrun only, and every 10 s if it goes to a file.
+
+    tqdm reads these variables when it is imported.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
+    elif not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
+
+
 def hold_signals():
     """Block the signals that stop a run, until `release_signals`."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
@@ -90,4 +101,5 @@ if is_script():
     open_standard_streams()
     if program() != DOCTOR:
         check_packages()
+    set_progress_bars()
     hold_signals()

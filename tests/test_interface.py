@@ -38,6 +38,23 @@ def script(name, *args, **kwargs):
     return subprocess.run(command, **kwargs)
 
 
+def test_progress_is_shown_by_one_process_and_rarely_in_a_file():
+    """tqdm reads its variables when it is imported. They were set later, so all processes of torchrun
+    drew their bars."""
+    code = (
+        "from runtime import start; start.set_progress_bars(); import time; from tqdm import tqdm\n"
+        "for _ in tqdm(range(600)): time.sleep(0.001)"
+    )
+
+    def updates(rank):
+        env = start.environment() | {"RANK": rank}
+        done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, env=env)
+        return done.stderr.count(b"\r")
+
+    assert updates("0") == 2  # the first and the last; 7 with tqdm's own interval
+    assert updates("1") == 0
+
+
 def test_the_main_scripts_are_found():
     assert {"prepare_annotations", "preprocess_ssv2", "train", "evaluate", "infer"} < set(SCRIPTS)
 

@@ -1,6 +1,5 @@
 """Convert the weights of pretrained models from other layouts to model folders of transformers."""
 
-import os
 import re
 
 import torch
@@ -87,9 +86,8 @@ def llama_weights(reader, config):
     from gguf.quants import dequantize
 
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights, interval = {}, 0.2 if os.isatty(2) else 15
-    bar = tqdm(reader.tensors, desc="dequantising", unit=" tensors", mininterval=interval)
-    for tensor in bar:
+    weights = {}
+    for tensor in tqdm(reader.tensors, desc="dequantising", unit=" tensors"):
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         kind = tensor.name.split(".")[-2]
         if kind in heads:

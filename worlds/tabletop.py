@@ -24,7 +24,6 @@ A second run keeps finished clips. The same seed always gives the same files on 
 
 import functools
 import multiprocessing
-import os
 import resource
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -89,12 +88,11 @@ def write_texts(root, clips, seed):
 
 def write_videos(root, clips, seed, workers):
     """Render the clips that are missing, and print the speed."""
-    interval = 0.2 if os.isatty(2) else 15
     draw = functools.partial(render, str(root / "surfaces"))
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=ignore_interrupt
     )
-    with tqdm(total=len(clips), desc="clips", unit=" clips", mininterval=interval) as bar:
+    with tqdm(total=len(clips), desc="clips", unit=" clips") as bar:
         try:
             futures = start_clips(pool, root / "videos", clips, draw, seed, bar)
             for future in futures:

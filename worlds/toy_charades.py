@@ -67,7 +67,7 @@ def main(argv=None):
     (root / "videos").mkdir(exist_ok=True)
     finished = set(list_names(root / "videos", ".mp4"))
     ids = iter(sample_ids(sum(counts.values()), args.seed))
-    with tqdm(total=sum(counts.values()), desc="videos", mininterval=1) as bar:
+    with tqdm(total=sum(counts.values()), desc="videos") as bar:
         for split, source in ((TRAIN, TRAIN), (TEST, VALIDATION)):
             rng = random.Random(f"charades:{split}:{args.seed}")
             cards = deck(rng, [c for c in clips if c["split"] == source])

@@ -20,7 +20,6 @@ The same flags always give the same files. A second run keeps finished files.
 """
 
 import multiprocessing
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -185,11 +184,10 @@ def main(argv=None):
         "paraphrases",
         lambda folder: write_paraphrases(folder, clips, lambda c: paraphrases_of(c, args.seed)),
     )
-    interval = 0.2 if os.isatty(2) else 15
     pool = ProcessPoolExecutor(
         args.workers, multiprocessing.get_context("spawn"), initializer=ignore_interrupt
     )
-    with tqdm(total=len(clips), desc="clips", unit=" clips", mininterval=interval) as bar:
+    with tqdm(total=len(clips), desc="clips", unit=" clips") as bar:
         try:
             futures = start_clips(pool, root / "videos", clips, render, args.seed, bar)
             make_folder(root, "encoder", lambda folder: write_encoder(folder, args.seed))
