@@ -54,6 +54,7 @@ class Study:
     module: the script, which runs a single run with --row and --seed. data: the world, with annotations
     and feature caches. models: parent of the language models. runs: parent of the run folders. flags: of
     train.py, for all rows. splits: those that are scored. options: of the script, for a single run.
+    device: for --device of train.py and evaluate.py.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Study:
     flags: tuple
     splits: tuple
     options: tuple = ()
+    device: str = "cpu"
 
     def folder(self, name, seed):
         return self.runs / f"{name}_seed{seed}"
@@ -72,7 +74,7 @@ class Study:
         """Return the flags of train.py for one run."""
         row = self.rows[name]
         flags = [*self.flags, *row.flags.split(), *COMMON, "--overwrite", "--seed", str(seed)]
-        flags += [*self.cached(name), "--lm", str(self.models / row.lm)]
+        flags += ["--device", self.device, *self.cached(name), "--lm", str(self.models / row.lm)]
         flags += ["--output", str(self.folder(name, seed))]
         args = train.parse_args(flags)
         steps = args.epochs * math.ceil(args.limit / (args.batch_size * args.grad_accum))
@@ -111,6 +113,7 @@ class Study:
                 return code  # stopped by a signal
             dtype = ["--dtype", train.parse_args(flags).dtype]
             score = ["--checkpoint", str(folder), *self.cached(name), *COMMON, *dtype]
+            score += ["--device", self.device]
             for split in self.splits:
                 if split != VALIDATION:  # train.py has scored it
                     evaluate.main([*score, "--split", split])
@@ -127,6 +130,7 @@ class Study:
         commands, logs = {}, {}
         for name, seed in waiting:
             command = ["-m", self.module, "--row", name, "--seed", str(seed), *self.options]
+            command += ["--device", self.device]
             commands[f"{name}, seed {seed}"] = command
             logs[f"{name}, seed {seed}"] = self.folder(name, seed).with_suffix(".log")
         return run_commands(commands, logs, len(every) - len(waiting), jobs)
@@ -147,7 +151,7 @@ class Study:
         return read_json(self.folder("base", seed) / "args.json", "args")
 
 
-COMMON = ["--no-meteor", "--workers", "0", "--device", "cpu"]  # flags of train.py and evaluate.py
+COMMON = ["--no-meteor", "--workers", "0"]  # flags of train.py and evaluate.py
 
 
 def add_flags(parser, rows):
@@ -155,6 +159,7 @@ def add_flags(parser, rows):
     add = parser.add_argument
     add("--output", default="results", metavar="DIR", help="folder for the table")
     add("--jobs", type=cli.whole(1), default=2, metavar="N", help="number of runs in parallel")
+    add("--device", default="cpu", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     text = f"run only this row, with --seed: {', '.join(rows)}"
     add("--row", choices=rows, metavar="NAME", help=text)
     add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the run of --row")

@@ -67,7 +67,7 @@ DECISIONS = {
 ROWS = CONTROLS | DECISIONS
 
 
-def make_study(data, pretrained, runs):
+def make_study(data, pretrained, runs, device="cpu"):
     """Return the study of the tabletop world in the folder `data`."""
     flags = f"{tabletop_demo.TRAINING} --epochs {EPOCHS} --limit {CLIPS} --eval-clips 100"
     return Study(
@@ -79,6 +79,7 @@ def make_study(data, pretrained, runs):
         flags=(*flags.split(), "--dtype", tabletop_demo.default_dtype()),
         splits=tuple(tabletop_demo.SPLITS),
         options=("--data", str(data), "--pretrained", str(pretrained), "--runs", str(runs)),
+        device=device,
     )
 
 
@@ -94,7 +95,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    study = make_study(Path(args.data), Path(args.pretrained), Path(args.runs))
+    study = make_study(Path(args.data), Path(args.pretrained), Path(args.runs), args.device)
     needed = study.data / "annotations", study.data / "features", study.models / "smollm2"
     for folder in needed:
         cli.existing(folder, "tabletop world", "Run make tabletop first.")
