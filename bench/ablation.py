@@ -97,6 +97,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     study = make_study(Path(args.data), Path(args.runs), args.clips, args.seeds)
+    study = replace(study, device=args.device)
     if args.row:
         features = study.data / ROWS[args.row].features / "manifest.json"
         cli.existing(features, "features of the toy world", "Run python -m bench.ablation.")

@@ -74,7 +74,7 @@ class Study:
         """Return the flags of train.py for one run."""
         row = self.rows[name]
         flags = [*self.flags, *row.flags.split(), *COMMON, "--overwrite", "--seed", str(seed)]
-        flags += ["--device", self.device, *self.cached(name), "--lm", str(self.models / row.lm)]
+        flags += [*self.cached(name), "--lm", str(self.models / row.lm)]
         flags += ["--output", str(self.folder(name, seed))]
         args = train.parse_args(flags)
         steps = args.epochs * math.ceil(args.limit / (args.batch_size * args.grad_accum))
@@ -87,7 +87,7 @@ class Study:
         return ["--annotations", folders[0], "--features", folders[1]]
 
     def inputs(self, name, seed):
-        """Return what the result of a run depends on, apart from the code."""
+        """Return what the result of a run depends on, apart from the code and the device."""
         row = self.rows[name]
         settings = load_manifest(self.data / row.features).settings
         models = [settings.encoder_fingerprint, hub.fingerprint(self.models / row.lm)]
@@ -106,20 +106,21 @@ class Study:
         read(folder, seconds): returns the figures of a run from its folder and its processor time.
         """
         folder, row, flags = self.folder(name, seed), self.rows[name], self.training(name, seed)
+        device = ["--device", self.device]
         (folder / "result.json").unlink(missing_ok=True)
         torch.set_num_threads(1)
         with changed(row.change), step_times() as seconds:
-            if code := train.main(flags):
+            if code := train.main([*flags, *device]):
                 return code  # stopped by a signal
             dtype = ["--dtype", train.parse_args(flags).dtype]
-            score = ["--checkpoint", str(folder), *self.cached(name), *COMMON, *dtype]
-            score += ["--device", self.device]
+            score = ["--checkpoint", str(folder), *self.cached(name), *COMMON, *device, *dtype]
             for split in self.splits:
                 if split != VALIDATION:  # train.py has scored it
                     evaluate.main([*score, "--split", split])
         steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         figures = read(folder, round(statistics.median(seconds) * steps, 1))
-        write_json(folder / "result.json", {"seed": seed, **figures, **self.inputs(name, seed)})
+        result = {"seed": seed, "device": self.device, **figures, **self.inputs(name, seed)}
+        write_json(folder / "result.json", result)
 
     def run_all(self, jobs):
         """Start all unfinished runs, `jobs` at a time. Returns the names of those that failed."""

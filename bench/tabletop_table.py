@@ -35,8 +35,7 @@ the share of captions that equal the label.
 `python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on the labels of {clips:,} clips,
 for {steps} steps of 8 clips, with a learning rate of {lr}, one block and 16 queries, unless the row says otherwise. These
 runs are shorter than those above, and their scores lower. "unseen" columns are CIDEr too. With several seeds, scores are
-mean ± standard deviation. Loss is that of the last epoch on 100 validation clips. Seconds are processor time of the
-training steps, with one thread.
+mean ± standard deviation. Loss is that of the last epoch on 100 validation clips.
 
 {table}
 
@@ -54,7 +53,7 @@ def markdown(results, demos, free):
     result of bench/free_prompts.py.
     """
     rows = results["rows"]
-    heads = ["", *COLUMNS, "loss", "seconds", "seeds"]
+    heads = ["", *COLUMNS, "loss", "steps", "seeds", "device"]
     lines = [heads, ["---"] * len(heads), *map(cells, rows.values())]
     several = len(demos) > 1
     return TEXT.format(
@@ -108,6 +107,7 @@ def cells(row):
         row["text"],
         *(score([r["scores"][split][key] for r in runs], n) for split, key, n in COLUMNS.values()),
         score([run["losses"][-1] for run in runs], 3),
-        score([run["seconds"] for run in runs], 0),
+        str(runs[0]["steps"]),
         str(len(runs)),
+        ", ".join(sorted({run["device"] for run in runs})),
     ]

@@ -190,7 +190,8 @@ def test_a_run_uses_the_real_scripts_and_is_not_repeated(study, monkeypatch, cap
     log = study.runs / "base_seed0.log"
     assert f"base, seed 0: exit code 2, see {log}" in capsys.readouterr().err
     assert "Run python -m bench.ablation." in log.read_text()
-    assert study.result("original", 0) == result
+    assert result["device"] == "cpu"
+    assert replace(study, device="cuda").result("original", 0) == result
     # a row whose change, or whose models, were others kept its result
     for key, value in (("change", "no_positions"), ("models", ["", ""])):
         done.write_text(json.dumps(result | {key: value}))
