@@ -23,7 +23,7 @@ from worlds.demo import shell
 
 # Fewer queries and a higher learning rate than for Qwen2-1.5B, whose width is 1536 instead of 576
 TRAINING = (
-    "--num-queries 16 --num-blocks 1 --num-heads 4 --dropout 0 --lr 1e-3 --warmup-steps 100"
+    "--num-queries 16 --num-blocks 1 --num-heads 4 --dropout 0 --lr 5e-4 --warmup-steps 100"
     " --batch-size 8 --grad-accum 1 --captions-per-clip 1"
 )
 PROBE = "--epochs 4 --lr 1e-3 --weight-decay 0.05 --warmup-steps 100 --batch-size 16 --workers 0 --resume"
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--pretrained", default="data/pretrained", metavar="DIR", help="folder of the models")
     add("--output", default="results/tabletop", metavar="DIR", help="run folder")
     add("--clips", type=cli.whole(50), default=6000, metavar="N", help="number of training clips")
-    add("--epochs", type=cli.whole(1), default=3, metavar="N", help="passes over the clips")
+    add("--epochs", type=cli.whole(1), default=4, metavar="N", help="passes over the clips")
     add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the world and the run")
     text = "auto: bfloat16 if the processor computes in it, else float32, which takes twice as long"
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
