@@ -53,15 +53,15 @@ REAL = Shapes(
     layers=28,
     mlp=8960,
     lm_heads=12,
-    B=8,
+    B=32,
     tokens=16,
     clips=256,
     videos=32,
     seconds=12,
 )
-# A quarter of the widths and queries, half the video tokens, a seventh of the layers, a small vocabulary
+# A quarter of the widths, queries and clips, half the tokens, a seventh of the layers, a small vocabulary
 SMALL = replace(REAL, grid=(8, 16, 16), E=256, Q=16, encoder=(2, 4, 64, 16), D=384, V=8192)
-SMALL = replace(SMALL, layers=4, mlp=2240, lm_heads=6, videos=16, seconds=5)
+SMALL = replace(SMALL, layers=4, mlp=2240, lm_heads=6, B=8, videos=16, seconds=5)
 # For the check in float64 and for tests
 TINY = replace(SMALL, grid=(4, 2, 6), E=24, Q=6, D=32, V=130, mlp=64, lm_heads=4)
 TINY = replace(TINY, B=3, tokens=8, clips=64, videos=4, seconds=0)

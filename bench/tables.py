@@ -78,9 +78,12 @@ SUMMARY = {
 
 
 def summary(results):
-    """Format the table of docs/speed.md: factors over the reference, one column per device."""
+    """Format the table of docs/speed.md: factors over the reference, one column per result."""
     columns = {
-        r["device"]: {(row["group"], row["name"]): row for row in r["rows"]} for r in results
+        f"{r['device']}, {r['shapes']['B']} clips at a time": {
+            (row["group"], row["name"]): row for row in r["rows"]
+        }
+        for r in results
     }
     if not any(r["preset"] == "full" for r in results):
         columns["a CUDA GPU, `--preset full`"] = None
@@ -88,6 +91,8 @@ def summary(results):
     def cell(rows, group, name, field="factor"):
         if rows is None:
             return "not yet measured"
+        if (group, name) not in rows:
+            return ""
         row = rows[group, name]
         return "left out" if "left_out" in row else f"{row[field]:.1f}x"
 
