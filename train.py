@@ -142,7 +142,7 @@ def parse_args(argv=None):
         " neither flag is given, the number of processes, but at least 2)",
     )
     add("--captions-per-clip", type=cli.whole(1), default=2, help="captions per clip and epoch")
-    add("--lr", type=cli.number(above=0), default=5e-5, help="peak learning rate")
+    add("--lr", type=cli.number(above=0), default=1e-4, help="peak learning rate")
     add("--weight-decay", type=cli.number(least=0), default=0.03, help="weight decay of AdamW")
     add("--warmup-steps", type=cli.whole(0), default=500, help="steps of linear warm-up")
     add("--clip-grad", type=cli.number(above=0), default=1.0, help="maximum norm of the gradient")
