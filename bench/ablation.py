@@ -42,13 +42,9 @@ ROWS = {
     "k1_passes5": Row("K = 1, 5 passes (as K = 4)", "--captions-per-clip 1 --epochs 5"),
     "no_positions": Row("without positions", change="no_positions"),
     "keys_only": Row("positions on keys only", change="keys_only"),
-    "no_standardisation": Row("without standardisation", change="no_standardisation"),
-    "no_gain": Row("output gain that starts at 1", change="no_gain"),
     "no_style_prompts": Row("without style prompts", change="no_style_prompts"),
     "fp16": Row("features in fp16", features="features_fp16"),
     "pool2": Row("features pooled 2 x 2", features="features_pool2"),
-    "queries64": Row("64 queries", "--num-queries 64"),
-    "blocks2": Row("2 blocks", "--num-blocks 2"),
     "original": Row(
         "the original's recipe, lr 1e-3",
         f"{ORIGINAL} --lr 1e-3",

@@ -1,12 +1,12 @@
 """Controls and decisions on the tabletop world: train with one change at a time.
 
-    python -m bench.tabletop                              (9 CPU-hours, two runs at a time)
-    python -m bench.tabletop --row lm_random --seed 0     (a single run, 20 CPU-minutes)
+    python -m bench.tabletop                              (5 CPU-hours, two runs at a time)
+    python -m bench.tabletop --row lm_random --seed 0     (a single run, 12 CPU-minutes)
 
 Needs the models, clips and features of `make tabletop`. It can be stopped and restarted: finished runs are
-kept in --runs. Each run trains on the first 1,000 clips for 315 steps with train.py, with the demo's
+kept in --runs. Each run trains on the first 1,000 clips for 625 steps with train.py, with the demo's
 settings and one change: other flags, another language model or encoder, or a replacement from
-bench/ablation_changes.py. Writes tabletop_runs.json and tabletop_runs.md to --output.
+bench/ablation_changes.py. Writes tabletop_runs.json and tabletop.md to --output.
 """
 
 import runtime.start

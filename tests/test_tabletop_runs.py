@@ -5,6 +5,7 @@ from runtime.start import ROOT
 import importlib
 import json
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -160,3 +161,34 @@ def test_the_table_in_the_docs_is_that_of_the_receipt():
     text = (ROOT / "docs" / "tabletop.md").read_text()
     assert tabletop_demo.table(summary) in text
     assert f"recognises {summary['probe']:.0%}".replace("%", " %") in text
+
+
+def test_the_docs_quote_the_committed_runs():
+    """The figures of docs/tabletop.md are those of results/tabletop_runs.json and of the seeds."""
+    rows = json.loads((ROOT / "results" / "tabletop_runs.json").read_text())["rows"]
+    scores = {
+        name: [run["scores"]["validation"]["CIDEr"] for run in row["runs"]]
+        for name, row in rows.items()
+    }
+    mean = {name: statistics.fmean(values) for name, values in scores.items()}
+    text = " ".join((ROOT / "docs" / "tabletop.md").read_text().split())
+    assert (
+        f"CIDEr {mean['base']:.2f} ± {statistics.stdev(scores['base']):.2f} (three seeds)" in text
+    )
+    for name, quoted in {
+        "lm_random": "worthless ({:.2f})",
+        "lm_shuffled": "a little through ({:.2f})",
+        "encoder_random": "anything ({:.2f}, as when",
+        "no_gain": "a bare LayerNorm ({:.2f})",
+        "no_standardisation": "raw features ({:.2f})",
+    }.items():
+        assert quoted.format(mean[name]) in text, name
+    summaries = [
+        json.loads((ROOT / "results" / f"tabletop_seed{seed}.json").read_text())
+        for seed in range(3)
+    ]
+    best = sorted(summary["scores"]["validation"]["CIDEr"] for summary in summaries)
+    assert f"never seen is {best[0]:.2f} to {best[-1]:.2f}." in text
+    exact = statistics.fmean(s["scores"]["validation"]["exact_match"] for s in summaries)
+    assert f"{exact:.0%}".replace("%", " % are right word for word") in text
+    assert f"[{exact:.0%} of all]".replace("%", " %") in (ROOT / "README.md").read_text()
