@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import dataset
 import train
@@ -36,11 +37,21 @@ def no_positions():
 
     def init(self, **sizes):
         original(self, **sizes)
-        tables = [table.detach().zero_() for table in self.pos]
-        del self.pos
-        self.pos = tables
+        self.pos = Tables(table.detach().zero_() for table in self.pos)
 
     return [(QFormer, "__init__", init)]
+
+
+class Tables(nn.Module):
+    """Position tables that move with the model, but are neither trained nor saved."""
+
+    def __init__(self, tables):
+        super().__init__()
+        for n, table in enumerate(tables):
+            self.register_buffer(f"axis{n}", table, persistent=False)
+
+    def __iter__(self):
+        return self.buffers()
 
 
 def keys_only():
@@ -138,8 +149,8 @@ def eot_in_front():
     """Put the embedding of the end-of-text token before the soft prompts."""
     original = VideoCaptioner.__init__
 
-    def init(self, qformer, lm, tokenizer, bos=None, **options):
-        original(self, qformer, lm, tokenizer, tokenizer.eos_token_id, **options)
+    def init(self, qformer, lm, tokenizer, bos=None, *args, **options):
+        original(self, qformer, lm, tokenizer, tokenizer.eos_token_id, *args, **options)
 
     return [(VideoCaptioner, "__init__", init)]
 

@@ -17,6 +17,7 @@ import feature_cache
 import train
 from bench import ablation, ablation_table
 from bench.ablation_changes import CHANGES, any_caption, changed
+from captioner import VideoCaptioner
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -38,6 +39,8 @@ def test_without_positions_a_clip_and_its_mirror_image_give_the_same_prompts(
         again = make_qformer(grid=(2, 3, 4))
         again.load_state_dict(qformer.state_dict())
         assert not any("pos" in name for name, _ in qformer.named_parameters())
+        # they move to the device of the model; on a GPU they stayed behind
+        assert all(table.is_meta for table in again.to("meta").pos)
     qformer = make_qformer(grid=(2, 3, 4))
     assert (qformer(x, scale, offset) - qformer(mirrored, scale, offset)).abs().max() > 1e-3
 
@@ -82,6 +85,15 @@ def test_positions_on_keys_only_match_a_naive_loop(make_qformer, make_clips, num
         got = qformer(x, scale, offset)
     torch.testing.assert_close(got, torch.stack([by_hand(0), by_hand(1)]), rtol=0, atol=1e-10)
     assert (got - qformer(x, scale, offset)).abs().max() > 1e-3  # positions on values matter
+
+
+def test_an_end_of_text_token_in_front(lm, tokenizer, make_qformer):
+    """Also in a captioner that is loaded, with its settings by position: that failed after training."""
+    with changed("eot_in_front"):
+        for settings in ((), (None, 9, False)):
+            model = VideoCaptioner(make_qformer(), lm, tokenizer, *settings)
+            assert model.bos == tokenizer.eos_token_id
+        assert model.max_new_tokens == 9
 
 
 def test_no_standardisation_means_mean_0_and_std_1():
