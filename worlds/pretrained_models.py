@@ -22,7 +22,7 @@ LAYERS, SIZE = [11, 15], 160  # of the image encoder: hidden states, pixels
 
 # ---- language model ------------------------------------------------------------------------
 
-LLAMA_NAMES = {  # of a layer's tensors: in GGUF, in transformers
+LLAMA_NAMES = {  # a layer's tensors: name in GGUF -> name in transformers
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -36,10 +36,10 @@ LLAMA_NAMES = {  # of a layer's tensors: in GGUF, in transformers
 
 
 def write_lm(gguf_file, folder):
-    """Convert a Llama in GGUF, with tied embeddings and a byte-level BPE, to a folder of transformers.
+    """Convert a GGUF file of a Llama with tied embeddings and a byte-level BPE to a transformers model folder.
 
-    The weights are float32. In Q4_1 a weight is d * q + m with 4-bit q and float16 d and m, and bfloat16
-    and float16 would round these values.
+    The weights are float32. In Q4_1 a weight is d * q + m with 4-bit q and float16 d and m. Storing it
+    as bfloat16 or float16 would round it.
     """
     from gguf import GGUFReader
 
@@ -109,8 +109,8 @@ def llama_name(name):
 def separate_halves(weight, heads):
     """Undo llama.cpp's order of the rows of q and k, (A * 2h, D) for A heads of width 2h.
 
-    Rotary embeddings rotate pairs of rows. llama.cpp has the two rows of a pair next to each other, and
-    transformers has all first rows of a head before all second rows.
+    Rotary embeddings rotate pairs of rows. llama.cpp stores the two rows of a pair next to each other.
+    transformers stores all first rows of a head before all second rows.
     """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -118,7 +118,7 @@ def separate_halves(weight, heads):
 def make_tokenizer(reader):
     """Build the tokenizer from the vocabulary and merges in a GGUF file.
 
-    It is a byte-level BPE with GPT-2's regular expression, which has each digit as a word of its own
+    It is a byte-level BPE that first splits off single digits, then applies GPT-2's regular expression
     (llama.cpp's pre-tokenizer "smollm").
     """
     kind = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre")
@@ -152,10 +152,10 @@ def make_tokenizer(reader):
 
 
 def write_encoder(weights_file, folder):
-    """Convert a MobileNetV2 in torchvision's layout to a folder of transformers' MobileNetV2Model.
+    """Convert a MobileNetV2 in torchvision's layout to a model folder for transformers' MobileNetV2Model.
 
-    Its features are the last maps with strides of 16 and 32, `LAYERS`: 10 x 10 tokens of width 96 + 320 for
-    frames of `SIZE` pixels, which is about the size of the tabletop world's clips.
+    Its features are the last maps with strides of 16 and 32 (`LAYERS`): 10 x 10 tokens of width 96 + 320 for
+    frames of `SIZE` pixels, about the size of the tabletop world's clips.
     """
     model = MobileNetV2Model(mobilenet_config(out_indices=LAYERS))
     weights = torch.load(weights_file, weights_only=True, map_location="cpu")
@@ -179,8 +179,8 @@ def write_encoder(weights_file, folder):
 def mobilenet_config(**changes):
     """Return the configuration that computes what torchvision's MobileNetV2 computes.
 
-    The defaults of transformers are those of the TensorFlow model: other padding and another epsilon of the
-    batch normalisation.
+    The defaults of transformers follow the TensorFlow model, whose padding and batch normalisation epsilon
+    differ.
     """
     return MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, **changes)
 
@@ -192,9 +192,8 @@ def mobilenet_name(name):
     """
     _, block, *path, number, kind = name.split(".")
     block, layer = int(block), int(number)
-    if path == [
-        "conv"
-    ]:  # an inverted residual block: (convolution, normalisation, activation) x 2 or 3
+    # an inverted residual block: (convolution, normalisation, activation) x 2 or 3
+    if path == ["conv"]:
         parts = (
             ("conv_3x3", "reduce_1x1") if block == 1 else ("expand_1x1", "conv_3x3", "reduce_1x1")
         )

@@ -3,13 +3,14 @@
     python -m pip install -e '.[tabletop]'
     python -m worlds.tabletop data/tabletop --clips 2000 --seed 0
 
-A hand moves one or two of 27 objects, as 22 of SSv2's templates say. Several templates differ only in the
-order of events, and the first frame says little about the template. It is synthetic: scores do not carry
-over to SSv2. The pictures of tables and walls come from a package (robosuite 1.5.2, MIT, 157 MB), which
-is downloaded but not installed. The defaults take about 5 minutes on two idle cores (est.) and 90 MB:
+A hand moves one or two of 27 objects, following 22 of SSv2's templates. Several templates differ only in
+the order of events, and the first frame reveals little about the template. The clips are synthetic: scores
+do not carry over to SSv2. The pictures of tables and walls come from a package (robosuite 1.5.2, MIT,
+157 MB), which is downloaded but not installed. The defaults take about 5 minutes on two idle cores (est.)
+and 90 MB:
 
     videos/       <id>.webm, VP9, 12 frames/s, 160x120, 16-24 frames
-    labels/       train, validation, test, labels (.json) and test-answers.csv as SSv2 has them, and
+    labels/       train, validation, test, labels (.json) and test-answers.csv as in SSv2, and
                   validation_pairs       pairs of objects, or of an object and a template, that training
                                          never shows
                   validation_objects     objects that training never shows, such as a carrot

@@ -2,9 +2,9 @@
 
     python -m worlds.tabletop_demo     (or make tabletop; about an hour on two idle cores, an estimate)
 
-SmolLM2 and MobileNetV2 were trained by others, on other data, and stay frozen. Only the Q-Former learns
-from the clips. Writes summary.json, curves.png, strips.png, gallery.html and GIFs in films/ to --output. Each
-step keeps what it has finished, so that the same command continues after an interruption.
+SmolLM2 and MobileNetV2 were pretrained on other data and stay frozen. Only the Q-Former is trained. Writes
+summary.json, curves.png, strips.png, gallery.html and GIFs in films/ to --output. Finished parts are kept:
+after an interruption, run the same command again to continue.
 
 Every command is printed, so that it can be repeated by hand. The clips are rendered: the scores do not
 carry over to Something-Something-V2.
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--clips", type=cli.whole(50), default=6000, metavar="N", help="number of training clips")
     add("--epochs", type=cli.whole(1), default=4, metavar="N", help="passes over the clips")
     add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the world and the run")
-    text = "auto: bfloat16 if the processor computes in it, else float32, which takes twice as long"
+    text = "auto: bfloat16 if the processor supports it, else float32, which takes twice as long"
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
     return parser.parse_args(argv)
 
@@ -104,8 +104,8 @@ def prepare(data, pretrained, clips, seed):
 def annotate(data, annotations, sentences=False):
     """Return the command line that writes the annotations of the world to a folder in `data`.
 
-    They have labels only by default: with the same processor time, the labels score higher than with
-    sentences, which cost as much to train on.
+    By default they contain labels only: at equal processor time, training on labels and sentences gives
+    lower scores.
     """
     paraphrases = f" --paraphrases {quoted(data)}/paraphrases" if sentences else ""
     output = f"{quoted(data)}/{annotations}"
@@ -121,14 +121,14 @@ def encode(data, encoder, features, splits, flags=""):
 
 
 def evaluations(run, data, dtype):
-    """Return {name of the result: command line} for all splits, and the control of first frames."""
+    """Return {name of the result: command line} for all splits, and for the first-frame control."""
     score = f"evaluate.py --checkpoint {quoted(run)} --no-meteor --dtype {dtype} --workers 0"
     commands = {split: f"{score} {cached(data)} --split {split}" for split in SPLITS}
     return commands | {STILL: f"{score} {cached(data, 'features_still')} --control still"}
 
 
 def pictures(run, data):
-    """Yield the command lines for a picture of clips with captions, a web page of all, and GIFs."""
+    """Yield the command lines for a picture of captioned clips, a web page of all clips, and GIFs."""
     places = f"--annotations {quoted(data)}/annotations --videos {quoted(data)}/videos"
     predictions = quoted(run / f"predictions_{VALIDATION}.json")
     strips = f"--num-samples 6 --output {quoted(run / 'strips.png')}"

@@ -1,4 +1,4 @@
-"""Lay out a clip of the tabletop world: what lies where in the first frame. Needs numpy only.
+"""Lay out a clip of the tabletop world: where each object is in the first frame. Needs numpy only.
 
 x points to the right, y away from the camera, z up; the table is z = 0; lengths are in metres. An object
 is placed by the centre of its bounding box. A quaternion is (w, x, y, z).
@@ -23,9 +23,7 @@ class Thing:
     """An object of a clip: where it is in each frame."""
 
     name: str
-    half: (
-        np.ndarray
-    )  # half the extents (3,) of its bounding box, as it lies on the table, before yaw
+    half: np.ndarray  # half the extents (3,) of its bounding box, in its pose but before yaw
     yaw: float
     scale: float
     centre: np.ndarray  # (3,) in the first frame, then (F, 3)
@@ -37,7 +35,7 @@ class Thing:
 
     @property
     def radius(self):
-        """Of a circle around the footprint."""
+        """The radius of a circle around the footprint."""
         return self.half[0] if self.is_round else np.hypot(*self.half[:2])
 
     def extent(self, angle):
@@ -63,7 +61,7 @@ class Scene:
     actors: list  # those of the template, in its order
     middle: Thing  # the one that stands in the middle
     others: list  # those that are not in the template
-    beside: bool  # True if one of these stands beside it
+    beside: bool  # True if one of `others` stands beside `middle`
     side: int  # 1 if there may be an object to the right of `middle`, -1 if to its left
 
     def room(self, thing, sign):
@@ -136,7 +134,7 @@ def top(thing):
 
 
 def pose_of(action, place, name):
-    """Return the pose that an action needs of the object at `place` in its template, or None."""
+    """Return the pose in which an action needs the object at `place` in its template, or None."""
     if action == "roll":
         return "lying" if "lie" in NOUNS[name].kinds else "standing"
     if action in ("tip", "flip") or "carry" in BY_KEYWORD[action].roles[place]:

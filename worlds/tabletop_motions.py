@@ -1,7 +1,7 @@
 """Move the objects and hands of a clip of the tabletop world. Needs numpy only.
 
 For units and axes, see worlds/tabletop_layout.py. Paths are written as functions of the progress t of an
-action, which goes from 0 to 1. A hand arrives at t = 0.35 or so.
+action, which goes from 0 to 1. A hand arrives at about t = 0.35.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from worlds.tabletop_layout import (
 FRAMES = (16, 24)  # per clip
 GRAVITY = 9.81
 TIP = 0.03  # from the middle of a pinch to the tips of the fingers
-WIDEST = 0.085  # that a hand can grasp across
+WIDEST = 0.085  # of an object that a hand can grasp across
 NEVER = (2, 3)  # a time after the end
 
 
@@ -49,7 +49,7 @@ class Hand:
 
 @dataclass
 class Take:
-    """A clip without its looks."""
+    """The motion of a clip, without its appearance."""
 
     t: np.ndarray  # (F,) progress of the action
     scene: Scene
@@ -85,7 +85,7 @@ def sideways(take, from_left=None):
 
 
 def entry(yaw):
-    """Return where a hand comes from (3,), seen from where it goes to: outside of the picture."""
+    """Return where a hand comes from, relative to its goal: an offset (3,) that is out of the picture."""
     return -0.62 * heading(yaw) - 0.12 * Y + 0.2 * Z
 
 
@@ -93,7 +93,7 @@ def reach_in(t, yaw, point, arrive, leave, gap, pitch=0.4, roll=0.0, opened=0.03
     """Return a hand that enters, is at `point` (F, 3) from `arrive` to `leave`, and goes away again.
 
     gap: between thumb and fingers while it holds. opened: how much farther it opens before and after.
-    leave: (start, end); after 1 it stays.
+    leave: (start, end); if both are after 1, it stays.
     """
     away = 1 - ease(t, *arrive) + ease(t, *leave)
     loose = np.clip(away * 12, 0, 1)
@@ -143,7 +143,7 @@ def push(take, a, sign):
 
 
 def shove(take, a, sign, travel, leave):
-    """Add a hand that pushes `a` along x by `travel` (F,), for as long as it grows. Returns a's path."""
+    """Add a hand that pushes `a` along x by `travel` (F,), while that grows. Returns a's path."""
     yaw = sideways(take, sign > 0)
     height = np.clip(a.half[2], 0.025, 0.06) - a.half[2]
     contact = a.centre - X * sign * (a.reach(0) + 0.012) + height * Z

@@ -353,7 +353,7 @@ SHAPES = {
 
 
 def build(name):
-    """Return the parts of an object, centred at the middle of its bounding box, of its nominal size."""
+    """Return the parts of an object at its nominal size. The origin is the centre of its bounding box."""
     parts = SHAPES[name]()
     every = np.concatenate([p.vertices for p in parts])
     low, high = every.min(0), every.max(0)

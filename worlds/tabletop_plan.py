@@ -13,7 +13,7 @@ PAIRS, OBJECTS = "validation_pairs", "validation_objects"
 BACKGROUND = "validation_background"
 SPLITS = (TRAIN, VALIDATION, PAIRS, OBJECTS, BACKGROUND, TEST)
 SUBJECTS = ("A hand", "Someone", "A person")
-HELD_OUT = 6  # one in HELD_OUT combinations is kept for validation_pairs
+HELD_OUT = 6  # one in HELD_OUT combinations is reserved for validation_pairs
 
 # Width, depth and height in cm, then what can be done with an object: it is `small` enough to be covered,
 # put onto and behind something; it can `tip` over, `roll` as it stands, `lie` on its side (and roll),
@@ -253,13 +253,13 @@ def plan(counts, seed):
 
 
 def dealt(cards, index, seed):
-    """Return the card at `index` of an endless deck, which is shuffled anew in each round."""
+    """Return the card at `index` of an endless deck, which is reshuffled in each round."""
     turn, place = divmod(index, len(cards))
     return random.Random(f"{seed}:{turn}").sample(cards, len(cards))[place]
 
 
 def balanced(choices, index, seed):
-    """Sample a combination so that the first object, and given that the second, are uniform."""
+    """Sample a combination: the first object uniformly, then the second uniformly given the first."""
     rng = random.Random(f"{seed}:{index}")
     for place in range(len(choices[0])):
         name = rng.choice(sorted({c[place] for c in choices}))

@@ -1,4 +1,4 @@
-"""Render clips of the tabletop world with MuJoCo. All bodies are moved by hand; no physics is computed."""
+"""Render clips of the tabletop world with MuJoCo. Poses are set in each frame; no physics is computed."""
 
 import atexit
 import functools
@@ -81,7 +81,7 @@ def load_mujoco():
         empty = mujoco.MjModel.from_xml_string("<mujoco/>")
         mujoco.MjrContext(empty, mujoco.mjtFontScale.mjFONTSCALE_100).free()
         context.free()
-    except Exception as error:  # what is missing decides which error it is
+    except Exception as error:  # its type depends on what is missing
         backend = os.environ.get("MUJOCO_GL", "")
         raise UserError(
             f"mujoco cannot render with MUJOCO_GL={backend} ({type(error).__name__}: {error});"
@@ -185,10 +185,10 @@ def make_model(mujoco, folder):
 
 
 class Renderer:
-    """Renders clips. Create one per process."""
+    """Renderer of clips. Create one per process."""
 
     def __init__(self, folder):
-        """folder: of the pictures of surfaces. Raises UserError if MuJoCo cannot render."""
+        """folder: contains the pictures of surfaces. Raises UserError if MuJoCo cannot render."""
         self.mujoco = mujoco = load_mujoco()
         self.model = make_model(mujoco, folder)
         self.data = mujoco.MjData(self.model)

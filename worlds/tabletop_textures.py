@@ -36,14 +36,14 @@ PICTURES = {
     "steel-scratched": "7e22a111d516cc84addde9b2b18353d8a6ec521b9b79ec5e9c169e2d9000d3fe",
 }
 
-# name: (kind of picture, its parameters). Clips of validation_background have only the UNSEEN ones.
+# validation_background uses the UNSEEN ones, the other splits the rest
 TABLES = ("light-wood", "dark-wood", "wood-tiles", "wood-varnished-panels", "gray-woodgrain")
 TABLES += ("ceramic", "gray-felt", "steel-brushed", "blue-wood", "red checks", "sand cloth")
 UNSEEN_TABLES = ("green-wood", "red-wood", "clay", "blue checks", "violet stripes")
 WALLS = ("cream-plaster", "gray-plaster", "light-gray-plaster", "white-plaster", "yellow-plaster")
 WALLS += ("blue stripes", "light-gray-floor-tile", "green cloth")
 UNSEEN_WALLS = ("white-bricks", "pink-plaster", "yellow dots", "steel-scratched")
-DRAWN = {
+DRAWN = {  # name: (kind of picture, colour)
     "red checks": ("checks", (190, 40, 45)),
     "blue checks": ("checks", (50, 80, 170)),
     "violet stripes": ("stripes", (130, 90, 160)),
