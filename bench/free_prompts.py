@@ -1,10 +1,11 @@
-"""Measure how far soft prompts can steer a frozen language model: train free ones for each clip.
+"""Measure how far soft prompts can steer a frozen language model, by training separate ones for each clip.
 
     python -m bench.free_prompts --lm data/pretrained/smollm2 --annotations data/tabletop/annotations
 
-There is no video and no Q-Former: each clip has its own prompts, which are trained until the frozen model
-writes the clip's label. The share of labels that it then writes word for word is an upper bound for any
-captioner with as many prompts. Prints it, and writes free_prompts.json to --output. 10 CPU-minutes.
+There is no video and no Q-Former: each clip has its own prompts, which are trained so that the frozen
+model writes the clip's label. The share of labels that it then writes word for word estimates an upper
+bound for any captioner with as many prompts. Prints it, and writes free_prompts.json to --output. Takes
+10 CPU-minutes (est.).
 """
 
 import runtime.start
@@ -89,7 +90,7 @@ def load_model(name, device, dtype):
 
 
 def steer(model, labels, queries, steps):
-    """Train soft prompts (B, Q, D) for B labels. Returns (the captions they give, the last mean loss)."""
+    """Train soft prompts (B, Q, D) for B labels. Returns (their captions, the mean loss of the last step)."""
     table = embedding_table(model.lm).float()  # (V, D)
     norm = table.norm(dim=1).mean().item()
     soft = torch.randn(len(labels), queries, table.shape[1], device=model.device)

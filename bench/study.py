@@ -34,8 +34,8 @@ class Row:
     """A row of the table, with one change from the base.
 
     text: title. flags: of train.py, appended to those of all rows. change: in bench/ablation_changes.py.
-    lm: folder of the language model. features: folder of the feature cache. annotations: their folder.
-    seeds: number of runs.
+    lm: folder of the language model. features: folder of the feature cache. annotations: folder of the
+    annotations. seeds: number of runs.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Study:
 
     module: the script, which runs a single run with --row and --seed. data: the world, with annotations
     and feature caches. models: parent of the language models. runs: parent of the run folders. flags: of
-    train.py, for all rows. splits: those that are scored. options: of the script, for a single run.
+    train.py, for all rows. splits: the splits to score. options: of the script, for a single run.
     device: for --device of train.py and evaluate.py.
     """
 
@@ -101,9 +101,9 @@ class Study:
         return result if same else None
 
     def run(self, name, seed, read):
-        """Apply the change to the code, train, score and write result.json, all in this process.
+        """Apply the row's change to the code, train, score and write result.json, all in this process.
 
-        read(folder, seconds): returns the figures of a run from its folder and its processor time.
+        read(folder, seconds): returns the figures of a run, given its folder and its processor time.
         """
         folder, row, flags = self.folder(name, seed), self.rows[name], self.training(name, seed)
         device = ["--device", self.device]
@@ -175,8 +175,8 @@ def validations(folder):
 def run_commands(commands, logs, finished, jobs):
     """Run modules of this project, `jobs` at a time. Returns the names of those that failed.
 
-    commands: {name: arguments of python}. logs: {name: path of the log}. finished: the number of runs that
-    were finished before, for the progress bar.
+    commands: {name: arguments of python}. logs: {name: path of the log}. finished: number of runs
+    finished before, for the progress bar.
     """
     waiting, running, failed = list(commands), {}, []
     with tqdm(total=finished + len(commands), initial=finished, unit="run") as bar:
@@ -211,7 +211,7 @@ def start(command, log):
 def step_times():
     """Yield a list that collects the processor time of each training step.
 
-    Unlike wall-clock time it does not depend on what else the machine is doing.
+    Unlike wall-clock time, it hardly depends on what else the machine is doing.
     """
     seconds, log = [], run_log.Log.step
 

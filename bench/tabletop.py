@@ -1,12 +1,13 @@
-"""Controls and decisions on the tabletop world: train with one change at a time.
+"""Train on the tabletop world with one change at a time: controls and settings.
 
-    python -m bench.tabletop                              (5 CPU-hours, two runs at a time)
-    python -m bench.tabletop --row lm_random --seed 0     (a single run, 12 CPU-minutes)
+    python -m bench.tabletop                            (5 CPU-hours (est.), two runs at a time)
+    python -m bench.tabletop --row lm_random --seed 0   (a single run, 12 CPU-minutes (est.))
 
-Needs the models, clips and features of `make tabletop`. It can be stopped and restarted: finished runs are
-kept in --runs. Each run trains on the first 1,000 clips for 625 steps with train.py, with the demo's
-settings and one change: other flags, another language model or encoder, or a replacement from
-bench/ablation_changes.py. Writes tabletop_runs.json and tabletop.md to --output.
+Needs the models, clips and features of `make tabletop` and the result of bench/free_prompts.py. It can be
+stopped and restarted: finished runs are kept in --runs. Each run trains on the first 1,000 clips for 625
+steps with train.py. Its settings are the demo's, with twice the learning rate and one change: other
+flags, another language model or encoder, or a replacement from bench/ablation_changes.py. Writes
+tabletop_runs.json and tabletop.md to --output.
 """
 
 import runtime.start
@@ -166,8 +167,8 @@ def shuffled_lm(source):
 def random_encoder(source, frames):
     """Make a MobileNetV2 with random weights.
 
-    The statistics of its batch normalisations are those of the frames, (H, W, 3) each. Otherwise features
-    would vanish on their way through the layers.
+    Its batch normalisations use the statistics of `frames`, (H, W, 3) each. Otherwise the features would
+    vanish in the deeper layers.
     """
     model = MobileNetV2Model(MobileNetV2Config.from_pretrained(source))
     for module in model.modules():
@@ -182,7 +183,7 @@ def random_encoder(source, frames):
 
 
 def figures(folder, seconds):
-    """Collect the figures of a finished run. seconds: its processor time of training."""
+    """Collect the figures of a finished run. seconds: processor time of its training."""
     scores = {}
     for split in tabletop_demo.SPLITS:
         found = read_json(folder / f"evaluation_{split}.json", "scores")

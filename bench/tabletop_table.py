@@ -1,4 +1,4 @@
-"""Format the results on the tabletop world: of `make tabletop`, bench/tabletop.py and bench/free_prompts.py."""
+"""Format the results of `make tabletop`, bench/tabletop.py and bench/free_prompts.py as one page."""
 
 import statistics
 
@@ -18,15 +18,16 @@ COLUMNS = {  # heading: split, metric, decimals
 TEXT = """\
 # Tabletop world
 
-The language model, SmolLM2-135M-Instruct dequantised from Q4_1, and the encoder, MobileNetV2, are pretrained and frozen
-in all runs. The clips are rendered: no score carries over to Something-Something-V2. See [docs/tabletop.md](../docs/tabletop.md).
+The language model (SmolLM2-135M-Instruct, dequantised from Q4_1) and the encoder (MobileNetV2) are pretrained, except in
+the controls, and frozen in all runs. The clips are rendered: the scores do not carry over to Something-Something-V2.
+See [docs/tabletop.md](../docs/tabletop.md).
 
-"CIDEr" is on a 0-10 scale. "template" is template accuracy, "objects" the share of objects that are named, and "exact"
+CIDEr is on a 0-10 scale. "template" is template accuracy, "objects" the share of objects that are named, and "exact"
 the share of captions that equal the label.
 
 ## Scores
 
-`make tabletop`, {runs}. World, initialisation and order of the clips differ between seeds.{spread}
+`make tabletop`, {runs}. The seed determines world, initialisation and order of the clips.{spread}
 
 {scores}
 
@@ -34,15 +35,16 @@ the share of captions that equal the label.
 
 `python -m bench.tabletop` (torch {torch}, transformers {transformers}). Each run trains on the labels of {clips:,} clips,
 for {steps} steps of 8 clips, with a learning rate of {lr}, one block and 16 queries, unless the row says otherwise. These
-runs are shorter than those above, and their scores lower. "unseen" columns are CIDEr too. With several seeds, scores are
-mean ± standard deviation. Loss is that of the last epoch on 100 validation clips.
+runs are shorter than those above, so their scores are lower. K is the number of captions per clip: the label and K - 1
+sentences. "shuffled" and the "unseen" columns are CIDEr, too. With several seeds, scores are mean ± standard deviation.
+"loss" is the validation loss on 100 clips after the last epoch.
 
 {table}
 
 ## Upper bound
 
-`python -m bench.free_prompts`: with soft prompts of its own, trained for {free[steps]} steps, the frozen language model
-writes {free[exact_match]:.0%} of {free[n]} labels word for word ({free[num_queries]} prompts per clip, loss {free[loss]:.3f}).
+`python -m bench.free_prompts`: if each clip has its own {free[num_queries]} soft prompts, trained for {free[steps]} steps, the frozen language
+model writes {free[exact_match]:.0%} of {free[n]} labels word for word (loss {free[loss]:.3f}).
 """
 
 
