@@ -163,6 +163,10 @@ def test_the_table_in_the_docs_is_that_of_the_receipt():
     assert f"recognises {summary['probe']:.0%}".replace("%", " %") in text
 
 
+def test_the_page_of_results_matches_the_committed_results():
+    assert (ROOT / "results" / "tabletop.md").read_text() == tabletop.page(ROOT / "results")
+
+
 def test_the_docs_quote_the_committed_runs():
     """The figures of docs/tabletop.md are those of results/tabletop_runs.json and of the seeds."""
     rows = json.loads((ROOT / "results" / "tabletop_runs.json").read_text())["rows"]
@@ -177,10 +181,10 @@ def test_the_docs_quote_the_committed_runs():
     )
     for name, quoted in {
         "lm_random": "worthless ({:.2f})",
-        "lm_shuffled": "a little through ({:.2f})",
-        "encoder_random": "anything ({:.2f}, as when",
-        "no_gain": "a bare LayerNorm ({:.2f})",
-        "no_standardisation": "raw features ({:.2f})",
+        "lm_shuffled": "random order, the score is {:.2f}.",
+        "encoder_random": "hardly better ({:.2f})",
+        "no_gain": "the norm of a LayerNorm ({:.2f})",
+        "no_standardisation": "the features as they are ({:.2f})",
     }.items():
         assert quoted.format(mean[name]) in text, name
     summaries = [
@@ -191,4 +195,10 @@ def test_the_docs_quote_the_committed_runs():
     assert f"never seen is {best[0]:.2f} to {best[-1]:.2f}." in text
     exact = statistics.fmean(s["scores"]["validation"]["exact_match"] for s in summaries)
     assert f"{exact:.0%}".replace("%", " % are right word for word") in text
+    still = [summary["scores"]["validation_still"] for summary in summaries]
+    objects, templates = (
+        f"{statistics.fmean(s[key] for s in still):.0%}".replace("%", " %")
+        for key in ("placeholder_match", "template_accuracy")
+    )
+    assert f"name {objects} of the objects, but only {templates} of the templates" in text
     assert f"[{exact:.0%} of all]".replace("%", " %") in (ROOT / "README.md").read_text()
