@@ -202,3 +202,12 @@ def test_the_docs_quote_the_committed_runs():
     )
     assert f"name {objects} of the objects, but only {templates} of the templates" in text
     assert f"[{exact:.0%} of all]".replace("%", " %") in (ROOT / "README.md").read_text()
+    kinds = json.loads((ROOT / "results" / "tabletop_mistakes.json").read_text())["kinds"]
+    shares = {kind: f"- {count / sum(kinds.values()):.0%}" for kind, count in kinds.items()}
+    for kind, quoted in {
+        "objects": " have the right template",
+        "template": " name only objects of the reference",
+        "both": " have a wrong template and a wrong object",
+        "none": " follow no template",
+    }.items():
+        assert shares[kind].replace("%", " %") + quoted in text, kind
