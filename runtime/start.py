@@ -1,8 +1,8 @@
 """The first import of every script: checks Python and the packages, and blocks signals.
 
-This file uses only the standard library and a syntax that old Python versions can parse. Importing torch
-and transformers takes seconds. A Ctrl-C during that time is delivered once `cli.run` can handle it, so it
-does not print a traceback from the middle of an import.
+This file and ranks.py use only the standard library and a syntax that old Python versions can parse.
+Importing torch and transformers takes seconds. A Ctrl-C during that time is delivered once `cli.run` can
+handle it, so it does not print a traceback from the middle of an import.
 """
 
 import os
@@ -10,6 +10,8 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from runtime import ranks
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DOCTOR = "python -m tools.doctor"  # needs no packages, and reports which are missing
@@ -79,7 +81,7 @@ def set_progress_bars():
 
     tqdm reads these variables when it is imported.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if ranks.rank():
         os.environ["TQDM_DISABLE"] = "1"
     elif not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")

@@ -98,6 +98,15 @@ def test_imports_are_at_the_top_of_a_file():
             assert not nested or known, f"{name} imports {other} inside a function"
 
 
+def test_the_first_import_of_a_script_is_runtime_start():
+    """Where it was not, tqdm had been imported before its variables were set, and Ctrl-C during the imports
+    printed a traceback. It looks for the call of `cli.run` in the script."""
+    for name, tree in sources().items():
+        if any(isinstance(n, ast.FunctionDef) and n.name == "parse_args" for n in tree.body):
+            assert imports(tree)[0] == ("runtime.start", False), name
+            assert "cli.run(main" in ast.unparse(tree), name
+
+
 def test_the_root_has_few_modules():
     assert len([*ROOT.glob("*.py")]) <= 17
 

@@ -23,6 +23,8 @@ A clip depends only on the seed, its split and its number: with more clips, the 
 A second run keeps finished clips. The same seed always gives the same files on one machine.
 """
 
+import runtime.start
+
 import functools
 import multiprocessing
 import resource
@@ -32,7 +34,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.cli import add_workers, note, parser, run, whole
+from runtime import cli
+from runtime.cli import add_workers, note, parser, whole
 from runtime.errors import FAILED, UserError
 from runtime.files import write_json
 from runtime.names import counted
@@ -110,4 +113,4 @@ def write_videos(root, clips, seed, workers):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -17,6 +17,8 @@ about 15 s and 6 MB:
 The same flags always give the same files. A second run keeps finished videos.
 """
 
+import runtime.start
+
 import csv
 import io
 import random
@@ -27,8 +29,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import TEST, TRAIN, VALIDATION
+from runtime import cli
 from runtime.charades import CLASSES, SPLITS
-from runtime.cli import existing, parser, run, whole
+from runtime.cli import existing, parser, whole
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
 from runtime.names import list_names
@@ -151,4 +154,4 @@ def write_csv(path, rows):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

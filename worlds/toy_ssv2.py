@@ -19,6 +19,8 @@ take about 100 s on two idle cores (est.) and 47 MB:
 The same flags always give the same files. A second run keeps finished files.
 """
 
+import runtime.start
+
 import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +29,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.cli import add_workers, parser, run, whole
+from runtime import cli
+from runtime.cli import add_workers, parser, whole
 from runtime.errors import FAILED, UserError
 from runtime.names import counted
 from worlds.shapes import ACTIONS, COLOURS, SINGLE, paraphrases_of, plan
@@ -211,4 +214,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)
