@@ -13,6 +13,7 @@ import runtime.start
 
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from runtime import cli, start
 from runtime.cli import note
-from runtime.errors import FAILED, UserError
+from runtime.errors import FAILED, Stopped, UserError
 from runtime.files import read_json, write_json
 
 # A tiny model trains with fewer queries, a higher learning rate and no dropout
@@ -130,13 +131,23 @@ def steps(args):
 
 
 def shell(command):
-    """Echo a command line and run it. Raises UserError if its exit code is not 0."""
+    """Echo a command line and run it. Raises UserError if its exit code is not 0.
+
+    If a signal stops this process, the script may save what it has before it ends.
+    """
     note(f"\n$ python {command}")
     name, *args = shlex.split(command)
     name = str(start.ROOT / name) if name.endswith(".py") else name
-    done = subprocess.run([sys.executable, name, *args], env=start.environment())
-    if done.returncode:
-        raise UserError(f"{command} ended with exit code {done.returncode}", code=FAILED)
+    with subprocess.Popen([sys.executable, name, *args], env=start.environment()) as process:
+        try:
+            code = process.wait()
+        except Stopped as stopped:
+            # a terminal has sent its signals to the script, too, and a second one would kill it at once
+            if stopped.args[0] == signal.SIGTERM:
+                process.terminate()
+            raise  # the end of the block waits for the script
+    if code:
+        raise UserError(f"{command} ended with exit code {code}", code=FAILED)
 
 
 def summarise(run, seconds):
