@@ -80,11 +80,15 @@ class Study:
         steps = args.epochs * math.ceil(args.limit / (args.batch_size * args.grad_accum))
         return [*flags, "--warmup-steps", str(steps // 9)]
 
+    def folders(self, name):
+        """Return the folders of a row: annotations, features and language model."""
+        row = self.rows[name]
+        return self.data / row.annotations, self.data / row.features, self.models / row.lm
+
     def cached(self, name):
         """Return the flags for the annotations and the features of a row."""
-        row = self.rows[name]
-        folders = str(self.data / row.annotations), str(self.data / row.features)
-        return ["--annotations", folders[0], "--features", folders[1]]
+        annotations, features, _ = map(str, self.folders(name))
+        return ["--annotations", annotations, "--features", features]
 
     def inputs(self, name, seed):
         """Return what the result of a run depends on, apart from the code and the device."""
@@ -96,8 +100,10 @@ class Study:
     def result(self, name, seed):
         """Return the result of a run with exactly these inputs, or None."""
         path = self.folder(name, seed) / "result.json"
-        result = read_json(path, "result") if path.is_file() else {}
-        same = result and all(result.get(k) == v for k, v in self.inputs(name, seed).items())
+        result = read_json(path, "result") if path.is_file() else None
+        if not isinstance(result, dict):
+            return None
+        same = all(result.get(k) == v for k, v in self.inputs(name, seed).items())
         return result if same else None
 
     def run(self, name, seed, read):

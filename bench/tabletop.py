@@ -1,7 +1,7 @@
 """Train on the tabletop world with one change at a time: controls and settings.
 
     python -m bench.tabletop                            (5 CPU-hours (est.), two runs at a time)
-    python -m bench.tabletop --row lm_random --seed 0   (a single run, 12 CPU-minutes (est.))
+    python -m bench.tabletop --row queries8 --seed 0    (a single run, 12 CPU-minutes (est.))
 
 Needs the models, clips and features of `make tabletop` and the result of bench/free_prompts.py. It can be
 stopped and restarted: finished runs are kept in --runs. Each run trains on the first 1,000 clips for 625
@@ -104,15 +104,17 @@ def main(argv=None):
     for folder in needed:
         cli.existing(folder, "tabletop world", "Run make tabletop first.")
     if args.row:
+        for folder in study.folders(args.row):
+            cli.existing(folder, f"input of {args.row}", "Run python -m bench.tabletop to make it.")
         return study.run(args.row, args.seed, figures)
     output = cli.output_folder(args.output, "--output")
-    cli.existing(output / "free_prompts.json", "result", "Run python -m bench.free_prompts first.")
+    demos, free = other_results(output)
     make_controls(study.data, study.models)
     failed = study.run_all(args.jobs)
     results = collect(study)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "tabletop_runs.json", results)
-    text = page(output)
+    text = markdown(results, demos, free)
     write_atomic(output / "tabletop.md", text.encode())
     print(text, end="")
     return PARTIAL if failed else None
@@ -220,13 +222,17 @@ def collect(study):
     }
 
 
-def page(folder):
-    """Format tabletop.md from the results in a folder, usually results/."""
-    demos = [read_json(path, "summary") for path in sorted(folder.glob("tabletop_seed*.json"))]
-    runs, free = (
-        read_json(folder / f"{name}.json", name) for name in ("tabletop_runs", "free_prompts")
-    )
-    return markdown(runs, demos, free)
+def other_results(folder):
+    """Read what tabletop.md quotes from other commands: the summaries of `make tabletop`, and free_prompts.json.
+
+    Raises UserError if there is none.
+    """
+    hint = "Run python -m bench.free_prompts first."
+    path = cli.existing(folder / "free_prompts.json", "result", hint)
+    hint = "Run make tabletop first, and copy its summary.json to this name."
+    cli.existing(folder / "tabletop_seed0.json", "result", hint)
+    demos = [read_json(p, "summary") for p in sorted(folder.glob("tabletop_seed*.json"))]
+    return demos, read_json(path, "result")
 
 
 if __name__ == "__main__":

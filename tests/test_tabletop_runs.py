@@ -211,3 +211,25 @@ def test_the_docs_quote_the_committed_runs():
         "none": " follow no template",
     }.items():
         assert shares[kind].replace("%", " %") + quoted in text, kind
+
+
+
+def test_a_missing_result_of_another_command_is_noticed_before_the_runs(tmp_path):
+    """Without a summary of `make tabletop`, the page failed after five CPU-hours of runs."""
+    with pytest.raises(UserError, match=r"bench\.free_prompts"):
+        tabletop.other_results(tmp_path)
+    (tmp_path / "free_prompts.json").write_text('{"n": 1}')
+    with pytest.raises(UserError, match="make tabletop"):
+        tabletop.other_results(tmp_path)
+    for seed in (1, 0):
+        (tmp_path / f"tabletop_seed{seed}.json").write_text(f'{{"seed": {seed}}}')
+    assert tabletop.other_results(tmp_path) == ([{"seed": 0}, {"seed": 1}], {"n": 1})
+
+
+def test_a_single_run_names_the_command_that_makes_its_inputs(tmp_path):
+    """`--row lm_random` said that the folder of the random model is no Hub id."""
+    for folder in ("annotations", "features", "smollm2"):
+        (tmp_path / folder).mkdir()
+    flags = ["--data", str(tmp_path), "--pretrained", str(tmp_path), "--row", "lm_random"]
+    with pytest.raises(UserError, match=r"smollm2_random. Run python -m bench.tabletop"):
+        tabletop.main(flags)
