@@ -171,7 +171,9 @@ def feature_map(model, pixels):
     if not indices:
         return model(pixel_values=pixels).last_hidden_state
     states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
-    if not all(type(i) is int and -len(states) <= i < len(states) for i in indices):
+    if not isinstance(indices, list | tuple) or not all(
+        type(i) is int and -len(states) <= i < len(states) for i in indices
+    ):
         raise UserError(
             f"--encoder: out_indices is {indices} in config.json, but the model has hidden states from 0 to"
             f" {len(states) - 1}"
