@@ -41,8 +41,9 @@ def script(name, *args, **kwargs):
 def test_progress_is_shown_by_one_process_and_rarely_in_a_file():
     """tqdm reads its variables when it is imported. They were set later, so all processes of torchrun
     drew their bars. RANK alone is not torchrun's: with another launcher's there was no bar at all."""
-    code = (
-        "from runtime import start; start.set_progress_bars(); import time; from tqdm import tqdm\n"
+    code = (  # as if it were in train.py
+        f"import __main__; __main__.__file__ = {str(HERE / 'train.py')!r}\n"
+        "import runtime.start; import time; from tqdm import tqdm\n"
         "for _ in tqdm(range(600)): time.sleep(0.001)"
     )
 

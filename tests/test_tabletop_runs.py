@@ -7,6 +7,8 @@ import json
 import shlex
 import statistics
 
+import encoders
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ import train
 from bench import free_prompts, tabletop, tabletop_table
 from bench.ablation_changes import changed
 from captioner import VideoCaptioner
+from encoder import transform
 from runtime.errors import UserError
 from worlds import tabletop_demo
 
@@ -51,6 +54,7 @@ def test_each_script_accepts_its_flags_and_finished_parts_are_kept(commands, tmp
     for line in commands:
         name, *flags = shlex.split(line.removeprefix("-m "))
         importlib.import_module(name.removesuffix(".py")).parse_args(flags)
+        assert ("--resume" in flags) == (name in ("train.py", "probe.py"))
     assert json.loads((run / "summary.json").read_text())["scores"]["validation"]["CIDEr"] == 1
     printed = capsys.readouterr().out
     assert "clips never seen" in printed and printed.split("features")[1].split()[0] == "0.75"
@@ -121,6 +125,30 @@ def test_only_the_order_of_the_layers_is_shuffled(tmp_path):
     assert sorted(places(other)) == list(range(6)) != places(other)
     assert one["lm_head.weight"].equal(other["lm_head.weight"])
     assert places(third) == [-1] * 6
+
+
+def test_the_features_of_a_random_encoder_do_not_vanish(tmp_path):
+    """With the statistics that a new MobileNetV2 has, those of its last layers were 1e-19."""
+    encoders.save("mobilenet_v2", tmp_path)
+    frames = list(np.random.default_rng(0).integers(0, 256, (4, 120, 160, 3), dtype=np.uint8))
+    model = tabletop.random_encoder(tmp_path, frames)
+    pixels = transform(torch.as_tensor(np.stack(frames)), 160, "squash")
+    with torch.no_grad():
+        maps = model(pixels, output_hidden_states=True).hidden_states
+    assert all(0.1 < x.std() < 10 for x in maps)
+
+
+def test_the_figures_of_a_run_are_those_of_its_last_epoch_and_all_splits(tmp_path):
+    for cider, split in enumerate(tabletop_demo.SPLITS, 1):
+        write_result(tmp_path, split, cider)
+    for epoch in (1, 2, 10):
+        value = {"step": 7 * epoch, "loss": 1 / epoch}
+        (tmp_path / f"validation_epoch_{epoch}.json").write_text(json.dumps(value))
+    (tmp_path / "args.json").write_text('{"trainable_parameters": 7}')
+    found = tabletop.figures(tmp_path, 1.5)
+    scores = [(s["CIDEr"], s["shuffled"]) for s in found["scores"].values()]
+    assert scores == [(1, 0.1), (2, 0.1), (3, 0.1), (4, 0.1)]
+    assert found["losses"] == [1, 0.5, 0.1] and found["steps"] == 70
 
 
 def test_the_table_has_a_row_for_each_kind_of_run():
