@@ -121,12 +121,14 @@ class Study:
             dtype = ["--dtype", train.parse_args(flags).dtype]
             score = ["--checkpoint", str(folder), *self.cached(name), *COMMON, *device, *dtype]
             for split in self.splits:
-                if split != VALIDATION:  # train.py has scored it
-                    evaluate.main([*score, "--split", split])
+                if split == VALIDATION:  # train.py has scored it
+                    continue
+                if code := evaluate.main([*score, "--split", split]):
+                    return code
         steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         figures = read(folder, round(statistics.median(seconds) * steps, 1))
-        result = {"seed": seed, "device": self.device, **figures, **self.inputs(name, seed)}
-        write_json(folder / "result.json", result)
+        facts = {"seed": seed, "device": read_json(folder / "args.json", "args")["device"]}
+        write_json(folder / "result.json", facts | figures | self.inputs(name, seed))
 
     def run_all(self, jobs):
         """Start all unfinished runs, `jobs` at a time. Returns the names of those that failed."""

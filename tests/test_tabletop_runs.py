@@ -230,6 +230,9 @@ def test_the_docs_quote_the_committed_runs():
     )
     assert f"name {objects} of the objects, but only {templates} of the templates" in text
     assert f"[{exact:.0%} of all]".replace("%", " %") in (ROOT / "README.md").read_text()
+    shapes = json.loads((ROOT / "results" / "shapes_smollm2.json").read_text())["scores"]
+    assert f"reach a CIDEr of {shapes['validation']['CIDEr']:.2f}," in text
+    assert f"first frame alone, {shapes['validation_still']['CIDEr']:.2f} and" in text
     kinds = json.loads((ROOT / "results" / "tabletop_mistakes.json").read_text())["kinds"]
     shares = {kind: f"- {count / sum(kinds.values()):.0%}" for kind, count in kinds.items()}
     for kind, quoted in {
@@ -239,7 +242,6 @@ def test_the_docs_quote_the_committed_runs():
         "none": " follow no template",
     }.items():
         assert shares[kind].replace("%", " %") + quoted in text, kind
-
 
 
 def test_a_missing_result_of_another_command_is_noticed_before_the_runs(tmp_path):
