@@ -215,6 +215,7 @@ def test_the_docs_quote_the_committed_runs():
         "lm_shuffled": "random order, the score is {:.2f}.",
         "encoder_random": "hardly better ({:.2f})",
         "no_gain": "the norm of a LayerNorm ({:.2f})",
+        "k2": "nor harms the labels ({:.2f} with K = 2)",
         "no_positions": "without them the score is {:.2f}",
         "eot_in_front": "does not help ({:.2f})",
         "no_standardisation": "the features as they are ({:.2f})",
