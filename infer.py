@@ -1,30 +1,45 @@
 """Caption video files of any format and length. No dataset is needed.
 
     python infer.py clip.webm other.mp4 folder/ --checkpoint results/ssv2/best.pt
-    python infer.py --num-samples 10 --checkpoint results/ssv2/best.pt     (clips of the SSv2 test split)
+    python infer.py folder/ --sidecar                        (a .txt beside each clip)
+    python infer.py film.mp4 --format srt --output film.srt  (subtitles)
+    python infer.py folder/ --output captions.csv            (or .tsv, .jsonl)
+    python infer.py --num-samples 10                         (clips of the SSv2 test split)
 
-Prints one line per clip, `path<TAB>caption`. Clips of at least 1.5 x --window seconds are split into windows,
-with one line `path<TAB>start-end<TAB>caption` for each. The exit code is 3 if some clips failed and 1 if
-all failed. With --output FOLDER, the captions are also written to FOLDER/captions.json, from which
-python -m viz.films makes captioned videos.
+Prints one line per clip, `path<TAB>caption`. A clip of at least 1.5 x --window seconds is split into
+windows, with one line `path<TAB>start-end<TAB>caption` for each. If less than half a window remains at
+the end, it is added to the last one. The exit code is 3 if some clips failed and 1 if all failed. With
+--output FOLDER, the captions are also written to FOLDER/captions.jsonl, from which python -m viz.films
+makes captioned videos.
 """
 
 import runtime.start
 
-import json
-import os
 import shutil
+import time
 from pathlib import Path
 
 import heads
 from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
+from runtime.caption_files import (
+    FILES,
+    FORMATS,
+    RECORD,
+    SUBTITLES,
+    CaptionFile,
+    Sidecars,
+    SubtitleFile,
+    forget,
+    formatted,
+    header,
+)
 from runtime.cli import note
 from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
-from runtime.files import write_json
-from runtime.names import counted, to_utf8
+from runtime.files import in_shard
+from runtime.names import counted
 from windows import Windowing, add_flags, caption_files, output_names
 
 
@@ -41,10 +56,31 @@ def parse_args(argv=None):
     cli.add_generation(group)
     add = parser.add_argument_group("output").add_argument
     add("--probe", help="checkpoint of a probe (probe.py); also print the five likeliest actions")
-    add("--json", action="store_true", help="print one JSON object per file instead of text")
+    add(
+        "--format",
+        choices=FORMATS,
+        help="format of the captions: of --output if given, else of stdout; srt and vtt are subtitles"
+        " (default: the ending of --output, else text)",
+    )
     add(
         "--output",
-        help="write captions.json to this folder (default with --num-samples: results/samples)",
+        help="file to write, or a folder for captions.jsonl (default with --num-samples:"
+        " results/samples)",
+    )
+    add(
+        "--sidecar",
+        action="store_true",
+        help="write <clip>.txt beside each clip, or .srt or .vtt with --format; files that infer.py has not"
+        " written are left alone; what it has written is listed in captions.jsonl, in --output or the"
+        " folder of the first clip",
+    )
+    add("--skip-done", action="store_true", help="continue: skip the clips that --output contains")
+    add("--overwrite", action="store_true", help="caption again the clips that --output contains")
+    add(
+        "--shard",
+        type=cli.shard,
+        default="0/1",
+        help="process only part i of n, written i/n, with i from 0 to n - 1; 0/1 means all clips",
     )
     add = parser.add_argument_group("clips of a dataset").add_argument
     add(
@@ -63,40 +99,104 @@ def main(argv=None):
     if bool(args.clips) == bool(args.num_samples):
         raise UserError("give either the clips to caption or --num-samples N, but not both")
     if args.num_samples:
-        paths = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
+        clips = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
     else:
-        paths = find_clips(args.clips)
-    paths = paths[: args.limit]
+        clips = find_clips(args.clips)
+    every, clips = clips, clips[: args.limit]
+
+    # what to write, and what is left to do
     output = args.output or ("results/samples" if args.num_samples else None)
-    output = output and cli.output_folder(output, "--output")
+    path, form = destination(output, args.format, args.sidecar and clips[0].parent, args.shard)
+    if (form or args.format) in SUBTITLES and len(clips) > 1:
+        raise UserError(
+            f"{form or args.format} holds a single film; for {len(clips)} clips, use --sidecar"
+        )
+    if path and path.exists():
+        if not (args.skip_done or args.overwrite):
+            raise UserError(f"{path} exists; --skip-done continues it, --overwrite replaces it")
+        if args.overwrite:
+            forget(path)
+    kind = SubtitleFile if form in SUBTITLES else CaptionFile
+    file = kind(path, form) if path else None
+    sidecars = Sidecars(every, sidecar_form(args.format), file) if args.sidecar else None
+    todo = [clip for clip in clips if in_shard(str(clip), *args.shard)]
+    if args.skip_done and file:
+        todo = [clip for clip in todo if not (sidecars or file).is_finished(clip)]
+        if not todo:
+            note(f"all {counted(len(clips), 'clip')} are in {path}")
+            return DONE
 
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     warn_if_untrained(checkpoint, args.style)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
-    settings, recognise = encoder.settings, None
+    recognise = None
     if args.probe:
-        recognise = heads.recogniser(args.probe, "--probe", settings, device)
+        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
     generation = args.style, args.max_new_tokens, args.num_beams, recognise
-    results = []
+    began, seconds, failed, captioned = time.monotonic(), 0.0, 0, []
+    stdout = args.format if args.format and not (output or args.sidecar) else "text"
+    print(header(stdout), end="")
     try:
-        for result in caption_files(paths, encoder, captioner, Windowing.of(args), *generation):
-            results.append(result)
+        results = caption_files(todo, encoder, captioner, Windowing.of(args), *generation)
+        for clip, result in zip(todo, results, strict=True):
+            print(formatted(result, stdout), end="", flush=True)
             if problem := result.get("error") or result.get("warning"):
                 note(f"{result['path']}: {problem}")
-            for line in [json.dumps(as_json(result))] if args.json else text_lines(result):
-                print(line, flush=True)
-    finally:  # if the script is stopped, write the results so far
-        if output:
-            save_results(output, results, copy_clips=bool(args.num_samples))
+            if sidecars:
+                sidecars.write(clip, result)
+            elif file:
+                file.write(result)
+            failed += "error" in result
+            seconds += result["windows"][-1]["end"] if "windows" in result else 0
+            if args.num_samples and "error" not in result:
+                captioned.append(clip)
+    finally:  # also if the script is stopped
+        if file:
+            file.close()
+            copy_clips(captioned, path.parent)
+            note(f"written to {path}")
     if captioner.cut_captions:
         captions = counted(captioner.cut_captions, "caption")
         limit = args.max_new_tokens or captioner.max_new_tokens
         note(f"{captions} reached the limit of {limit} tokens; --max-new-tokens sets another")
-    failed = sum("error" in r for r in results)
+    if sidecars and sidecars.foreign:
+        files = counted(sidecars.foreign, f".{sidecars.form} file")
+        note(f"left alone: {files} that infer.py has not written")
+    rate = len(todo) / (time.monotonic() - began)
+    note(f"{counted(len(todo), 'clip')}, {seconds:,.0f} s of video, {rate:.1f} clips/s")
     if failed:
-        note(f"{failed} of {counted(len(results), 'clip')} failed")
-    return FAILED if failed == len(results) else PARTIAL if failed else DONE
+        note(f"{failed} of {counted(len(todo), 'clip')} failed")
+    return FAILED if failed == len(todo) else PARTIAL if failed else DONE
+
+
+def destination(output, form, sidecars, shard):
+    """Return (path of the file of captions, its format), or (None, None) if there is none.
+
+    output: a file, a folder or None. form: of --format, or None. sidecars: the folder for their record, or
+    False. Raises UserError if they do not fit together.
+    """
+    if sidecars and form not in (None, "text", *SUBTITLES):
+        raise UserError(f"--sidecar writes text, srt or vtt, not {form}")
+    if not (output or sidecars):
+        return None, None
+    path = Path(output or sidecars)
+    ending = path.suffix[1:].lower() if not path.is_dir() else ""
+    if sidecars or (form is None and ending not in FILES):
+        cli.output_folder(path, "--output")
+        path, form = path / RECORD, "jsonl"
+    elif path.is_dir() or form == "text":
+        raise UserError(f"--format {form} needs the name of a file, such as --output captions.csv")
+    else:
+        cli.output_folder(path.parent, "--output")
+        form = form or ending
+    if shard != (0, 1):
+        path = path.with_stem("{}_part{}of{}".format(path.stem, *shard))
+    return path, form
+
+
+def sidecar_form(form):
+    return "txt" if form in (None, "text") else form
 
 
 def sample_clips(count, videos, annotations, seed):
@@ -114,40 +214,12 @@ def sample_clips(count, videos, annotations, seed):
     return [paths[clip_id] for clip_id in by_hash(paths, seed)[:count]]
 
 
-def text_lines(result):
-    """Yield the stdout lines for one file. There are none if it failed."""
-    path = cli.printable(result["path"], keep="")  # escape line breaks in the file name
-    if "windows" in result:
-        for w in result["windows"]:
-            yield f"{path}\t{w['start']:.1f}-{w['end']:.1f}\t{w['caption']}{actions_of(w)}"
-    elif "caption" in result:
-        yield f"{path}\t{result['caption']}{actions_of(result)}"
-
-
-def actions_of(result):
-    """Return another column with the actions of a clip or window, if a probe was applied."""
-    actions = [f"{a['action']} {a['probability']:.0%}" for a in result.get("actions", ())]
-    return "\t" + "; ".join(actions) if actions else ""
-
-
-def as_json(result):
-    """Return the result of one file with its path as JSON files have it, in UTF-8."""
-    return result | {"path": to_utf8(result["path"])}
-
-
-def save_results(output, results, copy_clips):
-    """Write captions.json and, if `copy_clips`, copy the captioned clips into the same folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    # absolute paths, so that viz.films finds the clips from every working directory
-    absolute = [as_json(r | {"path": os.path.abspath(r["path"])}) for r in results]
-    write_json(output / "captions.json", absolute)
-    paths = [Path(r["path"]) for r in results if copy_clips and "error" not in r]
-    # clips of different folders may have the same name
-    for path, name in zip(paths, output_names(paths), strict=True):
-        copy = output / (name + path.suffix)
-        if not (copy.exists() and copy.samefile(path)):
-            shutil.copyfile(path, copy)
-    note(f"written to {output}")
+def copy_clips(clips, folder):
+    """Copy clips into a folder. Clips of different folders may have the same name."""
+    for clip, name in zip(clips, output_names(clips), strict=True):
+        copy = folder / (name + clip.suffix)
+        if not (copy.exists() and copy.samefile(clip)):
+            shutil.copyfile(clip, copy)
 
 
 if __name__ == "__main__":

@@ -178,9 +178,9 @@ def description(path, pairs):
     """Return the result of one file as a dict.
 
     pairs: its [(`Window`, caption)], where the caption is None if the window failed.
-    The result is {"path", "caption"} for a single window, {"path", "windows": [{"start", "end",
-    "caption"}]} for several, and {"path", "error"} if all failed. It also has a "warning" if part of the
-    file could not be decoded. If a probe was applied, "actions" is beside each "caption".
+    The result is {"path", "windows": [{"start", "end", "caption"}]}, and {"path", "error"} if all windows
+    failed. It also has a "warning" if part of the file could not be decoded. If a probe was applied,
+    "actions" is beside each "caption".
     """
 
     def text_of(w, caption):
@@ -189,11 +189,8 @@ def description(path, pairs):
     captioned = [(w, text) for w, text in pairs if text is not None]
     if not captioned:
         return {"path": str(path), "error": str(pairs[0][0].error)}
-    if len(pairs) == 1:
-        result = {"path": str(path), **text_of(*captioned[0])}
-    else:
-        spans = [{"start": w.start, "end": w.end, **text_of(w, text)} for w, text in captioned]
-        result = {"path": str(path), "windows": spans}
+    spans = [{"start": w.start, "end": w.end, **text_of(w, text)} for w, text in captioned]
+    result = {"path": str(path), "windows": spans}
     damage = dict.fromkeys(w.damage for w, _ in captioned if w.damage)
     problems = [f"{text}; the caption covers the readable part" for text in damage]
     if failed := len(pairs) - len(captioned):

@@ -82,10 +82,10 @@ def value(page, name):
 
 def test_an_upload_gets_the_same_captions_as_with_infer(page, world, trained, probed, capsys):
     clip = sorted((world / "videos").glob("*.webm"))[0]
-    captions, flags = {}, ["--workers", "0", "--probe", str(probed), "--json"]
+    captions, flags = {}, ["--workers", "0", "--probe", str(probed), "--format", "jsonl"]
     for style in ("label", "sentence"):
         infer.main([str(clip), "--checkpoint", str(trained), "--style", style, *flags])
-        result = json.loads(capsys.readouterr().out)
+        [result] = json.loads(capsys.readouterr().out)["windows"]
         captions[style] = result["caption"]
     upload(page, clip)
     until(lambda: value(page, "label"))

@@ -13,6 +13,7 @@ from conftest import preprocess
 import evaluate
 import infer
 from dataset import load_records
+from runtime.caption_files import read_results
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_meteor")
@@ -188,11 +189,11 @@ def test_a_clip_that_fails_has_no_caption(world, trained, tmp_path, capsys):
     shutil.copy(good[0], folder / "b.webm")
     (folder / "a.webm").write_text("not a video")
     (folder / "notes.txt").write_text("not meant")
-    assert caption(trained, tmp_path / "clips", "--json") == PARTIAL
+    assert caption(trained, tmp_path / "clips", *("--format", "jsonl")) == PARTIAL
     printed = capsys.readouterr()
     first, second = map(json.loads, printed.out.splitlines())
-    assert first["path"].endswith("a.webm") and "caption" not in first and first["error"]
-    assert second["path"].endswith("b.webm") and second["caption"]
+    assert first["path"].endswith("a.webm") and "windows" not in first and first["error"]
+    assert second["path"].endswith("b.webm") and second["windows"][0]["caption"]
     assert "a.webm" in printed.err and "1 of 2 clips failed" in printed.err
     assert caption(trained, folder / "a.webm") == FAILED
     assert capsys.readouterr().out == ""
@@ -201,9 +202,9 @@ def test_a_clip_that_fails_has_no_caption(world, trained, tmp_path, capsys):
 def test_a_truncated_clip_is_captioned_with_a_warning(world, trained, tmp_path, capsys):
     whole = next(iter(sorted((world / "videos").iterdir()))).read_bytes()
     (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
-    assert caption(trained, tmp_path / "cut.webm", "--json") == DONE
+    assert caption(trained, tmp_path / "cut.webm", *("--format", "jsonl")) == DONE
     result = json.loads(capsys.readouterr().out)
-    assert result["caption"] and "truncated" in result["warning"]
+    assert result["windows"][0]["caption"] and "truncated" in result["warning"]
 
 
 def test_long_clips_are_captioned_by_windows(world, trained, capsys):
@@ -213,7 +214,9 @@ def test_long_clips_are_captioned_by_windows(world, trained, capsys):
     assert len(lines) >= 3 and all(len(line) == 3 for line in lines)
     spans = [tuple(map(float, line[1].split("-"))) for line in lines]
     assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(spans))
-    assert caption(trained, path, "--window", "0.5", "--stride", "0.5", "--json") == DONE
+    assert (
+        caption(trained, path, "--window", "0.5", "--stride", "0.5", *("--format", "jsonl")) == DONE
+    )
     windows = json.loads(capsys.readouterr().out)["windows"]
     assert [w["caption"] for w in windows] == [line[2] for line in lines]
 
@@ -224,10 +227,10 @@ def test_samples_of_the_test_split(world, prepared, trained, tmp_path, capsys):
     assert caption(trained, *flags) == DONE
     printed = capsys.readouterr().out
     test = {r["id"] for r in load_records(prepared / "annotations", "test")}
-    saved = load(tmp_path / "samples" / "captions.json")
+    saved = read_results(tmp_path / "samples" / "captions.jsonl")
     assert len(saved) == 3 == len(printed.splitlines())
     assert {p.stem for p in (tmp_path / "samples").glob("*.webm")} <= test
-    assert caption(trained, *flags) == DONE
+    assert caption(trained, *flags, "--overwrite") == DONE
     assert capsys.readouterr().out == printed, "the same seed, the same clips"
 
 
@@ -236,8 +239,8 @@ def test_samples_of_the_same_name_are_all_copied(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.webm").write_text(folder)
-    results = [{"path": str(tmp_path / f / "1.webm"), "caption": f} for f in "ab"]
-    infer.save_results(tmp_path / "samples", results, copy_clips=True)
+    (tmp_path / "samples").mkdir()
+    infer.copy_clips([tmp_path / f / "1.webm" for f in "ab"], tmp_path / "samples")
     assert [p.read_text() for p in sorted((tmp_path / "samples").glob("*.webm"))] == ["b", "a"]
 
 
@@ -247,12 +250,16 @@ def test_samples_of_the_same_name_are_all_copied(tmp_path):
         ((), "give either the clips"),
         (("a.mp4", "--num-samples", "2"), "not both"),
         (("/nowhere/a.mp4",), "clip not found: /nowhere/a.mp4"),
+        (("CLIP", "--sidecar", "--format", "csv"), "--sidecar writes text, srt or vtt"),
+        (("CLIP", "--format", "csv", "--output", "."), "needs the name of a file"),
+        (("CLIP", "CLIP", "--format", "srt"), "srt holds a single film; for 2 clips"),
         (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),
     ],
 )
-def test_infer_usage_errors(trained, args, message):
+def test_infer_usage_errors(world, trained, args, message):
+    clip = next((world / "videos").iterdir())
     with pytest.raises(UserError, match=message):
-        caption(trained, *args)
+        caption(trained, *(clip if arg == "CLIP" else arg for arg in args))
 
 
 def test_an_empty_folder_is_refused(trained, tmp_path):

@@ -20,6 +20,7 @@ import video
 import windows
 from feature_cache import Settings
 from runtime import start
+from runtime.caption_files import CaptionFile
 from runtime.errors import UserError
 from viz import attention_map, draw_text, films, strips, subtitles
 
@@ -50,6 +51,18 @@ def film(path, frames, picture, rate=12, codec="libvpx-vp9"):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def captioned(caption, path="", **other):
+    """The result of infer.py for a clip with one window."""
+    spans = [{"start": 0.0, "end": 1.0, "caption": caption}]
+    return {"path": str(path), "windows": spans} | other
+
+
+def write_captions(folder, *results):
+    """Write a captions.jsonl and return its name."""
+    (folder / "captions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
+    return str(folder / "captions.jsonl")
 
 
 def grey(n, rng):
@@ -83,14 +96,14 @@ def palettes(data):
 
 
 def test_a_gif_is_small_and_has_one_palette_and_the_speed_of_its_clip(noisy):
-    gif = subtitles.gif(noisy, {"caption": "holding a potato", "reference": LONG})
+    gif = subtitles.gif(noisy, captioned("holding a potato", reference=LONG))
     assert len(gif) < 1_000_000 and palettes(gif) == 1
     assert abs(sum(seconds for seconds, _ in pictures(gif)) - 4) < 0.15
 
 
 def test_a_long_film_has_fewer_pictures_per_second(tmp_path):
     path = film(tmp_path / "long.webm", 600, grey)  # 50 s
-    shown = pictures(subtitles.gif(path, {"caption": "nothing happens"}))
+    shown = pictures(subtitles.gif(path, captioned("nothing happens")))
     assert len(shown) <= subtitles.GIF_FRAMES
     assert abs(sum(seconds for seconds, _ in shown) - 50) < 1
 
@@ -98,7 +111,7 @@ def test_a_long_film_has_fewer_pictures_per_second(tmp_path):
 def test_the_caption_and_its_reference_are_below_the_picture(tmp_path):
     path = film(tmp_path / "grey.webm", 12, grey)
     sizes = []
-    for result in ({"caption": "one"}, {"caption": "one", "reference": "two"}, {"caption": LONG}):
+    for result in (captioned("one"), captioned("one", reference="two"), captioned(LONG)):
         picture = pictures(subtitles.gif(path, result))[0][1]
         below = picture[240:]  # 160 x 120 is shown as 320 x 240
         assert picture[:240].max() < 120 and (below > 240).mean() > 0.7
@@ -123,7 +136,7 @@ def test_each_window_has_its_caption(tmp_path):
 
 
 def test_an_mp4_is_h264_and_as_long_as_its_clip(tmp_path, noisy):
-    (tmp_path / "film.mp4").write_bytes(subtitles.mp4(noisy, {"caption": LONG}))
+    (tmp_path / "film.mp4").write_bytes(subtitles.mp4(noisy, captioned(LONG)))
     with av.open(str(tmp_path / "film.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
@@ -148,7 +161,7 @@ def test_a_window_that_could_not_be_read_has_no_caption(tmp_path):
 def test_extreme_frame_durations(tmp_path):
     """4,000 frames per second and a picture shown for 15 minutes each raised an error."""
     path = film(tmp_path / "fast.mp4", 40, grey, rate=4000, codec="libx264")
-    (tmp_path / "out.mp4").write_bytes(subtitles.mp4(path, {"caption": "fast"}))
+    (tmp_path / "out.mp4").write_bytes(subtitles.mp4(path, captioned("fast")))
     assert 5 <= len(list(video.stream(tmp_path / "out.mp4"))) <= 11
     shown = pictures(
         subtitles.encode_gif(
@@ -161,7 +174,7 @@ def test_extreme_frame_durations(tmp_path):
 def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
     """The encoder reordered frames, which made the track end before its last picture."""
     path = film(tmp_path / "a.webm", 24, grey)
-    (tmp_path / "a.mp4").write_bytes(subtitles.mp4(path, {"caption": "a"}))
+    (tmp_path / "a.mp4").write_bytes(subtitles.mp4(path, captioned("a")))
     times = [[t for t, _ in video.stream(tmp_path / name)] for name in ("a.webm", "a.mp4")]
     assert times[0] == pytest.approx(times[1], abs=2e-3)
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -251,11 +264,9 @@ def test_missing_characters_are_reported_once(tmp_path, installed, capsys):
 
 def test_films_report_missing_characters(tmp_path, installed, capsys):
     installed()
-    clip = film(tmp_path / "a.webm", 12, grey)
-    windows = [{"start": 0.0, "end": 1.0, "caption": "杯子"}]
-    results = [{"path": str(clip), "caption": "มือ"}, {"path": str(clip), "windows": windows}]
-    (tmp_path / "captions.json").write_text(json.dumps(results))
-    films.main([str(tmp_path / "captions.json"), "--videos", str(tmp_path / "v"), "--workers", "0"])
+    clips = [film(tmp_path / f"{name}.webm", 12, grey) for name in "ab"]
+    path = write_captions(tmp_path, *map(captioned, ("มือ", "杯子"), clips))
+    films.main([path, "--videos", str(tmp_path / "v"), "--workers", "0"])
     assert [line.split()[5] for line in capsys.readouterr().err.splitlines()] == ["CJK", "THAI"]
 
 
@@ -287,11 +298,11 @@ def test_films_of_captions_from_infer(world, trained, prepared, tmp_path, capsys
     assert infer.main([str(clip), str(other), str(broken), *flags]) == 3
     capsys.readouterr()
     flags = film_flags(world, prepared, "--gif", "--video")
-    assert films.main([str(output / "captions.json"), *flags]) == 3
+    assert films.main([str(output / "captions.jsonl"), *flags]) == 3
     printed, name = capsys.readouterr(), clip.stem
     expected = [f"{n}_captioned.{e}" for n in (name, f"{name}-2") for e in ("gif", "mp4")]
     assert printed.out.split() == [str(output / n) for n in expected]
-    assert sorted(p.name for p in output.iterdir()) == sorted([*expected, "captions.json"])
+    assert sorted(p.name for p in output.iterdir()) == sorted([*expected, "captions.jsonl"])
     assert printed.err.count(str(broken)) == 2  # the clip, and its name inside the error
     heights = []
     for path in (output / n for n in expected if n.endswith("gif")):
@@ -302,14 +313,13 @@ def test_films_of_captions_from_infer(world, trained, prepared, tmp_path, capsys
 
 def test_a_missing_clip_gets_one_line(world, prepared, tmp_path, capsys):
     clip = film(tmp_path / "a.webm", 12, grey)
-    lines = [{"path": str(p), "caption": "x"} for p in (tmp_path / "gone.webm", clip)]
-    (tmp_path / "captions.json").write_text(json.dumps(lines))
+    path = write_captions(tmp_path, *(captioned("x", p) for p in (tmp_path / "gone.webm", clip)))
     flags = film_flags(world, prepared, "--gif", "--video", "--output", str(tmp_path / "out"))
-    assert films.main([str(tmp_path / "captions.json"), *flags]) == 3
+    assert films.main([path, *flags]) == 3
     first, last = capsys.readouterr().err.splitlines()
     assert "gone.webm" in first and last == "1 of 2 clips failed"
     clip.unlink()
-    assert films.main([str(tmp_path / "captions.json"), *flags]) == 1
+    assert films.main([path, *flags]) == 1
 
 
 def test_no_two_clips_share_a_file(tmp_path):
@@ -321,39 +331,40 @@ def test_no_two_clips_share_a_file(tmp_path):
 
 
 def test_names_in_an_ascii_locale(monkeypatch, tmp_path):
-    """captions.json named Café.webm Caf\\udcc3\\udca9.webm, and so did its film."""
+    """captions.jsonl named Café.webm Caf\\udcc3\\udca9.webm, and so did its film."""
     monkeypatch.setattr(os, "fsencode", lambda n: str(n).encode("ascii", "surrogateescape"))
     monkeypatch.setattr(os, "fsdecode", lambda n: n.decode("ascii", "surrogateescape"))
     name = os.fsdecode("Café.webm".encode())
-    infer.save_results(tmp_path, [{"path": f"/{name}", "caption": "x"}], copy_clips=False)
-    saved = tmp_path / "captions.json"
-    assert json.loads(saved.read_text(encoding="utf-8"))[0]["path"] == "/Café.webm"
+    saved = tmp_path / "captions.jsonl"
+    CaptionFile(saved, "jsonl").write(captioned("x", f"/{name}"))
+    assert json.loads(saved.read_text(encoding="utf-8"))["path"] == "/Café.webm"
     assert films.read_captions(saved)[0]["path"] == f"/{name}"
     assert windows.output_names([Path(name)]) == [Path(name).stem]
 
 
 def test_a_clip_is_not_replaced_by_the_film_of_another(tmp_path):
-    lines = [{"path": str(tmp_path / n), "caption": "x"} for n in ("a.webm", "a_captioned.gif")]
-    (tmp_path / "captions.json").write_text(json.dumps(lines))
+    names = "a.webm", "a_captioned.gif"
+    path = write_captions(tmp_path, *(captioned("x", tmp_path / name) for name in names))
     with pytest.raises(UserError, match=r"a_captioned\.gif is one of the clips"):
-        films.main([str(tmp_path / "captions.json")])
+        films.main([path])
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *("{}", "[]", "[1]", '[{"path": "a"}]', '[{"path": "a", "caption": 1}]'),
-        *('[{"path": "a", "windows": []}]', '[{"path": "a", "windows": [{"caption": "x"}]}]'),
-        '[{"path": "a", "caption": "x", "windows": "yes"}]',
-        '[{"path": "a", "windows": [{"caption": "x", "start": 0, "end": NaN}]}]',
-        *(r'[{"path": "a\u0000b", "caption": "x"}]', r'[{"path": "\ud800", "caption": "x"}]'),
+        *("", "{}", "[]", "1", '{"path": "a"}', '{"path": "a", "caption": "x"}'),
+        *('{"path": "a", "windows": []}', '{"path": "a", "windows": [{"caption": "x"}]}'),
+        '{"path": "a", "windows": "yes"}',
+        '{"path": "a", "windows": [{"caption": 1, "start": 0, "end": 1}]}',
+        '{"path": "a", "windows": [{"caption": "x", "start": 0, "end": NaN}]}',
+        *(r'{"path": "a\u0000b", "error": "x"}', r'{"path": "\ud800", "error": "x"}'),
     ],
 )
 def test_a_file_without_captions_is_refused(content, tmp_path):
     """Windows that are no list, and a path that no file can have, ended in a traceback."""
-    (tmp_path / "captions.json").write_text(content)
+    (tmp_path / "captions.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"was not written by infer\.py --output"):
-        films.main([str(tmp_path / "captions.json")])
+        films.main([str(tmp_path / "captions.jsonl")])
 
 
 def test_strips_of_predictions(world, prepared, tmp_path, capsys):
@@ -381,7 +392,7 @@ def test_a_missing_library_is_reported_before_anything_is_read(monkeypatch):
         "viz.draw_text.find_spec", lambda name: None if name == "PIL" else find(name)
     )
     with pytest.raises(UserError, match=r"PIL is not installed: pip install -e '\.\[viz\]'"):
-        films.main(["/nowhere/captions.json"])
+        films.main(["/nowhere/captions.jsonl"])
 
 
 def test_decode_workers_do_not_import_torch():

@@ -1,8 +1,8 @@
 """Turn the captions of infer.py into films: each clip with its captions below the picture.
 
     python infer.py clip.webm folder/ --output results/captioned
-    python -m viz.films results/captioned/captions.json           (a GIF per clip)
-    python -m viz.films results/captioned/captions.json --video   (an MP4 per clip, with all frames)
+    python -m viz.films results/captioned/captions.jsonl           (a GIF per clip)
+    python -m viz.films results/captioned/captions.jsonl --video   (an MP4 per clip, with all frames)
 
 Writes <name>_captioned.gif or .mp4 and prints the path of each. If a clip is in --videos and has a label
 in --annotations, the label is shown below the caption as the reference. Exit code 3 if some clips failed,
@@ -16,12 +16,13 @@ from pathlib import Path
 from dataset import load_records
 from metrics import is_number
 from runtime import cli
+from runtime.caption_files import read_results
 from runtime.cli import note
 from runtime.clip_files import file_finder
 from runtime.decode_workers import WorkerPool
 from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError, refuse_file
-from runtime.files import is_path, read_json, write_atomic
-from runtime.names import counted, from_utf8, list_files
+from runtime.files import write_atomic
+from runtime.names import counted, list_files
 from viz import draw_text, subtitles
 from windows import output_names
 
@@ -29,14 +30,14 @@ from windows import output_names
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "captions", metavar="CAPTIONS.json", help="captions.json that infer.py --output wrote"
+        "captions", metavar="CAPTIONS.jsonl", help="captions.jsonl that infer.py --output wrote"
     )
     parser.add_argument(
         "--gif", action="store_true", help="write GIFs (the default, unless --video is set)"
     )
     parser.add_argument("--video", action="store_true", help="write MP4s (H.264)")
     parser.add_argument(
-        "--output", metavar="DIR", help="folder to write to (default: that of CAPTIONS.json)"
+        "--output", metavar="DIR", help="folder to write to (default: that of CAPTIONS.jsonl)"
     )
     group = parser.add_argument_group("references")
     group.add_argument(
@@ -100,34 +101,31 @@ def main(argv=None):
 
 
 def read_captions(path):
-    """Read the `windows.description` results in a captions.json. Raises UserError for other files."""
+    """Read the `windows.description` results in a captions.jsonl. Raises UserError for other files."""
 
-    def is_span(value, *times):
+    def is_span(value):
         return (
             isinstance(value, dict)
             and isinstance(value.get("caption"), str)
-            and all(is_number(value.get(time)) for time in times)
+            and is_number(value.get("start"))
+            and is_number(value.get("end"))
         )
 
     def is_result(value):
-        if not (isinstance(value, dict) and is_path(value.get("path"))):
-            return False
-        if "windows" in value:
-            spans = value["windows"]
-            is_list = isinstance(spans, list) and bool(spans)
-            return is_list and all(is_span(span, "start", "end") for span in spans)
-        return isinstance(value.get("error"), str) or is_span(value)
+        spans = value.get("windows")
+        if spans is None:
+            return isinstance(value.get("error"), str)
+        return isinstance(spans, list) and bool(spans) and all(map(is_span, spans))
 
-    results = read_json(path, "captions")
-    if not (isinstance(results, list) and results and all(map(is_result, results))):
+    results = read_results(path)
+    if not (results and all(map(is_result, results.values()))):
         raise UserError(f"{path} was not written by infer.py --output")
-    return [r | {"path": from_utf8(r["path"])} for r in results]
+    return [r | {"path": name} for name, r in results.items()]
 
 
 def texts(result):
     """Join all texts that are drawn below a clip. result: see `subtitles.Subtitles`."""
-    spans = result.get("windows") or [result]
-    return "".join(span["caption"] for span in spans) + result.get("reference", "")
+    return "".join(w["caption"] for w in result["windows"]) + result.get("reference", "")
 
 
 def refuse_own_inputs(films, clips):

@@ -36,7 +36,7 @@ class Subtitles:
 
     def __init__(self, result, size):
         self.size = size
-        spans = result.get("windows") or [{"start": 0.0, "caption": result["caption"]}]
+        spans = result["windows"]
         self.starts = [span["start"] for span in spans]
         self.ends = [span["end"] for span in spans[:-1]] + [float("inf")]
         reference = [(f"reference: {result['reference']}", GREY)] if "reference" in result else []

@@ -135,8 +135,8 @@ def pictures(run, data):
     yield f"-m viz.strips --predictions {predictions} {places} {strips}"
     yield f"-m viz.gallery {quoted(run)} {places}"
     films = quoted(run / "films")
-    yield f"infer.py --checkpoint {quoted(run)} --num-samples 6 {places} --output {films}"
-    yield f"-m viz.films {films}/captions.json {places}"
+    yield f"infer.py --checkpoint {quoted(run)} --num-samples 6 {places} --output {films} --overwrite"
+    yield f"-m viz.films {films}/captions.jsonl {places}"
 
 
 def default_dtype():

@@ -1,0 +1,266 @@
+"""The formats of captions, and files of captions that grow clip by clip. Standard library only.
+
+A result is the dict of one clip, see `windows.description`:
+{"path", "windows": [{"start", "end", "caption", "actions"}], "warning"} or {"path", "error"}.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from runtime import cli
+from runtime.errors import UserError
+from runtime.files import is_path, parse_json_lines, write_atomic
+from runtime.names import from_utf8, to_utf8
+
+SUBTITLES = ("srt", "vtt")
+FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
+FORMATS = ("text", *FILES)
+COLUMNS = ("path", "start", "end", "caption", "actions")
+RECORD = "captions.jsonl"
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+def header(form):
+    """Return what a file of this format begins with."""
+    return {"tsv": "\t".join(COLUMNS) + "\n", "csv": ",".join(COLUMNS) + "\n"}.get(form, "")
+
+
+def formatted(result, form):
+    """Return the text of one clip in one of FORMATS, "" if there is nothing to write."""
+    if form == "jsonl":
+        return json.dumps(as_json(result), ensure_ascii=False) + "\n"
+    if form in SUBTITLES:
+        return subtitles(result, form)
+    return "".join(text_lines(result) if form == "text" else table_lines(result, form))
+
+
+def as_json(result):
+    """Return a result as JSON files have it: its path in UTF-8, and times to a tenth of a second."""
+    spans = {"windows": list(map(rounded, result["windows"]))} if "windows" in result else {}
+    return result | spans | {"path": to_utf8(result["path"])}
+
+
+def rounded(span):
+    return span | {key: round(span[key], 1) for key in ("start", "end")}
+
+
+def text_lines(result):
+    """Yield path<TAB>caption for a clip with one window, path<TAB>start-end<TAB>caption for others."""
+    path = cli.printable(result["path"], keep="")  # escape line breaks in the file name
+    spans = result.get("windows", [])
+    for span in spans:
+        time = f"\t{span['start']:.1f}-{span['end']:.1f}" if len(spans) > 1 else ""
+        actions = f"\t{actions_of(span)}" if "actions" in span else ""
+        yield f"{path}{time}\t{span['caption']}{actions}\n"
+
+
+def table_lines(result, form):
+    """Yield a row of COLUMNS for each window of a clip."""
+    for span in result.get("windows", []):
+        cells = [path_cell(result["path"], form), f"{span['start']:.1f}", f"{span['end']:.1f}"]
+        texts = span["caption"], actions_of(span)
+        if form == "tsv":
+            yield "\t".join((*cells, *texts)) + "\n"
+        else:
+            row = io.StringIO()
+            csv.writer(row, lineterminator="\n").writerow([*cells, *map(harmless, texts)])
+            yield row.getvalue()
+
+
+def path_cell(path, form):
+    """Return the name of a clip as tables have it, with its control characters escaped."""
+    path = cli.printable(path, keep="")
+    return harmless(path) if form == "csv" else path
+
+
+def harmless(cell):
+    """Put an apostrophe before what spreadsheets would compute."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def actions_of(span):
+    """Return the actions of a window as text, "" if no probe was applied."""
+    actions = span.get("actions", ())
+    return "; ".join(f"{a['action']} {a['probability']:.0%}" for a in actions)
+
+
+def subtitles(result, form):
+    """Return the subtitles of a film. A window ends where the next one starts."""
+    spans = result.get("windows", [])
+    starts = [span["start"] for span in spans[1:]] + [float("inf")]
+    parts = ["WEBVTT\n"] if form == "vtt" else []
+    for n, (span, following) in enumerate(zip(spans, starts, strict=True), 1):
+        times = [clock(t, form) for t in (span["start"], min(span["end"], following))]
+        caption = span["caption"].replace("-->", "->")
+        if form == "vtt":
+            caption = caption.replace("&", "&amp;").replace("<", "&lt;")
+        parts.append(f"{n}\n{' --> '.join(times)}\n{caption}\n")
+    return "\n".join(parts)
+
+
+def clock(seconds, form):
+    """Format a time, to a tenth of a second, as 00:01:02,300 (SRT) or 00:01:02.300 (VTT)."""
+    tenths = round(seconds * 10)
+    minutes, tenths = divmod(tenths, 600)
+    mark = "," if form == "srt" else "."
+    return f"{minutes // 60:02}:{minutes % 60:02}:{tenths // 10:02}{mark}{tenths % 10}00"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read_results(path):
+    """Read a file of results in JSON lines: {path of the clip: its last result}.
+
+    A last line that a kill has truncated is ignored. Raises UserError if the file cannot be read.
+    """
+    try:
+        entries = parse_json_lines(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"captions {path} cannot be read: {error.strerror}") from None
+    return {from_utf8(e["path"]): e for e in entries if is_path(e.get("path"))}
+
+
+def forget(path):
+    """Empty a file of captions, to caption the clips again. Which sidecars were written remains known."""
+    results = read_results(path) if path.suffix == ".jsonl" else {}
+    error = {"error": "not captioned again yet"}
+    listed = [
+        {"path": name, "sidecar": r["sidecar"], "sha256": r["sha256"]} | error
+        for name, r in results.items()
+        if "sha256" in r
+    ]
+    write_atomic(path, encoded("".join(formatted(r, "jsonl") for r in listed)))
+
+
+def encoded(text):
+    """Encode in UTF-8. Lone surrogates, as in invalid file names, become JSON escapes."""
+    return text.encode(errors="backslashreplace")
+
+
+class CaptionFile:
+    """A file of captions to which the results of clips are appended, one at a time.
+
+    form: "tsv", "csv" or "jsonl". If the file exists, it is continued. Only JSON has clips that failed.
+    """
+
+    def __init__(self, path, form):
+        self.path, self.form, self.finished = path, form, set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self.finished = self.read()
+        if not path.exists() or not path.stat().st_size:
+            self.append(header(form))
+
+    def read(self):
+        """Return the names of the finished clips, and remove a last line that a kill has truncated."""
+        data = self.path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete != data:
+            write_atomic(self.path, complete)
+        if self.form == "jsonl":
+            return {path for path, r in read_results(self.path).items() if "error" not in r}
+        lines = complete.decode(errors="replace").splitlines()[1:]
+        if self.form == "csv":
+            return {row[0] for row in csv.reader(lines) if row}
+        return {line.partition("\t")[0] for line in lines}
+
+    def is_finished(self, clip):
+        clip = os.path.abspath(clip)
+        return (clip if self.form == "jsonl" else path_cell(clip, self.form)) in self.finished
+
+    def write(self, result):
+        """Append the result of a clip, with its absolute path."""
+        self.append(formatted(result | {"path": os.path.abspath(result["path"])}, self.form))
+
+    def append(self, text):
+        """Append in a single call, so that at most the last line of the file is incomplete."""
+        with open(self.path, "ab") as file:
+            file.write(encoded(text))
+
+    def close(self):
+        """Keep only the last result of a clip that was tried more than once."""
+        if self.form == "jsonl":
+            results = read_results(self.path)
+            if len(results) < self.path.read_bytes().count(b"\n"):
+                lines = "".join(
+                    formatted(r | {"path": path}, "jsonl") for path, r in results.items()
+                )
+                write_atomic(self.path, encoded(lines))
+
+
+class SubtitleFile:
+    """The subtitles of a single film."""
+
+    def __init__(self, path, form):
+        self.path, self.form = path, form
+
+    def is_finished(self, clip):
+        return self.path.exists()
+
+    def write(self, result):
+        if "error" not in result:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, formatted(result, self.form))
+
+    def close(self):
+        pass
+
+
+class Sidecars:
+    """Files with the caption beside each clip: <clip>.txt, .srt or .vtt.
+
+    Files that no run has written, or that were changed since, are left alone and counted in `foreign`.
+    clips: all paths. form: "txt", "srt" or "vtt". record: the `CaptionFile` in which the written files and
+    their digests are listed.
+    """
+
+    def __init__(self, clips, form, record):
+        self.form, self.record, self.foreign = form, record, 0
+        stems = Counter(clip.with_suffix("") for clip in clips)
+        self.shared = {stem for stem, count in stems.items() if count > 1}
+        results = read_results(record.path).values()
+        self.digests = {r["path"]: r["sha256"] for r in results if "sha256" in r}
+
+    def path(self, clip):
+        """Return the sidecar of a clip. Those of a.mp4 and a.webm are a.mp4.txt and a.webm.txt."""
+        stem = clip.name if clip.with_suffix("") in self.shared else clip.stem
+        return clip.with_name(f"{stem}.{self.form}")
+
+    def is_finished(self, clip):
+        return self.record.is_finished(clip) and self.path(clip).exists()
+
+    def write(self, clip, result):
+        """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
+
+        In this order, a kill in between is noticed: the sidecar is missing.
+        """
+        path = self.path(clip)
+        if "error" in result:
+            return self.record.write(result)
+        if path.exists() and self.digests.get(to_utf8(os.path.abspath(clip))) != digest_of(path):
+            self.foreign += 1
+            return self.record.write(result)
+        text = "".join(f"{span['caption']}\n" for span in result["windows"])
+        data = (text if self.form == "txt" else formatted(result, self.form)).encode()
+        self.record.write(result | {"sidecar": path.name, "sha256": sha256(data)})
+        write_atomic(path, data)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(path):
+    """Return the SHA-256 of a file, or None if it cannot be read."""
+    try:
+        return sha256(path.read_bytes())
+    except OSError:
+        return None

@@ -1,0 +1,146 @@
+"""Files of captions and captions beside clips: formats, and continuing after a kill."""
+
+import csv
+import io
+import json
+import shutil
+
+import av
+import pytest
+from test_evaluate import caption
+
+from runtime.caption_files import CaptionFile, Sidecars, formatted, header, read_results
+from runtime.errors import DONE, PARTIAL, UserError
+
+FILM = {
+    "path": "/films/a\tb.mp4",
+    "windows": [
+        {"start": 0.0, "end": 6.04, "caption": "=SUM(1) <b>cup</b> & 杯子 --> x"},
+        {"start": 5.96, "end": 7200.06, "caption": "b"},
+    ],
+}
+
+
+@pytest.mark.parametrize("form", ["srt", "vtt"])
+def test_subtitles_open_in_ffmpeg(tmp_path, form):
+    """Times are to a tenth of a second, and a window ends where the next one starts."""
+    path = tmp_path / f"film.{form}"
+    path.write_text(formatted(FILM, form), encoding="utf-8")
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux() if p.size]
+    times = [(round(p.pts * p.time_base, 3), round(p.duration * p.time_base, 3)) for p in packets]
+    assert [tuple(map(float, t)) for t in times] == [(0.0, 6.0), (6.0, 7194.1)]
+    text = bytes(packets[0]).decode()
+    escaped = form == "vtt"
+    assert ("&lt;b>cup&lt;/b> &amp;" if escaped else "<b>cup</b> &") in text
+    assert "杯子 -> x" in text
+
+
+def test_a_table_has_a_row_for_each_window():
+    """Spreadsheets compute cells that begin with =, and a tab in a name would be another column."""
+    text = header("csv") + formatted(FILM, "csv")
+    first, second, third = csv.reader(io.StringIO(text))
+    assert first == ["path", "start", "end", "caption", "actions"]
+    assert second[:3] == ["/films/a\\tb.mp4", "0.0", "6.0"] and second[3].startswith("'=SUM")
+    assert third == ["/films/a\\tb.mp4", "6.0", "7200.1", "b", ""]
+    tsv = (header("tsv") + formatted(FILM, "tsv")).splitlines()
+    assert len(tsv) == 3 and all(line.count("\t") == 4 for line in tsv)
+    assert tsv[1].split("\t")[3].startswith("=SUM")
+    assert "杯子" in formatted(FILM, "jsonl") and '"end": 6.0,' in formatted(FILM, "jsonl")
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_a_file_is_continued_after_a_kill_in_the_middle_of_a_line(tmp_path, form):
+    path = tmp_path / f"captions.{form}"
+    file, other = CaptionFile(path, form), FILM | {"path": "-c.mp4"}
+    file.write(FILM)
+    whole = path.read_bytes()
+    file.write(other)
+    path.write_bytes(path.read_bytes()[:-3])
+    file = CaptionFile(path, form)
+    assert file.is_finished(FILM["path"])
+    # JSON has one line for a clip, tables one for each window
+    assert file.is_finished(other["path"]) == (form != "jsonl")
+    path.write_bytes(whole[:-1] + whole[-1:])
+    file = CaptionFile(path, form)
+    assert file.is_finished(FILM["path"]) and not file.is_finished(other["path"])
+    file.write(other)
+    file.close()
+    assert path.read_bytes().startswith(whole) and CaptionFile(path, form).is_finished("-c.mp4")
+
+
+def test_a_clip_that_failed_is_tried_again(tmp_path):
+    file = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
+    file.write({"path": "/a.mp4", "error": "is corrupt"})
+    assert not CaptionFile(file.path, "jsonl").is_finished("/a.mp4")
+    file.write(FILM | {"path": "/a.mp4"})
+    file.close()
+    [line] = file.path.read_text().splitlines()
+    assert "error" not in json.loads(line) and "windows" in json.loads(line)
+
+
+def test_sidecars(world, trained, tmp_path, capsys):
+    """A user's own .txt is left alone. After an interruption, each clip is captioned once."""
+    clips = tmp_path / "clips"
+    (clips / "inner").mkdir(parents=True)
+    names = "a.webm", "b.webm", "b.mkv", "inner/c.webm"
+    for name, source in zip(names, sorted((world / "videos").iterdir()), strict=False):
+        shutil.copy(source, clips / name)
+    (clips / "a.txt").write_text("mine")
+    assert caption(trained, clips, "--sidecar", "--limit", "2") == DONE
+    assert "left alone: 1 .txt file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--skip-done continues it, --overwrite replaces it"):
+        caption(trained, clips, "--sidecar")
+    assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
+    texts = {p.relative_to(clips).as_posix(): p.read_text() for p in clips.rglob("*.txt")}
+    assert texts.keys() == {"a.txt", "b.webm.txt", "b.mkv.txt", "inner/c.txt"}
+    assert texts["a.txt"] == "mine"
+    results = read_results(clips / "captions.jsonl")
+    for name, sidecar in (("inner/c.webm", "inner/c.txt"), ("b.mkv", "b.mkv.txt")):
+        assert texts[sidecar] == results[str(clips / name)]["windows"][0]["caption"] + "\n"
+    capsys.readouterr()
+    assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
+    assert "all 4 clips are in " in capsys.readouterr().err
+
+    # a lost sidecar is written again; one that was edited stays as it is, even with --overwrite
+    (clips / "inner/c.txt").unlink()
+    (clips / "b.mkv.txt").write_text("edited")
+    (clips / "b.webm.txt").touch()
+    assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
+    assert capsys.readouterr().out.count("\n") == 1
+    assert (clips / "inner/c.txt").read_text() == texts["inner/c.txt"]
+    (clips / "bad.webm").write_text("no film")
+    assert caption(trained, clips, "--sidecar", "--overwrite", "--style", "sentence") == PARTIAL
+    assert "left alone: 2 .txt files" in capsys.readouterr().err
+    assert (clips / "b.mkv.txt").read_text() == "edited"
+    sentence = read_results(clips / "captions.jsonl")[str(clips / "inner/c.webm")]
+    assert (clips / "inner/c.txt").read_text() == sentence["windows"][0]["caption"] + "\n"
+
+
+def test_shards_write_different_files_with_every_clip_once(world, trained, tmp_path):
+    videos = sorted((world / "videos").iterdir())[:6]
+    output = tmp_path / "all.csv"
+    for part in range(2):
+        flags = "--output", output, "--shard", f"{part}/2"
+        assert caption(trained, *videos, *flags) == DONE
+    rows = [
+        row
+        for n in range(2)
+        for row in csv.DictReader((tmp_path / f"all_part{n}of2.csv").read_text().splitlines())
+    ]
+    assert sorted(row["path"] for row in rows) == sorted(map(str, videos))
+
+
+def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
+    """Killed after --overwrite had emptied the record, the old sidecars counted as the user's own."""
+    from runtime.caption_files import forget
+
+    clip = tmp_path / "a.mp4"
+    record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
+    Sidecars([clip], "txt", record).write(clip, FILM | {"path": str(clip)})
+    forget(record.path)
+    record = CaptionFile(record.path, "jsonl")
+    sidecars = Sidecars([clip], "txt", record)
+    assert not sidecars.is_finished(clip)
+    sidecars.write(clip, FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
+    assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
