@@ -171,9 +171,7 @@ class VideoCaptioner(nn.Module):
         limit. Raises UserError if it exceeds the context length of the language model.
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
-        prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
-        ids = prompt["input_ids"].to(self.device)  # (1, L)
-        ids = ids.expand(clips_of(cache), -1)  # (B, L)
+        ids = self.prompt(style).expand(clips_of(cache), -1)  # (B, L)
         room = max_positions(self.lm) - cache.get_seq_length() - ids.shape[1]
         if max_new_tokens > room:
             raise UserError(
@@ -184,6 +182,15 @@ class VideoCaptioner(nn.Module):
             rows = self._greedy(cache, ids, max_new_tokens)
         else:
             rows = self._beams(cache, ids, max_new_tokens, num_beams)
+        return self.decoded(rows)
+
+    def prompt(self, style):
+        """Return the token ids of a style prompt, (1, L)."""
+        prompt = self.tokenizer(STYLES[style], add_special_tokens=False, return_tensors="pt")
+        return prompt["input_ids"].to(self.device)
+
+    def decoded(self, rows):
+        """Turn generated token ids into captions. Counts those without eos, which reached the limit."""
         eos = self.tokenizer.eos_token_id
         self.cut_captions += sum(eos not in row for row in rows)
         rows = [row[: row.index(eos)] if eos in row else row for row in rows]
@@ -203,6 +210,38 @@ class VideoCaptioner(nn.Module):
                 break
             ids = token[:, None]
         return torch.stack(columns, 1).tolist()
+
+    @torch.inference_mode()
+    def sample(self, cache, style, uniforms, top_p=0.95, temperature=0.7):
+        """Sample n captions of each of B clips, with nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751).
+
+        cache: from `prefix`. It is modified and cannot be used again. uniforms: (B, n, L) in [0, 1), one
+        for each token of a caption; L is the limit of its length. The tokens are the inverse of the
+        cumulative distribution at these numbers, so the captions of a clip do not depend on its batch.
+        Returns (texts, scores): B lists of n strings, and float32 (B, n), the mean log-probability of each
+        caption's tokens and eos, without temperature and nucleus.
+        """
+        clips, n, limit = uniforms.shape
+        eos, ids = self.tokenizer.eos_token_id, self.prompt(style).expand(clips * n, -1)
+        cache.batch_repeat_interleave(n)
+        uniforms = uniforms.flatten(0, 1).to(self.device)  # (B*n, L)
+        done = torch.zeros(clips * n, dtype=torch.bool, device=self.device)
+        sums, lengths, columns = torch.zeros(clips * n, device=self.device), 0 * done.long(), []
+        for step in range(limit):
+            hidden = self.run_lm(cache, ids).last_hidden_state[:, -1]
+            log_p = self.logits(hidden).float().log_softmax(-1)  # (B*n, V)
+            token = inverse_cdf(nucleus(log_p / temperature, top_p), uniforms[:, step])
+            token = token.masked_fill(done, eos)
+            sums += log_p.gather(1, token[:, None])[:, 0].masked_fill(done, 0)
+            lengths += ~done
+            columns.append(token)
+            done |= token == eos
+            if done.all():
+                break
+            ids = token[:, None]
+        texts = self.decoded(torch.stack(columns, 1).tolist())
+        grouped = [texts[i : i + n] for i in range(0, len(texts), n)]
+        return grouped, (sums / lengths).unflatten(0, (clips, n))
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Run the beam search of transformers after the cached prefix."""
@@ -269,6 +308,43 @@ class VideoCaptioner(nn.Module):
             if len(batch["input_ids"]) == len(batch["ids"]):  # one reference per clip
                 total = self.loss(copy.deepcopy(cache), batch).sum().item()
             return total, tokens, self.generate(cache, style, max_new_tokens, num_beams)
+
+
+def nucleus(logits, top_p):
+    """Return the probabilities (R, V) of the smallest set of tokens that together have at least `top_p`.
+
+    The others are 0, and the sum is at least top_p. logits: float32 (R, V).
+    """
+    p = logits.double().softmax(-1)
+    ordered, order = p.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+    kept = (before < top_p).gather(-1, order.argsort(-1))
+    return p * kept
+
+
+def inverse_cdf(p, uniforms):
+    """Choose a token (R,) from unnormalised probabilities (R, V) at uniforms (R,) in [0, 1).
+
+    The cumulative distribution is in the order of the vocabulary. In the order of the probabilities, two
+    nearly equal ones could change places by rounding, and with them the token.
+    """
+    cumulative = p.cumsum(-1)  # (R, V)
+    at = uniforms.to(p.dtype)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+
+
+def uniforms(names, count, length, seed):
+    """Return float64 (B, count, length) in [0, 1), a pure function of (seed, name, n) for each caption n.
+
+    names: of the B clips.
+    """
+    rows = [
+        [[rng.random() for _ in range(length)] for rng in generators]
+        for generators in (
+            [random.Random(f"sample:{seed}:{name}:{n}") for n in range(count)] for name in names
+        )
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def cache_name(lm):

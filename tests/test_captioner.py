@@ -1,6 +1,7 @@
 """The frozen language model, the shared prefix, the loss, generation, checkpoints."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import captioner as module
 import optim
 import train
-from captioner import VideoCaptioner, length_limit
+from captioner import VideoCaptioner, inverse_cdf, length_limit, nucleus, uniforms
 from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
 from feature_cache import Manifest
@@ -393,3 +394,80 @@ def test_reading_a_checkpoint_does_not_affect_loading_it(captioner, make_qformer
     before = list(qformer.parameters())
     qformer.load_state_dict(weights)
     assert all(a is b for a, b in zip(before, qformer.parameters(), strict=True))
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def sampled(captioner, batch, names, count=4, **settings):
+    """Sample captions of up to 9 tokens."""
+    numbers = uniforms(names, count, 9, seed=0)
+    with torch.no_grad():
+        cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
+    return captioner.sample(cache, "label", numbers, **settings)
+
+
+def test_samples_do_not_depend_on_the_batch(captioner, make_clips):
+    x, scale, offset = make_clips(7)
+    batch = {"features": x, "scale": scale, "offset": offset}
+    captioner.float()
+    names = [f"clip{i}" for i in range(7)]
+    texts, scores = sampled(captioner, batch, names)
+    assert len({text for row in texts for text in row}) > 14, "the numbers must matter"
+    for part in (slice(0, 5), slice(5, 7)):
+        some = {k: v[part] for k, v in batch.items()}
+        again, other = sampled(captioner, some, names[part])
+        assert again == texts[part]
+        torch.testing.assert_close(other, scores[part], rtol=0, atol=1e-5)
+
+
+def test_scores_of_samples_are_those_of_one_pass_over_all_tokens(
+    captioner, make_clips, monkeypatch
+):
+    """The mean log-probability of the tokens and eos, without temperature and nucleus."""
+    x, scale, offset = make_clips(2)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    head = captioner.lm.get_output_embeddings()
+    eos = captioner.tokenizer.eos_token_id
+    monkeypatch.setattr(captioner, "decoded", lambda rows: rows)
+    bias = torch.zeros(len(head.weight), dtype=torch.float64)
+    bias[eos] = 4  # so that captions end
+    monkeypatch.setattr(captioner, "logits", lambda hidden: head(hidden) + bias)
+    rows, scores = sampled(captioner, batch, ["a", "b"], 6, top_p=0.9, temperature=0.8)
+    with torch.no_grad():
+        soft = captioner.qformer(*batch.values())
+    prompt, embed = captioner.prompt("label")[0].tolist(), captioner.lm.get_input_embeddings()
+    lengths = set()
+    for clip, sample in itertools.product(range(2), range(6)):
+        ids = rows[clip][sample]
+        ids = ids[: ids.index(eos) + 1] if eos in ids else ids
+        lengths.add(len(ids))
+        words = torch.cat([soft[clip : clip + 1], embed(torch.tensor([prompt + ids]))], 1)
+        log_p = (captioner.lm(inputs_embeds=words).logits + bias).log_softmax(-1)[0]
+        first = soft.shape[1] + len(prompt) - 1  # predicts the first token
+        expected = torch.stack([log_p[first + i, t] for i, t in enumerate(ids)]).mean()
+        assert scores[clip, sample].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert len(lengths) > 2 and max(lengths) <= 9
+
+
+def test_a_nucleus_of_one_token_is_greedy(captioner, make_clips):
+    x, scale, offset = make_clips(3)
+    batch = {"features": x, "scale": scale.double(), "offset": offset.double()}
+    texts, _ = sampled(captioner, batch, "abc", 2, top_p=1e-6)
+    greedy = captioner.captions(batch, "label", 9)
+    assert texts == [[text, text] for text in greedy]
+
+
+def test_tokens_are_sampled_with_their_probabilities():
+    """The nucleus of .5, .3, .15, .05 with .7 is .5, .3. Zero probabilities are never chosen."""
+    p = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
+    kept = nucleus(p, 0.7)
+    torch.testing.assert_close(kept, torch.tensor([[0, 0.5, 0, 0.3]], dtype=torch.float64))
+    numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = inverse_cdf(kept.expand(1000, -1), numbers)
+    assert tokens.bincount(minlength=4).tolist() == [0, 625, 0, 375]
+    assert inverse_cdf(kept, torch.tensor([1 - 1e-16]))[0] == 3
+    assert nucleus(p, 1.0).sum() == pytest.approx(1)
+    a, b = uniforms(["x"], 2, 3, 0)[0].tolist()
+    assert a != b and uniforms(["y", "x"], 1, 2, 0)[1, 0].tolist() == a[:2]
+    assert uniforms(["x"], 1, 3, 1)[0, 0].tolist() != a
