@@ -40,7 +40,7 @@ from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import in_shard
 from runtime.names import counted
-from windows import Windowing, add_flags, caption_files, output_names
+from windows import GREEDY, Sampling, Windowing, add_flags, caption_files, output_names
 
 
 def parse_args(argv=None):
@@ -54,6 +54,22 @@ def parse_args(argv=None):
     add("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
     cli.add_generation(group)
+    add("--sample", type=cli.whole(1), metavar="N", help="sample N captions of each window")
+    add(
+        "--top-p",
+        type=cli.number(above=0),
+        default=0.95,
+        help="probability of the tokens sampled from",
+    )
+    add("--temperature", type=cli.number(above=0), default=0.7, help="of the samples")
+    add(
+        "--keep",
+        type=cli.number(above=0),
+        default=1.0,
+        help="likeliest share of the samples to return",
+    )
+    text = "also print the mean log-probability of the tokens of a caption; --sample always does"
+    add("--scores", action="store_true", help=text)
     add = parser.add_argument_group("output").add_argument
     add("--probe", help="checkpoint of a probe (probe.py); also print the five likeliest actions")
     add(
@@ -99,32 +115,31 @@ def main(argv=None):
     if bool(args.clips) == bool(args.num_samples):
         raise UserError("give either the clips to caption or --num-samples N, but not both")
     if args.num_samples:
-        clips = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
+        every = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
     else:
-        clips = find_clips(args.clips)
-    every, clips = clips, clips[: args.limit]
+        every = find_clips(args.clips)
+    clips = every[: args.limit]
+    sampling = sampling_of(args)
 
-    # what to write, and what is left to do
+    # what to write, and which clips are left
     output = args.output or ("results/samples" if args.num_samples else None)
-    path, form = destination(output, args.format, args.sidecar and clips[0].parent, args.shard)
+    folder = clips[0].parent if args.sidecar else None
+    path, form = destination(output, args.format, folder, args.shard)
     if (form or args.format) in SUBTITLES and len(clips) > 1:
         raise UserError(
             f"{form or args.format} holds a single film; for {len(clips)} clips, use --sidecar"
         )
-    if path and path.exists():
-        if not (args.skip_done or args.overwrite):
-            raise UserError(f"{path} exists; --skip-done continues it, --overwrite replaces it")
-        if args.overwrite:
-            forget(path)
+    if path and path.exists() and not (args.skip_done or args.overwrite):
+        raise UserError(f"{path} exists; --skip-done continues it, --overwrite replaces it")
     kind = SubtitleFile if form in SUBTITLES else CaptionFile
     file = kind(path, form) if path else None
     sidecars = Sidecars(every, sidecar_form(args.format), file) if args.sidecar else None
     todo = [clip for clip in clips if in_shard(str(clip), *args.shard)]
     if args.skip_done and file:
         todo = [clip for clip in todo if not (sidecars or file).is_finished(clip)]
-        if not todo:
-            note(f"all {counted(len(clips), 'clip')} are in {path}")
-            return DONE
+    if not todo:
+        note(f"nothing to do: {counted(len(clips), 'clip')} given, all done or in other shards")
+        return DONE
 
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
@@ -133,12 +148,14 @@ def main(argv=None):
     recognise = None
     if args.probe:
         recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
-    generation = args.style, args.max_new_tokens, args.num_beams, recognise
-    began, seconds, failed, captioned = time.monotonic(), 0.0, 0, []
-    stdout = args.format if args.format and not (output or args.sidecar) else "text"
+    if args.overwrite and path and path.exists():
+        forget(path)
+    generation = args.style, args.max_new_tokens, args.num_beams, recognise, sampling
+    results = caption_files(todo, encoder, captioner, Windowing.of(args), *generation)
+    stdout = args.format if args.format and not path else "text"
     print(header(stdout), end="")
+    began, seconds, captioned = time.monotonic(), 0.0, []
     try:
-        results = caption_files(todo, encoder, captioner, Windowing.of(args), *generation)
         for clip, result in zip(todo, results, strict=True):
             print(formatted(result, stdout), end="", flush=True)
             if problem := result.get("error") or result.get("warning"):
@@ -147,14 +164,14 @@ def main(argv=None):
                 sidecars.write(clip, result)
             elif file:
                 file.write(result)
-            failed += "error" in result
-            seconds += result["windows"][-1]["end"] if "windows" in result else 0
-            if args.num_samples and "error" not in result:
+            if "error" not in result:
+                seconds += result["windows"][-1]["end"]
                 captioned.append(clip)
     finally:  # also if the script is stopped
         if file:
             file.close()
-            copy_clips(captioned, path.parent)
+            if args.num_samples:
+                copy_clips(captioned, path.parent)
             note(f"written to {path}")
     if captioner.cut_captions:
         captions = counted(captioner.cut_captions, "caption")
@@ -165,16 +182,30 @@ def main(argv=None):
         note(f"left alone: {files} that infer.py has not written")
     rate = len(todo) / (time.monotonic() - began)
     note(f"{counted(len(todo), 'clip')}, {seconds:,.0f} s of video, {rate:.1f} clips/s")
+    failed = len(todo) - len(captioned)
     if failed:
         note(f"{failed} of {counted(len(todo), 'clip')} failed")
     return FAILED if failed == len(todo) else PARTIAL if failed else DONE
+
+
+def sampling_of(args):
+    """Return the `Sampling` of the flags, or None. Raises UserError if they do not fit together."""
+    if not (args.sample or args.scores):
+        return None
+    if args.num_beams > 1:
+        raise UserError("--sample and --scores cannot be used with --num-beams")
+    if args.keep > 1 or args.top_p > 1:
+        raise UserError("--keep and --top-p are shares, so at most 1")
+    if not args.sample:
+        return GREEDY
+    return Sampling(args.sample, args.top_p, args.temperature, args.keep, args.seed)
 
 
 def destination(output, form, sidecars, shard):
     """Return (path of the file of captions, its format), or (None, None) if there is none.
 
     output: a file, a folder or None. form: of --format, or None. sidecars: the folder for their record, or
-    False. Raises UserError if they do not fit together.
+    None. Raises UserError if they do not fit together.
     """
     if sidecars and form not in (None, "text", *SUBTITLES):
         raise UserError(f"--sidecar writes text, srt or vtt, not {form}")

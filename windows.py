@@ -4,13 +4,16 @@ Windows are decoded and encoded exactly like the training clips.
 Shapes: B windows, F frames, H and W height and width, N video tokens, E video width.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import count, groupby, islice
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import video
+from captioner import uniforms
 from feature_cache import stack_stored
 from runtime import cli
 from runtime.decode_workers import WorkerPool
@@ -29,7 +32,8 @@ class Window:
     error: a VideoError if the window could not be decoded or encoded, else None.
     damage: a sentence if the file ends early or is corrupt, so that some of the window may be missing.
     frames: uint8 (F, H, W, 3). stored: the features in the form of `feature_cache.save_features`.
-    actions: [{"action", "probability"}], if a probe was applied.
+    actions: [{"action", "probability"}], if a probe was applied. samples: [{"caption", "score"}], the
+    likeliest first, if captions were sampled.
     """
 
     file: int
@@ -41,6 +45,7 @@ class Window:
     frames: Any = None
     stored: dict | None = None
     actions: list | None = None
+    samples: list | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ class Windowing:
     @classmethod
     def of(cls, args):
         return cls(args.window, args.stride, args.batch_size, args.timeout, args.workers)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample captions: `count` per window, of which the likeliest share `keep` is returned."""
+
+    count: int
+    top_p: float = 0.95
+    temperature: float = 0.7
+    keep: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling(1, top_p=1e-9)  # the nucleus is the likeliest token
 
 
 def add_flags(group):
@@ -144,11 +163,20 @@ def features(batch, device):
 
 
 def caption_files(
-    paths, encoder, captioner, how, style, max_new_tokens=None, num_beams=1, recognise=None
+    paths,
+    encoder,
+    captioner,
+    how,
+    style,
+    max_new_tokens=None,
+    num_beams=1,
+    recognise=None,
+    sampling=None,
 ):
     """Caption all windows of all files. Yields the `description` of each file, in order.
 
     recognise: a function that returns the actions in each of a list of clips, see `heads.recogniser`.
+    sampling: a `Sampling`; the caption of a window is then its likeliest sample.
     """
 
     def captioned():
@@ -157,7 +185,12 @@ def caption_files(
             texts = iter(())
             if decoded:
                 clips = features(decoded, captioner.device)
-                texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
+                if sampling:
+                    names = [f"{Path(paths[w.file]).name} {w.start:.2f}" for w in decoded]
+                    add_samples(decoded, names, clips, captioner, style, sampling, max_new_tokens)
+                    texts = iter([w.samples[0]["caption"] for w in decoded])
+                else:
+                    texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
                 if recognise:
                     add_actions(decoded, recognise)
             for w in batch:
@@ -166,6 +199,22 @@ def caption_files(
 
     for n, group in groupby(captioned(), key=lambda pair: pair[0].file):
         yield description(paths[n], list(group))
+
+
+def add_samples(decoded, names, clips, captioner, style, sampling, max_new_tokens=None):
+    """Sample captions of windows without errors and set their `samples`.
+
+    names: of the windows, which with the seed determine their samples. clips: see `features`.
+    """
+    numbers = uniforms(
+        names, sampling.count, max_new_tokens or captioner.max_new_tokens, sampling.seed
+    )
+    cache = captioner.prefix(clips["features"], clips["scale"], clips["offset"])
+    texts, scores = captioner.sample(cache, style, numbers, sampling.top_p, sampling.temperature)
+    for w, captions, values in zip(decoded, texts, scores.tolist(), strict=True):
+        distinct = sorted(dict(zip(captions, values, strict=True)).items(), key=lambda s: -s[1])
+        kept = distinct[: math.ceil(sampling.keep * len(distinct))]
+        w.samples = [{"caption": text, "score": round(score, 4)} for text, score in kept]
 
 
 def add_actions(decoded, recognise):
@@ -179,12 +228,13 @@ def description(path, pairs):
 
     pairs: its [(`Window`, caption)], where the caption is None if the window failed.
     The result is {"path", "windows": [{"start", "end", "caption"}]}, and {"path", "error"} if all windows
-    failed. It also has a "warning" if part of the file could not be decoded. If a probe was applied,
-    "actions" is beside each "caption".
+    failed. It also has a "warning" if part of the file could not be decoded. "actions" and "samples" of a
+    `Window` are beside its "caption".
     """
 
     def text_of(w, caption):
-        return {"caption": caption} | ({"actions": w.actions} if w.actions else {})
+        found = {"actions": w.actions, "samples": w.samples}
+        return {"caption": caption} | {key: value for key, value in found.items() if value}
 
     captioned = [(w, text) for w, text in pairs if text is not None]
     if not captioned:

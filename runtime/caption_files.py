@@ -1,7 +1,7 @@
 """The formats of captions, and files of captions that grow clip by clip. Standard library only.
 
 A result is the dict of one clip, see `windows.description`:
-{"path", "windows": [{"start", "end", "caption", "actions"}], "warning"} or {"path", "error"}.
+{"path", "windows": [{"start", "end", "caption", "samples", "actions"}], "warning"} or {"path", "error"}.
 """
 
 import csv
@@ -20,7 +20,7 @@ from runtime.names import from_utf8, to_utf8
 SUBTITLES = ("srt", "vtt")
 FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
 FORMATS = ("text", *FILES)
-COLUMNS = ("path", "start", "end", "caption", "actions")
+COLUMNS = ("path", "start", "end", "caption", "score", "actions")
 RECORD = "captions.jsonl"
 
 
@@ -58,20 +58,34 @@ def text_lines(result):
     for span in spans:
         time = f"\t{span['start']:.1f}-{span['end']:.1f}" if len(spans) > 1 else ""
         actions = f"\t{actions_of(span)}" if "actions" in span else ""
-        yield f"{path}{time}\t{span['caption']}{actions}\n"
+        for caption, score in captions_of(span):
+            score = f"\t{score}" if score else ""
+            yield f"{path}{time}\t{caption}{score}{actions}\n"
 
 
 def table_lines(result, form):
-    """Yield a row of COLUMNS for each window of a clip."""
+    """Yield a row of COLUMNS for each caption of each window of a clip."""
+    path = path_cell(result["path"], form)
     for span in result.get("windows", []):
-        cells = [path_cell(result["path"], form), f"{span['start']:.1f}", f"{span['end']:.1f}"]
-        texts = span["caption"], actions_of(span)
-        if form == "tsv":
-            yield "\t".join((*cells, *texts)) + "\n"
-        else:
-            row = io.StringIO()
-            csv.writer(row, lineterminator="\n").writerow([*cells, *map(harmless, texts)])
-            yield row.getvalue()
+        times = f"{span['start']:.1f}", f"{span['end']:.1f}"
+        for caption, score in captions_of(span):
+            if form == "tsv":
+                yield "\t".join((path, *times, caption, score, actions_of(span))) + "\n"
+            else:
+                row, cells = (
+                    io.StringIO(),
+                    (path, *times, harmless(caption), score, actions_of(span)),
+                )
+                csv.writer(row, lineterminator="\n").writerow(cells)
+                yield row.getvalue()
+
+
+def captions_of(span):
+    """Return the captions of a window and their scores as text: of its samples, or one without score."""
+    samples = span.get("samples")
+    if samples is None:
+        return [(span["caption"], "")]
+    return [(s["caption"], f"{s['score']:.4f}") for s in samples]
 
 
 def path_cell(path, form):
@@ -152,12 +166,8 @@ class CaptionFile:
     """
 
     def __init__(self, path, form):
-        self.path, self.form, self.finished = path, form, set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self.finished = self.read()
-        if not path.exists() or not path.stat().st_size:
-            self.append(header(form))
+        self.path, self.form = path, form
+        self.finished = self.read() if path.exists() else set()
 
     def read(self):
         """Return the names of the finished clips, and remove a last line that a kill has truncated."""
@@ -178,16 +188,15 @@ class CaptionFile:
 
     def write(self, result):
         """Append the result of a clip, with its absolute path."""
-        self.append(formatted(result | {"path": os.path.abspath(result["path"])}, self.form))
-
-    def append(self, text):
-        """Append in a single call, so that at most the last line of the file is incomplete."""
+        text = formatted(result | {"path": os.path.abspath(result["path"])}, self.form)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
-            file.write(encoded(text))
+            # in a single call, so that at most the last line of the file is incomplete
+            file.write(encoded(text if file.tell() else header(self.form) + text))
 
     def close(self):
         """Keep only the last result of a clip that was tried more than once."""
-        if self.form == "jsonl":
+        if self.form == "jsonl" and self.path.exists():
             results = read_results(self.path)
             if len(results) < self.path.read_bytes().count(b"\n"):
                 lines = "".join(
@@ -226,8 +235,8 @@ class Sidecars:
         self.form, self.record, self.foreign = form, record, 0
         stems = Counter(clip.with_suffix("") for clip in clips)
         self.shared = {stem for stem, count in stems.items() if count > 1}
-        results = read_results(record.path).values()
-        self.digests = {r["path"]: r["sha256"] for r in results if "sha256" in r}
+        results = read_results(record.path) if record.path.exists() else {}
+        self.digests = {path: r["sha256"] for path, r in results.items() if "sha256" in r}
 
     def path(self, clip):
         """Return the sidecar of a clip. Those of a.mp4 and a.webm are a.mp4.txt and a.webm.txt."""
@@ -245,7 +254,7 @@ class Sidecars:
         path = self.path(clip)
         if "error" in result:
             return self.record.write(result)
-        if path.exists() and self.digests.get(to_utf8(os.path.abspath(clip))) != digest_of(path):
+        if path.exists() and self.digests.get(os.path.abspath(clip)) != digest_of(path):
             self.foreign += 1
             return self.record.write(result)
         text = "".join(f"{span['caption']}\n" for span in result["windows"])

@@ -40,11 +40,11 @@ def test_a_table_has_a_row_for_each_window():
     """Spreadsheets compute cells that begin with =, and a tab in a name would be another column."""
     text = header("csv") + formatted(FILM, "csv")
     first, second, third = csv.reader(io.StringIO(text))
-    assert first == ["path", "start", "end", "caption", "actions"]
+    assert first == ["path", "start", "end", "caption", "score", "actions"]
     assert second[:3] == ["/films/a\\tb.mp4", "0.0", "6.0"] and second[3].startswith("'=SUM")
-    assert third == ["/films/a\\tb.mp4", "6.0", "7200.1", "b", ""]
+    assert third == ["/films/a\\tb.mp4", "6.0", "7200.1", "b", "", ""]
     tsv = (header("tsv") + formatted(FILM, "tsv")).splitlines()
-    assert len(tsv) == 3 and all(line.count("\t") == 4 for line in tsv)
+    assert len(tsv) == 3 and all(line.count("\t") == 5 for line in tsv)
     assert tsv[1].split("\t")[3].startswith("=SUM")
     assert "杯子" in formatted(FILM, "jsonl") and '"end": 6.0,' in formatted(FILM, "jsonl")
 
@@ -100,7 +100,7 @@ def test_sidecars(world, trained, tmp_path, capsys):
         assert texts[sidecar] == results[str(clips / name)]["windows"][0]["caption"] + "\n"
     capsys.readouterr()
     assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
-    assert "all 4 clips are in " in capsys.readouterr().err
+    assert "nothing to do: 4 clips given" in capsys.readouterr().err
 
     # a lost sidecar is written again; one that was edited stays as it is, even with --overwrite
     (clips / "inner/c.txt").unlink()
@@ -144,3 +144,24 @@ def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
     assert not sidecars.is_finished(clip)
     sidecars.write(clip, FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
     assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
+
+
+def test_samples_and_their_scores(world, trained, tmp_path, capsys):
+    """The likelier half, the best first; the score of greedy search is that of its caption."""
+    clips = sorted((world / "videos").iterdir())[:2]
+    flags = "--sample", 6, "--temperature", 3, "--top-p", 1, "--format", "jsonl"
+    assert caption(trained, *clips, *flags) == DONE
+    every = [json.loads(line)["windows"][0] for line in capsys.readouterr().out.splitlines()]
+    assert caption(trained, clips[1], *flags, "--keep", "0.5", "--batch-size", "1") == DONE
+    [half] = json.loads(capsys.readouterr().out)["windows"]
+    scores = [s["score"] for s in half["samples"]]
+    assert (
+        scores == sorted(scores, reverse=True) and half["caption"] == half["samples"][0]["caption"]
+    )
+    assert half["samples"] == every[1]["samples"][: len(scores)] and len(scores) == 3
+    assert caption(trained, clips[0], "--scores") == DONE
+    _, greedy, score = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert caption(trained, clips[0]) == DONE
+    assert capsys.readouterr().out.rstrip("\n").split("\t")[1] == greedy and float(score) < 0
+    with pytest.raises(UserError, match="cannot be used with --num-beams"):
+        caption(trained, clips[0], "--sample", 2, "--num-beams", 2)
