@@ -182,7 +182,8 @@ def test_readme_python_runs(world, trained, monkeypatch, capsys):
     clip = next((world / "videos").glob("*.webm"))
     code = code.replace("results/demo/best.pt", str(trained / "best.pt"))
     exec(code.replace("data/toy/videos/31331.webm", str(clip)), {})
-    assert isinstance(ast.literal_eval(capsys.readouterr().out)["caption"], str)
+    [window] = ast.literal_eval(capsys.readouterr().out)
+    assert isinstance(window["caption"], str)
 
 
 def heading_anchors(text):
@@ -465,7 +466,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     [
         ("infer", ["a.mp4", "http://host/x.mp4"]),
         ("preprocess_ssv2", ["--videos=s3://bucket/clips"]),
-        ("viz.films", ["captions.json", "--videos", "HTTPS://host/clips"]),
+        ("viz.films", ["captions.jsonl", "--videos", "HTTPS://host/clips"]),
         ("research.embed", ["--query", "file:///x.mp4"]),
     ],
 )

@@ -143,14 +143,14 @@ def test_an_export_does_not_contain_the_folders_of_this_machine(trained, tmp_pat
 def test_captions_are_found_from_another_working_directory(
     trained, world, tmp_path, monkeypatch, capsys
 ):
-    """viz.films did not find the clips, because captions.json had their relative paths."""
+    """viz.films did not find the clips, because captions.jsonl had their relative paths."""
     monkeypatch.chdir(world)
     clip = min((world / "videos").glob("*.webm")).name
     flags = ["--checkpoint", str(trained), "--workers", "0", "--output", str(tmp_path)]
     assert not infer.main([f"videos/{clip}", *flags])
     assert capsys.readouterr().out.startswith(f"videos/{clip}\t")
     monkeypatch.chdir(tmp_path)
-    [result] = films.read_captions(tmp_path / "captions.json")
+    [result] = films.read_captions(tmp_path / "captions.jsonl")
     assert result["path"] == str(world / "videos" / clip)
 
 
