@@ -68,10 +68,12 @@ def chain(kind, world, prepared, folder, capsys):
 
     # captions and actions of files are those of the cache
     paths = [world / "videos" / f"{p['image_id']}.webm" for p in greedy[:2]]
-    flags = ["--checkpoint", run, "--probe", folder / "probe", "--workers", 0, "--json"]
+    flags = ["--checkpoint", run, "--probe", folder / "probe", "--workers", 0]
+    flags += ["--format", "jsonl"]
     capsys.readouterr()
     assert not infer.main([*map(str, [*paths, *flags])])
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    found = [window for line in lines for window in json.loads(line)["windows"]]
     assert [f["caption"] for f in found] == [p["caption"] for p in greedy[:2]]
     assert [len(f["actions"]) for f in found] == [5, 5]
     checkpoint = read_checkpoint(run)
