@@ -88,7 +88,7 @@ def parse_args(argv=None):
         action="store_true",
         help="write <clip>.txt beside each clip, or .srt or .vtt with --format; files that infer.py has not"
         " written are left alone; what it has written is listed in captions.jsonl, in --output or the"
-        " folder of the first clip",
+        " first of the given folders",
     )
     add("--skip-done", action="store_true", help="continue: skip the clips that --output contains")
     add("--overwrite", action="store_true", help="caption again the clips that --output contains")
@@ -123,7 +123,8 @@ def main(argv=None):
 
     # what to write, and which clips are left
     output = args.output or ("results/samples" if args.num_samples else None)
-    folder = clips[0].parent if args.sidecar else None
+    first = Path(args.clips[0] if args.clips else args.videos)
+    folder = (first if first.is_dir() else first.parent) if args.sidecar else None
     path, form = destination(output, args.format, folder, args.shard)
     if (form or args.format) in SUBTITLES and len(clips) > 1:
         raise UserError(

@@ -80,10 +80,13 @@ def test_a_clip_that_failed_is_tried_again(tmp_path):
 
 
 def test_sidecars(world, trained, tmp_path, capsys):
-    """A user's own .txt is left alone. After an interruption, each clip is captioned once."""
+    """A user's own .txt is left alone. After an interruption, each clip is captioned once.
+
+    The record is in the given folder, although the first clip is in a folder below it.
+    """
     clips = tmp_path / "clips"
-    (clips / "inner").mkdir(parents=True)
-    names = "a.webm", "b.webm", "b.mkv", "inner/c.webm"
+    (clips / "a-inner").mkdir(parents=True)
+    names = "a.webm", "b.webm", "b.mkv", "a-inner/c.webm"
     for name, source in zip(names, sorted((world / "videos").iterdir()), strict=False):
         shutil.copy(source, clips / name)
     (clips / "a.txt").write_text("mine")
@@ -93,28 +96,28 @@ def test_sidecars(world, trained, tmp_path, capsys):
         caption(trained, clips, "--sidecar")
     assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
     texts = {p.relative_to(clips).as_posix(): p.read_text() for p in clips.rglob("*.txt")}
-    assert texts.keys() == {"a.txt", "b.webm.txt", "b.mkv.txt", "inner/c.txt"}
+    assert texts.keys() == {"a.txt", "b.webm.txt", "b.mkv.txt", "a-inner/c.txt"}
     assert texts["a.txt"] == "mine"
     results = read_results(clips / "captions.jsonl")
-    for name, sidecar in (("inner/c.webm", "inner/c.txt"), ("b.mkv", "b.mkv.txt")):
+    for name, sidecar in (("a-inner/c.webm", "a-inner/c.txt"), ("b.mkv", "b.mkv.txt")):
         assert texts[sidecar] == results[str(clips / name)]["windows"][0]["caption"] + "\n"
     capsys.readouterr()
     assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
     assert "nothing to do: 4 clips given" in capsys.readouterr().err
 
     # a lost sidecar is written again; one that was edited stays as it is, even with --overwrite
-    (clips / "inner/c.txt").unlink()
+    (clips / "a-inner/c.txt").unlink()
     (clips / "b.mkv.txt").write_text("edited")
     (clips / "b.webm.txt").touch()
     assert caption(trained, clips, "--sidecar", "--skip-done") == DONE
     assert capsys.readouterr().out.count("\n") == 1
-    assert (clips / "inner/c.txt").read_text() == texts["inner/c.txt"]
+    assert (clips / "a-inner/c.txt").read_text() == texts["a-inner/c.txt"]
     (clips / "bad.webm").write_text("no film")
     assert caption(trained, clips, "--sidecar", "--overwrite", "--style", "sentence") == PARTIAL
     assert "left alone: 2 .txt files" in capsys.readouterr().err
     assert (clips / "b.mkv.txt").read_text() == "edited"
-    sentence = read_results(clips / "captions.jsonl")[str(clips / "inner/c.webm")]
-    assert (clips / "inner/c.txt").read_text() == sentence["windows"][0]["caption"] + "\n"
+    sentence = read_results(clips / "captions.jsonl")[str(clips / "a-inner/c.webm")]
+    assert (clips / "a-inner/c.txt").read_text() == sentence["windows"][0]["caption"] + "\n"
 
 
 def test_shards_write_different_files_with_every_clip_once(world, trained, tmp_path):
