@@ -333,20 +333,6 @@ def inverse_cdf(p, uniforms):
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
-def uniforms(names, count, length, seed):
-    """Return float64 (B, count, length) in [0, 1), a pure function of (seed, name, n) for each caption n.
-
-    names: of the B clips.
-    """
-    rows = [
-        [[rng.random() for _ in range(length)] for rng in generators]
-        for generators in (
-            [random.Random(f"sample:{seed}:{name}:{n}") for n in range(count)] for name in names
-        )
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
 def cache_name(lm):
     """Return the name of the argument of a language model's forward that takes the key/value cache.
 

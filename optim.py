@@ -1,4 +1,4 @@
-"""Optimisation: step size, learning-rate schedule, epoch order, parameter groups, dropout seeds.
+"""Optimisation and seeds: step size, learning-rate schedule, epoch order, parameter groups, dropout, samples.
 
 Order, schedule and seeds are pure functions of (seed, epoch, step), so a resumed run continues bit for
 bit, and several processes compute what one would.
@@ -71,6 +71,20 @@ def dropout_seed(seed, step):
     The seed depends on nothing else, so neither a restart nor the number of processes changes a mask.
     """
     return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{step}".encode()).digest()[:7])
+
+
+def uniforms(names, count, length, seed):
+    """Return float64 (B, count, length) in [0, 1), a pure function of (seed, name, n) for each caption n.
+
+    names: of the B clips.
+    """
+    rows = [
+        [[rng.random() for _ in range(length)] for rng in generators]
+        for generators in (
+            [random.Random(f"sample:{seed}:{name}:{n}") for n in range(count)] for name in names
+        )
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def parameter_groups(model, weight_decay):

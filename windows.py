@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 import video
-from captioner import uniforms
 from feature_cache import stack_stored
+from optim import uniforms
 from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import VideoError

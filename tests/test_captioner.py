@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import captioner as module
 import optim
 import train
-from captioner import VideoCaptioner, inverse_cdf, length_limit, nucleus, uniforms
+from captioner import VideoCaptioner, inverse_cdf, length_limit, nucleus
 from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
 from feature_cache import Manifest
+from optim import uniforms
 from runtime.errors import UserError
 
 CAPTIONS = [
