@@ -33,11 +33,11 @@ from safetensors.torch import load as load_safetensors
 from captioner import MAX_NEW_TOKENS, VideoCaptioner, load_lm
 from dataset import STYLES, TRAIN, VALIDATION
 from encoder import VideoEncoder
-from feature_cache import Manifest, is_count, source_numbers
 from qformer import QFormer
 from runtime import devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, out_of_memory
+from runtime.feature_cache import Manifest, is_count, source_numbers
 from runtime.files import read_json, read_torch
 from runtime.names import counted
 from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from feature_cache import load_features, load_manifest, stack_stored
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError, refuse_file
+from runtime.feature_cache import load_features, load_manifest, stack_stored
 from runtime.files import read_json
 from runtime.names import id_problem, list_files
 

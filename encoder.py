@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
 import video
-from feature_cache import IMAGENET, Settings, is_count
 from runtime import devices, hub
 from runtime.cli import note
 from runtime.errors import UserError, VideoError
+from runtime.feature_cache import IMAGENET, Settings, is_count
 from runtime.files import read_json
 from runtime.names import counted
 

@@ -36,10 +36,10 @@ from dataset import (
     shared_memory,
 )
 from dataset import batches as read_batches
-from feature_cache import load_manifest, require_features
 from runtime import class_scores, cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
+from runtime.feature_cache import load_manifest, require_features
 from runtime.files import in_shard, read_json, write_json
 from runtime.names import counted, first_few
 

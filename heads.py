@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import VJEPA2ForVideoClassification
 
-from feature_cache import Manifest, is_count, stack_stored
 from qformer import QFormer
 from runtime import hub
 from runtime.class_scores import multi_label_scores, ranks, single_label_scores
 from runtime.errors import UserError, out_of_memory
+from runtime.feature_cache import Manifest, is_count, stack_stored
 from runtime.files import read_torch
 from runtime.names import counted
 

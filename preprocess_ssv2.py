@@ -26,7 +26,11 @@ from tqdm import tqdm
 
 from dataset import TRAIN, VALIDATION, load_records
 from encoder import FAMILIES, VideoEncoder, encode_files
-from feature_cache import (
+from runtime import cli, clip_files, clip_log, devices, distributed, hub, ranks, sources
+from runtime.cli import note
+from runtime.decode_workers import WorkerPool
+from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
+from runtime.feature_cache import (
     CHOICES,
     MANIFEST,
     SOURCES,
@@ -40,10 +44,6 @@ from feature_cache import (
     source_entry,
     verify,
 )
-from runtime import cli, clip_files, clip_log, devices, distributed, hub, ranks, sources
-from runtime.cli import note
-from runtime.decode_workers import WorkerPool
-from runtime.errors import DONE, FAILED, PARTIAL, UserError, VideoError
 from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
 from runtime.names import counted, first_few, list_names, visible
 

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 import heads
 from dataset import TRAIN, VALIDATION, by_hash, feature_batches, load_records, shared_memory
-from feature_cache import channel_statistics, load_manifest, require_features
 from metrics import bootstrap
 from optim import dropout_seed, epoch_order, lr_at, parameter_groups
 from runtime import cli, devices, ranks, run_folder
 from runtime.charades import write_submission
 from runtime.cli import note
 from runtime.errors import FAILED, Stopped, UserError
+from runtime.feature_cache import channel_statistics, load_manifest, require_features
 from runtime.files import json_line, read_json, read_torch, torch_bytes, write_json
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log

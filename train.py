@@ -43,13 +43,6 @@ from dataset import (
 )
 from evaluate import BATCH as VALIDATION_BATCH
 from evaluate import caption, clip_loader, score, to_device, write_predictions
-from feature_cache import (
-    Manifest,
-    channel_statistics,
-    load_manifest,
-    recorded_sources,
-    require_features,
-)
 from optim import (
     CLIPS_PER_STEP,
     average_and_clip,
@@ -63,6 +56,13 @@ from optim import (
 from runtime import cli, dashboard, devices, distributed, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import FAILED, SIGNALLED, UserError
+from runtime.feature_cache import (
+    Manifest,
+    channel_statistics,
+    load_manifest,
+    recorded_sources,
+    require_features,
+)
 from runtime.files import write_json
 from runtime.names import counted
 from runtime.run_folder import BEST

@@ -13,11 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 import video
-from feature_cache import stack_stored
 from optim import uniforms
 from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import VideoError
+from runtime.feature_cache import stack_stored
 from runtime.names import counted, from_utf8, to_utf8
 
 MAX_WINDOWS = 100_000  # per file; 28 hours with one window per second

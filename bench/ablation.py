@@ -21,9 +21,9 @@ from pathlib import Path
 from bench.ablation_table import SCORES, cpu, draw, markdown
 from bench.study import Row, Study, add_flags, validations
 from dataset import VALIDATION
-from feature_cache import load_manifest
 from runtime import cli
 from runtime.errors import PARTIAL
+from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, shapes
 

@@ -13,9 +13,9 @@ from bench.inputs import Words, dequantised, make_clips, make_encoder, write_cli
 from bench.timing import check, compare, difference, left_out, measure, rate, rates
 from dataset import FeatureDataset, batches, collate, loader
 from encoder import pool_space, quantise
-from feature_cache import Settings, load_features, save_features
 from runtime import devices
 from runtime.decode_workers import WorkerPool
+from runtime.feature_cache import Settings, load_features, save_features
 
 
 def bench_features(setup):

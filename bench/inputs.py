@@ -14,9 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Mode
 
 from dataset import Caption
 from encoder import VideoEncoder
-from feature_cache import Settings
 from qformer import QFormer
 from runtime import devices
+from runtime.feature_cache import Settings
 from worlds.ssv2_files import write_video
 
 PROMPT = [5, 6, 7, 8]  # as many tokens as "a video showing:" has in Qwen2

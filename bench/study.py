@@ -23,9 +23,9 @@ import evaluate
 import train
 from bench.ablation_changes import changed
 from dataset import VALIDATION
-from feature_cache import load_manifest
 from runtime import cli, hub, run_log
 from runtime.errors import FAILED, UserError
+from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_json
 
 

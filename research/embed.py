@@ -24,7 +24,6 @@ import windows
 from checkpoint import load_captioner, load_models, read_checkpoint
 from dataset import VALIDATION, load_records
 from evaluate import default_output
-from feature_cache import load_manifest, require_features
 from research import embeddings, retrieval, scenes
 from research.words import Corpus, sample_labels
 from research.words import draw as draw_words
@@ -32,6 +31,7 @@ from runtime import cli, devices
 from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from runtime.feature_cache import load_manifest, require_features
 from runtime.files import write_atomic
 from runtime.names import counted, to_utf8
 from viz.draw_text import require

@@ -25,7 +25,6 @@ from checkpoint import load_models, read_checkpoint
 from dataset import VALIDATION, load_records
 from encoder import VideoEncoder
 from evaluate import score
-from feature_cache import load_manifest
 from metrics import derangement
 from qformer import QFormer
 from research import embeddings, retrieval, scenes, words
@@ -33,6 +32,7 @@ from research.embed_table import markdown
 from runtime import cli
 from runtime.cli import note
 from runtime.errors import UserError
+from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_atomic, write_json
 from windows import Windowing
 from worlds.shapes import COLOURS, SHAPES

@@ -20,9 +20,9 @@ from tqdm import tqdm
 import windows
 from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
-from feature_cache import Settings, recorded_sources
 from runtime.cli import note, printable
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
+from runtime.feature_cache import Settings, recorded_sources
 from runtime.files import parse_json, temporary_name
 from runtime.names import counted
 

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock  # torch brings it
 
 import encoder
-import feature_cache
+from runtime import feature_cache
 
 # The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
 # left idle at the end. The first one does not need `world`, which another worker builds meanwhile.

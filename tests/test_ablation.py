@@ -13,11 +13,11 @@ from pages import prose
 
 import dataset
 import evaluate
-import feature_cache
 import train
 from bench import ablation, ablation_table
 from bench.ablation_changes import CHANGES, any_caption, changed
 from captioner import VideoCaptioner
+from runtime import feature_cache
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from feature_cache import Settings
+from runtime.feature_cache import Settings
 from viz import attention_map
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -13,9 +13,9 @@ import train
 from captioner import VideoCaptioner, inverse_cdf, length_limit, nucleus
 from checkpoint import fixed_state, load_captioner, read_checkpoint
 from dataset import STYLES, encode_caption
-from feature_cache import Manifest
 from optim import uniforms
 from runtime.errors import UserError
+from runtime.feature_cache import Manifest
 
 CAPTIONS = [
     [("label", "moving red ball"), ("sentence", "A ball.")],

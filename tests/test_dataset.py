@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import dataset
-import feature_cache
 from encoder import quantise
-from runtime import files, names
+from runtime import feature_cache, files, names
 from runtime.errors import UserError
 
 SETTINGS = feature_cache.Settings(grid=(2, 3, 4), width=5)

@@ -14,9 +14,9 @@ import windows
 from captioner import VideoCaptioner
 from checkpoint import load_models, read_checkpoint
 from dataset import load_records
-from feature_cache import load_features, load_manifest, stack_stored
 from research import embed, embed_report, embed_table, embeddings, retrieval, scenes, words
 from runtime.errors import UserError
+from runtime.feature_cache import load_features, load_manifest, stack_stored
 from runtime.files import read_torch, torch_bytes
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from encoder import FAMILIES, VideoEncoder, quantisation_error, quantise, transform
-from feature_cache import IMAGENET, Manifest, load_features, save_features
 from runtime import hub
 from runtime.errors import UserError
+from runtime.feature_cache import IMAGENET, Manifest, load_features, save_features
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import probe
 import train
 from checkpoint import load_models, read_checkpoint
 from encoder import FAMILIES
-from feature_cache import load_features, load_manifest
 from research import embeddings
+from runtime.feature_cache import load_features, load_manifest
 from viz import app
 from windows import Windowing
 

@@ -5,11 +5,11 @@ from unicodedata import normalize
 import pytest
 
 from dataset import load_records, unsafe_content
-from feature_cache import load_manifest, require_features
 from prepare_annotations import read_labels, record
 from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
+from runtime.feature_cache import load_manifest, require_features
 from runtime.files import read_json, read_text, write_atomic
 from runtime.names import id_problem, list_names, safe_id
 from runtime.table import read_table

@@ -18,10 +18,10 @@ import pytest
 import infer
 import video
 import windows
-from feature_cache import Settings
 from runtime import start
 from runtime.caption_files import CaptionFile
 from runtime.errors import UserError
+from runtime.feature_cache import Settings
 from viz import attention_map, draw_text, films, strips, subtitles
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -16,10 +16,10 @@ import windows
 from captioner import VideoCaptioner, check_lm
 from checkpoint import load_models, read_checkpoint
 from encoder import VideoEncoder
-from feature_cache import load_features, load_manifest
 from research import embeddings, words
 from runtime import devices
 from runtime.errors import TERMINATED
+from runtime.feature_cache import load_features, load_manifest
 from viz import app
 
 

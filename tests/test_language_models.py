@@ -15,10 +15,10 @@ from captioner import VideoCaptioner, check_lm, check_room
 from checkpoint import fixed_state
 from dataset import STYLES
 from encoder import VideoEncoder
-from feature_cache import Manifest, Settings
 from research import embeddings, words
 from runtime import devices, hub
 from runtime.errors import UserError
+from runtime.feature_cache import Manifest, Settings
 
 TINY = {"vocab_size": 130, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA = TINY | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -11,9 +11,9 @@ import evaluate
 import infer
 import train
 from checkpoint import load_captioner, load_models, read_checkpoint
-from feature_cache import load_manifest
 from runtime import cli, hub
 from runtime.errors import UserError
+from runtime.feature_cache import load_manifest
 from tools import export
 from viz import films
 

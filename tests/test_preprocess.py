@@ -11,12 +11,11 @@ import torch
 from conftest import preprocess
 from torture.odd_clips import write
 
-import feature_cache
 import preprocess_ssv2
 import video
 from dataset import load_records
 from encoder import VideoEncoder
-from runtime import cli, sources
+from runtime import cli, feature_cache, sources
 from runtime.errors import DONE, FAILED, PARTIAL, USAGE, Stopped, UserError
 from runtime.stop_signals import StopSignals
 

@@ -12,9 +12,9 @@ import torch
 import heads
 import probe
 from encoder import VideoEncoder, quantise
-from feature_cache import Manifest, Settings, save_features
 from runtime import class_scores
 from runtime.errors import Stopped, UserError
+from runtime.feature_cache import Manifest, Settings, save_features
 from runtime.files import write_json
 
 GRID, WIDTH, CLASSES = (2, 2, 2), 8, 3

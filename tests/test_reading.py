@@ -14,11 +14,10 @@ from conftest import train_flags
 import captioner
 import dataset
 import evaluate
-import feature_cache
 import infer
 import preprocess_ssv2
 import train
-from runtime import errors, files, run_log
+from runtime import errors, feature_cache, files, run_log
 from runtime.errors import UserError
 from tools import doctor_checks
 from worlds import toy_ssv2

@@ -10,8 +10,8 @@ import captioner
 import train
 from captioner import VideoCaptioner
 from dataset import by_hash
-from feature_cache import load_features, load_manifest
 from runtime import devices
+from runtime.feature_cache import load_features, load_manifest
 
 STEPS, STATISTICS = 5, 20
 FLAGS = ["--batch-size", 4, "--grad-accum", 2, "--limit", 40, "--epochs", 1, "--eval-clips", 10]

@@ -16,12 +16,11 @@ import torch
 from conftest import train_flags
 from torture import checks, sandbox
 
-import feature_cache
 import train
 from dataset import load_records
-from feature_cache import load_manifest
-from runtime import files, ranks
+from runtime import feature_cache, files, ranks
 from runtime.errors import DONE, FAILED, UserError
+from runtime.feature_cache import load_manifest
 
 
 class ShortRuns(sandbox.World):

@@ -18,11 +18,11 @@ import train
 from checkpoint import read_checkpoint
 from dataset import TRAIN, VALIDATION, encode_caption, load_records, loader, shared_bytes
 from encoder import VideoEncoder, family_of, preprocessor_file
-from feature_cache import Settings, load_manifest, require_features, with_scale
 from qformer import QFormer
 from runtime import cli, devices, hub
 from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
+from runtime.feature_cache import Settings, load_manifest, require_features, with_scale
 from runtime.names import list_files, visible
 from tools.doctor_children import gpu_properties, missing_decoders
 from tools.findings import INSTALL, LIMIT, MISSING, NOTE, OK, Finding, in_child

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from feature_cache import IMAGENET
+from runtime.feature_cache import IMAGENET
 from runtime.files import write_json
 
 CONTROL = 3  # gguf's token type of special tokens

@@ -18,9 +18,9 @@ from pathlib import Path
 from shutil import copytree
 
 from checkpoint import read_checkpoint
-from feature_cache import load_features, load_manifest
 from runtime import files
 from runtime.errors import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError
+from runtime.feature_cache import load_features, load_manifest
 from torture.odd_clips import CLIPS
 from torture.sandbox import DAMAGED, World, differences, equal, expect
 
