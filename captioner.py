@@ -13,6 +13,7 @@ import math
 import random
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from dataset import STYLES, collate_text, encode_caption
+from optim import uniforms
 from qformer import QFormer
 from runtime import devices, hub
 from runtime.errors import FAILED, UserError, out_of_memory
@@ -31,6 +33,20 @@ TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
 MAX_NEW_TOKENS = 50  # of a generated caption; more if the training captions are longer
 LENGTHS_SAMPLE = 20_000  # training captions that are tokenised to find out
 LOGITS_CHUNK = 256  # target tokens at a time; 256 x V floats take 156 MB for Qwen2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample captions: `count` per clip, of which the likeliest share `keep` is returned."""
+
+    count: int
+    top_p: float = 0.95
+    temperature: float = 0.7
+    keep: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling(1, top_p=1e-9)  # the nucleus is the likeliest token
 
 
 class VideoCaptioner(nn.Module):
@@ -242,6 +258,24 @@ class VideoCaptioner(nn.Module):
         texts = self.decoded(torch.stack(columns, 1).tolist())
         grouped = [texts[i : i + n] for i in range(0, len(texts), n)]
         return grouped, (sums / lengths).unflatten(0, (clips, n))
+
+    @torch.inference_mode()
+    def samples(self, batch, names, style, how, max_new_tokens=None):
+        """Sample captions of B clips: B lists of {text: score}, the likeliest first. See `sample`.
+
+        batch: as for `captions`. names: of the clips; with the seed, they determine the samples.
+        how: a `Sampling`.
+        """
+        numbers = uniforms(names, how.count, max_new_tokens or self.max_new_tokens, how.seed)
+        cache = self.prefix(batch["features"], batch["scale"], batch["offset"])
+        texts, scores = self.sample(cache, style, numbers, how.top_p, how.temperature)
+
+        def likeliest(texts, scores):
+            distinct = dict(zip(texts, scores, strict=True))
+            ordered = sorted(distinct.items(), key=lambda pair: -pair[1])
+            return dict(ordered[: math.ceil(how.keep * len(ordered))])
+
+        return list(map(likeliest, texts, scores.tolist()))
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Run the beam search of transformers after the cached prefix."""

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import heads
+from captioner import GREEDY, Sampling
 from checkpoint import load_models, read_checkpoint, warn_if_untrained
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
@@ -28,19 +29,17 @@ from runtime.caption_files import (
     FORMATS,
     RECORD,
     SUBTITLES,
-    CaptionFile,
-    Sidecars,
-    SubtitleFile,
     forget,
     formatted,
     header,
+    opened,
 )
 from runtime.cli import note
 from runtime.clip_files import find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import in_shard
 from runtime.names import counted
-from windows import GREEDY, Sampling, Windowing, add_flags, caption_files, output_names
+from windows import Windowing, add_flags, caption_files, output_names
 
 
 def parse_args(argv=None):
@@ -54,20 +53,9 @@ def parse_args(argv=None):
     add("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
     cli.add_generation(group)
-    add("--sample", type=cli.whole(1), metavar="N", help="sample N captions of each window")
-    add(
-        "--top-p",
-        type=cli.number(above=0),
-        default=0.95,
-        help="probability of the tokens sampled from",
-    )
-    add("--temperature", type=cli.number(above=0), default=0.7, help="of the samples")
-    add(
-        "--keep",
-        type=cli.number(above=0),
-        default=1.0,
-        help="likeliest share of the samples to return",
-    )
+    cli.add_sampling(group)
+    share = cli.number(above=0, most=1)
+    add("--keep", type=share, default=1.0, help="likeliest share of the samples to return")
     text = "also print the mean log-probability of the tokens of a caption; --sample always does"
     add("--scores", action="store_true", help=text)
     add = parser.add_argument_group("output").add_argument
@@ -107,7 +95,10 @@ def parse_args(argv=None):
     add("--videos", default=cli.VIDEOS, help="folder that contains the clips")
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     cli.add_common(parser, workers=2)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.sample or args.scores:
+        parser.refuse_given(args, ["num_beams"], "cannot be used with --sample or --scores")
+    return args
 
 
 def main(argv=None):
@@ -115,13 +106,10 @@ def main(argv=None):
     if bool(args.clips) == bool(args.num_samples):
         raise UserError("give either the clips to caption or --num-samples N, but not both")
     if args.num_samples:
-        every = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
+        given = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
     else:
-        every = find_clips(args.clips)
-    clips = every[: args.limit]
-    sampling = sampling_of(args)
-
-    # what to write, and which clips are left
+        given = find_clips(args.clips)
+    clips = given[: args.limit]
     output = args.output or ("results/samples" if args.num_samples else None)
     first = Path(args.clips[0] if args.clips else args.videos)
     folder = (first if first.is_dir() else first.parent) if args.sidecar else None
@@ -132,74 +120,74 @@ def main(argv=None):
         )
     if path and path.exists() and not (args.skip_done or args.overwrite):
         raise UserError(f"{path} exists; --skip-done continues it, --overwrite replaces it")
-    kind = SubtitleFile if form in SUBTITLES else CaptionFile
-    file = kind(path, form) if path else None
-    sidecars = Sidecars(every, sidecar_form(args.format), file) if args.sidecar else None
-    todo = [clip for clip in clips if in_shard(str(clip), *args.shard)]
-    if args.skip_done and file:
-        todo = [clip for clip in todo if not (sidecars or file).is_finished(clip)]
-    if not todo:
-        note(f"nothing to do: {counted(len(clips), 'clip')} given, all done or in other shards")
-        return DONE
 
     checkpoint = read_checkpoint(args.checkpoint)
-    device, dtype = devices.resolve(args.device, args.dtype)
-    warn_if_untrained(checkpoint, args.style)
-    encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
-    recognise = None
-    if args.probe:
-        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
-    if args.overwrite and path and path.exists():
-        forget(path)
-    generation = args.style, args.max_new_tokens, args.num_beams, recognise, sampling
-    results = caption_files(todo, encoder, captioner, Windowing.of(args), *generation)
-    stdout = args.format if args.format and not path else "text"
-    print(header(stdout), end="")
-    began, seconds, captioned = time.monotonic(), 0.0, []
-    try:
-        for clip, result in zip(todo, results, strict=True):
-            print(formatted(result, stdout), end="", flush=True)
-            if problem := result.get("error") or result.get("warning"):
-                note(f"{result['path']}: {problem}")
-            if sidecars:
-                sidecars.write(clip, result)
-            elif file:
-                file.write(result)
-            if "error" not in result:
-                seconds += result["windows"][-1]["end"]
-                captioned.append(clip)
-    finally:  # also if the script is stopped
-        if file:
-            file.close()
-            if args.num_samples:
-                copy_clips(captioned, path.parent)
-            note(f"written to {path}")
-    if captioner.cut_captions:
-        captions = counted(captioner.cut_captions, "caption")
-        limit = args.max_new_tokens or captioner.max_new_tokens
-        note(f"{captions} reached the limit of {limit} tokens; --max-new-tokens sets another")
-    if sidecars and sidecars.foreign:
-        files = counted(sidecars.foreign, f".{sidecars.form} file")
-        note(f"left alone: {files} that infer.py has not written")
-    rate = len(todo) / (time.monotonic() - began)
-    note(f"{counted(len(todo), 'clip')}, {seconds:,.0f} s of video, {rate:.1f} clips/s")
+    sidecars = sidecar_form(args.format) if args.sidecar else None
+    with opened(path, form, given, sidecars) as file:
+        todo = [clip for clip in clips if in_shard(str(clip), *args.shard)]
+        if args.skip_done:
+            todo = [clip for clip in todo if not file.is_finished(clip)]
+        if not todo:
+            clips = counted(len(clips), "clip")
+            note(f"nothing to do: {clips} given, all done or in other shards")
+            return DONE
+        results = captions(args, checkpoint, todo)
+        if args.overwrite and path and path.exists():
+            forget(path)
+        if args.num_samples:
+            copy_clips(todo, path.parent)
+        try:
+            captioned = write(results, file, "text" if path else args.format or "text", len(todo))
+        finally:  # also if the script is stopped
+            if path:
+                note(f"written to {path}")
     failed = len(todo) - len(captioned)
     if failed:
         note(f"{failed} of {counted(len(todo), 'clip')} failed")
     return FAILED if failed == len(todo) else PARTIAL if failed else DONE
 
 
-def sampling_of(args):
-    """Return the `Sampling` of the flags, or None. Raises UserError if they do not fit together."""
-    if not (args.sample or args.scores):
-        return None
-    if args.num_beams > 1:
-        raise UserError("--sample and --scores cannot be used with --num-beams")
-    if args.keep > 1 or args.top_p > 1:
-        raise UserError("--keep and --top-p are shares, so at most 1")
-    if not args.sample:
-        return GREEDY
-    return Sampling(args.sample, args.top_p, args.temperature, args.keep, args.seed)
+def captions(args, checkpoint, clips):
+    """Load the models. Returns an iterator over the results of the clips, see `windows.description`."""
+    device, dtype = devices.resolve(args.device, args.dtype)
+    warn_if_untrained(checkpoint, args.style)
+    encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
+    recognise = None
+    if args.probe:
+        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
+    sampling = GREEDY if args.scores else None
+    if args.sample:
+        sampling = Sampling(args.sample, args.top_p, args.temperature, args.keep, args.seed)
+    generation = args.style, args.max_new_tokens, args.num_beams, recognise, sampling
+
+    def results():
+        yield from caption_files(clips, encoder, captioner, Windowing.of(args), *generation)
+        if captioner.cut_captions:
+            cut = counted(captioner.cut_captions, "caption")
+            limit = args.max_new_tokens or captioner.max_new_tokens
+            note(f"{cut} reached the limit of {limit} tokens; --max-new-tokens sets another")
+
+    return results()
+
+
+def write(results, file, form, total):
+    """Print the results of clips and write them to a file. Returns the paths of the captioned clips.
+
+    file: see `caption_files.opened`. form: the format to print. At the end, prints the speed.
+    """
+    print(header(form), end="")
+    began, seconds, captioned = time.monotonic(), 0.0, []
+    for result in results:
+        print(formatted(result, form), end="", flush=True)
+        file.write(result)
+        if problem := result.get("error") or result.get("warning"):
+            note(f"{result['path']}: {problem}")
+        if "error" not in result:
+            seconds += result["windows"][-1]["end"]
+            captioned.append(Path(result["path"]))
+    rate = total / (time.monotonic() - began)
+    note(f"{counted(total, 'clip')}, {seconds:,.0f} s of video, {rate:.1f} clips/s")
+    return captioned
 
 
 def destination(output, form, sidecars, shard):

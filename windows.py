@@ -4,7 +4,6 @@ Windows are decoded and encoded exactly like the training clips.
 Shapes: B windows, F frames, H and W height and width, N video tokens, E video width.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import count, groupby, islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from tqdm import tqdm
 
 import video
-from optim import uniforms
 from runtime import cli
 from runtime.decode_workers import WorkerPool
 from runtime.errors import VideoError
@@ -61,20 +59,6 @@ class Windowing:
     @classmethod
     def of(cls, args):
         return cls(args.window, args.stride, args.batch_size, args.timeout, args.workers)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample captions: `count` per window, of which the likeliest share `keep` is returned."""
-
-    count: int
-    top_p: float = 0.95
-    temperature: float = 0.7
-    keep: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Sampling(1, top_p=1e-9)  # the nucleus is the likeliest token
 
 
 def add_flags(group):
@@ -176,7 +160,7 @@ def caption_files(
     """Caption all windows of all files. Yields the `description` of each file, in order.
 
     recognise: a function that returns the actions in each of a list of clips, see `heads.recogniser`.
-    sampling: a `Sampling`; the caption of a window is then its likeliest sample.
+    sampling: a `captioner.Sampling`; the caption of a window is then its likeliest sample.
     """
 
     def captioned():
@@ -187,7 +171,8 @@ def caption_files(
                 clips = features(decoded, captioner.device)
                 if sampling:
                     names = [f"{Path(paths[w.file]).name} {w.start:.2f}" for w in decoded]
-                    add_samples(decoded, names, clips, captioner, style, sampling, max_new_tokens)
+                    found = captioner.samples(clips, names, style, sampling, max_new_tokens)
+                    add_samples(decoded, found)
                     texts = iter([w.samples[0]["caption"] for w in decoded])
                 else:
                     texts = iter(captioner.captions(clips, style, max_new_tokens, num_beams))
@@ -201,20 +186,10 @@ def caption_files(
         yield description(paths[n], list(group))
 
 
-def add_samples(decoded, names, clips, captioner, style, sampling, max_new_tokens=None):
-    """Sample captions of windows without errors and set their `samples`.
-
-    names: of the windows, which with the seed determine their samples. clips: see `features`.
-    """
-    numbers = uniforms(
-        names, sampling.count, max_new_tokens or captioner.max_new_tokens, sampling.seed
-    )
-    cache = captioner.prefix(clips["features"], clips["scale"], clips["offset"])
-    texts, scores = captioner.sample(cache, style, numbers, sampling.top_p, sampling.temperature)
-    for w, captions, values in zip(decoded, texts, scores.tolist(), strict=True):
-        distinct = sorted(dict(zip(captions, values, strict=True)).items(), key=lambda s: -s[1])
-        kept = distinct[: math.ceil(sampling.keep * len(distinct))]
-        w.samples = [{"caption": text, "score": round(score, 4)} for text, score in kept]
+def add_samples(decoded, found):
+    """Set the samples of windows without errors. found: see `VideoCaptioner.samples`."""
+    for w, captions in zip(decoded, found, strict=True):
+        w.samples = [{"caption": t, "score": round(score, 4)} for t, score in captions.items()]
 
 
 def add_actions(decoded, recognise):

@@ -10,12 +10,13 @@ import io
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime import cli
 from runtime.errors import UserError
-from runtime.files import is_path, parse_json_lines, write_atomic
-from runtime.names import from_utf8, to_utf8
+from runtime.files import is_path, lock, parse_json_lines, write_atomic
+from runtime.names import counted, from_utf8, to_utf8
 
 SUBTITLES = ("srt", "vtt")
 FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
@@ -154,9 +155,41 @@ def forget(path):
     write_atomic(path, encoded("".join(formatted(r, "jsonl") for r in listed)))
 
 
+@contextmanager
+def opened(path, form, clips, sidecars=None):
+    """Open a file of captions for the block, and keep other processes from writing to it.
+
+    path, form: the file and its format, or None to write nothing. clips: the paths of all clips.
+    sidecars: "txt", "srt" or "vtt" to also write a file beside each clip. Yields an object with
+    `is_finished(clip)`, which is True if nothing is left to do, and `write(result)`. Raises UserError if
+    another process is writing to the file.
+    """
+    if path is None:
+        yield NoFile()
+        return
+    busy = f"another process is writing to {path}: wait for it, or stop it first"
+    with lock(path.with_name(f".{path.name}.lock"), busy):
+        file = SubtitleFile(path, form) if form in SUBTITLES else CaptionFile(path, form)
+        file = Sidecars(clips, sidecars, file) if sidecars else file
+        try:
+            yield file
+        finally:
+            file.close()
+
+
 def encoded(text):
     """Encode in UTF-8. Lone surrogates, as in invalid file names, become JSON escapes."""
     return text.encode(errors="backslashreplace")
+
+
+class NoFile:
+    """Takes the place of a file if captions are only printed."""
+
+    def is_finished(self, clip):
+        return False
+
+    def write(self, result):
+        pass
 
 
 class CaptionFile:
@@ -246,11 +279,12 @@ class Sidecars:
     def is_finished(self, clip):
         return self.record.is_finished(clip) and self.path(clip).exists()
 
-    def write(self, clip, result):
+    def write(self, result):
         """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
 
         In this order, a kill in between is noticed: the sidecar is missing.
         """
+        clip = Path(result["path"])
         path = self.path(clip)
         if "error" in result:
             return self.record.write(result)
@@ -261,6 +295,12 @@ class Sidecars:
         data = (text if self.form == "txt" else formatted(result, self.form)).encode()
         self.record.write(result | {"sidecar": path.name, "sha256": sha256(data)})
         write_atomic(path, data)
+
+    def close(self):
+        self.record.close()
+        if self.foreign:
+            files = counted(self.foreign, f".{self.form} file")
+            cli.note(f"left alone: {files} that infer.py has not written")
 
 
 def sha256(data):

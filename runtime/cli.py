@@ -222,6 +222,15 @@ def add_generation(group):
     group.add_argument("--max-new-tokens", type=whole(1), help=text)
 
 
+def add_sampling(group):
+    """Add the flags of sampling."""
+    add, share = group.add_argument, number(above=0, most=1)
+    text = "sample N captions of each clip, or of each window of a long one"
+    add("--sample", type=whole(1), metavar="N", help=text)
+    add("--top-p", type=share, default=0.95, help="probability of the tokens sampled from")
+    add("--temperature", type=number(above=0), default=0.7, help="of the samples")
+
+
 def add_workers(group, most, least=0):
     """Add --workers to a group of flags. The default is `most`, or the number of CPUs if lower."""
     text = f"worker processes (default: %(default)s, the smaller of {most} and the number of CPUs)"
@@ -254,8 +263,8 @@ def whole(least, most=None):
     return parse
 
 
-def number(least=None, above=None, below=None):
-    """Return an argparse type for finite floats that are >= `least`, > `above` and < `below`."""
+def number(least=None, above=None, below=None, most=None):
+    """Return an argparse type for finite floats that are >= `least`, > `above`, < `below` and <= `most`."""
 
     def parse(text):
         try:
@@ -268,6 +277,8 @@ def number(least=None, above=None, below=None):
             raise argparse.ArgumentTypeError(f"{text} must be above {above}")
         if (below is not None and not value < below) or value in (float("inf"), float("-inf")):
             raise argparse.ArgumentTypeError(f"{text} must be below {below or 'infinity'}")
+        if most is not None and not value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
         return value
 
     return parse

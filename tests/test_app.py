@@ -204,9 +204,8 @@ def test_messages_do_not_show_the_upload_folder(look, tmp_path):
 
 def test_templates_are_ranked_by_likelihood(look, world, prepared):
     """The best template comes first, and the scores depend on the clip."""
-    from runtime.feature_cache import load_features, stack_stored
-
     from dataset import load_records
+    from runtime.feature_cache import load_features, stack_stored
 
     settings, ranks = look.encoder.settings, []
     for record in load_records(prepared / "annotations", "validation")[:2]:

@@ -4,13 +4,24 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import av
 import pytest
 from test_evaluate import caption
 
-from runtime.caption_files import CaptionFile, Sidecars, formatted, header, read_results
+from runtime.caption_files import (
+    CaptionFile,
+    Sidecars,
+    forget,
+    formatted,
+    header,
+    opened,
+    read_results,
+)
 from runtime.errors import DONE, PARTIAL, UserError
+from runtime.start import ROOT
 
 FILM = {
     "path": "/films/a\tb.mp4",
@@ -134,18 +145,31 @@ def test_shards_write_different_files_with_every_clip_once(world, trained, tmp_p
     assert sorted(row["path"] for row in rows) == sorted(map(str, videos))
 
 
+def test_a_second_process_does_not_write_to_the_same_file(tmp_path):
+    """Two commands on one folder captioned each clip twice, and one replaced the other's record."""
+    path = tmp_path / "captions.jsonl"
+    code = (
+        "import sys, pathlib; from runtime.caption_files import opened\n"
+        "with opened(pathlib.Path(sys.argv[1]), 'jsonl', []): print('in')"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with opened(path, "jsonl", []):
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "another process is writing to" in second.stderr and not second.stdout
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "in\n"
+    assert not [*tmp_path.iterdir()]
+
+
 def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
     """Killed after --overwrite had emptied the record, the old sidecars counted as the user's own."""
-    from runtime.caption_files import forget
-
     clip = tmp_path / "a.mp4"
     record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
-    Sidecars([clip], "txt", record).write(clip, FILM | {"path": str(clip)})
+    Sidecars([clip], "txt", record).write(FILM | {"path": str(clip)})
     forget(record.path)
     record = CaptionFile(record.path, "jsonl")
     sidecars = Sidecars([clip], "txt", record)
     assert not sidecars.is_finished(clip)
-    sidecars.write(clip, FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
+    sidecars.write(FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
     assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
 
 
@@ -166,5 +190,6 @@ def test_samples_and_their_scores(world, trained, tmp_path, capsys):
     _, greedy, score = capsys.readouterr().out.rstrip("\n").split("\t")
     assert caption(trained, clips[0]) == DONE
     assert capsys.readouterr().out.rstrip("\n").split("\t")[1] == greedy and float(score) < 0
-    with pytest.raises(UserError, match="cannot be used with --num-beams"):
+    with pytest.raises(SystemExit):
         caption(trained, clips[0], "--sample", 2, "--num-beams", 2)
+    assert "--num-beams cannot be used with --sample" in capsys.readouterr().err

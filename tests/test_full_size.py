@@ -15,13 +15,13 @@ import train
 @pytest.mark.parametrize("lm_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_forward_and_backward_at_full_size(tokenizer, lm_dtype):
     """Without hardware support for bfloat16, one bfloat16 step takes more than ten minutes."""
-    from runtime.feature_cache import Settings
     from transformers import Qwen2Config, Qwen2ForCausalLM, VJEPA2Config, VJEPA2Model
 
     from captioner import VideoCaptioner
     from dataset import collate, encode_caption
     from encoder import VideoEncoder
     from qformer import QFormer
+    from runtime.feature_cache import Settings
 
     args = train.parse_args([])
     vitl = VJEPA2Model(VJEPA2Config())  # float32, preprocess_ssv2.py's choice on a CPU
