@@ -26,6 +26,7 @@ from dataset import STYLES, collate_text, encode_caption
 from optim import uniforms
 from qformer import QFormer
 from runtime import devices, hub
+from runtime.cli import TEMPERATURE, TOP_P
 from runtime.errors import FAILED, UserError, out_of_memory
 
 READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
@@ -40,8 +41,8 @@ class Sampling:
     """How to sample captions: `count` per clip, of which the likeliest share `keep` is returned."""
 
     count: int
-    top_p: float = 0.95
-    temperature: float = 0.7
+    top_p: float = TOP_P
+    temperature: float = TEMPERATURE
     keep: float = 1.0
     seed: int = 0
 
@@ -228,7 +229,7 @@ class VideoCaptioner(nn.Module):
         return torch.stack(columns, 1).tolist()
 
     @torch.inference_mode()
-    def sample(self, cache, style, uniforms, top_p=0.95, temperature=0.7):
+    def sample(self, cache, style, uniforms, top_p, temperature):
         """Sample n captions of each of B clips, with nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751).
 
         cache: from `prefix`. It is modified and cannot be used again. uniforms: (B, n, L) in [0, 1), one

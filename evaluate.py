@@ -14,7 +14,7 @@ import runtime.start
 import math
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import heads
 import metrics
+from captioner import Sampling
 from checkpoint import is_export, load_captioner, read_checkpoint, warn_if_untrained, weights_digest
 from dataset import (
     STYLES,
@@ -95,20 +96,26 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
     cli.add_generation(group)
+    cli.add_sampling(
+        group,
+        "also sample N captions of each clip; the likeliest one is scored, beside that of greedy search and"
+        " the best of the N (oracle)",
+    )
     cli.add_common(parser)
     args = parser.parse_args(argv)
     if args.predictions:
-        names = ("checkpoint", "lm", "num_beams", "max_new_tokens")
+        names = ("checkpoint", "lm", "num_beams", "max_new_tokens", "sample")
         parser.refuse_given(args, names, "cannot be used with --predictions")
+    if args.sample:
+        parser.refuse_given(args, ["num_beams"], "cannot be used with --sample")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.predictions and args.shard != (0, 1):
-        raise UserError(
-            "--shard cannot be used with --predictions, which scores all parts together"
-        )
+    if (args.predictions or args.sample) and args.shard != (0, 1):
+        flag = "--predictions" if args.predictions else "--sample"
+        raise UserError(f"--shard cannot be used with {flag}, which needs all clips together")
     records = load_records(args.annotations, args.split)
     all_records = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
@@ -133,9 +140,11 @@ def main(argv=None):
         later = {r["id"] for r in all_records[args.limit :]} if args.limit else {}
         predictions = read_predictions(args.predictions)
         predictions, settings = {i: t for i, t in predictions.items() if i not in later}, {}
+        greedy = samples = None
     else:
         with distributed.joined():
-            predictions, settings = predict(args, records)
+            predictions, settings, samples = predict(args, records)
+        greedy = predictions if samples else None
     if ranks.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
@@ -149,6 +158,9 @@ def main(argv=None):
     name = result_name(args, skipped)
     if not args.predictions:
         output.mkdir(parents=True, exist_ok=True)
+        if samples:
+            predictions = {i: next(iter(drawn)) for i, drawn in samples.items()}
+            write_json(output / f"samples_{name}.json", samples)
         write_predictions(output / f"predictions_{name}.json", predictions)
         note(f"captions written to {output / f'predictions_{name}.json'}")
     settings = {"split": args.split, "style": args.style, "missing": skipped} | settings
@@ -165,6 +177,8 @@ def main(argv=None):
         args.style,
         args.seed,
         with_meteor=not args.no_meteor,
+        greedy=greedy,
+        samples=samples and {i: [*drawn] for i, drawn in samples.items()},
     )
     if probe:
         result["probe"] = compare_with_probe(args, probe, records, per_clip)
@@ -241,6 +255,10 @@ def result_name(args, skipped):
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [f"beams{args.num_beams}"] if args.num_beams != 1 else []
     parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens else []
+    if args.sample:
+        parts += [f"sample{args.sample}"]
+        parts += [f"top{args.top_p:g}"] if args.top_p != cli.TOP_P else []
+        parts += [f"temperature{args.temperature:g}"] if args.temperature != cli.TEMPERATURE else []
     parts += [f"without{skipped}"] if skipped else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
     path = Path(args.checkpoint)
@@ -252,7 +270,10 @@ def result_name(args, skipped):
 
 
 def predict(args, records):
-    """Caption `records` with the checkpoint. Returns {id: caption} and the settings used."""
+    """Caption `records` with the checkpoint.
+
+    Returns {id: caption}, the settings used and, with --sample, the result of `sample`, else None.
+    """
     manifest = load_manifest(args.features)
     clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = devices.resolve(args.device, args.dtype)
@@ -271,15 +292,19 @@ def predict(args, records):
         predictions, loss = caption(
             captioner, batches, args.style, args.max_new_tokens, args.num_beams
         )
+        samples = None
+        if args.sample:
+            how = Sampling(args.sample, args.top_p, args.temperature, seed=args.seed)
+            samples = sample(captioner, batches, args.style, how, args.max_new_tokens)
+            samples = {r["id"]: samples[r["id"]] for r in clips}
     predictions = {r["id"]: predictions[r["id"]] for r in clips}
     limit = args.max_new_tokens or captioner.max_new_tokens
     settings = {"num_beams": args.num_beams, "max_new_tokens": limit}
     settings |= {"control": args.control, "step": checkpoint["step"], "loss": loss}
     settings["weights"] = weights_digest(checkpoint["qformer"])
-    return predictions, settings | {
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    settings |= {"sampling": asdict(how)} if samples else {}
+    settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    return predictions, settings, samples
 
 
 def clip_loader(captioner, features, settings, split, records, style, batch_size, workers):
@@ -340,6 +365,22 @@ def caption(captioner, batches, style, max_new_tokens=None, num_beams=1):
 def to_device(batch, device):
     """Move the tensors of a batch to a device. Copies from pinned memory to a GPU are asynchronous."""
     return {k: v if k == "ids" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def sample(captioner, batches, style, how, max_new_tokens=None):
+    """Sample captions of every clip of a loader: {id: {text: score}}, see `VideoCaptioner.samples`.
+
+    If there are several processes, each passes its own loader, and all return the samples of all clips.
+    """
+    captioner.eval()
+    samples = {}
+    with tqdm(total=len(batches.dataset), unit="clip", desc="sample", leave=False) as bar:
+        for batch in read_batches(batches):
+            batch = to_device(batch, captioner.device)
+            drawn = captioner.samples(batch, batch["ids"], style, how, max_new_tokens)
+            samples |= zip(batch["ids"], drawn, strict=True)
+            bar.update(len(drawn))
+    return {i: drawn for part in distributed.all_gather(samples) for i, drawn in part.items()}
 
 
 def score(predictions, records, all_records, annotations, style="label", seed=0, **kwargs):

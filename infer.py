@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--style", choices=STYLES, default="label", help="caption style")
     add_flags(group)
     cli.add_generation(group)
-    cli.add_sampling(group)
+    cli.add_sampling(group, "sample N captions of each clip, or of each window of a long one")
     share = cli.number(above=0, most=1)
     add("--keep", type=share, default=1.0, help="likeliest share of the samples to return")
     text = "also print the mean log-probability of the tokens of a caption; --sample always does"

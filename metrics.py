@@ -354,6 +354,8 @@ def score(
     most_frequent=None,
     seed=0,
     with_meteor=True,
+    greedy=None,
+    samples=None,
 ):
     """Score one caption per clip. Returns (result, per_clip).
 
@@ -363,13 +365,15 @@ def score(
     all_records: the whole split. CIDEr counts document frequencies on its references. Default: records.
     most_frequent: the most frequent training caption of this style.
     with_meteor: whether to compute METEOR, which needs 10 s to start, even for a few clips.
+    greedy: {id: text}, other captions to score beside the predictions.
+    samples: {id: list of texts}, from which `oracle` chooses.
 
     `result` can be written as JSON. Its keys:
         n: the number of clips.
         metrics: CIDEr in 0..10, the others in 0..1.
         controls: `shuffled` gives every clip the prediction of another clip, `most_frequent` gives all
-            clips the same caption, and `ceiling` is the mean over clips of the highest CIDEr of any of
-            their own references.
+            clips the same caption, `ceiling` is the mean over clips of the highest CIDEr of any of their
+            own references, and `oracle` that of the highest score of any sample, for each metric.
         ci95: {metric: [low, high]}.
         counts: {metric: number of clips} for metrics that are defined for some of the clips only.
         parser_on_references: the template accuracy of the labels themselves.
@@ -387,31 +391,43 @@ def score(
     split = {i: texts for i, texts in split.items() if texts}
     # in the order of the records, because the last bit of a mean depends on the order
     systems = _systems({r["id"]: predictions[r["id"]] for r in records}, most_frequent, seed)
+    systems |= {"greedy": greedy} if greedy else {}
+    samples = {r["id"]: samples[r["id"]] for r in records} if samples else {}
     skipped = _skipped(records, split, style, templates, most_frequent, with_meteor)
 
     # tokenise all texts in one run of Java
     texts = {text for captions in systems.values() for text in captions.values()}
-    texts.update(*split.values(), *(r["placeholders"] for r in records))
+    texts.update(*split.values(), *samples.values(), *(r["placeholders"] for r in records))
     tokens, tokenizer, reason = tokenize(texts, JAVA_LIMIT)
     skipped |= {"PTBTokenizer": reason} if reason else {}
     split = {i: [tokens[text] for text in texts] for i, texts in split.items()}
     references = {i: split[i] for i in references}
-    hypotheses = {name: {i: tokens[c[i]] for i in c} for name, c in systems.items()}
+
+    def tokenised(captions):
+        return {i: tokens[text] for i, text in captions.items()}
+
+    hypotheses = {name: tokenised(captions) for name, captions in systems.items()}
 
     cider, parser = Cider(split), Templates(templates)
     clip_metrics = {
-        "CIDEr": lambda name: cider(hypotheses[name]),
-        "exact_match": lambda name: exact_match(hypotheses[name], references),
-        "template_accuracy": lambda name: template_accuracy(systems[name], records, parser),
-        "placeholder_match": lambda name: placeholder_match(hypotheses[name], records, tokens),
+        "CIDEr": lambda captions: cider(tokenised(captions)),
+        "exact_match": lambda captions: exact_match(tokenised(captions), references),
+        "template_accuracy": lambda captions: template_accuracy(captions, records, parser),
+        "placeholder_match": lambda captions: placeholder_match(
+            tokenised(captions), records, tokens
+        ),
     }
+
+    def clip_scores(captions):  # {metric: {id: float}}
+        found = {m: compute(captions) for m, compute in clip_metrics.items() if m not in skipped}
+        return {m: v for m, v in found.items() if v}
+
     values, scores = {}, {}  # {system: {metric: {id: float}}}, {system: {metric: float}}
     with java_thread() as thread:  # METEOR takes as long as all other metrics
         if "METEOR" not in skipped:
             pending = thread.submit(meteor, hypotheses["main"], references)
-        for name in systems:
-            found = {m: compute(name) for m, compute in clip_metrics.items() if m not in skipped}
-            values[name] = {m: v for m, v in found.items() if v}
+        for name, captions in systems.items():
+            values[name] = clip_scores(captions)
             scores[name] = {m: _mean(v) for m, v in values[name].items()}
             if references:
                 scores[name] |= bleu(hypotheses[name], references)
@@ -429,6 +445,15 @@ def score(
     controls = {name: _pick(scores[name], (*PER_CLIP, "Bleu_4")) for name in [*systems][1:]}
     if "CIDEr" in main:
         controls["ceiling"] = {"CIDEr": _mean(cider.ceiling(references))}
+    if samples:
+        kth = (
+            {i: t[k % len(t)] for i, t in samples.items()}
+            for k in range(max(map(len, samples.values())))
+        )
+        found = [clip_scores(captions) for captions in kth]
+        controls["oracle"] = {
+            m: _mean({i: max(f[m][i] for f in found) for i in v}) for m, v in found[0].items()
+        }
     result = {
         "n": len(records),
         "metrics": _pick(scores["main"], (*CAPTION_METRICS, *PER_CLIP)),

@@ -28,6 +28,7 @@ LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
 ANNOTATIONS, FEATURES = "data/annotations", "data/features"
 ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
 CHECKPOINT = "results/ssv2/best.pt"
+TOP_P, TEMPERATURE = 0.95, 0.7  # of LaViLa's narrator (Zhao et al. 2022, arXiv:2212.04501)
 CHECKPOINT_KINDS = "file, run folder, exported folder or Hub id"
 
 
@@ -222,13 +223,12 @@ def add_generation(group):
     group.add_argument("--max-new-tokens", type=whole(1), help=text)
 
 
-def add_sampling(group):
-    """Add the flags of sampling."""
+def add_sampling(group, text):
+    """Add the flags of sampling. text: the help of --sample."""
     add, share = group.add_argument, number(above=0, most=1)
-    text = "sample N captions of each clip, or of each window of a long one"
     add("--sample", type=whole(1), metavar="N", help=text)
-    add("--top-p", type=share, default=0.95, help="probability of the tokens sampled from")
-    add("--temperature", type=number(above=0), default=0.7, help="of the samples")
+    add("--top-p", type=share, default=TOP_P, help="probability of the tokens sampled from")
+    add("--temperature", type=number(above=0), default=TEMPERATURE, help="of the samples")
 
 
 def add_workers(group, most, least=0):

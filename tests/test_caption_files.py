@@ -1,5 +1,7 @@
 """Files of captions and captions beside clips: formats, and continuing after a kill."""
 
+from runtime.start import ROOT
+
 import csv
 import io
 import json
@@ -21,7 +23,6 @@ from runtime.caption_files import (
     read_results,
 )
 from runtime.errors import DONE, PARTIAL, UserError
-from runtime.start import ROOT
 
 FILM = {
     "path": "/films/a\tb.mp4",

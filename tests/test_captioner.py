@@ -400,12 +400,12 @@ def test_reading_a_checkpoint_does_not_affect_loading_it(captioner, make_qformer
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def sampled(captioner, batch, names, count=4, **settings):
+def sampled(captioner, batch, names, count=4, top_p=0.95, temperature=0.7):
     """Sample captions of up to 9 tokens."""
     numbers = uniforms(names, count, 9, seed=0)
     with torch.no_grad():
         cache = captioner.prefix(batch["features"], batch["scale"], batch["offset"])
-    return captioner.sample(cache, "label", numbers, **settings)
+    return captioner.sample(cache, "label", numbers, top_p, temperature)
 
 
 def test_samples_do_not_depend_on_the_batch(captioner, make_clips):

@@ -131,6 +131,26 @@ def test_results_with_other_flags_have_other_names(run):
     assert sentence["n"] == 5 and "template_accuracy" in sentence["skipped"]
 
 
+def test_samples_are_scored_beside_greedy_search(run, trained):
+    """The likeliest of N samples is scored. It never has a lower score than another sample."""
+    out = run("--sample", 4, "--temperature", 2, "--limit", 6)
+    name = "validation_first6_sample4_temperature2"
+    predictions = load(out / f"predictions_{name}.json")
+    samples, result = load(out / f"samples_{name}.json"), load(out / f"evaluation_{name}.json")
+    assert list(samples) == [p["image_id"] for p in predictions] and len(samples) == 6
+    assert max(map(len, samples.values())) == 4
+    for p in predictions:
+        scores = samples[p["image_id"]]
+        assert scores[p["caption"]] == max(scores.values())
+    greedy = load(run("--limit", 6) / "evaluation_validation_first6.json")["metrics"]
+    assert result["controls"]["greedy"]["CIDEr"] == greedy["CIDEr"]
+    assert result["controls"]["oracle"]["CIDEr"] >= result["metrics"]["CIDEr"]
+    again = run("--sample", 4, "--temperature", 2, "--limit", 6, "--batch-size", 4)
+    assert load(again / f"samples_{name}.json").keys() == samples.keys()
+    texts = [[*s] for s in load(again / f"samples_{name}.json").values()]
+    assert texts == [[*s] for s in samples.values()]
+
+
 def test_a_split_without_captions_gets_template_accuracy_only(run, world, prepared, tmp_path):
     features = shutil.copytree(prepared / "features", tmp_path / "features")
     preprocess(world, prepared, "--splits", "test", features=features)

@@ -317,6 +317,20 @@ def test_ceiling_is_the_best_of_several_references(no_java):
     assert odd["controls"]["ceiling"]["CIDEr"] == best
 
 
+def test_the_oracle_is_the_best_sample_of_each_clip(no_java):
+    """Also for a clip with fewer distinct samples than the others. The score is that of the predictions."""
+    records = [record(i, f"moving cup{i} up fast") for i in range(6)]
+    wrong = {str(i): f"moving jar{i} up fast" for i in range(6)}
+    samples = {i: [text, "nothing at all", records[int(i)]["label"]] for i, text in wrong.items()}
+    samples["5"] = [wrong["5"]]
+    result, per_clip = score(wrong, records, greedy=labels(records), samples=samples)
+    assert result["metrics"]["exact_match"] == 0
+    assert result["controls"]["greedy"]["exact_match"] == 1
+    oracle = result["controls"]["oracle"]
+    assert oracle["exact_match"] == pytest.approx(5 / 6)
+    assert oracle["CIDEr"] == pytest.approx((5 * 10 + per_clip["5"]["CIDEr"]) / 6)
+
+
 def test_document_frequencies_are_frozen(no_java):
     """pycocoevalcap counts over the scored references only, so that one clip alone scores 0."""
     records = world()
