@@ -5,6 +5,8 @@ Something-Something-V2, with the file names of its first or current release (par
 Your own clips, from a CSV or JSON file with video,caption[,split][,start,end] (a clip may have several
 rows; start and end, in seconds, select a part of the video):
     python prepare_annotations.py --captions mine.csv
+The same, and captions that infer.py has written of other clips, to train on both:
+    python prepare_annotations.py --captions mine.csv labelled.csv --videos mine/clips
 Charades, as whole videos or as windows for recognising actions:
     python prepare_annotations.py --charades data/charades
 """
@@ -14,13 +16,17 @@ import runtime.start
 import csv
 import glob
 import io
+import os
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, is_span, unsafe_content
 from metrics import canonical
 from runtime import charades, cli
+from runtime.caption_files import has_results, likeliest_captions
 from runtime.cli import note
 from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
@@ -44,8 +50,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("your own clips").add_argument
     add(
         "--captions",
-        help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]",
+        nargs="+",
+        help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]; files of"
+        " captions that infer.py has written are used for training, for clips that have no other caption",
     )
+    text = "leave out captions of infer.py with a lower score (infer.py --scores)"
+    add("--min-score", type=cli.number(), help=text)
+    text = "folder that contains the clips; needed for the paths in files of infer.py"
+    add("--videos", default=cli.VIDEOS, help=text)
     add(
         "--validation-share",
         type=cli.number(least=0, below=1),
@@ -83,7 +95,15 @@ def main(argv=None):
                 "--paraphrases can only be used with --labels; in a --captions file, add one row per"
                 " caption"
             )
-        splits = read_captions(args.captions, args.validation_share, args.seed)
+        paths = [
+            cli.existing(
+                p, "--captions", "It must have the columns video,caption[,split][,start,end]."
+            )
+            for p in args.captions
+        ]
+        labelled = labelled_clips(filter(has_results, paths), args.videos, args.min_score)
+        own = [path for path in paths if not has_results(path)]
+        splits = read_captions(own, args.validation_share, args.seed, labelled)
     else:
         splits = read_labels(args.labels)
         if args.paraphrases or Path(PARAPHRASES).is_dir():
@@ -371,18 +391,24 @@ def charades_record(video):
 # ---- your own clips ------------------------------------------------------------------------
 
 
-def read_captions(path, validation_share, seed):
-    """Read a caption file. Returns {split: records}.
+def read_captions(paths, validation_share, seed, labelled=()):
+    """Read caption files. Returns {split: records}.
 
     A clip is a video, or the part of it from `start` to `end`. Its first caption becomes its label, the
     others its paraphrases. If there is no split column, all clips of `validation_share` of the videos are
-    held out for validation. Raises UserError if a row is not valid.
+    held out for validation. labelled: from `labelled_clips`; those of other videos are added to the training
+    split. Raises UserError if a row is not valid.
     """
-    path = cli.existing(
-        path, "--captions", "It must have the columns video,caption[,split][,start,end]."
-    )
-    rows = read_table(path, "--captions", ("video", "caption"), ("split", "start", "end"))
-    check_rows(rows, path)
+    if not paths:
+        raise UserError(
+            "--captions: all captions are infer.py's; add a file of captions by people, which validation"
+            " needs"
+        )
+    rows = []
+    for path in paths:
+        found = read_table(path, "--captions", ("video", "caption"), ("split", "start", "end"))
+        check_rows(found, path)
+        rows += [(f"{path}, {where}" if len(paths) > 1 else where, row) for where, row in found]
     clips = {}  # (normal form of the video's name, span) -> record, in order of appearance
     split_of, clash = {}, []
     for where, row in rows:
@@ -396,19 +422,56 @@ def read_captions(path, validation_share, seed):
                 clips[key]["paraphrases"].append(caption)
             clash += [f"{name} ({where})"] if split_of[key] != split else []
     refuse(clash, "clips are in more than one split")
-    name_clips(clips)
+    known = {video for video, _ in clips}
+    added = {key: r for key, r in dict(labelled).items() if key[0] not in known}
+    name_clips(clips | added)
     given = set(split_of.values()) - {None}
     bad = [f"{s!r:.60} {why}" for s in given if (why := id_problem(s))]
     refuse(bad, "split names are not valid")
     if not given:
-        split_of = sample_validation(clips, validation_share, seed, path)
+        split_of = sample_validation(clips, validation_share, seed)
     elif None in split_of.values():
         without = [clips[key]["id"] for key, split in split_of.items() if split is None]
         refuse(without, "clips have no split, but others do")
     splits = {s: [] for s in sorted(set(split_of.values()), key=lambda s: (s != TRAIN, s))}
     for key, r in clips.items():
         splits[split_of[key]].append(r)
+    if labelled:
+        splits.setdefault(TRAIN, []).extend(added.values())
+        known = counted(len(labelled) - len(added), "clip of a video", "clips of videos")
+        note(f"captions of infer.py: {len(added):,} added to train; left out {known} in your files")
     return splits
+
+
+def labelled_clips(paths, videos, min_score=None):
+    """Read captions that infer.py has written. Returns {(video, span): record}, with "score" if known.
+
+    videos: the folder that contains the clips. min_score: leave out captions with a lower score.
+    """
+    clips, root = {}, Path(os.path.abspath(videos))
+    for path in paths:
+        rows = likeliest_captions(path)
+        outside = [where for where, row in rows if not Path(row["video"]).is_relative_to(root)]
+        refuse(outside, f"rows of {path} name clips that are not in --videos {videos}")
+        for _, row in rows:
+            row["video"] = Path(row["video"]).relative_to(root).as_posix()
+        check_rows(rows, path)
+        scores = [row["score"] for _, row in rows if row["score"] is not None]
+        if len(scores) == len(rows) > 0:
+            quarters = np.quantile(scores, [0.75, 0.5, 0.25])
+            text = "; a quarter, half and three quarters of the scores are at least {:.3f}, {:.3f}, {:.3f}"
+            note(f"{path}: {counted(len(rows), 'caption')}{text.format(*quarters)}")
+        elif min_score is not None:
+            raise UserError(
+                f"--min-score: {path} has captions without a score; run infer.py with --scores"
+            )
+        for _, row in rows:
+            if min_score is None or row["score"] >= min_score:
+                span = span_of(row)
+                score = {"score": row["score"]} if row["score"] is not None else {}
+                r = record(None, row["video"], clean(row["caption"]))
+                clips[normal_form(row["video"]), span] = r | span_fields(span) | score
+    return clips
 
 
 def span_of(row):
@@ -457,7 +520,7 @@ def check_rows(rows, path):
     refuse(bad, f"rows of {path} name hidden files, which are not videos")
 
 
-def sample_validation(clips, share, seed, path):
+def sample_validation(clips, share, seed):
     """Sample a share of the videos for validation. Returns {(video, span): split}.
 
     clips: {(video, span): record}. All clips of a video get the same split.
@@ -467,8 +530,8 @@ def sample_validation(clips, share, seed, path):
     count = max(least, round(share * len(ids)))
     if count >= len(ids):
         raise UserError(
-            f"--captions {path} has too few videos to hold out two for validation; add more videos or"
-            " a split column"
+            "--captions has too few videos to hold out two for validation; add more videos or a split"
+            " column"
         )
     held_out = set(by_hash(ids.values(), seed)[:count])
     note(f"no split column: {count} of {counted(len(ids), 'video')} held out for validation")

@@ -9,14 +9,16 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 from runtime import cli
 from runtime.errors import UserError
-from runtime.files import is_path, lock, parse_json_lines, write_atomic
+from runtime.files import is_path, lock, parse_json_lines, read_text, write_atomic
 from runtime.names import counted, from_utf8, to_utf8
+from runtime.table import read_table
 
 SUBTITLES = ("srt", "vtt")
 FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
@@ -141,6 +143,53 @@ def read_results(path):
     except OSError as error:
         raise UserError(f"captions {path} cannot be read: {error.strerror}") from None
     return {from_utf8(e["path"]): e for e in entries if is_path(e.get("path"))}
+
+
+def has_results(path):
+    """Return True if a file has captions that infer.py has written: its columns or keys include path."""
+    head = next(filter(str.strip, read_text(path, "--captions").splitlines()), "").lower()
+    if head.lstrip()[:1] in ("[", "{"):
+        return '"path"' in head
+    return "path" in (cell.strip(' "') for cell in re.split(r"[,;\t]", head))
+
+
+def likeliest_captions(path):
+    """Read the likeliest caption of each window from a file that infer.py has written.
+
+    Returns [(where, row)] as `table.read_table` does. A row has video (an absolute path), caption, score
+    (None without --scores) and, unless the window is the whole clip, start and end in seconds. Raises
+    UserError if a row is not valid.
+    """
+    rows = read_table(path, "--captions", ("path", "caption"), ("start", "end", "score"))
+    windows = {}  # (path, start, end) -> (where, row); the likeliest sample comes first
+    try:
+        for where, row in rows:
+            for caption, score, start, end in captions_in(row):
+                key = row["path"], start, end
+                found = {"video": plain(row["path"]), "caption": plain(caption), "score": score}
+                windows.setdefault(key, (where, found | {"start": start, "end": end}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"--captions {path}, {where}: not a line of infer.py") from None
+    counts = Counter(name for name, *_ in windows)
+    for (name, start, _), (_, row) in windows.items():
+        if counts[name] == 1 and start == 0:  # a clip that was captioned as a whole
+            del row["start"], row["end"]
+    return list(windows.values())
+
+
+def captions_in(row):
+    """Yield (caption, score or None, start, end) of a row of a table or of a result in JSON."""
+    spans = row.get("windows", [] if "error" in row else [row])
+    for span in spans:
+        times = float(span["start"]), float(span["end"])
+        for caption, score in captions_of(span):
+            score = score or span.get("score")
+            yield caption, float(score) if score else None, *times
+
+
+def plain(cell):
+    """Undo `harmless`."""
+    return cell[1:] if cell[:1] == "'" and harmless(cell[1:]) == cell else cell
 
 
 def forget(path):

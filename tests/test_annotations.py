@@ -10,6 +10,7 @@ import pytest
 import prepare_annotations
 from dataset import load_records
 from prepare_annotations import main
+from runtime.caption_files import formatted, header
 from runtime.errors import UserError
 from runtime.names import id_problem
 
@@ -214,6 +215,64 @@ def test_own_captions(tmp_path, kind):
     assert train["id"] == "a" and train["video"] == "a.mp4" and train["template"] is None
     assert train["label"] == "a cat" and train["paraphrases"] == ["a cat, asleep"]
     assert validation["id"] == "c" and validation["video"] == "b/c.mp4"
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
+    """The likeliest sample of each window, of videos without captions by people, and never for validation.
+
+    A clip that is one window keeps its id, so that its features are found.
+    """
+
+    def result(name, *windows):
+        keys = ("start", "end", "samples")
+        windows = [dict(zip(keys, w, strict=True)) for w in windows]
+        for w in windows:
+            w["samples"] = [{"caption": text, "score": score} for text, score in w["samples"]]
+            w["caption"] = w["samples"][0]["caption"]
+        return {"path": str(tmp_path / "clips" / name), "windows": windows}
+
+    results = [
+        result("a.mp4", (0.0, 3.75, [("=a cat", -0.5)])),
+        result("x/b.mp4", (0.0, 3.75, [("a dog", -0.1), ("a log", -0.2)])),
+        result("film.mp4", (0.0, 6.0, [("a bird", -0.4)]), (6.0, 12.5, [("a word", -0.7)])),
+        {"path": str(tmp_path / "clips/bad.mp4"), "error": "is corrupt"},
+        result("low.mp4", (0.0, 3.0, [("what", -0.9)])),
+    ]
+    labelled = tmp_path / f"labelled.{form}"
+    labelled.write_text(header(form) + "".join(formatted(r, form) for r in results))
+    own = tmp_path / "own.csv"
+    rows = [("a.mp4", "someone's words"), *((f"v{i}.mp4", f"clip {i}") for i in range(3))]
+    own.write_text("video,caption\n" + "".join(f"{v},{c}\n" for v, c in rows))
+    flags = "--captions", labelled, own, "--videos", tmp_path / "clips", "--min-score", "-0.8"
+    out = run(tmp_path, *flags, "--validation-share", "0.5")
+    splits = {split: load_records(out, split) for split in ("train", "validation")}
+    assert len(splits["validation"]) == 2
+    assert {r["video"] for r in splits["validation"]} < {v for v, _ in rows}
+    records = {r["id"]: r for r in splits["train"] + splits["validation"]}
+    assert records.keys() == {"a", "v0", "v1", "v2", "b", "film_0-6", "film_6-12.5"}
+    assert records["a"]["label"] == "someone's words" and not records["a"]["paraphrases"]
+    assert (records["b"]["video"], records["b"]["label"]) == ("x/b.mp4", "a dog")
+    assert records["b"]["start"] is None and not records["b"]["paraphrases"]
+    assert records["film_6-12.5"]["label"] == "a word"
+    scores = {r["id"]: r.get("score") for r in json.loads((out / "train.json").read_text())}
+    assert (scores["b"], scores["film_0-6"]) == (-0.1, -0.4)
+    err = capsys.readouterr().err
+    assert "5 captions; a quarter, half and three quarters of the scores are at least -0.4" in err
+    assert "3 added to train; left out 1 clip of a video in your files" in err
+
+    with pytest.raises(UserError, match="that are not in --videos"):
+        run(tmp_path, "--captions", labelled, own, "--videos", tmp_path / "other")
+    with pytest.raises(UserError, match="validation needs"):
+        run(tmp_path, "--captions", labelled, "--videos", tmp_path / "clips")
+    without = results[1]["windows"][0]
+    del without["samples"]
+    labelled.write_text(header(form) + "".join(formatted(r, form) for r in results))
+    with pytest.raises(UserError, match="captions without a score"):
+        run(tmp_path, *flags)
+    labelled.write_text(labelled.read_text().replace("0.0", "soon"))
+    with pytest.raises(UserError, match=r"not (valid JSON|a line of infer)"):
+        run(tmp_path, *flags)
 
 
 def test_file_names_keep_spaces_and_line_breaks_separate_words(tmp_path):
