@@ -3,15 +3,15 @@
 The language model reads
     [Q soft prompts][style prompt][ caption][eos]
 
+or, if it is an encoder-decoder, the soft prompts in its encoder and the text in its decoder.
+
 Shapes: B clips, K captions per clip, Q queries, L text tokens, M tokens with a loss. D is the width
 and V the vocabulary size of the language model.
 """
 
 import copy
-import inspect
 import math
 import random
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -20,14 +20,23 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from dataset import STYLES, collate_text, encode_caption
 from optim import uniforms
 from qformer import QFormer
-from runtime import devices, hub
+from runtime import devices
 from runtime.cli import TEMPERATURE, TOP_P
 from runtime.errors import FAILED, UserError, out_of_memory
+from runtime.language_models import (
+    cache_name,
+    clips_of,
+    embedding_table,
+    first_token,
+    kind_of,
+    load_lm,
+    max_positions,
+)
 
 READ_CHUNK = 16  # clips per Q-Former call in inference; their float32 features take 268 MB
 TEXTS_CHUNK = 32  # texts scored at a time; each needs its own key/value cache
@@ -54,7 +63,7 @@ class VideoCaptioner(nn.Module):
     """A Q-Former and a frozen language model.
 
     qformer: a `QFormer` with the width of the language model.
-    lm: a causal language model of transformers.
+    lm: a causal or encoder-decoder language model of transformers.
     tokenizer: the tokenizer of `lm`. It must have an eos token.
     bos: the id of a token to put before the soft prompts, or None.
     max_new_tokens: the default limit for generated captions.
@@ -69,7 +78,7 @@ class VideoCaptioner(nn.Module):
     ):
         super().__init__()
         self.qformer, self.lm, self.tokenizer = qformer, lm.requires_grad_(False), tokenizer
-        self.bos, self.cache_name = bos, cache_name(lm)
+        self.kind, self.cache_name, self.bos = kind_of(lm), cache_name(lm), bos
         self.max_new_tokens, self.cut_captions = max_new_tokens, 0
         self.autocast_lm = autocast_lm
         self.train(self.training)
@@ -103,11 +112,10 @@ class VideoCaptioner(nn.Module):
     def read(self, soft):
         """Run the language model on soft prompts (B, Q, D).
 
-        Returns its key/value cache and hidden states (B, Q, D). If there is a bos token, both have one
-        more position at the start.
+        Returns its key/value cache and hidden states (B, Q, D), which are those of the encoder if there is
+        one. If there is a bos token, both have one more position at the start.
         """
-        cache = DynamicCache(config=self.lm.config)
-        return cache, self.run_lm(cache, inputs_embeds=self.embedded(soft)).last_hidden_state
+        return self.kind.read(self.run_lm, self.embedded(soft))
 
     def embedded(self, soft):
         """Convert soft prompts to the LM's dtype and prepend the embedding of bos, if there is one."""
@@ -120,18 +128,19 @@ class VideoCaptioner(nn.Module):
     def run_lm(self, cache=None, input_ids=None, inputs_embeds=None, **kwargs):
         """Run the frozen language model on B rows of L tokens that follow the contents of `cache`.
 
-        All calls of the base model go through here. The tokens are appended to the cache in place.
-        Returns the output of transformers, with `last_hidden_state` (B, L, D). Raises UserError if the
-        cache did not grow, because then the model ignores the prefix and writes the same caption for
-        every clip.
+        Training, generation and scoring call it through here. The tokens are appended to the cache in place.
+        Without a cache, an encoder-decoder reads them in its encoder. Returns the output of transformers,
+        with `last_hidden_state` (B, L, D). Raises UserError if the cache did not grow, because then the model
+        ignores the prefix and writes the same caption for every clip.
         """
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if cache is None:
             with self.lm_precision():
-                return self.lm.base_model(use_cache=False, **kwargs)
+                return self.kind.reader(use_cache=False, **kwargs)
+        kwargs = self.kind.extra_inputs(cache) | kwargs
         before = cache.get_seq_length()
         with self.lm_precision():
-            out = self.lm.base_model(use_cache=True, **{self.cache_name: cache}, **kwargs)
+            out = self.kind.writer(use_cache=True, **{self.cache_name: cache}, **kwargs)
         if cache.get_seq_length() != before + out.last_hidden_state.shape[1]:
             raise UserError(
                 f"--lm: in this version of transformers, {type(self.lm).__name__} does not fill the"
@@ -154,7 +163,7 @@ class VideoCaptioner(nn.Module):
     def logits(self, hidden):
         """Apply the output head of the language model: (..., D) -> (..., V)."""
         with self.lm_precision():
-            return self.lm.get_output_embeddings()(hidden)
+            return self.kind.logits(hidden)
 
     def continued(self, cache, input_ids, clips=None):
         """Compute the hidden states (R, L, D) of texts that follow the prefixes of B clips.
@@ -280,11 +289,9 @@ class VideoCaptioner(nn.Module):
 
     def _beams(self, cache, ids, max_new_tokens, num_beams):
         """Run the beam search of transformers after the cached prefix."""
-        past = cache.get_seq_length()
-        cache.batch_repeat_interleave(num_beams)  # generate() only repeats the ids
-        # generate() also needs ids for the cached positions; they are removed with the prompt below
-        filler = ids.new_full((len(ids), past), self.tokenizer.eos_token_id)
-        full = torch.cat([filler, ids], 1)
+        length = cache.get_seq_length() + ids.shape[1]
+        inputs = self.kind.beam_inputs(cache, ids)
+        cache.batch_repeat_interleave(num_beams)  # generate() only repeats the inputs
         # The model's own generation config may enable sampling or penalties.
         self.lm.generation_config = GenerationConfig()
         config = GenerationConfig(
@@ -292,15 +299,11 @@ class VideoCaptioner(nn.Module):
             num_beams=num_beams,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
+            decoder_start_token_id=self.kind.start,
         )
         with self.lm_precision():
-            out = self.lm.generate(
-                full,
-                attention_mask=torch.ones_like(full),
-                generation_config=config,
-                **{self.cache_name: cache},
-            )
-        return out[:, full.shape[1] :].tolist()
+            out = self.lm.generate(**inputs, generation_config=config, **{self.cache_name: cache})
+        return out[:, length:].tolist()
 
     @torch.inference_mode()
     def log_likelihoods(self, cache, style, texts):
@@ -368,29 +371,6 @@ def inverse_cdf(p, uniforms):
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
-def cache_name(lm):
-    """Return the name of the argument of a language model's forward that takes the key/value cache.
-
-    It is "cache" since transformers 5.24 and "past_key_values" before. From 5.40 on, models silently
-    ignore the old name. Raises UserError if the model has no such argument.
-    """
-    parameters = inspect.signature(lm.base_model.forward).parameters
-    for name in ("cache", "past_key_values"):
-        if name in parameters:
-            return name
-    raise UserError(f"--lm {lm.config.name_or_path}: {type(lm).__name__} has no key/value cache")
-
-
-def clips_of(cache):
-    """Return the number of clips in a key/value cache."""
-    return cache.layers[0].keys.shape[0]
-
-
-def max_positions(lm):
-    """Return the context length of a language model, in tokens."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
 def chunked_cross_entropy(head, hidden, targets):
     """Compute the cross-entropy (M,) of head(hidden), in float32 or wider.
 
@@ -454,65 +434,6 @@ def length_limit(tokenizer, captions):
     return max(MAX_NEW_TOKENS, lengths[math.ceil(0.999 * len(lengths)) - 1])
 
 
-def embedding_table(lm):
-    """Return the embeddings (V, D) of all tokens.
-
-    This is the output of the embedding layer, not its weight, because some layers scale their weight.
-    """
-    layer = lm.get_input_embeddings()
-    with torch.inference_mode():
-        return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
-
-
-def first_token(tokenizer):
-    """Return the id of the bos token if the tokenizer puts it before every text, else None."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
-
-
-def largest_id(tokenizer):
-    """Return the largest token id that a tokenizer uses for ordinary text and eos.
-
-    Added tokens are ignored, because Gemma 3's text models do not embed the tokenizer's image token.
-    """
-    added = tokenizer.added_tokens_decoder.keys()
-    return max(tokenizer.eos_token_id, *(tokenizer.get_vocab().values() - added))
-
-
-def load_lm(name, device, dtype):
-    """Load a causal language model from a folder or Hub id.
-
-    Returns (model on the device, tokenizer, fingerprint). On a CPU its weights are float32, see
-    `VideoCaptioner`. Raises UserError if it cannot be loaded, is quantised, or does not match its
-    tokenizer.
-    """
-    dtype = dtype if devices.on_gpu(device) else torch.float32
-    folder = hub.find_model(name, "--lm")
-    if hub.is_quantised(folder):
-        raise UserError(f"--lm {name} is quantised, which is not supported; use the original model")
-    lm = hub.load_model(AutoModelForCausalLM, folder, "--lm", dtype=dtype).to(device)
-    tokenizer = hub.load(AutoTokenizer, folder, "--lm")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--lm {name}: the tokenizer has no end-of-text token")
-    word = "moving"
-    try:
-        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-        is_complete = bool(ids) and word in tokenizer.batch_decode([ids])[0].lower()
-    except Exception:  # for example, a setting in tokenizer_config.json has the wrong type
-        is_complete = False
-    if not is_complete:
-        raise UserError(
-            f"--lm {name}: the tokenizer cannot encode {word!r}; check that its files are complete"
-        )
-    rows = lm.get_input_embeddings().num_embeddings
-    if largest_id(tokenizer) >= rows:
-        raise UserError(
-            f"--lm {name}: the tokenizer has token ids up to {largest_id(tokenizer)}, but the model"
-            f" embeds only {rows:,} tokens; the files are from different models"
-        )
-    return lm, tokenizer, hub.fingerprint(folder)
-
-
 # Largest allowed difference between the logits after a cached prefix and those of one full pass,
 # relative to their standard deviation. It is not zero because kernels for different shapes round
 # differently.
@@ -530,29 +451,27 @@ def check_lm(model, name):
     lm, device = model.lm, model.device
     tolerance = TOLERANCE[torch.bfloat16 if model.autocast_lm else lm.dtype]
     rng = torch.Generator().manual_seed(0)
-    prefix, text, texts = (
+    prefix, texts = (
         torch.randint(lm.get_input_embeddings().num_embeddings, size, generator=rng).to(device)
-        for size in ((3, 6), (3, 8), (6, 8))
+        for size in ((3, 6), (6, 8))
     )
     try:
+        soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
         with model.lm_precision():
-            wanted = lm(input_ids=text, use_cache=False).logits.double()  # (3, 8, V)
-        found = model.logits(model.run_lm(input_ids=text).last_hidden_state).double()
+            hidden, wanted = model.kind.full_pass(
+                model.embedded(soft).repeat_interleave(2, 0), texts
+            )
         if not wanted.isfinite().all():
             raise UserError(
                 f"--lm {name}: the logits are not finite in {lm.dtype}; try another --dtype"
             )
-        if not torch.equal(wanted, found):
+        if not torch.equal(wanted, model.logits(hidden)):
             raise UserError(
                 f"--lm {name}: {type(lm).__name__} modifies the logits after its output head (for"
                 " example by scaling them), which is not supported; use another model"
             )
-        soft = lm.get_input_embeddings()(prefix)  # (3, 6, D)
         found = model.logits(model.continued(model.read(soft)[0], texts)).double()  # (6, 8, V)
-        rows = model.embedded(soft).repeat_interleave(2, 0)
-        rows = torch.cat([rows, lm.get_input_embeddings()(texts)], 1)
-        with model.lm_precision():
-            wanted = lm(inputs_embeds=rows, use_cache=False).logits[:, -texts.shape[1] :].double()
+        wanted = wanted[:, -texts.shape[1] :].double()
         difference = ((found - wanted).std() / wanted.std()).item()
     except (
         *(ArithmeticError, AssertionError, AttributeError, LookupError),
@@ -575,8 +494,8 @@ def check_room(model, name, captions):
         return len(encode_caption(model.tokenizer, style, "").prompt)
 
     style = max(STYLES, key=prompt_length)
-    queries = model.qformer.sizes["num_queries"] + (model.bos is not None)
-    room = max_positions(model.lm) - queries - prompt_length(style)
+    prefix = model.kind.positions(model.qformer.sizes["num_queries"] + (model.bos is not None))
+    room = max_positions(model.lm) - prefix - prompt_length(style)
     # A token is at least one byte of text, so short texts fit and need not be tokenised.
     long = [text for text in captions if len(text.encode()) + 2 > room]
     lengths = {text: len(encode_caption(model.tokenizer, style, text).target) for text in long}
@@ -585,7 +504,7 @@ def check_room(model, name, captions):
         text = next((text for text in long if lengths[text] == longest), None)
         what = "generation may need" if text is None else f"{text[:60]!r} needs"
         raise UserError(
-            f"--lm {name} has a context of {max_positions(model.lm)} tokens: {queries} soft prompts and"
-            f" the prompt leave {room} for a caption, but {what} {longest}; use another model, fewer"
+            f"--lm {name} has a context of {max_positions(model.lm)} tokens: the prefix ({prefix}) and the"
+            f" prompt leave {room} for a caption, but {what} {longest}; use another model, fewer"
             " --num-queries or shorter captions"
         )

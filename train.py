@@ -123,7 +123,7 @@ def parse_args(argv=None):
         help="maximum number of clips per split without features; they are skipped",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--lm", default=cli.LM, help="Hub id or folder of the frozen causal language model")
+    add("--lm", default=cli.LM, help="Hub id or folder of the frozen language model")
     add("--num-queries", type=cli.whole(1), default=64, help="number of queries, or soft prompts")
     add("--num-blocks", type=cli.whole(1), default=1, help="number of Q-Former blocks")
     add("--num-heads", type=cli.whole(1), default=4, help="attention heads of the Q-Former")

@@ -69,7 +69,13 @@ def make(config, flags, tokenizer, bos=None):
 
 
 def full_pass(model, soft, ids):
-    """Return the language model's logits for [bos] + soft prompts + ids in one pass."""
+    """Return the language model's logits for [bos] + soft prompts + ids in one pass.
+
+    If it is an encoder-decoder, they are the decoder's for its start token and ids.
+    """
+    if model.lm.config.is_encoder_decoder:
+        ids = torch.tensor([[model.lm.config.decoder_start_token_id, *ids]])
+        return model.lm(inputs_embeds=soft, decoder_input_ids=ids, use_cache=False).logits[0]
     embed = model.lm.get_input_embeddings()
     bos = [] if model.bos is None else [embed(torch.tensor([[model.bos]]))]
     rows = torch.cat([*bos, soft, embed(torch.tensor([ids]))], 1)

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--encoder", default=cli.ENCODER, help="Hub id or folder of the video encoder")
-    add("--lm", default=cli.LM, help="Hub id or folder of a causal LM")
+    add("--lm", default=cli.LM, help="Hub id or folder of the language model")
     add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
     add = parser.add_argument_group("data").add_argument
     add("--labels", default=cli.LABELS, help="folder of SSv2's label files")
