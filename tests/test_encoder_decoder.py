@@ -102,14 +102,14 @@ def test_samples_and_their_scores(model, clips, monkeypatch):
     bias[1] = 3  # so that captions end
     monkeypatch.setattr(model, "logits", lambda hidden: head(hidden) + bias)
     monkeypatch.setattr(model, "decoded", lambda rows: rows)
-    rows, scores = sampled(model, clips, "abcd", 5)
-    again, _ = sampled(model, {k: v[1:3] for k, v in clips.items()}, "bc", 5)
+    rows, scores = sampled(model, clips, "abcd", 3)
+    again, _ = sampled(model, {k: v[1:3] for k, v in clips.items()}, "bc", 3)
     soft, prompt = model.soft_prompts(**clips), model.prompt("label")[0].tolist()
 
     def ended(row):
         return row[: row.index(1) + 1] if 1 in row else row
 
-    for clip, n in itertools.product(range(4), range(5)):
+    for clip, n in itertools.product(range(4), range(3)):
         ids = ended(rows[clip][n])
         assert clip not in (1, 2) or ended(again[clip - 1][n]) == ids
         log_p = (full_pass(model, soft[clip : clip + 1], prompt + ids) + bias).log_softmax(-1)
@@ -124,7 +124,7 @@ def test_log_likelihoods_are_mean_losses(model, clips):
         cache = model.prefix(**clips)
         found = model.log_likelihoods(cache, "label", texts)
         soft = model.soft_prompts(**clips)
-        for clip, n in itertools.product(range(4), range(3)):
+        for clip, n in itertools.product(range(2), range(3)):
             prompt, target = (
                 model.tokenizer(t)["input_ids"] for t in (STYLES["label"], " " + texts[n])
             )
