@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError, refuse_file
-from runtime.feature_cache import load_features, load_manifest, stack_stored
+from runtime.feature_cache import load_features, load_manifest, require_features, stack_stored
 from runtime.files import read_json
 from runtime.names import id_problem, list_files
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+HELD_OUT = 10  # one of this many training videos, see `hold_out`
 
 # The text prompt between the soft prompts and the caption. One model writes captions in both styles,
 # and each style is scored against references of the same style. The first prompt is the one used by
@@ -161,6 +162,28 @@ def encode_caption(tokenizer, style, caption):
     prompt = tokenizer(STYLES[style], add_special_tokens=False)["input_ids"]
     target = tokenizer(" " + caption, add_special_tokens=False)["input_ids"]
     return Caption(style, prompt, [*target, tokenizer.eos_token_id])
+
+
+def with_features(split, features, annotations, limit=None, allow_missing=0):
+    """Read the records of a split, or its first `limit`, and return those that have features."""
+    records = load_records(annotations, split)[:limit]
+    return require_features(features, split, records, allow_missing)
+
+
+def video_of(record):
+    """Return the name of a record's video, which all windows of the video share."""
+    return record["video"] or record["id"]
+
+
+def hold_out(records, seed):
+    """Split training records into (train, held out). Windows of a video are in the same part.
+
+    A tenth of the videos is held out, to choose the best epoch of a head.
+    """
+    videos = {video_of(r) for r in records}
+    chosen = set(by_hash(videos, f"held out:{seed}")[: max(1, len(videos) // HELD_OUT)])
+    held_out = [r for r in records if video_of(r) in chosen]
+    return [r for r in records if video_of(r) not in chosen], held_out
 
 
 # ---- batches ----------------------------------------------------------------------------

@@ -1,31 +1,32 @@
-"""Probes: small heads on cached features that predict the actions in a clip.
+"""Small heads on cached features: probes, which predict actions, and the retriever's tower.
 
-A probe shows what the features contain, independently of the captioner. Shapes: B clips,
-N = T*H*W video tokens, E video width, C classes.
+A probe shows what the features contain, independently of the captioner. The retriever finds the clip that a
+text describes, and the text that describes a clip. Shapes: B clips, N = T*H*W video tokens, E video width,
+C classes, W width of the retriever's vectors, D width of the text model.
 """
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import VJEPA2ForVideoClassification
 
+from dataset import video_of
 from qformer import QFormer
 from runtime import hub
 from runtime.class_scores import multi_label_scores, ranks, single_label_scores
-from runtime.errors import UserError, out_of_memory
-from runtime.feature_cache import Manifest, is_count, stack_stored
-from runtime.files import read_torch
+from runtime.errors import UserError
+from runtime.feature_cache import is_count, stack_stored
+from runtime.head_run import read_head
 from runtime.names import counted
 
 HEADS = ("attentive", "mlp", "linear")
 INPUTS = ("tokens", "mean", "weights", "cls")
 VERSION = 1
-BEST, LAST = "best.pt", "last.pt"
+RETRIEVER_VERSION = 1
+LEAST_TEMPERATURE = 0.01
 
 
 # ---- the head -------------------------------------------------------------------------------
@@ -121,16 +122,76 @@ class Probe(nn.Module):
         return self.query(features, scale, offset)[:, 0]
 
 
-class PublishedHead(nn.Module):
-    """The classifier of a `VJEPA2ForVideoClassification`, applied to stored features."""
+class Retriever(nn.Module):
+    """Maps clips and texts to unit vectors (B, W), with large dot products for a clip and its captions.
 
-    def __init__(self, model):
+    A dual encoder as CLIP (Radford et al. 2021, arXiv:2103.00020), of two small heads: a `QFormer` with few
+    queries and a linear layer on the stored features of clips, and a linear layer on the vectors (B, D) of
+    texts by a frozen model. The temperature is learned, as the logarithm of its inverse.
+    """
+
+    def __init__(self, *, width, text_width, temperature, **query):
+        """query: the arguments of the `QFormer`, apart from its width, blocks and output norm."""
         super().__init__()
-        self.pooler, self.classifier = model.pooler, model.classifier
+        self.sizes = {"width": width, "text_width": text_width, "temperature": temperature, **query}
+        self.query = QFormer(width=width, num_blocks=1, output_norm=width**0.5, **query)
+        num_queries = len(self.query.queries)
+        self.clip, self.text = nn.Linear(num_queries * width, width), nn.Linear(text_width, width)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.register_buffer("text_mean", torch.zeros(text_width))
+        self.register_buffer("text_std", torch.ones(text_width))
 
-    def forward(self, features, scale, offset, cls=None):
-        tokens = features.to(scale.dtype) * scale[:, None] + offset[:, None]  # (B, N, E)
-        return self.classifier(self.pooler(tokens))  # (B, C)
+    def standardise(self, video, text):
+        """Set the statistics of the training data: (mean, std) of features, (E,), and of texts, (D,)."""
+        self.query.standardise(*video)
+        self.text_mean.copy_(text[0])
+        self.text_std.copy_(text[1])
+
+    def untrained(self):
+        """Return a retriever with the same statistics and new weights, as a control."""
+        torch.manual_seed(0)
+        other = Retriever(**self.sizes)
+        video = self.query.mean, self.query.std
+        other.standardise(video, (self.text_mean, self.text_std))
+        return other.to(self.log_scale.device).eval()
+
+    def clips(self, features, scale, offset, cls=None):
+        """Map features (B, N, E), with scale and offset (B, E), to unit vectors (B, W)."""
+        pooled = self.query(features, scale, offset).flatten(1)  # (B, Q*W)
+        return unit(self.clip(pooled))
+
+    def texts(self, vectors):
+        """Map vectors of texts (B, D) to unit vectors (B, W)."""
+        return unit(self.text((vectors - self.text_mean) / self.text_std))
+
+    @torch.no_grad()
+    def clamp_temperature(self):
+        """Keep the temperature at 0.01 or more, as CLIP does."""
+        self.log_scale.clamp_(max=-math.log(LEAST_TEMPERATURE))
+
+
+def unit(x):
+    """Normalise vectors (B, W) to length 1, in float32 or wider."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def contrastive_loss(clips, texts, right, scale):
+    """Return the symmetric InfoNCE of a batch in which several texts may describe a clip.
+
+    clips, texts: unit vectors (B, W). right: bool (B, B), right[i, j] if text j describes clip i. scale:
+    the inverse of the temperature. With s = scale * clips @ texts.T and R = right / (its sums over j):
+
+        1/2 [-1/B sum_ij R_ij log softmax_j(s_ij)] + 1/2 [the same for s.T and right.T]
+
+    If `right` is the identity, this is CLIP's loss, otherwise that of UniCL (Yang et al. 2022,
+    arXiv:2204.03610).
+    """
+
+    def one_way(logits, right):
+        return F.cross_entropy(logits, right / right.sum(1, keepdim=True))
+
+    logits, right = scale * clips @ texts.T, right.to(clips.dtype)
+    return (one_way(logits, right) + one_way(logits.T, right.T)) / 2
 
 
 @torch.inference_mode()
@@ -224,11 +285,6 @@ def by_video(records, logits, how="max"):
     ]
 
 
-def video_of(record):
-    """Return the name of a record's video, which all windows of the video share."""
-    return record["video"] or record["id"]
-
-
 def unknown_classes(records, classes, multi):
     """Return the sorted names of the classes of records that are not in `classes`."""
     return sorted({name for r in records for name in names_of(r, multi)} - {*classes})
@@ -267,50 +323,31 @@ def read_probe(path, flag):
 
     Returns a dict with "weights", "sizes", "classes", "counts" (number of training clips of each
     class), "multi", "manifest" (a `Manifest`) and "chosen" (learning rate, weight decay, epoch and
-    held-out score). No code in the file is executed. Raises UserError if it does not exist or is not
-    valid.
+    held-out score). Raises UserError if it does not exist or is not valid.
     """
-    path = Path(path)
-    path = path / BEST if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{flag} {path} does not exist: train a probe with probe.py")
-    try:
-        probe = read_torch(path)
-        if not isinstance(probe, dict) or probe.get("probe_version") != VERSION:
-            raise ValueError("it is not a probe")
+
+    def check(probe):
         classes, counts, sizes = (probe.get(k) for k in ("classes", "counts", "sizes"))
-        valid = (
-            isinstance(classes, list)
+        return (
+            probe["probe_version"] == VERSION
+            and isinstance(classes, list)
             and all(isinstance(c, str) and c.isprintable() for c in classes)
             and len({*classes}) == len(classes)
             and isinstance(counts, list)
             and len(counts) == len(classes) == sizes["classes"]
             and all(type(n) is int and n >= 0 for n in counts)
             and type(probe.get("multi")) is bool
-            and isinstance(probe.get("chosen"), dict)
-            and all(type(v) in (int, float) for v in probe["chosen"].values())
+            and are_numbers(probe.get("chosen"))
             and all(map(is_count, (sizes["layers"], sizes["num_heads"], sizes["video_width"])))
             and sizes["layers"] <= len(probe["weights"])
         )
-        if not valid:
-            raise ValueError("an entry is missing or not valid")
-        manifest = Manifest.parse(probe["manifest"])
-        settings = manifest.settings
-        if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
-            raise ValueError("its sizes do not fit its manifest")
-        if not all(w.isfinite().all() for w in probe["weights"].values()):
-            raise ValueError("its weights contain NaN or infinity")
-        with torch.device("meta"):  # untrusted sizes must not allocate memory
-            Probe(**sizes).load_state_dict(dict(probe["weights"]), assign=True)
-    except PermissionError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        # the first line of torch's message about weights is generic
-        why = str(error).strip().splitlines()[-1].strip() if str(error) else type(error).__name__
-        raise UserError(f"{flag} {path} is not a valid probe ({why})") from None
-    return probe | {"manifest": manifest}
+
+    return read_head(path, flag, "probe", "probe.py", check, Probe)
+
+
+def are_numbers(value):
+    """Return True for a dict of numbers."""
+    return isinstance(value, dict) and all(type(v) in (int, float) for v in value.values())
 
 
 def load_probe(probe, device):
@@ -320,45 +357,36 @@ def load_probe(probe, device):
     return head.to(device).eval()
 
 
-def published(name, manifest, device):
-    """Load the classifier of a published model. Returns (probe, head), see `read_probe`.
+def read_retriever(path, flag):
+    """Read a retriever's checkpoint: best.pt, or the run folder that contains it.
 
-    Raises UserError unless the cache contains all tokens of clips and was made with the model's
-    encoder.
+    Returns a dict with "weights", "sizes", "lm" (name and fingerprint of the text model), "manifest" (a
+    `Manifest`) and "chosen" (epoch and held-out recall). Raises UserError if it does not exist or is not
+    valid.
     """
-    if manifest.settings.pool > 1 or manifest.settings.sampling == "still":
-        raise UserError(f"--published {name} needs a cache made without --pool and --still")
-    folder = hub.find_model(name, "--published")
-    model = hub.load_model(VJEPA2ForVideoClassification, folder, "--published", dtype=torch.float32)
-    if manifest.settings.encoder_fingerprint != hub.fingerprint(folder):
-        require_same_encoder(model.vjepa2, name, manifest)
-    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    head = PublishedHead(model).to(device).eval()
-    probe = {"classes": classes, "counts": None, "multi": False, "chosen": {"published": name}}
-    return probe, head
 
-
-def require_same_encoder(encoder, name, manifest):
-    """Raise UserError unless the encoder of a cache has exactly the weights of another encoder.
-
-    An encoder may be published both alone and with a classifier. The two models have different
-    configurations, and so different fingerprints, although their features are the same.
-    """
-    other = hub.recorded("encoder", manifest.info, "--features")
-    folder = hub.find_model(other, "the encoder")
-    same = hub.fingerprint(folder) == manifest.settings.encoder_fingerprint
-    if same and manifest.settings.family == "vjepa2":
-        weights = hub.load_model(type(encoder), folder, "the encoder", dtype=torch.float32)
-        weights, wanted = weights.encoder.state_dict(), encoder.encoder.state_dict()
-        same = weights.keys() == wanted.keys() and all(
-            torch.equal(weights[key], value) for key, value in wanted.items()
+    def check(saved):
+        counts = ("width", "text_width", "video_width", "num_queries", "num_heads")
+        return (
+            saved["retriever_version"] == RETRIEVER_VERSION
+            and all(is_count(saved["sizes"][key]) for key in counts)
+            and all(isinstance(saved["lm"][key], str) for key in ("name", "fingerprint"))
+            and isinstance(saved["manifest"]["info"]["encoder"], str)
+            and are_numbers(saved.get("chosen"))
         )
-        if same:
-            return
-    raise UserError(
-        f"--published {name}: the cache was made with another encoder, {other}. Run preprocess_ssv2.py"
-        f" --encoder {name} with another --features folder."
-    )
+
+    saved = read_head(path, flag, "retriever", "retrieve.py", check, Retriever)
+    manifest, lm = saved["manifest"], saved["lm"]
+    hub.locate("name", lm, lm["fingerprint"], path)
+    hub.locate("encoder", manifest.info, manifest.settings.encoder_fingerprint, path)
+    return saved
+
+
+def load_retriever(saved, device):
+    """Rebuild a `Retriever` from the result of `read_retriever`."""
+    head = Retriever(**saved["sizes"])
+    head.load_state_dict(saved["weights"])
+    return head.to(device).eval()
 
 
 def probabilities(logits, multi):

@@ -13,7 +13,6 @@ evaluation_<split>.json to --output.
 
 import runtime.start
 
-import hashlib
 import itertools
 import math
 from functools import partial
@@ -25,22 +24,29 @@ from torch import nn
 from tqdm import tqdm
 
 import heads
-from dataset import TRAIN, VALIDATION, by_hash, feature_batches, load_records, shared_memory
+from dataset import (
+    TRAIN,
+    VALIDATION,
+    by_hash,
+    feature_batches,
+    hold_out,
+    shared_memory,
+    with_features,
+)
 from metrics import bootstrap
 from optim import dropout_seed, epoch_order, lr_at, parameter_groups
-from runtime import cli, devices, ranks, run_folder
+from runtime import cli, devices, published_head, ranks, run_folder
 from runtime.charades import write_submission
 from runtime.cli import note
 from runtime.errors import FAILED, Stopped, UserError
-from runtime.feature_cache import channel_statistics, load_manifest, require_features
-from runtime.files import json_line, read_json, read_torch, torch_bytes, write_json
+from runtime.feature_cache import channel_statistics, load_manifest
+from runtime.files import json_line, read_json, write_json
+from runtime.head_run import DIVERGED, HeadRun
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
-HELD_OUT = 10  # one of this many training videos is held out to choose the best head
 CLIP_GRAD = 1.0
-DIVERGED = -math.inf, -math.inf  # the `quality` of logits that are not finite
 OUTPUT = "results/probe"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
 # flags that only matter for training
@@ -120,7 +126,7 @@ def main(argv=None):
     folder = run_folder.check(args.output or OUTPUT, args.resume, args.overwrite)
     manifest = load_manifest(args.features)
     source = args.features, args.annotations, args.limit, args.allow_missing
-    train = usable(TRAIN, *source)
+    train = with_features(TRAIN, *source)
     classes, multi = heads.class_names(train)
     train, held_out = hold_out(heads.annotated(train, multi), args.seed)
     if not train:
@@ -156,18 +162,12 @@ def main(argv=None):
         report(args, scores_of(args, probe, head, controls, records, read), folder)
 
 
-def usable(split, features, annotations, limit, allow_missing):
-    """Return the records of a split that have features."""
-    records = load_records(annotations, split)[:limit]
-    return require_features(features, split, records, allow_missing)
-
-
 def to_score(split, multi, *source):
     """Return the records of a split that have features and a class.
 
-    source: the other arguments of `usable`. Raises UserError if there are no such records.
+    source: the other arguments of `with_features`. Raises UserError if there are no such records.
     """
-    records = usable(split, *source)
+    records = with_features(split, *source)
     if not records:
         raise UserError(f"no clip of split {split!r} has features")
     records, what = heads.annotated(records, multi), "an action" if multi else "a template"
@@ -176,18 +176,10 @@ def to_score(split, multi, *source):
     return records
 
 
-def hold_out(records, seed):
-    """Split training records into (train, held out). Windows of a video are in the same part."""
-    videos = {heads.video_of(r) for r in records}
-    chosen = set(by_hash(videos, f"held out:{seed}")[: max(1, len(videos) // HELD_OUT)])
-    held_out = [r for r in records if heads.video_of(r) in chosen]
-    return [r for r in records if heads.video_of(r) not in chosen], held_out
-
-
 # ---- training -------------------------------------------------------------------------------
 
 
-class State:
+class State(HeadRun):
     """The heads of a run, their optimizer and the facts that are saved with them.
 
     The last head is a control. It has the middle values of the grid and is trained on labels that are
@@ -196,24 +188,23 @@ class State:
 
     def __init__(self, args, manifest, train, classes, multi, device):
         """Make the heads of a new run."""
-        settings = manifest.settings
+        settings, trained, groups = manifest.settings, [], []
         self.grid = list(itertools.product(args.lr, args.weight_decay))
         ids = by_hash((r["id"] for r in train), args.seed)[:STATISTICS_CLIPS]
         statistics = channel_statistics(args.features, TRAIN, ids, settings, args.workers)
         sizes = {"classes": len(classes), "video_width": settings.width, "grid": settings.grid}
         sizes |= {"kind": args.head, "on": args.on, "layers": args.layers, "dropout": args.dropout}
         sizes |= {"num_heads": args.num_heads, "positions": not args.no_positions}
-        self.heads, groups = [], []
         for lr, decay in [*self.grid, self.grid[len(self.grid) // 2]]:
             torch.manual_seed(args.seed)
             head = heads.Probe(**sizes)
             head.standardise(*statistics)
-            self.heads.append(head.to(device))
+            trained.append(head.to(device))
             groups += [group | {"peak": lr} for group in parameter_groups(head, decay)]
-        self.optimizer = torch.optim.AdamW(groups, fused=devices.on_gpu(device))
+        optimizer = torch.optim.AdamW(groups, fused=devices.on_gpu(device))
         wanted = heads.targets(train, classes, multi)
         counts = wanted.sum(0) if multi else np.bincount(wanted, minlength=len(classes))
-        self.fixed = {
+        fixed = {
             "probe_version": heads.VERSION,
             "sizes": head.sizes,
             "classes": classes,
@@ -223,45 +214,9 @@ class State:
         }
         flags = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         labels = [[r["id"], heads.names_of(r, multi)] for r in train]
-        text = json_line({"flags": flags, "train": labels})
-        self.identity = hashlib.sha256(text.encode()).hexdigest()
-        self.epoch, self.best = 0, DIVERGED
-
-    def save(self, folder):
-        """Write last.pt."""
-        value = self.fixed | {"epoch": self.epoch, "best": self.best, "identity": self.identity}
-        value["heads"] = [head.state_dict() for head in self.heads]
-        value["optimizer"] = self.optimizer.state_dict()
-        run_folder.replace_checkpoint(folder / heads.LAST, torch_bytes(value))
-
-    def save_best(self, folder, number, score):
-        """Write best.pt with one of the heads."""
-        lr, decay = self.grid[number]
-        chosen = {"lr": lr, "weight_decay": decay, "epoch": self.epoch, "held_out": score}
-        value = self.fixed | {"weights": self.heads[number].state_dict(), "chosen": chosen}
-        run_folder.replace_checkpoint(folder / heads.BEST, torch_bytes(value))
-
-    def resume(self, folder):
-        """Load last.pt, or start if the folder has no checkpoint yet.
-
-        Raises UserError if last.pt is unusable or belongs to another run, or if there is only a best.pt.
-        """
-        if not any((folder / name).exists() for name in (heads.LAST, heads.BEST)):
-            note(f"--resume: there is no {folder / heads.LAST}, starting from the first epoch")
-            return self.save(folder)
-        try:
-            saved = read_torch(folder / heads.LAST)
-            if saved["identity"] != self.identity:
-                raise UserError("--resume: flags, training clips or their classes have changed")
-            if saved["manifest"] != self.fixed["manifest"]:
-                raise UserError("--resume: the run was started with another feature cache")
-            for head, weights in zip(self.heads, saved["heads"], strict=True):
-                head.load_state_dict(weights)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.epoch, self.best = int(saved["epoch"]), tuple(map(float, saved["best"]))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--resume: {folder / heads.LAST} cannot be used: {error}") from None
-        note(f"resuming after epoch {self.epoch}")
+        identity = {"flags": flags, "train": labels}
+        what = "training clips or their classes"
+        super().__init__(trained, optimizer, fixed, identity, what)
 
 
 def fit(args, state, train, held_out, read, folder):
@@ -318,7 +273,9 @@ def fit(args, state, train, held_out, read, folder):
             )
         if values[best] > state.best:
             state.best = values[best]
-            state.save_best(folder, best, values[best][0])
+            lr, decay = state.grid[best]
+            chosen = {"lr": lr, "weight_decay": decay, "epoch": state.epoch}
+            state.save_best(folder, state.heads[best], chosen | {"held_out": values[best][0]})
         scores = [score for score, _ in values]
         log_epoch(state, total / len(records), scores, best, (epoch + 1) * steps, folder)
         state.save(folder)
@@ -390,7 +347,7 @@ def evaluate(args):
         path = Path(args.evaluate)
         folder = path if path.is_dir() else path.parent
     else:
-        probe, head = heads.published(args.published, manifest, device)
+        probe, head = published_head.published(args.published, manifest, device)
         folder = OUTPUT
     source = args.features, args.annotations, args.limit, args.allow_missing
     records = to_score(args.split, probe["multi"], *source)

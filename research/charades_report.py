@@ -92,7 +92,7 @@ def measure(root, data, name):
     )
     given += ["--split", "test", "--workers", 0]
     # a finished run is only scored again
-    start = "--resume" if (probe / heads.LAST).exists() else "--overwrite"
+    start = "--resume" if (probe / run_folder.LAST).exists() else "--overwrite"
     shell("probe.py", *given, *TRAINING.split(), "--output", probe, start)
     result = read_json(probe / "evaluation_test.json", "evaluation")
     shell("probe.py", *given, "--evaluate", probe, "--windows", "mean")

@@ -12,7 +12,7 @@ import torch
 import heads
 import probe
 from encoder import VideoEncoder, quantise
-from runtime import class_scores
+from runtime import class_scores, published_head
 from runtime.errors import Stopped, UserError
 from runtime.feature_cache import Manifest, Settings, save_features
 from runtime.files import write_json
@@ -296,11 +296,11 @@ def test_the_published_head_gives_its_own_logits(tmp_path, capsys):
         *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
     )
     manifest = Manifest(encoder.settings, {"encoder": str(tmp_path / "model")})
-    _, head = heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    _, head = published_head.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
     for change in ({"pool": 2}, {"sampling": "still"}):
         other = Manifest(replace(encoder.settings, **change), manifest.info)
         with pytest.raises(UserError, match="without --pool and --still"):
-            heads.published(str(tmp_path / "model"), other, torch.device("cpu"))
+            published_head.published(str(tmp_path / "model"), other, torch.device("cpu"))
     clip = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     x = encoder.encode([clip])["features"]
     pixels = probe_pixels(clip)
@@ -339,12 +339,12 @@ def test_the_published_head_gives_its_own_logits(tmp_path, capsys):
         *(torch.device("cpu"), torch.float32, 4, "bin_centres", "squash", 1, "int8"),
     )
     manifest = Manifest(alone.settings, {"encoder": str(tmp_path / "alone")})
-    heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+    published_head.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
     with torch.no_grad():
         model.vjepa2.encoder.layernorm.bias += 1
     model.vjepa2.save_pretrained(tmp_path / "alone")
     with pytest.raises(UserError, match="made with another encoder"):
-        heads.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
+        published_head.published(str(tmp_path / "model"), manifest, torch.device("cpu"))
 
 
 def probe_pixels(clip):

@@ -1,0 +1,109 @@
+"""Runs that train heads on cached features (probe.py, retrieve.py): their state and their checkpoints.
+
+best.pt is a dict of tensors and plain types with "weights" and "sizes" of one head, the "manifest" of its
+features, what was "chosen", and entries of the script. last.pt has all heads and the optimizer.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from runtime.cli import note
+from runtime.errors import UserError, out_of_memory
+from runtime.feature_cache import Manifest
+from runtime.files import json_line, read_torch, torch_bytes
+from runtime.run_folder import BEST, LAST, replace_checkpoint
+
+DIVERGED = -math.inf, -math.inf  # the quality of a head whose output is not finite
+
+
+class HeadRun:
+    """The state of a run, which `save` writes to last.pt.
+
+    heads: the modules that are trained, by one optimizer. fixed: the entries of the checkpoints that stay
+    the same, as plain types. identity: what must be the same to resume a run, as a JSON value. what: what
+    else than flags `identity` has, for the error message.
+    """
+
+    def __init__(self, heads, optimizer, fixed, identity, what):
+        self.heads, self.optimizer, self.fixed, self.what = heads, optimizer, fixed, what
+        self.identity = hashlib.sha256(json_line(identity).encode()).hexdigest()
+        self.epoch, self.step, self.best = (
+            0,
+            0,
+            DIVERGED,
+        )  # epochs and steps done, quality of best.pt
+
+    def save(self, folder):
+        """Write last.pt."""
+        value = self.fixed | {"epoch": self.epoch, "best": self.best, "identity": self.identity}
+        value |= {"step": self.step, "heads": [head.state_dict() for head in self.heads]}
+        value["optimizer"] = self.optimizer.state_dict()
+        replace_checkpoint(folder / LAST, torch_bytes(value))
+
+    def save_best(self, folder, head, chosen):
+        """Write best.pt with one of the heads. chosen: how it was chosen, a dict of numbers."""
+        value = self.fixed | {"weights": head.state_dict(), "chosen": chosen}
+        replace_checkpoint(folder / BEST, torch_bytes(value))
+
+    def resume(self, folder):
+        """Load last.pt, or start if the folder has no checkpoint yet.
+
+        Raises UserError if last.pt is unusable or belongs to another run, or if there is only a best.pt.
+        """
+        if not any((folder / name).exists() for name in (LAST, BEST)):
+            note(f"--resume: there is no {folder / LAST}, starting from the first epoch")
+            return self.save(folder)
+        try:
+            saved = read_torch(folder / LAST)
+            if saved["identity"] != self.identity:
+                raise UserError(f"--resume: flags, {self.what} have changed")
+            if saved["manifest"] != self.fixed["manifest"]:
+                raise UserError("--resume: the run was started with another feature cache")
+            for head, weights in zip(self.heads, saved["heads"], strict=True):
+                head.load_state_dict(weights)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.epoch, self.best = int(saved["epoch"]), tuple(map(float, saved["best"]))
+            self.step = int(saved.get("step", 0))  # the probe's earlier versions did not store it
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"--resume: {folder / LAST} cannot be used: {error}") from None
+        note(f"resuming after epoch {self.epoch}")
+
+
+def read_head(path, flag, what, script, check, build):
+    """Read and validate the best.pt of a head, or that of a run folder. Returns the dict in it.
+
+    Its "manifest" is parsed to a `Manifest`. No code in the file is executed, so it may be untrusted.
+    what, script: the name of the head and of the script that trains it, for messages. check: a function
+    that returns False or raises for a dict that is not valid. build: the class of the head. Raises
+    UserError if the file does not exist or is not valid.
+    """
+    path = Path(path)
+    path = path / BEST if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{flag} {path} does not exist: train a {what} with {script}")
+    try:
+        saved = read_torch(path)
+        if not isinstance(saved, dict) or saved.get(f"{what}_version") is None:
+            raise ValueError(f"it is not a {what}")
+        if not check(saved):
+            raise ValueError("an entry is missing or not valid")
+        manifest, sizes = Manifest.parse(saved["manifest"]), saved["sizes"]
+        settings = manifest.settings
+        if (sizes["grid"], sizes["video_width"]) != ([*settings.grid], settings.width):
+            raise ValueError("its sizes do not fit its manifest")
+        if not all(w.isfinite().all() for w in saved["weights"].values()):
+            raise ValueError("its weights contain NaN or infinity")
+        with torch.device("meta"):  # untrusted sizes must not allocate memory
+            build(**sizes).load_state_dict(dict(saved["weights"]), assign=True)
+    except PermissionError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        # the first line of torch's message about weights is generic
+        why = str(error).strip().splitlines()[-1].strip() if str(error) else type(error).__name__
+        raise UserError(f"{flag} {path} is not a valid {what} ({why})") from None
+    return saved | {"manifest": manifest}
