@@ -126,8 +126,8 @@ class Retriever(nn.Module):
     """Maps clips and texts to unit vectors (B, W), with large dot products for a clip and its captions.
 
     A dual encoder as CLIP (Radford et al. 2021, arXiv:2103.00020), of two small heads: a `QFormer` with few
-    queries and a linear layer on the stored features of clips, and a linear layer on the vectors (B, D) of
-    texts by a frozen model. The temperature is learned, as the logarithm of its inverse.
+    queries and a linear layer on the stored features of clips, and an MLP on the vectors (B, D) of texts by
+    a frozen model. The temperature is learned, as the logarithm of its inverse.
     """
 
     def __init__(self, *, width, text_width, temperature, **query):
@@ -136,7 +136,8 @@ class Retriever(nn.Module):
         self.sizes = {"width": width, "text_width": text_width, "temperature": temperature, **query}
         self.query = QFormer(width=width, num_blocks=1, output_norm=width**0.5, **query)
         num_queries = len(self.query.queries)
-        self.clip, self.text = nn.Linear(num_queries * width, width), nn.Linear(text_width, width)
+        self.clip = nn.Linear(num_queries * width, width)
+        self.text = nn.Sequential(nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, width))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.register_buffer("text_mean", torch.zeros(text_width))
         self.register_buffer("text_std", torch.ones(text_width))

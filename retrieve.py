@@ -5,8 +5,8 @@
     python retrieve.py --text "moving a red ball to the left"     (prints the clips of a split)
     python retrieve.py --query my_clip.mp4                        (prints the captions and clips nearest to it)
 
-A Q-Former with few queries maps each clip to a vector, and a linear layer maps the vector of each caption by
-a frozen language model. Both are trained with a contrastive loss, so that a clip is near its captions. The
+A Q-Former with few queries maps each clip to a vector, and an MLP maps the vector of each caption by a frozen
+language model. Both are trained with a contrastive loss, so that a clip is near its captions. The
 best epoch is chosen on a tenth of the training clips, which are held out. Writes best.pt, last.pt,
 metrics.jsonl, args.json and evaluation_<split>.json to --output.
 """

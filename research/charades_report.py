@@ -16,7 +16,7 @@ import numpy as np
 import heads
 from dataset import TEST, load_records
 from research.probe_report import shell
-from runtime import cli
+from runtime import cli, run_folder
 from runtime.charades import SPLITS
 from runtime.files import read_json, write_atomic, write_json
 

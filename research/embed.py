@@ -9,7 +9,8 @@
 
 Results go to stdout, files to the checkpoint's folder. --limit N uses only the first N clips of the split
 or of --query, the first N windows of each film of --match, or N captions for --words. Vectors of a limited
-split are written to a separate file.
+split are written to a separate file. --text reads the features of all clips for every search; with a trained
+retriever, retrieve.py --text takes milliseconds.
 """
 
 import runtime.start
@@ -44,7 +45,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("mode (default: write the vectors of a split)")
     mode = group.add_mutually_exclusive_group()
     mode.add_argument("--query", nargs="+", metavar="CLIP", help="print the most similar clips")
-    mode.add_argument("--text", help="print the clips that this caption fits best")
+    text = "print the clips that this caption fits best, by likelihood; see also retrieve.py --text"
+    mode.add_argument("--text", help=text)
     mode.add_argument(
         "--score",
         action="store_true",

@@ -69,7 +69,8 @@ class HeadRun:
             self.step = int(saved.get("step", 0))  # the probe's earlier versions did not store it
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"--resume: {folder / LAST} cannot be used: {error}") from None
-        note(f"resuming after epoch {self.epoch}")
+        step = f", step {self.step:,}" if self.step else ""
+        note(f"resuming after epoch {self.epoch}{step}")
 
 
 def read_head(path, flag, what, script, check, build):

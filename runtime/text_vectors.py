@@ -6,6 +6,7 @@ the mean of the last hidden states of its tokens. Shapes: n texts, L tokens, D w
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +98,22 @@ def of_texts(texts, model, folder):
 
 
 def write(path, texts, model):
-    """Write the vectors of texts. They are written batch by batch, so they are never all in memory."""
+    """Write the vectors of texts as an .npy file. They are written in batches, never all in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, rows = temporary_name(path), None
+    unfinished, start = temporary_name(path), None
     try:
-        for indices, vectors in model.vectors(texts):
-            if rows is None:
-                how = {"mode": "w+", "dtype": np.float16, "shape": (len(texts), vectors.shape[1])}
-                rows = np.lib.format.open_memmap(unfinished, **how)
-            rows[indices] = vectors.numpy()
-        rows.flush()
+        with open(unfinished, "wb") as file:
+            for indices, vectors in model.vectors(texts):
+                if start is None:
+                    shape = len(texts), vectors.shape[1]
+                    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    start = file.tell()
+                for index, row in zip(indices, vectors.numpy().astype("<f2"), strict=True):
+                    file.seek(start + index * row.nbytes)
+                    file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

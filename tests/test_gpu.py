@@ -11,6 +11,7 @@ import evaluate
 import heads
 import infer
 import probe
+import retrieve
 import train
 import windows
 from captioner import VideoCaptioner, check_lm
@@ -89,6 +90,13 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     flags = ["--evaluate", str(tmp_path / "probe"), "--workers", "0", "--limit", "20"]
     assert not probe.main([*cached, *flags])
     assert json.loads(path.read_text())["metrics"] == scores
+
+    # a retriever, with micro-batches, and a search
+    flags = ["--width", "16", "--batch-size", "16", "--micro-batch", "8", "--epochs", "1"]
+    flags += ["--lm", str(world / "lm"), "--limit", "20", "--workers", "0", "--no-paraphrases"]
+    assert not retrieve.main([*cached, *flags, "--output", str(tmp_path / "retrieval")])
+    flags = ["--checkpoint", str(tmp_path / "retrieval"), "--workers", "0", "--limit", "20"]
+    assert not retrieve.main([*cached, *flags, "--text", "moving"])
 
     args = app.parse_args([*common, "--probe", str(tmp_path / "probe")])
     checkpoint = read_checkpoint(args.checkpoint)

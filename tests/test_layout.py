@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 
 FOLDERS = ("runtime", "worlds", "viz", "bench", "research", "tools")
 SCRIPTS = {"prepare_annotations", "preprocess_ssv2", "train", "probe", "evaluate", "infer"}
+SCRIPTS |= {"retrieve"}
 MODULES = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
 OPTIONAL = {"PIL", "matplotlib", "gradio", "sklearn", "torch.utils.tensorboard", "mujoco", "gguf"}
 DECODERS = {"av", "decord"}
