@@ -108,7 +108,7 @@ def compare(run, data, folder):
     the mean seconds of a search.
     """
     checkpoint, device = read_checkpoint(run), torch.device("cpu")
-    captioner = load_captioner(checkpoint, device, torch.float32)
+    captioner = load_captioner(checkpoint, device, torch.float32, str(data / "lm"))
     records = [r for r in load_records(data / "annotations", VALIDATION) if r["label"]]
     pairs = Pairs.of_labels(records)
     settings = load_manifest(data / "features").settings
@@ -139,7 +139,7 @@ def compare(run, data, folder):
         kind: retrieval.score(retrieval.unit(v), templates, objects) for kind, v in vectors.items()
     }
 
-    model = text_vectors.TextModel(saved["lm"]["name"], device, torch.float32)
+    model = text_vectors.TextModel(str(data / "lm"), device, torch.float32)
     network, tokenizer = model.load()
 
     def search(text):

@@ -108,7 +108,7 @@ def test_public_lists_are_read(tmp_path):
 
 
 def test_micro_batches_do_not_change_the_gradient(make_clips):
-    """The second pass of a micro-batch used the dropout of another one if its seed was not set again."""
+    """All clips of a batch are compared, although only those of a micro-batch are in memory."""
     torch.manual_seed(0)
     tower = heads.Retriever(width=8, text_width=6, temperature=0.07, **SIZES).double()
     clips, vectors = make_clips(10), torch.randn(10, 6, dtype=torch.float64)
@@ -130,6 +130,29 @@ def test_micro_batches_do_not_change_the_gradient(make_clips):
             assert torch.allclose(found[size][1][name], weight, rtol=0, atol=1e-10), name
     changed = [n for n, w in tower.state_dict().items() if not torch.equal(found[10][1][n], w)]
     assert {n.split(".")[0] for n in changed} == {"query", "clip", "text", "log_scale"}
+
+
+def test_dropout_is_the_same_in_both_passes(make_clips, monkeypatch):
+    """Each micro-batch has its own masks, and the second pass repeats those of the first."""
+    torch.manual_seed(0)
+    tower = heads.Retriever(width=8, text_width=6, temperature=0.07, **SIZES | {"dropout": 0.5})
+    parts = zip(*(t.split(4) for t in make_clips(8)), strict=True)
+    batch = [dict(zip(("features", "scale", "offset"), p, strict=True)) for p in parts]
+    captions, found, seeds = (torch.randn(8, 6), torch.eye(8, dtype=torch.bool)), [], []
+
+    def without(embed, inputs, seed, **_):
+        seeds.append(seed)
+        return embed(inputs, seed)
+
+    for patched in (retrieve.checkpoint, without):
+        monkeypatch.setattr(retrieve, "checkpoint", patched)
+        other = deepcopy(tower)
+        state = retrieve.HeadRun([other], torch.optim.SGD(other.parameters(), 0.1), {}, {}, "")
+        retrieve.step(state, batch, captions, seed=5)
+        found.append(other.state_dict())
+    assert seeds == [5, 6]
+    for name, weight in found[0].items():
+        assert torch.allclose(found[1][name], weight, rtol=0, atol=1e-6), name
 
 
 def test_the_temperature_stays_above_its_minimum():
