@@ -13,7 +13,6 @@ metrics.jsonl, args.json and evaluation_<split>.json to --output.
 
 import runtime.start
 
-import io
 import math
 import sys
 import time
@@ -52,7 +51,7 @@ from runtime.feature_cache import (
     recorded_sources,
     source_numbers,
 )
-from runtime.files import json_line, write_atomic, write_json
+from runtime.files import json_line, write_json
 from runtime.head_run import HeadRun
 from runtime.names import counted, to_utf8
 from runtime.retrieval_scores import RECALLS, Pairs, summary
@@ -556,33 +555,24 @@ def split_vectors(args, saved, tower, model, records, folder):
     They are kept in vectors_<split>.npz. It is written again if the weights, clips, labels, or the files
     that the features were computed from have changed.
     """
-    first = f"_first{args.limit}" if args.limit else ""
-    path = folder / f"vectors_{args.split}{first}.npz"
     ids, labels = [r["id"] for r in records], [r["label"] for r in records]
     sources = source_numbers(recorded_sources(Path(args.features), (0, 1)), args.split, ids)
-    facts = [weights_digest(saved["weights"]), ids, labels, sources.tolist()]
-    key, labels = json_digest(facts), list(dict.fromkeys(filter(None, labels)))
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if str(file["key"]) == key:
-                return file["clips"], labels, file["texts"]
-        note(f"{path} is out of date and is written again")
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged file can raise almost anything in zipfile and NumPy
-        note(f"{path} cannot be read and is written again ({type(error).__name__})")
-    read = reader(args, model.device)
-    with shared_memory(saved["manifest"].settings, args.workers, searching=args.micro_batch):
-        [clips] = embed_clips([tower], read(args.split, records), len(records))
-    texts = np.zeros((0, clips.shape[1]), np.float32)
-    if labels:
-        vectors = text_vectors.of_texts(labels, model, folder).astype(np.float32)
-        texts = embed_texts(tower, torch.from_numpy(vectors))
-    buffer = io.BytesIO()
-    np.savez(buffer, key=np.array(key), clips=clips, texts=texts)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
-    return clips, labels, texts
+    key = json_digest([weights_digest(saved["weights"]), ids, labels, sources.tolist()])
+    labels = list(dict.fromkeys(filter(None, labels)))
+
+    def compute():
+        read = reader(args, model.device)
+        with shared_memory(saved["manifest"].settings, args.workers, searching=args.micro_batch):
+            [clips] = embed_clips([tower], read(args.split, records), len(records))
+        texts = np.zeros((0, clips.shape[1]), np.float32)
+        if labels:
+            vectors = text_vectors.of_texts(labels, model, folder).astype(np.float32)
+            texts = embed_texts(tower, torch.from_numpy(vectors))
+        return {"clips": clips, "texts": texts}
+
+    first = f"_first{args.limit}" if args.limit else ""
+    kept = text_vectors.kept(folder / f"vectors_{args.split}{first}.npz", key, compute)
+    return kept["clips"], labels, kept["texts"]
 
 
 if __name__ == "__main__":

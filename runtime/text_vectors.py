@@ -1,10 +1,11 @@
-"""Vectors of texts by a frozen text model, computed once and kept in a file.
+"""Vectors of texts by a frozen text model, and files in which vectors are kept.
 
 The model is a language model, or a sentence encoder, in the format of transformers. The vector of a text is
 the mean of the last hidden states of its tokens. Shapes: n texts, L tokens, D width of the text model.
 """
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -16,8 +17,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from runtime import devices, hub
-from runtime.errors import FAILED, UserError, out_of_memory
-from runtime.files import temporary_name
+from runtime.cli import note
+from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
+from runtime.files import temporary_name, write_atomic
 
 MAX_TOKENS = 200  # of a text; the rest is ignored
 BATCH = 256  # texts per batch
@@ -117,3 +119,27 @@ def write(path, texts, model):
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def kept(path, key, compute):
+    """Return {name: array} from an .npz file that has this key.
+
+    The file is written, with the result of `compute()`, if it is missing, damaged or has another key.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+        if str(arrays.pop("key")) == key:
+            return arrays
+        note(f"{path} is out of date and is written again")
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged file can raise almost anything in zipfile and NumPy
+        if out_of_memory(error) or out_of_files(error):
+            raise
+        note(f"{path} cannot be read and is written again ({type(error).__name__})")
+    arrays, buffer = compute(), io.BytesIO()
+    np.savez(buffer, key=np.array(key), **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+    return arrays

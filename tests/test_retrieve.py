@@ -10,10 +10,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from pages import ROOT
+from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
 import heads
 import retrieve
 from dataset import choose_captions, load_records
+from research import retrieval_report
 from runtime import text_vectors
 from runtime.errors import UserError
 from runtime.files import read_torch, write_json
@@ -378,3 +381,36 @@ def test_text_vectors_are_means_over_the_tokens_and_are_kept(world, tmp_path, mo
     encoder = text_vectors.TextModel(str(world / "encoder"), torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match=r"cannot be loaded|does not encode text"):
         text_vectors.of_texts(texts, encoder, tmp_path)
+
+
+def test_sentence_encoders_and_encoder_decoders_are_text_models(world, tmp_path):
+    """A BERT that was saved without its pooler, and a T5, whose decoder is not used."""
+    sizes = {"vocab_size": 2000, "num_attention_heads": 2, "num_hidden_layers": 1}
+    bert = BertConfig(hidden_size=8, intermediate_size=8, max_position_embeddings=12, **sizes)
+    sizes = {"vocab_size": 2000, "num_heads": 2, "num_layers": 1, "pad_token_id": 0}
+    t5 = T5Config(d_model=8, d_kv=4, d_ff=8, decoder_start_token_id=0, **sizes)
+    for name, network in (("bert", BertModel(bert, add_pooling_layer=False)), ("t5", T5Model(t5))):
+        folder = tmp_path / name
+        network.eval().save_pretrained(folder)
+        for path in (world / "lm").glob("tokenizer*"):
+            shutil.copy(path, folder)
+        model = text_vectors.TextModel(str(folder), torch.device("cpu"), torch.float32)
+        texts = ["moving red bar", "moving red bar over to the left side " * 9, "cross"]
+        found = dict(zip((2, 0, 1), *[v for _, v in model.vectors(texts)], strict=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        encode = network if name == "bert" else network.encoder
+        for n, text in enumerate(texts):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"][
+                :, : 12 if name == "bert" else 200
+            ]
+            with torch.inference_mode():
+                wanted = encode(input_ids=ids).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(found[n], wanted, atol=1e-5, rtol=0)
+
+
+def test_the_tables_match_the_committed_results():
+    table = retrieval_report.markdown(
+        json.loads((ROOT / "results" / "retrieval.json").read_text())["runs"]
+    )
+    assert (ROOT / "results" / "retrieval.md").read_text() == table
+    assert table in (ROOT / "docs" / "retrieval.md").read_text()
