@@ -127,7 +127,10 @@ def parse_args(argv=None):
         parser.error("--text is empty")
     if args.batch_size % args.micro_batch:
         if args.batch_size > args.micro_batch:
-            parser.error(f"--micro-batch {args.micro_batch} does not divide --batch-size")
+            sizes = (
+                f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}"
+            )
+            parser.error(f"{sizes}; also set --micro-batch")
         args.micro_batch = args.batch_size
     if args.width % args.num_heads:
         parser.error(f"--num-heads {args.num_heads} does not divide --width {args.width}")

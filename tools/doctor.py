@@ -32,6 +32,7 @@ NEEDS = {  # per script: names of findings, or of lists of packages
     "preprocess_ssv2.py": ["packages", "encoder", "annotations", "videos"],
     "train.py": ["packages", "lm", "annotations", "features"],
     "probe.py": ["packages", "annotations", "features"],
+    "retrieve.py": ["packages", "lm", "annotations", "features"],
     "evaluate.py": [
         *("packages", "checkpoint", "checkpoint's lm"),
         *("annotations", "features", "checkpoint's features"),
