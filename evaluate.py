@@ -2,6 +2,7 @@
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
+    python evaluate.py --predictions a.json --versus b.json      (which of two models is better?)
     torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
@@ -16,7 +17,6 @@ import os
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,11 @@ from runtime import class_scores, cli, devices, distributed, hub, ranks
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest, require_features
-from runtime.files import in_shard, read_json, write_json
+from runtime.files import in_shard, write_json
 from runtime.names import counted, first_few
+from runtime.predictions import read_predictions, write_predictions
 
-SAME_IN_PARTS = ("split", "style", "control", "num_beams", "max_new_tokens", "weights")
+KEPT = 100  # clips with different captions in versus_*.json
 BATCH = 64  # clips per batch, here and in the validation of train.py
 
 
@@ -57,9 +58,15 @@ def parse_args(argv=None):
     add(
         "--predictions",
         nargs="+",
-        help="score the captions in these files instead of running a checkpoint; give all parts of a"
-        " sharded run",
+        help="score the captions in these files instead of running a checkpoint: predictions_<split>.json, or"
+        " .jsonl, .csv or .tsv of infer.py; give all parts of a sharded run",
     )
+    add(
+        "--versus",
+        nargs="+",
+        help="compare --predictions with the captions in these files, of another model, on the same clips",
+    )
+    add("--common", action="store_true", help="with --versus: use only the clips that both have")
     add("--split", default=VALIDATION, help="split to caption and score")
     add("--style", choices=STYLES, default="label", help="caption style")
     add(
@@ -108,6 +115,13 @@ def parse_args(argv=None):
         parser.refuse_given(args, names, "cannot be used with --predictions")
     if args.sample:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample")
+    if args.versus and not args.predictions:
+        parser.error("--versus needs --predictions, the captions to compare with")
+    if args.versus:
+        names = ("probe", "control", "allow_missing")
+        parser.refuse_given(args, names, "cannot be used with --versus")
+    else:
+        parser.refuse_given(args, ["common"], "needs --versus")
     return args
 
 
@@ -136,10 +150,10 @@ def main(argv=None):
         probe["manifest"].settings.check_same(wanted, f"the cache {args.features}")
     source = args.predictions[0] if args.predictions else args.checkpoint
     output = cli.output_folder(args.output or default_output(source), "--output")
+    if args.versus:
+        return compare(args, output, records, all_records)
     if args.predictions:
-        later = {r["id"] for r in all_records[args.limit :]} if args.limit else {}
-        predictions = read_predictions(args.predictions)
-        predictions, settings = {i: t for i, t in predictions.items() if i not in later}, {}
+        predictions, settings = captions_of(args.predictions, records, all_records), {}
         greedy = samples = None
     else:
         with distributed.joined():
@@ -198,6 +212,72 @@ def main(argv=None):
             f" captions {p['only_captions']}, neither {p['neither']}"
         )
     note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def captions_of(paths, records, all_records):
+    """Read files of captions, without those of the clips that --limit leaves out. Returns {id: caption}."""
+    predictions = read_predictions(paths, every := {r["id"] for r in all_records})
+    left_out = every - {r["id"] for r in records}
+    return {i: text for i, text in predictions.items() if i not in left_out}
+
+
+def compare(args, output, records, all_records):
+    """Compare --predictions with --versus. Prints the differences and writes them to versus_*.json."""
+    files = args.predictions, args.versus
+    first, second = (captions_of(paths, records, all_records) for paths in files)
+    if args.common:
+        records = common_clips(first, second, records)
+        first, second = ({r["id"]: c[r["id"]] for r in records} for c in (first, second))
+    elif first.keys() != second.keys():
+        raise UserError(f"{difference(first, second)}; --common compares the clips in both")
+    templates, _ = training_facts(str(args.annotations), args.style)
+    templates |= {r["template"] for r in all_records} - {None}
+    result, clips = metrics.compare(
+        first,
+        second,
+        records,
+        style=args.style,
+        templates=sorted(templates),
+        all_records=all_records,
+        seed=args.seed,
+        with_meteor=not args.no_meteor,
+    )
+    result |= {
+        "first": [*map(os.path.abspath, args.predictions)],
+        "second": [*map(os.path.abspath, args.versus)],
+        "settings": {"split": args.split, "style": args.style},
+        "clips": clips[:KEPT],
+    }
+    path = output / f"versus_{versus_name(args)}.json"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"first   {', '.join(args.predictions)}\nsecond  {', '.join(args.versus)}")
+    print(metrics.format_comparison(result, clips))
+    note(f"written to {path}")
+
+
+def common_clips(first, second, records):
+    """Return the records of the clips in both of two {id: caption}. Raises UserError if there is none."""
+    common = [r for r in records if r["id"] in first and r["id"] in second]
+    if not common:
+        raise UserError(f"no clip of this split is in both: {difference(first, second)}")
+    if first.keys() != second.keys():
+        note(f"left out: {difference(first, second)}")
+    return common
+
+
+def difference(first, second):
+    """Describe how many clips are in only one of two {id: caption}."""
+    only = first.keys() - second.keys(), second.keys() - first.keys()
+    counts = (counted(len(ids), "clip is", "clips are") for ids in only)
+    return "{} only in --predictions, {} only in --versus".format(*counts)
+
+
+def versus_name(args):
+    """Build the name of a comparison from the file it compares with, the split and other settings."""
+    name, path = result_name(args, 0).removesuffix("_rescored"), Path(args.versus[0]).absolute()
+    own = path.stem.removeprefix("predictions_")
+    return "_".join([path.parent.name, *([own] if own != name else []), name])
 
 
 def compare_with_probe(args, probe, records, per_clip):
@@ -418,44 +498,6 @@ def training_facts(annotations, style):
     ]
     most_frequent = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0] if texts else None
     return frozenset(r["template"] for r in records) - {None}, most_frequent
-
-
-def write_predictions(path, predictions):
-    """Write captions in the COCO result format, [{"image_id": id, "caption": text}, …]."""
-    write_json(path, [{"image_id": i, "caption": text} for i, text in predictions.items()])
-
-
-def read_predictions(paths):
-    """Read files in the COCO result format. Returns {id: caption}.
-
-    Raises UserError if a file is not valid, if an id occurs more than once, or if parts of a sharded run
-    were made with different checkpoints or settings.
-    """
-    files = [read_json(path, "predictions") for path in paths]
-    if not all(isinstance(entries, list) for entries in files):
-        raise UserError(f"predictions {', '.join(paths)} must contain a JSON list in each file")
-    check_parts(paths)
-    return metrics.predictions_by_id(list(chain.from_iterable(files)))
-
-
-def check_parts(paths):
-    """Raise UserError if the settings recorded beside the parts of a sharded run are not the same."""
-    first = None
-    for path in map(Path, paths):
-        file = path.with_name("settings_" + path.name.removeprefix("predictions_"))
-        if not file.is_file() or not path.name.startswith("predictions_"):
-            continue
-        settings = read_json(file, "settings")
-        if not isinstance(settings, dict):
-            raise UserError(f"settings {file} must contain a JSON object")
-        settings = {name: settings.get(name) for name in SAME_IN_PARTS}
-        first = first or (path, settings)
-        for name, value in settings.items():
-            if value != first[1][name]:
-                raise UserError(
-                    f"{path} was made with {name} = {value!r}, but {first[0]} with"
-                    f" {first[1][name]!r}; parts must be of one checkpoint and have the same settings"
-                )
 
 
 if __name__ == "__main__":

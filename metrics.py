@@ -6,228 +6,45 @@ result records.
 Scoring 24,777 captions with METEOR took 71 s of processor time (104 s on two busy cores).
 """
 
-import gzip
 import random
-import re
 import sys
-import tempfile
-from collections import Counter, defaultdict
-from pathlib import Path
+from collections import defaultdict
+from itertools import chain
 
 import numpy as np
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
-from pycocoevalcap.rouge.rouge import Rouge
 
-from runtime.caption_tokens import CHARACTERS, normalise, tokenize
+from runtime.caption_metrics import (
+    Cider,
+    bleu,
+    bleu_scores,
+    bleu_statistics,
+    exact_match,
+    meteor,
+    meteor_counts,
+    meteor_of_sums,
+    meteor_statistics,
+    placeholder_match,
+    rouge_l,
+    rouge_n,
+)
+from runtime.caption_tokens import CHARACTERS, tokenize
 from runtime.errors import UserError
-from runtime.java import JAVA_LIMIT, JavaError, jar, java_thread, run_java
+from runtime.intervals import bootstrap, paired_bootstrap
+from runtime.java import JAVA_LIMIT, JavaError, java_thread
 from runtime.names import counted, first_few
-from runtime.writing_systems import MARKS, NOT_LATIN, UNSPACED
+from runtime.templates import Templates, canonical
+from runtime.writing_systems import NOT_LATIN
 
-RESAMPLES = 1000
 CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
 CAPTION_METRICS += ("ROUGE_1", "ROUGE_2")
+CONTROLS = ("shuffled", "most_frequent", "ceiling")
 PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  # means over clips
+DIFFERENT = 10  # clips in the text of `format_comparison`
 ENGLISH = 0.01  # METEOR is skipped if a larger share of the clips has references in other scripts
 ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contain the same n-grams"
 
 
-# ---- n-gram metrics ------------------------------------------------------------------------
-# hypotheses: {id: tokens}. references: {id: list of tokens}. Tokens are joined by spaces.
-
-
-def bleu(hypotheses, references):
-    """Compute corpus BLEU-1..4 (Papineni et al. 2002). Returns {"Bleu_1": float in 0..1, ...}."""
-    hypotheses = {i: [text] for i, text in hypotheses.items()}
-    scores, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
-    return {f"Bleu_{n}": float(score) for n, score in enumerate(scores, 1)}
-
-
-def rouge_l(hypotheses, references):
-    """Compute the mean ROUGE-L over clips (Lin 2004) with beta = 1.2, a float in 0..1."""
-    hypotheses = {i: [text] for i, text in hypotheses.items()}
-    return float(Rouge().compute_score(references, hypotheses)[0])
-
-
-def rouge_n(hypotheses, references, n):
-    """Compute the mean over clips of ROUGE-N as F1 (Lin 2004), a float in 0..1.
-
-    A clip with several references gets the highest of their scores.
-    """
-
-    def grams(text):
-        words = text.split()
-        return Counter(zip(*(words[i:] for i in range(n)), strict=False))
-
-    def f1(found, wanted):
-        total = found.total() + wanted.total()
-        return 2 * (found & wanted).total() / total if total else 0.0
-
-    scores = [
-        max(f1(grams(text), grams(reference)) for reference in references[i])
-        for i, text in hypotheses.items()
-    ]
-    return float(np.mean(scores))
-
-
-def meteor(hypotheses, references):
-    """Compute corpus METEOR 1.5 (Denkowski and Lavie 2014), English with -norm, a float in 0..1.
-
-    The jar runs twice, once for the match statistics and once for the final score. After an error it
-    waits forever, so each run gets its whole input at once and has a time limit. Raises JavaError.
-    """
-    options = ["-Xmx2G", "-jar", jar("meteor", "meteor-1.5.jar")]
-    options += ["-", "-", "-stdio", "-l", "en", "-norm"]
-    lines = [
-        " ||| ".join(t.replace("|", " ") for t in ("SCORE", *references[i], text))
-        for i, text in hypotheses.items()
-    ]
-    statistics = run_java(options, lines, JAVA_LIMIT)
-    if len(statistics) != len(lines) or not all(re.fullmatch(r"[\d. ]+", s) for s in statistics):
-        raise JavaError(f"METEOR printed {statistics[-1][:100]!r} instead of match statistics")
-    with tempfile.TemporaryDirectory() as folder:
-        # The final score needs no paraphrases, and loading them takes 10 s.
-        paraphrases = Path(folder, "none.gz")
-        paraphrases.write_bytes(gzip.compress(b""))
-        evaluate = [" ||| ".join(["EVAL", *statistics])]
-        out = run_java([*options, "-a", paraphrases], evaluate, JAVA_LIMIT)
-    if len(out) != len(lines) + 1 or not re.fullmatch(r"\d\.\d+(E-\d+)?", out[-1]):
-        raise JavaError(f"METEOR printed {out[-1][:100]!r} instead of a score")
-    return float(out[-1])
-
-
-class Cider:
-    """CIDEr-D (Vedantam et al. 2015) of pycocoevalcap with fixed document frequencies.
-
-    references: {id: list of tokens} of the whole split. Document frequencies are counted on all of them,
-    so that a clip's score does not depend on which other clips are scored.
-    """
-
-    def __init__(self, references):
-        self.references = {i: cook_refs(texts) for i, texts in references.items()}
-        self.document_frequency = Counter(
-            ngram for cooked in self.references.values() for ngram in set().union(*cooked)
-        )
-
-    def __call__(self, hypotheses):
-        """Score {id: tokens}. Returns {id: float in 0..10}."""
-        scorer = CiderScorer()
-        scorer.document_frequency = self.document_frequency
-        scorer.ctest = [cook_test(text) for text in hypotheses.values()]
-        # The scorer takes the number of documents from the length of this list, so it is padded to that of
-        # the whole split. The additional entries are not scored.
-        scorer.crefs = [self.references[i] for i in hypotheses]
-        scorer.crefs += [None] * (len(self.references) - len(hypotheses))
-        return dict(zip(hypotheses, map(float, scorer.compute_cider()), strict=True))
-
-    def ceiling(self, references):
-        """Score the references of each clip as captions. Returns {id: the highest of these scores}."""
-        best = dict.fromkeys(references, 0.0)
-        for k in range(max(map(len, references.values()))):
-            kth = {i: texts[k] for i, texts in references.items() if k < len(texts)}
-            for i, value in self(kth).items():
-                best[i] = max(best[i], value)
-        return best
-
-
-def exact_match(hypotheses, references):
-    """Return {id: 1.0 if the tokens equal those of one of the clip's references, else 0.0}.
-
-    Texts without tokens, such as "..." and "!", are equal to no other.
-    """
-    return {i: float(hypotheses[i] in filter(None, texts)) for i, texts in references.items()}
-
-
-def placeholder_match(hypotheses, records, tokens):
-    """Compute the share of each clip's placeholders that occur in its hypothesis.
-
-    tokens: {placeholder: tokens}. Returns {id: float in 0..1} for the clips that have placeholders. The
-    tokens of "vicks vaporub bottle" must occur as a contiguous sequence. The order of the placeholders
-    and the number of occurrences do not matter.
-    """
-    placeholders = {r["id"]: [tokens[p] for p in r["placeholders"] if tokens[p]] for r in records}
-    return {
-        i: sum(f" {words} " in f" {hypotheses[i]} " for words in wanted) / len(wanted)
-        for i, wanted in placeholders.items()
-        if wanted
-    }
-
-
 # ---- templates: action classification by caption -------------------------------------------
-
-
-# Spaces mean nothing next to a character of a script without them, unless a word is on the other side.
-NO_SPACE = re.compile(
-    rf" (?<=[{UNSPACED}{MARKS}\[\]] )(?=[{UNSPACED}])| (?<=[{UNSPACED}{MARKS}] )(?=[\[\]])"
-)
-FULL_STOPS = ".。．｡।॥۔።။។"
-
-
-def _plain(text):
-    text = " ".join(normalise(text).lower().split())
-    return text if text.isascii() else NO_SPACE.sub("", text)
-
-
-def canonical(template):
-    """Return a template in lower case and without brackets, as in labels.json and test-answers.csv."""
-    return _plain(re.sub(r"[\[\]]", "", template))
-
-
-def fill(template, fillers):
-    """Fill the brackets of a template in order and return the text in lower case.
-
-    If there are fewer fillers than brackets, the words in the remaining brackets are kept.
-    """
-    words = iter(fillers)
-    return _plain(re.sub(r"\[([^\]]*)\]", lambda slot: next(words, slot[1]), template))
-
-
-class Templates:
-    """Finds the template that a caption was made from.
-
-    A template such as "Holding [something] next to [something]" matches like a regular expression with
-    `(.+?)` for each bracket. It must match the whole caption, without regard to case and white space. If
-    several templates match, the one with the most literal characters is used, and among equals the first
-    in the list.
-    """
-
-    def __init__(self, templates):
-        parts = [(t, re.split(r"\[[^\]]*\]", _plain(t))) for t in dict.fromkeys(templates)]
-        self._parts = sorted(parts, key=lambda p: -sum(map(len, p[1])))
-
-    def parse(self, caption):
-        """Return (template, fillers in lower case), or None if no template matches.
-
-        Full stops at the end of the caption are ignored.
-        """
-        text = _plain(caption).rstrip(FULL_STOPS + " ")
-        for template, parts in self._parts:
-            fillers = self._fillers(parts, text)
-            if fillers is not None:
-                return template, fillers
-        return None
-
-    @staticmethod
-    def _fillers(parts, text):
-        """Return the text in each bracket between the literal `parts`, or None if they do not match.
-
-        The result is the same as with the regular expression, but searching for the parts from left to
-        right takes linear time. On a repetitive caption, three `(.+?)` would take minutes.
-        """
-        if len(parts) == 1:
-            return [] if text == parts[0] else None
-        first, *middle, last = parts
-        if not (text.startswith(first) and text.endswith(last)):
-            return None
-        fillers, start, end = [], len(first), len(text) - len(last)
-        for part in middle:
-            at = text.find(part, start + 1, end)  # + 1: a filler has at least one character
-            if at < 0:
-                return None
-            fillers.append(text[start:at])
-            start = at + len(part)
-        return [*fillers, text[start:end]] if start < end else None
 
 
 def template_accuracy(captions, records, parser):
@@ -253,30 +70,7 @@ def derangement(n, seed):
     return order
 
 
-def bootstrap(values, seed):
-    """Compute a 95 % bootstrap interval (Efron 1979) of the mean of `values` (n,), one per clip.
-
-    Returns [low, high], percentiles of the means of RESAMPLES samples of the clips.
-    """
-    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
 # ---- everything together -------------------------------------------------------------------
-
-
-def predictions_by_id(entries):
-    """Turn COCO results `[{"image_id": id, "caption": text}]` into {id: text}. Raises UserError."""
-    if not all(
-        isinstance(e, dict) and "image_id" in e and isinstance(e.get("caption"), str)
-        for e in entries
-    ):
-        raise UserError('predictions must be a list of {"image_id": id, "caption": text}')
-    counts = Counter(str(e["image_id"]) for e in entries)
-    if repeated := [i for i, count in counts.items() if count > 1]:
-        raise UserError(f"clips predicted more than once: {first_few(repeated)}")
-    return {str(e["image_id"]): e["caption"] for e in entries}
 
 
 def references_of(records, style):
@@ -284,6 +78,13 @@ def references_of(records, style):
     assert style in ("label", "sentence"), style
     texts = {r["id"]: [r["label"]] if style == "label" else r["paraphrases"] for r in records}
     return {i: [t for t in texts if t and t.strip()] for i, texts in texts.items()}
+
+
+def _references(records, all_records, style):
+    """Return {id: references} of the clips to score, and of those of the split that have any."""
+    references = references_of(records, style)
+    split = references_of(all_records or records, style) if any(references.values()) else {}
+    return references, {i: texts for i, texts in split.items() if texts}
 
 
 def _check(predictions, references, style):
@@ -345,6 +146,40 @@ def _skipped(records, split, style, templates, most_frequent, with_meteor):
     return skipped
 
 
+class _Texts:
+    """Captions of several systems and the references of a split, tokenised in one run of Java.
+
+    systems: {name: {id: text}}. split: {id: references} of the clips in the split that have any. others:
+    further texts.
+    """
+
+    def __init__(self, systems, records, split, templates, others=()):
+        texts = {text for captions in systems.values() for text in captions.values()}
+        texts.update(others, *split.values(), *(r["placeholders"] for r in records))
+        self.tokens, self.tokenizer, reason = tokenize(texts, JAVA_LIMIT)
+        self.problem = {"PTBTokenizer": reason} if reason else {}
+        self.systems, self.records = systems, records
+        split = {i: [self.tokens[text] for text in texts] for i, texts in split.items()}
+        self.references = {r["id"]: split[r["id"]] for r in records if r["id"] in split}
+        self.hypotheses = {name: self.tokenised(c) for name, c in systems.items()}
+        self.cider, self.parser = Cider(split), Templates(templates)
+
+    def tokenised(self, captions):
+        return {i: self.tokens[text] for i, text in captions.items()}
+
+    def per_clip(self, captions, skipped):
+        """Compute the metrics PER_CLIP of {id: text}. Returns {metric: {id: float}} for those with clips."""
+        hypotheses = self.tokenised(captions)
+        compute = {
+            "CIDEr": lambda: self.cider(hypotheses),
+            "exact_match": lambda: exact_match(hypotheses, self.references),
+            "template_accuracy": lambda: template_accuracy(captions, self.records, self.parser),
+            "placeholder_match": lambda: placeholder_match(hypotheses, self.records, self.tokens),
+        }
+        found = {metric: f() for metric, f in compute.items() if metric not in skipped}
+        return {metric: values for metric, values in found.items() if values}
+
+
 def score(
     predictions,
     records,
@@ -383,58 +218,29 @@ def score(
 
     Raises UserError if clips and predictions do not match, or if only some clips have references.
     """
-    references = references_of(records, style)
-    split = references_of(all_records or records, style)
+    references, split = _references(records, all_records, style)
     _check(predictions, references, style)
-    if not any(references.values()):
-        references, split = {}, {}
-    split = {i: texts for i, texts in split.items() if texts}
     # in the order of the records, because the last bit of a mean depends on the order
     systems = _systems({r["id"]: predictions[r["id"]] for r in records}, most_frequent, seed)
     systems |= {"greedy": greedy} if greedy else {}
-    samples = {r["id"]: samples[r["id"]] for r in records} if samples else {}
     skipped = _skipped(records, split, style, templates, most_frequent, with_meteor)
-
-    # tokenise all texts in one run of Java
-    texts = {text for captions in systems.values() for text in captions.values()}
-    texts.update(*split.values(), *samples.values(), *(r["placeholders"] for r in records))
-    tokens, tokenizer, reason = tokenize(texts, JAVA_LIMIT)
-    skipped |= {"PTBTokenizer": reason} if reason else {}
-    split = {i: [tokens[text] for text in texts] for i, texts in split.items()}
-    references = {i: split[i] for i in references}
-
-    def tokenised(captions):
-        return {i: tokens[text] for i, text in captions.items()}
-
-    hypotheses = {name: tokenised(captions) for name, captions in systems.items()}
-
-    cider, parser = Cider(split), Templates(templates)
-    clip_metrics = {
-        "CIDEr": lambda captions: cider(tokenised(captions)),
-        "exact_match": lambda captions: exact_match(tokenised(captions), references),
-        "template_accuracy": lambda captions: template_accuracy(captions, records, parser),
-        "placeholder_match": lambda captions: placeholder_match(
-            tokenised(captions), records, tokens
-        ),
-    }
-
-    def clip_scores(captions):  # {metric: {id: float}}
-        found = {m: compute(captions) for m, compute in clip_metrics.items() if m not in skipped}
-        return {m: v for m, v in found.items() if v}
-
+    samples = {r["id"]: samples[r["id"]] for r in records} if samples else {}
+    texts = _Texts(systems, records, split, templates, chain.from_iterable(samples.values()))
+    references, hypotheses, tokenizer = texts.references, texts.hypotheses, texts.tokenizer
+    skipped |= texts.problem
     values, scores = {}, {}  # {system: {metric: {id: float}}}, {system: {metric: float}}
     with java_thread() as thread:  # METEOR takes as long as all other metrics
         if "METEOR" not in skipped:
             pending = thread.submit(meteor, hypotheses["main"], references)
         for name, captions in systems.items():
-            values[name] = clip_scores(captions)
+            values[name] = texts.per_clip(captions, skipped)
             scores[name] = {m: _mean(v) for m, v in values[name].items()}
             if references:
                 scores[name] |= bleu(hypotheses[name], references)
         if references:
-            scores["main"]["ROUGE_L"] = rouge_l(hypotheses["main"], references)
+            scores["main"]["ROUGE_L"] = _mean(rouge_l(hypotheses["main"], references))
             for n in (1, 2):
-                scores["main"][f"ROUGE_{n}"] = rouge_n(hypotheses["main"], references, n)
+                scores["main"][f"ROUGE_{n}"] = _mean(rouge_n(hypotheses["main"], references, n))
         if "METEOR" not in skipped:
             try:
                 scores["main"]["METEOR"] = pending.result()
@@ -444,13 +250,13 @@ def score(
     main = values["main"]
     controls = {name: _pick(scores[name], (*PER_CLIP, "Bleu_4")) for name in [*systems][1:]}
     if "CIDEr" in main:
-        controls["ceiling"] = {"CIDEr": _mean(cider.ceiling(references))}
+        controls["ceiling"] = {"CIDEr": _mean(texts.cider.ceiling(references))}
     if samples:
         kth = (
-            {i: t[k % len(t)] for i, t in samples.items()}
+            {i: drawn[k % len(drawn)] for i, drawn in samples.items()}
             for k in range(max(map(len, samples.values())))
         )
-        found = [clip_scores(captions) for captions in kth]
+        found = [texts.per_clip(captions, skipped) for captions in kth]
         controls["oracle"] = {
             m: _mean({i: max(f[m][i] for f in found) for i in v}) for m, v in found[0].items()
         }
@@ -465,9 +271,94 @@ def score(
     }
     if "template_accuracy" in main and references:
         labels = {r["id"]: r["label"] for r in records}
-        result["parser_on_references"] = _mean(template_accuracy(labels, records, parser))
+        result["parser_on_references"] = _mean(template_accuracy(labels, records, texts.parser))
     per_clip = {r["id"]: {m: v[r["id"]] for m, v in main.items() if r["id"] in v} for r in records}
     return result, per_clip
+
+
+def compare(
+    first,
+    second,
+    records,
+    style="label",
+    templates=(),
+    all_records=None,
+    seed=0,
+    with_meteor=True,
+):
+    """Compare the captions of two systems for the same clips. Returns (result, clips).
+
+    first, second: {id: text}. The other arguments are those of `score`, with the same errors.
+
+    `result` can be written as JSON. Its keys are n, counts, tokenizer and skipped, as in `score`, and
+        metrics: {metric: {"first", "second", "difference", "ci95"}}, where the difference is second - first
+            and ci95 its interval by a paired bootstrap over clips.
+        excludes_zero: the metrics whose interval does not contain zero.
+    `clips` has the clips with different captions, the largest differences of CIDEr first, as
+    {"id", "references", "first", "second", "CIDEr": [of first, of second]}. Without CIDEr it is empty.
+    """
+    references, split = _references(records, all_records, style)
+    for captions in (first, second):
+        _check(captions, references, style)
+    first, second = ({r["id"]: c[r["id"]] for r in records} for c in (first, second))
+    systems = {"first": first, "second": second}
+    skipped = _skipped(records, split, style, templates, None, with_meteor)
+    texts = _Texts(systems, records, split, templates)
+    metrics, counts, ciders = {}, {}, ([], [])
+    for metric, statistics, scores in _statistics(texts, skipped):
+        try:
+            a, b, interval = paired_bootstrap(*statistics, scores, seed)
+        except JavaError as error:
+            skipped[metric] = str(error)
+            continue
+        metrics[metric] = {"first": a, "second": b, "difference": b - a, "ci95": interval}
+        counts[metric] = len(statistics[0])
+        if metric == "CIDEr":
+            ciders = [part[:, 0].tolist() for part in statistics]
+    metrics = _pick(metrics, (*CAPTION_METRICS, *PER_CLIP))
+    skipped = {name: why for name, why in skipped.items() if name not in CONTROLS} | texts.problem
+    result = {
+        "n": len(records),
+        "metrics": metrics,
+        "excludes_zero": [m for m, v in metrics.items() if not v["ci95"][0] <= 0 <= v["ci95"][1]],
+        "counts": {metric: n for metric, n in counts.items() if n < len(records)},
+        "tokenizer": texts.tokenizer,
+        "skipped": dict(sorted(skipped.items())),
+    }
+    clips = [
+        {"id": i, "references": references[i], "first": first[i], "second": second[i]}
+        | {"CIDEr": [a, b]}
+        for i, a, b in zip(first, *ciders, strict=False)  # without CIDEr, none
+        if first[i] != second[i]
+    ]
+    return result, sorted(clips, key=lambda c: (-abs(c["CIDEr"][1] - c["CIDEr"][0]), c["id"]))
+
+
+def _statistics(texts, skipped):
+    """Yield (metric, statistics of both systems, function to scores), see `paired_bootstrap`.
+
+    texts: the `_Texts` of two systems. A metric whose Java fails is added to `skipped`.
+    """
+    references, hypotheses = texts.references, [*texts.hypotheses.values()]
+    per_clip = [texts.per_clip(captions, skipped) for captions in texts.systems.values()]
+    if references:
+        counts = [bleu_statistics(h, references) for h in hypotheses]
+        for n in range(4):
+            yield f"Bleu_{n + 1}", counts, lambda sums, n=n: bleu_scores(sums)[:, n]
+        for values, h in zip(per_clip, hypotheses, strict=True):
+            values["ROUGE_L"] = rouge_l(h, references)
+            values |= {f"ROUGE_{n}": rouge_n(h, references, n) for n in (1, 2)}
+    for metric in per_clip[0]:
+        pairs = [np.array([(x, 1.0) for x in v[metric].values()]) for v in per_clip]  # (n, 2) each
+        yield metric, pairs, lambda sums: sums[:, 0] / sums[:, 1]
+    if "METEOR" not in skipped:
+        both = {(s, i): text for s, h in enumerate(hypotheses) for i, text in h.items()}
+        try:  # both in one run, because METEOR takes 10 s to start
+            lines = meteor_statistics(both, {(s, i): references[i] for s, i in both})
+        except JavaError as error:
+            skipped["METEOR"] = str(error)
+            return
+        yield "METEOR", np.split(meteor_counts(lines), 2), meteor_of_sums
 
 
 def _mean(values):
@@ -520,9 +411,14 @@ def table(result):
     for name, value in result["metrics"].items():
         interval = " - ".join(cell(x) for x in result["ci95"].get(name, ()))
         rows.append([name, cell(value), interval, *(cell(c.get(name)) for c in controls.values())])
+    return rows, notes(result)
+
+
+def notes(result):
+    """Return what is worth knowing about a result of `score` or `compare`, a list of lines."""
     scale = "CIDEr is on a 0-10 scale (papers print it x100)"
     lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
-    if result["controls"].get("ceiling", {}).get("CIDEr") == 0:
+    if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
     if CHARACTERS in result["tokenizer"]:
         lines.append(
@@ -533,16 +429,39 @@ def table(result):
     reasons = defaultdict(list)
     for name, reason in result["skipped"].items():
         reasons[reason].append(name)
-    lines += [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    return rows, lines
+    return lines + [f"skipped {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def format_table(result):
     """Format the rows and notes of `table` as text for a terminal."""
     rows, lines = table(result)
+    return "\n".join(aligned(rows) + lines)
+
+
+def aligned(rows):
+    """Format rows of text as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
+    return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in rows
     ]
-    return "\n".join(aligned + lines)
+
+
+def format_comparison(result, clips):
+    """Format the result of `compare`, and the first of its clips, as text for a terminal."""
+    rows = [["", "first", "second", "difference", "95 % interval"]]
+    for name, m in result["metrics"].items():
+        interval = "{:+.3f} to {:+.3f}".format(*m["ci95"])
+        scores = f"{m['first']:.3f}", f"{m['second']:.3f}", f"{m['difference']:+.3f}"
+        rows.append([name, *scores, interval])
+    certain = ", ".join(result["excludes_zero"]) or "no metric"
+    lines = [*aligned(rows), f"the interval of the difference excludes zero for: {certain}"]
+    lines += notes(result)
+    if clips:
+        number = counted(len(clips), "clip has", "clips have")
+        lines += [f"{number} different captions; the largest differences of CIDEr:"]
+    for clip in clips[:DIFFERENT]:
+        a, b = clip["CIDEr"]
+        lines += ["", clip["id"], *(f"  reference      {text}" for text in clip["references"][:1])]
+        lines += [f"  first   {a:6.2f} {clip['first']}", f"  second  {b:6.2f} {clip['second']}"]
+    return "\n".join(lines)

@@ -24,7 +24,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dataset import TEST, TRAIN, VALIDATION, by_hash, is_control, is_span, unsafe_content
-from metrics import canonical
 from runtime import charades, cli
 from runtime.caption_files import has_results, likeliest_captions
 from runtime.cli import note
@@ -32,6 +31,7 @@ from runtime.errors import UserError, refuse, refuse_file
 from runtime.files import read_json, read_text, write_json
 from runtime.names import counted, first_few, id_problem, list_files, normal_form, safe_id, visible
 from runtime.table import read_table
+from runtime.templates import canonical
 from video import window_spans
 
 PARAPHRASES = "data/paraphrases"

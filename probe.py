@@ -33,7 +33,6 @@ from dataset import (
     shared_memory,
     with_features,
 )
-from metrics import bootstrap
 from optim import dropout_seed, epoch_order, lr_at, parameter_groups
 from runtime import cli, devices, published_head, ranks, run_folder
 from runtime.charades import write_submission
@@ -42,6 +41,7 @@ from runtime.errors import FAILED, Stopped, UserError
 from runtime.feature_cache import channel_statistics, load_manifest
 from runtime.files import json_line, read_json, write_json
 from runtime.head_run import DIVERGED, HeadRun
+from runtime.intervals import bootstrap
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 

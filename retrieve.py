@@ -39,7 +39,7 @@ from dataset import (
     with_features,
 )
 from encoder import VideoEncoder
-from metrics import bootstrap, derangement
+from metrics import derangement
 from optim import dropout_seed, epoch_order, lr_at, make_optimizer, set_lr
 from runtime import cli, devices, hub, ranks, run_folder, text_vectors
 from runtime.cli import note, printable
@@ -53,6 +53,7 @@ from runtime.feature_cache import (
 )
 from runtime.files import json_line, write_json
 from runtime.head_run import HeadRun
+from runtime.intervals import bootstrap
 from runtime.names import counted, to_utf8
 from runtime.retrieval_scores import RECALLS, Pairs, summary
 from runtime.run_log import truncate_log

@@ -42,7 +42,7 @@ from dataset import (
     shared_memory,
 )
 from evaluate import BATCH as VALIDATION_BATCH
-from evaluate import caption, clip_loader, score, to_device, write_predictions
+from evaluate import caption, clip_loader, score, to_device
 from optim import (
     CLIPS_PER_STEP,
     average_and_clip,
@@ -65,6 +65,7 @@ from runtime.feature_cache import (
 )
 from runtime.files import write_json
 from runtime.names import counted
+from runtime.predictions import write_predictions
 from runtime.run_folder import BEST
 from viz import curves
 

@@ -14,11 +14,12 @@ import runtime.start
 from collections import Counter
 
 from dataset import TRAIN, VALIDATION, load_records
-from evaluate import read_predictions, training_facts
-from metrics import Templates, canonical
+from evaluate import training_facts
 from runtime import cli
 from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.predictions import read_predictions
+from runtime.templates import Templates, canonical
 
 KINDS = {
     "exact": "equal to the label",
@@ -51,7 +52,8 @@ def main(argv=None):
         records = [r for r in load_records(folder, args.split) if r["label"] and r["template"]]
         training = [r["label"] for r in load_records(folder, TRAIN)]
         templates, _ = training_facts(folder, "label")
-        found = compare(read_predictions([path]), records, templates, training)
+        predictions = read_predictions([path], {r["id"] for r in records})
+        found = compare(predictions, records, templates, training)
         if not found["kinds"]:
             raise UserError(f"{path} has no caption of a labelled clip in split {args.split!r}")
         for name, counts in found.items():

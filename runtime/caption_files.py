@@ -102,6 +102,11 @@ def harmless(cell):
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
 
 
+def unescaped(cell):
+    """Undo `harmless`."""
+    return cell[1:] if cell[:1] == "'" and cell[1:] and harmless(cell[1:]) == cell else cell
+
+
 def actions_of(span):
     """Return the actions of a window as text, "" if no probe was applied."""
     actions = span.get("actions", ())

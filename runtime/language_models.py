@@ -121,7 +121,9 @@ class EncoderDecoder(Causal):
         states = self.extra_inputs(cache)["encoder_hidden_states"]  # (B, Q, D)
         return {
             "decoder_input_ids": ids,
-            "decoder_attention_mask": torch.ones_like(ids),  # without it, the start token is read twice
+            "decoder_attention_mask": torch.ones_like(
+                ids
+            ),  # without it, the start token is read twice
             "encoder_outputs": BaseModelOutput(states),
             "attention_mask": ids.new_ones(states.shape[:2]),
         }

@@ -28,7 +28,8 @@ LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt
 # The files that --overwrite replaces. Other files in the folder are kept. Checkpoints come first: after a
 # kill in between, --resume must not continue the old run with the new flags.
 RUN_FILES = [LAST, PREVIOUS, CORRUPT, BEST, "args.json", "metrics.jsonl", "curves.png"]
-RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "gallery*.html"]
+RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "versus_*.json"]
+RUN_FILES += ["gallery*.html"]
 DASHBOARD_FILES = ["report_id.json", "tensorboard/events.*"]
 REPLACED = ".replaced"  # the old run, until the run that replaces it has saved a checkpoint
 

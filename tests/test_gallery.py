@@ -12,6 +12,7 @@ import evaluate
 from dataset import load_records
 from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.predictions import write_predictions
 from viz import gallery
 
 HOSTILE = (
@@ -30,7 +31,7 @@ def scored(prepared, tmp_path_factory):
         if n % 3 == 0:
             captions[r["id"]] = records[(n + 1) % len(records)]["label"]
     captions[records[0]["id"]] = HOSTILE
-    evaluate.write_predictions(folder / "predictions_validation.json", captions)
+    write_predictions(folder / "predictions_validation.json", captions)
     rescore(folder / "predictions_validation.json", prepared)
     # as if a checkpoint had written these captions
     result = json.loads((folder / "evaluation_validation_rescored.json").read_text())
@@ -82,6 +83,22 @@ def test_sorting(browser, page):
     assert order not in (sorted(order), sorted(order, reverse=True))
     browser.find_element("id", "again").click()
     assert shown_scores(browser) != order
+
+
+def test_the_second_model_is_shown_beside_the_first(browser, scored, world, prepared, tmp_path):
+    """Its captions are the labels, so every clip with a wrong caption differs."""
+    labels = {r["id"]: r["label"] for r in load_records(prepared / "annotations", "validation")}
+    write_predictions(tmp_path / "labels.json", labels)
+    gallery.main(flags(scored, world, prepared, "--versus", tmp_path / "labels.json"))
+    browser.get((scored / "gallery_validation_versus.html").as_uri())
+    choose(browser, "sort", "different")
+    first, *_, last = cards(browser)
+    texts = [[e.text for e in c.find_elements("css selector", ".caption")] for c in (first, last)]
+    assert texts[0][1] == labels[first.get_attribute("data-id")] != texts[0][0]
+    assert texts[1][1] == texts[1][0] and "second 10.00" in first.text
+    write_predictions(tmp_path / "few.json", dict([*labels.items()][1:]))
+    with pytest.raises(UserError, match="--versus has no caption of 1 clip"):
+        gallery.main(flags(scored, world, prepared, "--versus", tmp_path / "few.json"))
 
 
 def test_filters(browser, page, prepared):

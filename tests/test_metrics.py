@@ -19,10 +19,12 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 import metrics
-from metrics import Templates, fill
+from runtime import caption_metrics
 from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
 from runtime.java import JavaError, jar, java_thread, run_java
+from runtime.predictions import predictions_by_id
+from runtime.templates import Templates, fill
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -359,9 +361,12 @@ def small_meteor(tmp_path, monkeypatch):
     (tmp_path / "data" / "paraphrase-en.gz").write_bytes(gzip.compress(b""))
     monkeypatch.setattr("pycocoevalcap.meteor.meteor.__file__", str(tmp_path / "meteor.py"))
     monkeypatch.setattr(
-        metrics, "jar", lambda *path: tmp_path / path[1] if path[0] == "meteor" else jar(*path)
+        caption_metrics,
+        "jar",
+        lambda *path: tmp_path / path[1] if path[0] == "meteor" else jar(*path),
     )
-    monkeypatch.setattr(metrics, "JAVA_LIMIT", 60)
+    for module in (metrics, caption_metrics):
+        monkeypatch.setattr(module, "JAVA_LIMIT", 60)
 
 
 @needs_java
@@ -374,8 +379,12 @@ def test_meteor_equals_pycocoevalcap_in_a_german_jvm(small_meteor, monkeypatch):
     without_bars = {i: [" ".join(t.replace("|", " ").split())] for i, t in hypotheses.items()}
     expected, _ = Meteor().compute_score(references, without_bars)
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert metrics.meteor(hypotheses, references) == pytest.approx(expected, abs=1e-12)
-    assert expected > 0.1
+    lines = metrics.meteor_statistics(hypotheses, references)
+    found = caption_metrics.meteor_scores(lines)[-1]
+    assert found == pytest.approx(expected, abs=1e-12) and expected > 0.1
+    # evaluate.py --versus needs METEOR of sums over clips; a perfect match adds no chunk to the sum
+    sums = metrics.meteor_counts(lines).sum(0)  # (23,)
+    assert metrics.meteor_of_sums(sums[None]) == pytest.approx([expected], abs=1e-12)
 
 
 @needs_java
@@ -566,12 +575,12 @@ def test_clips_and_predictions_must_be_one_to_one(change, message):
 def test_predictions_in_coco_format():
     """The original computed ids from batch sizes, so two clips shared one in the short last batch."""
     entries = [{"image_id": 7, "caption": "a"}, {"image_id": "8", "caption": "b"}]
-    assert metrics.predictions_by_id(entries) == {"7": "a", "8": "b"}
+    assert predictions_by_id(entries) == {"7": "a", "8": "b"}
     with pytest.raises(UserError, match="clips predicted more than once: 7"):
-        metrics.predictions_by_id([*entries, {"image_id": "7", "caption": "c"}])
+        predictions_by_id([*entries, {"image_id": "7", "caption": "c"}])
     for wrong in (["7", "a"], [{"image_id": "7"}], [{"image_id": "7", "caption": None}]):
         with pytest.raises(UserError, match="image_id"):
-            metrics.predictions_by_id(wrong)
+            predictions_by_id(wrong)
 
 
 # ---- controls and intervals ----------------------------------------------------------------
@@ -675,6 +684,7 @@ def test_rouge_n_is_the_f1_of_n_grams():
     references = {"a": ["the cat sat on the mat"], "b": ["x", "opening a door"]}
     hypotheses = {"a": "the the cat", "b": "opening a box"}
     # a: "the" twice and "cat" of 3 and 6 words; "the cat" of 2 and 5 pairs. b: its second reference.
-    assert metrics.rouge_n(hypotheses, references, 1) == pytest.approx((6 / 9 + 4 / 6) / 2)
-    assert metrics.rouge_n(hypotheses, references, 2) == pytest.approx((2 / 7 + 2 / 4) / 2)
-    assert metrics.rouge_n({"a": ""}, {"a": ["x"]}, 1) == 0
+    one, two = (metrics.rouge_n(hypotheses, references, n) for n in (1, 2))
+    assert [*one.values()] == pytest.approx([6 / 9, 4 / 6])
+    assert [*two.values()] == pytest.approx([2 / 7, 2 / 4])
+    assert metrics.rouge_n({"a": ""}, {"a": ["x"]}, 1) == {"a": 0}

@@ -22,13 +22,13 @@ import video
 import windows
 from checkpoint import load_models, read_checkpoint
 from dataset import STYLES, by_hash
-from metrics import Templates, fill
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.clip_files import is_video
 from runtime.decode_workers import WorkerPool
 from runtime.errors import FAILED, UserError
 from runtime.names import list_files
+from runtime.templates import Templates, fill
 from viz import attention_map, draw_text
 from windows import Windowing
 

@@ -2,9 +2,10 @@
 
     python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
     python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, for sharing)
+    python -m viz.gallery results/a --versus results/b/predictions_validation.json    (two models)
 
 Reads predictions_<split>.json and evaluation_<split>.json of a run folder. Writes gallery.html, or
-gallery_<split>_<style>.html if --split or --style is set. The page works offline. Without --embed it links
+gallery_<split>_<style>.html if --split or --style is set, with _versus if --versus is. The page works offline. Without --embed it links
 to the clips in --videos. --embed needs Pillow: pip install -e '.[viz]'.
 """
 
@@ -22,13 +23,14 @@ from tqdm import tqdm
 
 import metrics
 from dataset import STYLES, VALIDATION, by_hash, load_records
-from evaluate import read_predictions, score
+from evaluate import score
 from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, refuse_file
 from runtime.files import is_path, read_json, write_atomic
 from runtime.names import counted
+from runtime.predictions import read_predictions
 from viz import draw_text, subtitles
 
 # GIFs in the page: pixels per frame, frames per second, bytes per second
@@ -47,6 +49,12 @@ def parse_args(argv=None):
         nargs="+",
         metavar="FILE",
         help="show these predictions, which evaluate.py --predictions must have scored",
+    )
+    group.add_argument(
+        "--versus",
+        nargs="+",
+        metavar="FILE",
+        help="also show the captions in these files, of another model, for the same clips",
     )
     group.add_argument(
         "--annotations",
@@ -83,7 +91,7 @@ def main(argv=None):
             f"run folder not found: {run}. It is the --output of train.py or evaluate.py"
         )
     name = result_name(run, args.split, args.style, args.predictions)
-    page = f"{name}_embedded" if args.embed else name
+    page = name + ("_versus" if args.versus else "") + ("_embedded" if args.embed else "")
     page = "gallery.html" if page == VALIDATION else f"gallery_{page}.html"
     output = Path(args.output) if args.output else run / page
     if output.is_dir():
@@ -94,9 +102,14 @@ def main(argv=None):
     files = args.predictions or [run / f"predictions_{name}.json"]
     for file in files:
         cli.existing(file, "predictions", "evaluate.py writes them.")
-    predictions = read_predictions([str(file) for file in files])
     result = read_evaluation(run / f"evaluation_{name}.json", files, args.split, args.style)
     split = load_records(args.annotations, args.split)
+    ids = {r["id"] for r in split}
+    predictions = read_predictions(files, ids)
+    second = read_predictions(args.versus, ids) if args.versus else {}
+    if missing := predictions.keys() - second.keys() if args.versus else ():
+        clips = counted(len(missing), "clip")
+        raise UserError(f"--versus has no caption of {clips}, for example {min(missing)}")
     records = [r for r in split if r["id"] in predictions]
     if not len(records) == len(predictions) == result["n"]:
         raise UserError(
@@ -110,11 +123,17 @@ def main(argv=None):
         shown = [r for r in records if r["id"] in sample]
     clips, _ = clip_files.find_files(Path(args.videos), {r["id"]: r for r in shown})
 
-    _, scores = score(predictions, records, split, args.annotations, args.style, with_meteor=False)
+    systems = [predictions, {i: second[i] for i in predictions}] if second else [predictions]
+    how = records, split, args.annotations, args.style
+    scored = [score(captions, *how, with_meteor=False) for captions in systems]
     sources = gifs(clips, args.workers) if args.embed else links(clips, output.parent)
     references = metrics.references_of(shown, args.style)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, render(result, describe(shown, predictions, references, scores, sources)))
+    shown_clips = describe(
+        shown, systems, references, [per_clip for _, per_clip in scored], sources
+    )
+    other = (args.versus, scored[1][0]["metrics"].get("CIDEr")) if second else None
+    write_atomic(output, render(result, shown_clips, other))
     if lost := len(shown) - len(sources):
         note(f"{lost} of {counted(len(shown), 'clip')} shown without video")
     print(output)
@@ -193,28 +212,45 @@ def gifs(clips, workers):
 # ---- the page ------------------------------------------------------------------------------
 
 
-def describe(records, predictions, references, scores, sources):
-    """Collect the data of each clip on the page. All arguments except `records` are keyed by id."""
+def describe(records, systems, references, scores, sources):
+    """Collect the data of each clip on the page.
+
+    systems: one or two {id: caption}. scores: as many {id: {metric: score}}. references, sources: {id: ...}.
+    """
     return [
         {
             "id": r["id"],
             "source": sources.get(r["id"]),
-            "caption": predictions[r["id"]],
+            "caption": systems[0][r["id"]],
             "references": references[r["id"]],
             "template": r["template"],
-            "correct": scores[r["id"]].get("template_accuracy"),
-            "cider": scores[r["id"]].get("CIDEr"),
+            "correct": scores[0][r["id"]].get("template_accuracy"),
+            "cider": scores[0][r["id"]].get("CIDEr"),
         }
+        | (
+            {"second": systems[1][r["id"]], "secondCider": scores[1][r["id"]].get("CIDEr")}
+            if len(systems) > 1
+            else {}
+        )
         for r in records
     ]
 
 
-def render(result, clips):
-    """Render the page as HTML. result: evaluation_<split>.json. clips: from `describe`."""
+def render(result, clips, other=None):
+    """Render the page as HTML.
+
+    result: evaluation_<split>.json. clips: from `describe`. other: the files of the second model and its
+    CIDEr, which may be None.
+    """
     rows, notes = metrics.table(result)
     if len(clips) < result["n"]:
         notes.append(
             f"this page shows {len(clips)} of the {result['n']} clips, sampled with a fixed seed"
+        )
+    if other:
+        cider = "" if other[1] is None else f", with a CIDEr of {other[1]:.3f}"
+        notes.append(
+            f"the table is that of the first model; the second is {', '.join(other[0])}{cider}"
         )
     settings, source = result["settings"], result["checkpoint"]
     title = f"{settings['split']}, style {settings['style']}"

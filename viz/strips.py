@@ -14,12 +14,12 @@ from pathlib import Path
 
 import video
 from dataset import VALIDATION, by_hash, load_records
-from evaluate import read_predictions
 from runtime import cli, clip_files
 from runtime.cli import note
 from runtime.errors import FAILED, UserError, VideoError
 from runtime.files import write_atomic
 from runtime.names import counted
+from runtime.predictions import read_predictions
 from viz import draw_text
 from viz.draw_text import BLACK, GREEN, MARGIN, RED
 
@@ -63,8 +63,8 @@ def main(argv=None):
     cli.output_folder(output.parent, "--output")
 
     # sample clips that have a prediction and a file
-    predictions = read_predictions(args.predictions)
     records = {r["id"]: r for r in load_records(args.annotations, args.split)}
+    predictions = read_predictions(args.predictions, records.keys())
     sample = by_hash(predictions.keys() & records.keys(), args.seed)[: args.num_samples]
     if not sample:
         raise UserError(f"no prediction is for a clip in split {args.split!r}")
