@@ -9,6 +9,7 @@ best.pt is a dict of tensors and plain types with
     max_new_tokens       the default limit for generated captions
     step, best           optimizer steps done; validation CIDEr, or -loss if there is none
     best_loss            validation loss per token
+    init                 name and digest of the checkpoint that the run started from, if there is one
     checkpoint_version
 last.pt also has what a resumed run needs
     optimizer            its state
@@ -40,20 +41,20 @@ from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.feature_cache import Manifest, is_count, source_numbers
 from runtime.files import read_json, read_torch
 from runtime.names import counted
-from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS
+from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS, read_args
 
 VERSION = 1
 
 # Files of an exported folder, and the keys in its config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("checkpoint_version", "sizes", "manifest", "lm", "styles", "step", "templates", "best")
-KEYS += ("trained_styles", "max_new_tokens")
+KEYS += ("trained_styles", "max_new_tokens", "init")
 WEIGHTS_BYTES = 4 << 30  # limit: the file is read into memory; the default Q-Former has 0.16 GB
 
 # Flags that a resumed run may change because they do not affect the trained weights
 MAY_CHANGE = {
     *("annotations", "features", "lm", "output", "device", "workers", "report_to"),
-    *("resume", "overwrite", "dry_run", "save_every", "allow_missing", "no_meteor"),
+    *("init", "resume", "overwrite", "dry_run", "save_every", "allow_missing", "no_meteor"),
 }
 STEP_SIZE = ("batch_size", "grad_accum")  # may change if their product stays the same
 
@@ -130,6 +131,8 @@ def check_content(checkpoint):
     require(is_count(checkpoint.get("max_new_tokens", 1)), "max_new_tokens")
     names = lm.get("name"), lm.get("fingerprint"), manifest["info"].get("encoder")
     require(all(isinstance(name, str) for name in names), "model name")
+    init = checkpoint.get("init", {})
+    require(isinstance(init, dict) and all(isinstance(v, str) for v in init.values()), "init")
     require("bos" not in lm or (type(lm["bos"]) is int and lm["bos"] >= 0), "bos")
     counts = [sizes.get(k) for k in ("num_queries", "num_blocks", "num_heads", "width")]
     require(all(map(is_count, counts)), "sizes")
@@ -204,6 +207,16 @@ def weights_digest(weights):
     return digest.hexdigest()[:16]
 
 
+def origin(path, checkpoint):
+    """Return how a checkpoint names the one that its run started from: without its folders, and a digest."""
+    location = Path(path)
+    if hub.is_id(path) or location.is_dir():
+        name = str(path) if hub.is_id(path) else location.resolve().name
+    else:
+        name = "/".join(location.resolve().parts[-2:])
+    return {"name": name, "digest": weights_digest(checkpoint["qformer"])}
+
+
 def load_weights(qformer, weights, **kwargs):
     """`qformer.load_state_dict(weights, **kwargs)`. Raises UserError if the weights do not fit."""
     try:
@@ -211,6 +224,19 @@ def load_weights(qformer, weights, **kwargs):
     except (RuntimeError, AttributeError) as error:
         why = str(error).strip().splitlines()[-1].strip()  # the first line is generic
         raise UserError(f"the checkpoint's weights do not fit its Q-Former: {why}") from None
+
+
+def check_frozen(checkpoint, lm_name, fingerprint):
+    """Raise UserError if a checkpoint was trained with another language model or other style prompts."""
+    if fingerprint != checkpoint["lm"]["fingerprint"]:
+        raise UserError(
+            f"--lm {lm_name} has fingerprint {fingerprint}, but the checkpoint was trained with"
+            f" {checkpoint['lm']['name']} ({checkpoint['lm']['fingerprint']})"
+        )
+    if checkpoint["styles"] != STYLES:
+        raise UserError(
+            f"the checkpoint was trained with different style prompts: {checkpoint['styles']}"
+        )
 
 
 def load_captioner(checkpoint, device, dtype, lm_name=None):
@@ -221,15 +247,7 @@ def load_captioner(checkpoint, device, dtype, lm_name=None):
     """
     name = lm_name or hub.recorded("name", checkpoint["lm"], "--lm")
     lm, tokenizer, fingerprint = load_lm(name, device, dtype)
-    if fingerprint != checkpoint["lm"]["fingerprint"]:
-        raise UserError(
-            f"--lm {name} has fingerprint {fingerprint}, but the checkpoint was trained with"
-            f" {checkpoint['lm']['name']} ({checkpoint['lm']['fingerprint']})"
-        )
-    if checkpoint["styles"] != STYLES:
-        raise UserError(
-            f"the checkpoint was trained with different style prompts: {checkpoint['styles']}"
-        )
+    check_frozen(checkpoint, name, fingerprint)
     if checkpoint["sizes"]["width"] != lm.get_input_embeddings().embedding_dim:
         raise UserError(f"the width of the checkpoint's Q-Former does not match --lm {name}")
     qformer = QFormer(**checkpoint["sizes"])
@@ -364,6 +382,7 @@ def resume(state, saved, folder, total):
     epoch, step and clip. Raises UserError if flags, features, language model or clips have changed.
     """
     fixed, identity = state.fixed, state.identity
+    fixed |= {"init": saved["init"]} if "init" in saved else {}
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
     # runs of earlier versions have none of these
@@ -395,7 +414,7 @@ def resume(state, saved, folder, total):
         state.optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--resume: the optimizer's state does not fit this run: {error}") from None
-    before, device = device_of(folder), devices.describe(state.model.device)
+    before, device = read_args(folder).get("device"), devices.describe(state.model.device)
     if before and before != device:
         note(
             f"--resume: the run was started on {before} and continues on {device}; results may differ"
@@ -433,9 +452,10 @@ def check_same_flags(now, before, folder):
         if now.get(key) != before.get(key):
             keys = STEP_SIZE if key in STEP_SIZE else [key]
             flags = " ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in keys)
+            hint = f"; to train on, start a new run with --init {folder}" if key == "epochs" else ""
             raise UserError(
                 f"--resume: the run in {folder} was started with {flags},"
-                f" not {' x '.join(str(now.get(k)) for k in keys)}"
+                f" not {' x '.join(str(now.get(k)) for k in keys)}{hint}"
             )
 
 
@@ -470,11 +490,3 @@ def clips_per_step(flags):
     """The clips per step of a run with these flags, or None if the flags are not valid."""
     sizes = [flags.get(key) for key in STEP_SIZE]
     return math.prod(sizes) if all(type(size) is int for size in sizes) else None
-
-
-def device_of(folder):
-    """The device recorded in a run folder's args.json, or None."""
-    try:
-        return read_json(folder / "args.json", "args").get("device")
-    except (UserError, AttributeError):
-        return None

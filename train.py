@@ -2,11 +2,13 @@
 
     python train.py               (trains on SSv2; add --dry-run to print the plan and time a few steps)
     python train.py --resume      (continues a stopped run exactly where it ended)
+    python train.py --init results/ssv2 --annotations … --features … --output …    (starts a run on
+                                  other clips from the weights of a trained Q-Former)
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs, with the same clips per step)
 
 Needs a GPU with 14 GB of memory. Writes to --output: last.pt and previous.pt (to resume from), best.pt
-(highest validation CIDEr), curves.png, metrics.jsonl, validation_epoch_N.json,
+(highest validation CIDEr, or lowest loss if fewer than 50 clips are scored), curves.png, metrics.jsonl, validation_epoch_N.json,
 predictions_validation.json, evaluation_validation.json and args.json.
 """
 
@@ -53,7 +55,7 @@ from optim import (
     set_lr,
     split_step,
 )
-from runtime import cli, dashboard, devices, distributed, ranks, run_folder
+from runtime import cli, dashboard, devices, distributed, hub, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import FAILED, SIGNALLED, UserError
 from runtime.feature_cache import (
@@ -66,11 +68,18 @@ from runtime.feature_cache import (
 from runtime.files import write_json
 from runtime.names import counted
 from runtime.predictions import write_predictions
-from runtime.run_folder import BEST
+from runtime.run_folder import BEST, LAST, PREVIOUS
 from viz import curves
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; warm-up steps also start the workers
+FEW_STEPS = 500  # with fewer steps in a run, a note says which flags to change
+SMALL_BATCH = 8  # clips per step that this note suggests
+FEW_CLIPS = (
+    50  # with fewer validation clips, the loss chooses best.pt, because CIDEr is too uncertain
+)
+SIZES = ("num_queries", "num_blocks", "num_heads")  # flags that must fit the weights of --init
+FROM_INIT = (*SIZES, "dropout", "lm")  # flags whose default is then that of the checkpoint
 MAX_BAD_STEPS = 5  # consecutive steps without a finite loss and gradient
 SAMPLES = 20  # example captions in validation_epoch_N.json
 
@@ -160,12 +169,20 @@ def parse_args(argv=None):
         help="skip METEOR in the final evaluation; it takes 10 s to start",
     )
     add("--save-every", type=cli.whole(1), default=500, help="steps between checkpoints")
+    add(
+        "--init",
+        help="start a new run from the weights of this checkpoint, usually of other clips ("
+        + cli.CHECKPOINT_KINDS
+        + "); the flags of the model, and --lm, are then those of the checkpoint",
+    )
     add("--resume", action="store_true", help="continue the run in --output")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add("--dry-run", action="store_true", help="print the plan, time a few steps and exit")
     add("--report-to", choices=dashboard.NAMES, default="none", help="dashboard to also log to")
     cli.add_common(parser)
     args = parser.parse_args(argv)
+    if args.init and args.resume:
+        parser.error("--init starts a new run and --resume continues one: leave one of them out")
     args.batch_size, args.grad_accum = split_step(
         args.batch_size, args.grad_accum, ranks.world_size()
     )
@@ -184,17 +201,20 @@ def main(argv=None):
     folder = run_folder.check(args.output, args.resume, args.overwrite, args.dry_run)
     data = read_data(args)
     recipe = Recipe.of(args)
+    source = read_init(args, folder, data)
     device, dtype = devices.resolve(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # --resume compares the actual dtype, not "auto"
     state = build(args, data, recipe, device, dtype)
+    state.fixed |= {"init": checkpoint.origin(args.init, source)} if source else {}
     batch_sizes = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
     with (
         distributed.joined(devices.backend(device)),
         run_folder.locked(folder, args.resume, args.overwrite, args.dry_run),
         shared_memory(data.manifest.settings, data.workers, **batch_sizes),
     ):
-        resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run)
+        resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run, source)
         print_plan(state.model, data, recipe)
+        note_small_data(data, recipe, bool(args.init))
         if args.dry_run:
             return time_steps(state.model, data, recipe)
         total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
@@ -271,14 +291,18 @@ def end_epoch(state, data, recipe, run):
     ]
     epoch = progress.step // recipe.steps_per_epoch(len(data.train))
     run.log.evaluation(progress.step, epoch, loss, result, samples)
-    if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0 and not progress.evaluated:
+    few_clips = len(data.subset) < FEW_CLIPS  # which `note_small_data` has said
+    no_cider = result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0
+    if no_cider and not few_clips and not progress.evaluated:
         note(f"note: {metrics.ALL_ZERO}; the validation loss chooses {BEST}")
     if not ranks.rank():
         curves.update(run.folder)
-    # the highest CIDEr is the best; between equal ones, or without CIDEr, the lowest loss
+    # the highest CIDEr is the best; between equal ones, without CIDEr or with few clips, the lowest loss
     loss = math.inf if loss is None else loss
     value = result["metrics"].get("CIDEr", -loss)
-    if (value, -loss) > (progress.best_score, -progress.best_loss) or not progress.evaluated:
+    now, best = (value, -loss), (progress.best_score, -progress.best_loss)
+    is_better = now[1] > best[1] if few_clips else now > best
+    if is_better or not progress.evaluated:
         progress.best_score, progress.best_loss = value, loss
         run.save_best(state.best())
     progress.evaluated = progress.step
@@ -292,6 +316,44 @@ def not_finite_error():
         " use a lower --lr.",
         code=FAILED,
     )
+
+
+def read_init(args, folder, data):
+    """Read the checkpoint of --init, or return None. Sets the flags FROM_INIT of `args` to its values.
+
+    If a run that was started from a checkpoint is resumed, they are set to those of its args.json. The
+    checkpoint is then read only if the run has not saved its first one. Raises UserError if it does not fit
+    the features, the flags or the language model.
+    """
+    if args.resume:
+        started = run_folder.read_args(folder).get("args", {})
+        args.init = started.get("init")
+        if args.init and any((folder / name).exists() for name in (LAST, PREVIOUS)):
+            adopt_flags(args, started)
+            return None
+    if not args.init:
+        return None
+    source = checkpoint.read_checkpoint(args.init, "--init")
+    features = f"--init {args.init} was trained on other features: the cache {data.features}"
+    source["manifest"].settings.check_same(data.manifest.settings, features)
+    lm = source["lm"]["name"] if args.lm != cli.LM else hub.recorded("name", source["lm"], "--lm")
+    adopt_flags(args, source["sizes"] | {"lm": lm})
+    checkpoint.check_frozen(source, args.lm, hub.fingerprint(hub.find_model(args.lm, "--lm")))
+    return source
+
+
+def adopt_flags(args, values):
+    """Set the flags FROM_INIT that have their default to `values`. Raises UserError for sizes that differ."""
+    defaults = vars(parse_args([]))
+    for name in FROM_INIT:
+        given = getattr(args, name)
+        if given == defaults[name]:
+            setattr(args, name, values[name])
+        elif name in SIZES and given != values[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {given} does not fit --init {args.init}, which has {values[name]}; leave {flag} out"
+            )
 
 
 def build(args, data, recipe, device, dtype):
@@ -325,16 +387,21 @@ def build(args, data, recipe, device, dtype):
     )
 
 
-def start_or_resume(state, data, recipe, folder, resume, dry_run):
-    """Load the newest checkpoint, or compute the feature statistics of a new run.
+def start_or_resume(state, data, recipe, folder, resume, dry_run, source=None):
+    """Load the newest checkpoint of the run, or start a new run. Returns True if it is resumed.
 
-    Returns True if a checkpoint was loaded.
+    A new run starts from the weights of `source`, the checkpoint of --init. Without it, the weights are
+    random, and the feature statistics are computed. A warm start keeps those of its checkpoint: they are
+    part of the function that its weights compute.
     """
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     saved = checkpoint.read_newest(folder, dry_run) if resume else None
     if saved:
         checkpoint.resume(state, saved, folder, total)
         note(f"resuming after step {state.progress.step:,} of {total:,}")
+    elif source:
+        checkpoint.load_weights(state.model.qformer, source["qformer"])
+        note(f"starting from {state.fixed['init']['name']}, trained for {source['step']:,} steps")
     elif ranks.rank() == 0:
         state.model.qformer.standardise(*statistics(data, recipe.seed))
     distributed.broadcast(state.model.qformer.state_dict().values())
@@ -535,6 +602,22 @@ def print_plan(model, data, recipe):
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
         f" {settings.clip_bytes * (clips + len(data.validation)) / 1e9:.1f} GB"
     )
+
+
+def note_small_data(data, recipe, warm):
+    """Print a note for runs with few steps or few validation clips. warm: whether --init is used."""
+    clips, steps = len(data.train), recipe.epochs * recipe.steps_per_epoch(len(data.train))
+    if steps < FEW_STEPS:
+        batch = max(1, min(SMALL_BATCH, recipe.batch_size * recipe.grad_accum))
+        epochs = math.ceil(FEW_STEPS / math.ceil(clips / batch))
+        flags = f"--batch-size {batch} --grad-accum 1 --epochs {epochs} --warmup-steps 50"
+        init = "" if warm else ", and --init CHECKPOINT if you have a trained one"
+        note(
+            f"note: {counted(steps, 'step')} may be too few to learn; for {FEW_STEPS}, use {flags}{init}"
+        )
+    if len(data.subset) < FEW_CLIPS:
+        scored = counted(len(data.subset), "validation clip is", "validation clips are")
+        note(f"note: only {scored} scored, so the validation loss chooses {BEST}")
 
 
 def time_steps(model, data, recipe):

@@ -1,4 +1,4 @@
-"""The code changes of bench/ablation.py and bench/tabletop.py. Each returns [(object, attribute or key, replacement)].
+"""The code changes of bench/ablation.py, tabletop.py and warm_start.py. Each returns [(object, attribute or key, replacement)].
 
 Everything else runs unchanged.
 """
@@ -155,10 +155,22 @@ def eot_in_front():
     return [(VideoCaptioner, "__init__", init)]
 
 
+def new_statistics():
+    """Standardise with the statistics of the run's own clips after a warm start."""
+    original = train.start_or_resume
+
+    def start_or_resume(state, data, recipe, *rest):
+        resumed = original(state, data, recipe, *rest)
+        state.model.qformer.standardise(*train.statistics(data, recipe.seed))
+        return resumed
+
+    return [(train, "start_or_resume", start_or_resume)]
+
+
 CHANGES = {
     change.__name__: change
     for change in (
         *(no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original),
-        *(per_caption, eot_in_front),
+        *(per_caption, eot_in_front, new_statistics),
     )
 }

@@ -1,4 +1,4 @@
-"""Training runs that differ from a base by one change each, for bench/ablation.py and bench/tabletop.py.
+"""Training runs that differ by one change each, for bench/ablation.py, tabletop.py and warm_start.py.
 
 Each run is a process with one thread that runs the real train.py and evaluate.py. Several run at a time,
 and finished runs are kept.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import evaluate
 import train
 from bench.ablation_changes import changed
-from dataset import VALIDATION
+from dataset import TRAIN, VALIDATION, load_records
 from runtime import cli, hub, run_log
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest
@@ -77,7 +77,8 @@ class Study:
         flags += [*self.cached(name), "--lm", str(self.models / row.lm)]
         flags += ["--output", str(self.folder(name, seed))]
         args = train.parse_args(flags)
-        steps = args.epochs * math.ceil(args.limit / (args.batch_size * args.grad_accum))
+        clips = args.limit or len(load_records(self.data / row.annotations, TRAIN))
+        steps = args.epochs * math.ceil(clips / (args.batch_size * args.grad_accum))
         return [*flags, "--warmup-steps", str(steps // 9)]
 
     def folders(self, name):
@@ -169,7 +170,7 @@ def add_flags(parser, rows):
     add("--output", default="results", metavar="DIR", help="folder for the table")
     add("--jobs", type=cli.whole(1), default=2, metavar="N", help="number of runs in parallel")
     add("--device", default="cpu", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    text = f"run only this row, with --seed: {', '.join(rows)}"
+    text = f"run only this row, with --seed{': ' + ', '.join(rows) if rows else ''}"
     add("--row", choices=rows, metavar="NAME", help=text)
     add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the run of --row")
 

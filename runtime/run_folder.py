@@ -19,7 +19,7 @@ import torch
 from runtime import devices, distributed, ranks
 from runtime.cli import drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
-from runtime.files import lock, remove_unfinished, torch_bytes, write_atomic, write_json
+from runtime.files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
 from runtime.run_log import Log
 
@@ -111,6 +111,15 @@ def write_args(folder, args, device, **facts):
         **facts,
     }
     write_json(folder / "args.json", facts)
+
+
+def read_args(folder):
+    """Return the content of args.json, {} if it is missing or not valid."""
+    try:
+        facts = read_json(folder / "args.json", "args")
+    except UserError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def find(folder, patterns):

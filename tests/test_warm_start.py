@@ -1,0 +1,179 @@
+"""train.py --init: a run on other clips that starts from the weights of a trained Q-Former."""
+
+import json
+import re
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import train_flags
+
+import checkpoint
+import train
+from runtime.errors import UserError
+from runtime.files import torch_bytes
+
+pytestmark = pytest.mark.usefixtures("quick_meteor")
+MODEL = ("--num-queries", "--lm")  # flags of `train_flags` that --init makes unnecessary
+
+
+def flags(world, prepared, output, *more):
+    """Return the flags of a short run, without those of the model."""
+    given = train_flags(
+        world, prepared, output, "--epochs", 1, "--limit", 24, "--dropout", 0, *more
+    )
+    return [f for n, f in enumerate(given) if not {given[n], given[n - 1]} & {*MODEL}]
+
+
+def best(folder):
+    return torch.load(str(folder / "best.pt"), weights_only=True)
+
+
+@pytest.fixture
+def stopped_at_start(monkeypatch):
+    """Make train.py stop before its first step. Returns a list that gets the `TrainingState`."""
+    states = []
+    monkeypatch.setattr(train, "train", lambda state, *_: states.append(state))
+    monkeypatch.setattr(train, "finish", lambda *_, **__: None)
+    return states
+
+
+def test_a_warm_start_has_the_weights_and_the_loss_of_its_checkpoint(
+    world, prepared, trained, tmp_path, stopped_at_start, capsys
+):
+    """The size of the Q-Former and the language model are those of the checkpoint, without a flag."""
+    more = ["--limit", 10**6]
+    train.main(flags(world, prepared, tmp_path / "run", "--init", trained, *more))
+    [state], source = stopped_at_start, best(trained)
+    found = state.model.qformer.state_dict()
+    assert found.keys() == source["qformer"].keys()
+    assert all(torch.equal(found[k], v) for k, v in source["qformer"].items())  # mean and std, too
+    assert state.progress.step == 0 and not state.optimizer.state_dict()["state"]
+    # the loss on the same clips is that of the run, whose best checkpoint was evaluated on all clips
+    args = train.parse_args(flags(world, prepared, tmp_path / "other", *more))
+    data = train.read_data(args)
+    _, _, loss = train.validate(state.model, data, train.Recipe.of(args), data.validation)
+    expected = json.loads((trained / "evaluation_validation.json").read_text())
+    assert loss == pytest.approx(expected["settings"]["loss"], rel=1e-5)
+    assert "starting from whole, trained for" in capsys.readouterr().err
+
+
+def test_a_warm_start_is_recorded_and_can_be_resumed(world, prepared, trained, tmp_path, capsys):
+    """--resume needs neither --init nor the flags of the model. It once would have built a Q-Former of the
+    default size, and a run that had not saved a checkpoint would have started from random weights."""
+    run, source = tmp_path / "run", best(trained)
+    assert not train.main(flags(world, prepared, run, "--init", trained / "best.pt"))
+    digest = checkpoint.weights_digest(source["qformer"])
+    expected = {"name": f"{trained.name}/best.pt", "digest": digest}
+    assert best(run)["init"] == expected and best(run)["sizes"]["num_queries"] == 4
+    assert best(run)["step"] == 1 and not torch.equal(
+        best(run)["qformer"]["queries"], source["qformer"]["queries"]
+    )
+    recorded = json.loads((run / "args.json").read_text())["args"]
+    assert (recorded["init"], recorded["num_queries"]) == (str(trained / "best.pt"), 4)
+    assert not train.main(flags(world, prepared, run, "--resume"))
+    assert torch.load(str(run / "last.pt"), weights_only=True)["init"] == expected
+    assert json.loads((run / "args.json").read_text())["args"] == recorded | {"resume": True}
+    # a kill before the first checkpoint leaves args.json only
+    (tmp_path / "killed").mkdir()
+    shutil.copy(run / "args.json", tmp_path / "killed")
+    capsys.readouterr()
+    assert not train.main(flags(world, prepared, tmp_path / "killed", "--resume"))
+    assert f"starting from {expected['name']}" in capsys.readouterr().err
+    assert best(tmp_path / "killed")["qformer"].keys() == source["qformer"].keys()
+    # more epochs are another run
+    with pytest.raises(UserError, match=r"to train on, start a new run with --init"):
+        train.main([*flags(world, prepared, run, "--resume"), "--epochs", "3"])
+
+
+def changed(state, part, **values):
+    return state | {part: state[part] | values}
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (None, ["--num-blocks", 2], "--num-blocks 2 does not fit --init .*, which has 1; leave"),
+        (None, ["--num-queries", 5], "--num-queries 5 does not fit --init .*, which has 4"),
+        ("encoder", [], "trained on other features: the cache .* encoder_fingerprint = "),
+        ("lm", [], "--lm .* has fingerprint .*, but the checkpoint was trained with"),
+        ("styles", [], "trained with different style prompts"),
+        ("kept", ["--resume"], "--init starts a new run and --resume continues one"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    world, prepared, trained, tmp_path, monkeypatch, capsys, change, more, message
+):
+    """Before the language model is loaded."""
+    state, path = best(trained), tmp_path / "init.pt"
+    if change == "encoder":
+        settings = state["manifest"]["settings"] | {"encoder_fingerprint": "0" * 16}
+        state = changed(state, "manifest", settings=settings)
+    elif change == "lm":
+        state = changed(state, "lm", fingerprint="0" * 16)
+    elif change == "styles":
+        state = state | {"styles": {"label": "say", "sentence": "write"}}
+    path.write_bytes(torch_bytes(state))
+    monkeypatch.setattr(train.captioner, "build", lambda *_, **__: pytest.fail("model loaded"))
+    with pytest.raises((UserError, SystemExit)) as error:
+        train.main(
+            [*flags(world, prepared, tmp_path / "run"), "--init", str(path), *map(str, more)]
+        )
+    text = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+    assert re.search(message, text) and error.value.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("clips", "chosen"), [(train.FEW_CLIPS - 1, 2), (train.FEW_CLIPS, 1)])
+def test_few_validation_clips_let_the_loss_choose(clips, chosen, monkeypatch, tmp_path):
+    """The CIDEr of ten clips is a matter of chance. Here the first epoch has the higher CIDEr, the second
+    the lower loss."""
+    scores = iter([(6.0, 0.9), (5.0, 0.5), (5.5, 0.7)])
+
+    def validate(*_):
+        cider, loss = next(scores)
+        return {"metrics": {"CIDEr": cider}}, {}, loss
+
+    class Run:
+        folder, best = tmp_path, []
+        log = property(lambda self: self)
+
+        def evaluating(self, step):
+            return nullcontext()
+
+        def evaluation(self, *_):
+            pass
+
+        def save(self, state):
+            pass
+
+        def save_best(self, state):
+            self.best.append(state)
+
+    state, run = SimpleNamespace(model=None, progress=checkpoint.Progress()), Run()
+    state.last, state.best = lambda: None, lambda: (state.progress.step, state.progress.best_score)
+    data = SimpleNamespace(train=[{}], subset=[{"id": "x", "label": "y"}] * clips)
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "SAMPLES", 0)
+    monkeypatch.setattr(train.curves, "update", lambda folder: None)
+    recipe = SimpleNamespace(steps_per_epoch=lambda clips: 1)
+    for step in (1, 2, 3):
+        state.progress.step = step
+        train.end_epoch(state, data, recipe, run)
+    assert run.best[-1] == (chosen, {1: 6.0, 2: 5.0}[chosen])
+
+
+def test_short_runs_get_a_note_with_flags_that_parse(capsys):
+    """50 clips in steps of 64 are 6 steps in all, which learn nothing."""
+    recipe = train.Recipe.of(train.parse_args(["--epochs", "6"]))
+    data = SimpleNamespace(train=[{}] * 50, subset=[{}] * 10)
+    train.note_small_data(data, recipe, warm=False)
+    text = capsys.readouterr().err
+    assert "6 steps may be too few" in text and "only 10 validation clips are scored" in text
+    [found] = re.findall(r"use (--.*?), and --init", text)
+    better = train.Recipe.of(train.parse_args(found.split()))
+    assert better.epochs * better.steps_per_epoch(50) >= train.FEW_STEPS
+    train.note_small_data(SimpleNamespace(train=[{}] * 50, subset=[{}] * 50), better, warm=False)
+    assert not capsys.readouterr().err
