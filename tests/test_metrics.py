@@ -410,7 +410,8 @@ def test_empty_predictions_score_zero(no_java):
 )
 def test_java_that_hangs_or_fails_leaves_the_other_metrics(tmp_path, monkeypatch, script, reason):
     fake_java(tmp_path, monkeypatch, script)
-    monkeypatch.setattr(metrics, "JAVA_LIMIT", 0.2)
+    for module in (metrics, caption_metrics):
+        monkeypatch.setattr(module, "JAVA_LIMIT", 0.2)
     records = world(5)
     result, _ = score(labels(records), records)
     assert result["tokenizer"] == "simple"
