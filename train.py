@@ -2,14 +2,14 @@
 
     python train.py               (trains on SSv2; add --dry-run to print the plan and time a few steps)
     python train.py --resume      (continues a stopped run exactly where it ended)
-    python train.py --init results/ssv2 --annotations … --features … --output …    (starts a run on
-                                  other clips from the weights of a trained Q-Former)
+    python train.py --init results/ssv2 --annotations A --features F --output O     (a new run on other
+                                 clips that starts from the weights of a trained Q-Former)
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs, with the same clips per step)
 
 Needs a GPU with 14 GB of memory. Writes to --output: last.pt and previous.pt (to resume from), best.pt
-(highest validation CIDEr, or lowest loss if fewer than 50 clips are scored), curves.png, metrics.jsonl, validation_epoch_N.json,
-predictions_validation.json, evaluation_validation.json and args.json.
+(highest validation CIDEr; with fewer than 50 validation clips, lowest loss), curves.png, metrics.jsonl,
+validation_epoch_N.json, predictions_validation.json, evaluation_validation.json and args.json.
 """
 
 import runtime.start
@@ -120,7 +120,7 @@ class Recipe:
         return math.ceil(clips / (self.batch_size * self.grad_accum))
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
@@ -180,6 +180,11 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the plan, time a few steps and exit")
     add("--report-to", choices=dashboard.NAMES, default="none", help="dashboard to also log to")
     cli.add_common(parser)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.init and args.resume:
         parser.error("--init starts a new run and --resume continues one: leave one of them out")
@@ -344,10 +349,10 @@ def read_init(args, folder, data):
 
 def adopt_flags(args, values):
     """Set the flags FROM_INIT that have their default to `values`. Raises UserError for sizes that differ."""
-    defaults = vars(parse_args([]))
+    default = make_parser().get_default
     for name in FROM_INIT:
         given = getattr(args, name)
-        if given == defaults[name]:
+        if given == default(name):
             setattr(args, name, values[name])
         elif name in SIZES and given != values[name]:
             flag = "--" + name.replace("_", "-")

@@ -1,5 +1,7 @@
 """train.py --init: a run on other clips that starts from the weights of a trained Q-Former."""
 
+from runtime.start import ROOT
+
 import json
 import re
 import shutil
@@ -226,3 +228,12 @@ def test_new_statistics_replace_those_of_the_checkpoint(
     train.main(flags(world, prepared, tmp_path / "kept", "--init", trained))
     new, kept = (state.model.qformer.state_dict() for state in stopped_at_start)
     assert {k for k in new if not torch.equal(new[k], kept[k])} == {"mean", "std"}
+
+
+RESULTS = ROOT / "results" / "warm_start.json"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="python -m bench.warm_start has not been run")
+def test_the_table_matches_the_committed_results():
+    text = RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == warm_start.markdown(json.loads(RESULTS.read_text(encoding="utf-8")))
