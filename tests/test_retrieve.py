@@ -19,7 +19,7 @@ from dataset import choose_captions, load_records
 from research import retrieval_report
 from runtime import text_vectors
 from runtime.errors import UserError
-from runtime.files import read_torch, write_json
+from runtime.files import read_torch, torch_bytes, write_json
 from runtime.retrieval_scores import Pairs, rank, ranks, summary
 
 SIZES = {"video_width": 24, "grid": [4, 3, 5], "num_queries": 2, "num_heads": 2, "dropout": 0.0}
@@ -321,6 +321,13 @@ def test_search_finds_the_nearest_clips(run, world, prepared, flags, tmp_path, m
     assert not retrieve.main(search)
     printed = capsys.readouterr()
     assert printed.out == out and "cannot be read and is written again" in printed.err
+
+    value = read_torch(run / "best.pt")
+    value["weights"]["clip.bias"] += 1
+    (run / "best.pt").write_bytes(torch_bytes(value))
+    assert not retrieve.main(search)
+    printed = capsys.readouterr()
+    assert printed.out != out and "is out of date and is written again" in printed.err
 
     video = world / "videos" / records[3]["video"]
     assert not retrieve.main([*search[:-2], "--query", str(video)])
