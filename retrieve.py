@@ -500,7 +500,7 @@ def evaluate(args):
 
 
 def search(args):
-    """Print what is nearest to --text or --query in --split."""
+    """Print what is nearest to --text or --query in --split. Returns the exit code."""
     paths = find_clips([args.query]) if args.query else []
     source = args.features, args.annotations, args.limit, args.allow_missing
     records = with_features(args.split, *source)
@@ -508,33 +508,45 @@ def search(args):
         raise UserError(f"no clip of split {args.split!r} has features")
     began = time.perf_counter()
     saved, tower, model, folder = load(args)
+    encoder = None
+    if paths:
+        encoder = VideoEncoder.from_manifest(saved["manifest"], model.device, args.encoder)
     clips, labels, texts = split_vectors(args, saved, tower, model, records, folder)
-    if args.text is not None:
-        [(_, vector)] = model.vectors([args.text])
-        loaded = time.perf_counter()
-        found = nearest(embed_texts(tower, vector)[0], clips, args.top)
-        seconds = time.perf_counter() - loaded
-        for n, score in found:
-            print_clip([], score, records[n])
-        many = counted(len(records), "clip")
-        note(f"searched {many} in {1e3 * seconds:.1f} ms, after {loaded - began:.1f} s of loading")
-        return DONE
-    encoder = VideoEncoder.from_manifest(saved["manifest"], model.device, args.encoder)
+    if paths:
+        index = (clips, records), (texts, labels)
+        return search_by_clip(paths, encoder, tower, index, args.top, args.workers)
+    [(_, vector)] = model.vectors([args.text])
+    loaded = time.perf_counter()
+    found = nearest(embed_texts(tower, vector)[0], clips, args.top)
+    seconds = time.perf_counter() - loaded
+    for n, score in found:
+        print_clip([], score, records[n])
+    many = counted(len(records), "clip")
+    note(f"searched {many} in {1e3 * seconds:.1f} ms, after {loaded - began:.1f} s of loading")
+    return DONE
+
+
+def search_by_clip(paths, encoder, tower, index, top, workers):
+    """Print the captions and clips nearest to each window of each file. Returns the exit code.
+
+    index: (vectors of clips (n, W), their records), (vectors of captions (m, W), the captions).
+    """
+    ((clips, records), (texts, labels)), device = index, tower.log_scale.device
     answered = failed = 0
-    for batch in windows.read(paths, encoder, windows.Windowing(workers=args.workers)):
-        decoded = [w for w in batch if not w.error]
-        for window in (w for w in batch if w.error):
-            note(str(window.error))
-            failed += 1
-        for w in decoded:
-            inputs = windows.features([w], model.device)
-            with torch.inference_mode(), devices.autocast(model.device):
-                query = tower.clips(**inputs)[0].cpu().numpy()
+    for batch in windows.read(paths, encoder, windows.Windowing(workers=workers)):
+        for w in batch:
+            if w.error:
+                note(str(w.error))
+                failed += 1
+                continue
+            inputs = windows.features([w], device)
+            with torch.inference_mode(), devices.autocast(device):
+                query = tower.clips(**inputs)[0].cpu().numpy()  # (W,)
             head = [printable(to_utf8(paths[w.file]), keep="")]
             head += [] if w.alone else [f"{w.start:.1f}-{w.end:.1f}"]
-            for n, score in nearest(query, texts, args.top):
+            for n, score in nearest(query, texts, top):
                 print(*head, "caption", f"{score:.3f}", labels[n], sep="\t")
-            for n, score in nearest(query, clips, args.top):
+            for n, score in nearest(query, clips, top):
                 print_clip([*head, "clip"], score, records[n])
             w.frames = w.stored = None  # a long film has many windows
             answered += 1
