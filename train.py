@@ -395,20 +395,23 @@ def build(args, data, recipe, device, dtype):
 def start_or_resume(state, data, recipe, folder, resume, dry_run, source=None):
     """Load the newest checkpoint of the run, or start a new run. Returns True if it is resumed.
 
-    A new run starts from the weights of `source`, the checkpoint of --init. Without it, the weights are
-    random, and the feature statistics are computed. A warm start keeps those of its checkpoint: they are
-    part of the function that its weights compute.
+    A new run starts from the weights of `source`, the checkpoint of --init, or from random ones. Either way
+    it gets the feature statistics of its own clips. With clips that look different, this lowers the loss of
+    the checkpoint even before any training; otherwise it changes little (results/warm_statistics.md).
     """
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     saved = checkpoint.read_newest(folder, dry_run) if resume else None
     if saved:
         checkpoint.resume(state, saved, folder, total)
         note(f"resuming after step {state.progress.step:,} of {total:,}")
-    elif source:
-        checkpoint.load_weights(state.model.qformer, source["qformer"])
-        note(f"starting from {state.fixed['init']['name']}, trained for {source['step']:,} steps")
-    elif ranks.rank() == 0:
-        state.model.qformer.standardise(*statistics(data, recipe.seed))
+    else:
+        if source:
+            checkpoint.load_weights(state.model.qformer, source["qformer"])
+            note(
+                f"starting from {state.fixed['init']['name']}, trained for {source['step']:,} steps"
+            )
+        if ranks.rank() == 0:
+            state.model.qformer.standardise(*statistics(data, recipe.seed))
     distributed.broadcast(state.model.qformer.state_dict().values())
     return saved is not None
 

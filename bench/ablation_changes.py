@@ -155,13 +155,14 @@ def eot_in_front():
     return [(VideoCaptioner, "__init__", init)]
 
 
-def new_statistics():
-    """Standardise with the statistics of the run's own clips after a warm start."""
+def kept_statistics():
+    """Keep the feature statistics of the checkpoint in a warm start."""
     original = train.start_or_resume
 
-    def start_or_resume(state, data, recipe, *rest):
-        resumed = original(state, data, recipe, *rest)
-        state.model.qformer.standardise(*train.statistics(data, recipe.seed))
+    def start_or_resume(state, data, recipe, folder, resume, dry_run, source):
+        resumed = original(state, data, recipe, folder, resume, dry_run, source)
+        if source and not resumed:
+            state.model.qformer.standardise(*(source["qformer"][k] for k in ("mean", "std")))
         return resumed
 
     return [(train, "start_or_resume", start_or_resume)]
@@ -171,6 +172,6 @@ CHANGES = {
     change.__name__: change
     for change in (
         *(no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original),
-        *(per_caption, eot_in_front, new_statistics),
+        *(per_caption, eot_in_front, kept_statistics),
     )
 }

@@ -42,7 +42,7 @@ WORLDS = {
 KINDS = {
     "scratch": "from scratch",
     "warm": "warm start",
-    "new": "warm start, statistics of the own clips",
+    "kept": "warm start, statistics of the base",
 }
 
 
@@ -69,7 +69,7 @@ def make_rows(world, runs, counts, steps, seeds):
         row = Row("", flags(n - n // 10, steps), lm=lm, annotations=folder(n), seeds=seeds)
         rows[f"scratch_{n}"] = replace(row, text=KINDS["scratch"])
         rows[f"warm_{n}"] = replace(row, text=KINDS["warm"], flags=f"{row.flags} {init}")
-        rows[f"new_{n}"] = replace(rows[f"warm_{n}"], text=KINDS["new"], change="new_statistics")
+        rows[f"kept_{n}"] = replace(rows[f"warm_{n}"], text=KINDS["kept"], change="kept_statistics")
     return rows
 
 
@@ -207,7 +207,7 @@ def collect(study, args):
         rows[name] = {"text": row.text, "flags": row.flags.partition(" --init")[0]}
         rows[name] |= {"clips": runs[0]["clips"], "runs": [{k: r[k] for k in keys} for r in runs]}
         kind, _, n = name.partition("_")
-        if kind in ("warm", "new") and study.result(f"scratch_{n}", 0):
+        if kind in ("warm", "kept") and study.result(f"scratch_{n}", 0):
             folders = study.folder(f"scratch_{n}", 0), study.folder(name, 0)
             rows[name]["over_scratch"] = difference(folders, report)
     nouns = {noun for r in report for noun in nouns_of(r)}
