@@ -13,7 +13,7 @@ from conftest import train_flags
 
 import checkpoint
 import train
-from bench import warm_start
+from bench import warm_start, warm_statistics
 from bench.ablation_changes import changed as changed_code
 from dataset import TRAIN, VALIDATION, load_records
 from runtime.errors import UserError
@@ -237,10 +237,10 @@ def test_a_warm_start_gets_the_statistics_of_its_own_clips(
     assert torch.equal(kept["mean"], best(trained)["qformer"]["mean"])
 
 
-RESULTS = ROOT / "results" / "warm_start.json"
-
-
-@pytest.mark.skipif(not RESULTS.exists(), reason="python -m bench.warm_start has not been run")
-def test_the_table_matches_the_committed_results():
-    text = RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    assert text == warm_start.markdown(json.loads(RESULTS.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("module", [warm_start, warm_statistics], ids=lambda m: m.__name__)
+def test_the_tables_match_the_committed_results(module):
+    path = ROOT / "results" / f"{module.__name__.removeprefix('bench.')}.json"
+    if not path.exists():
+        pytest.skip(f"python -m {module.__name__} has not been run")
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == module.markdown(json.loads(path.read_text(encoding="utf-8")))
