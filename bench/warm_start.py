@@ -237,7 +237,7 @@ def markdown(results):
     lines = [
         "# Warm start",
         "",
-        f"`python -m bench.warm_start`, {results['world']} world. The base was trained on"
+        f"`python -m bench.warm_start --world {results['world']}`. The base was trained on"
         f" {results['base_clips']:,} clips without {', '.join(results['nouns'])}.",
         f"Own clips show at least one of these; a tenth of them is for validation. Each run takes {results['steps']}"
         f" steps and is scored on",
