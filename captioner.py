@@ -128,8 +128,8 @@ class VideoCaptioner(nn.Module):
     def run_lm(self, cache=None, input_ids=None, inputs_embeds=None, **kwargs):
         """Run the frozen language model on B rows of L tokens that follow the contents of `cache`.
 
-        Training, generation and scoring call it through here. The tokens are appended to the cache in place.
-        Without a cache, an encoder-decoder reads them in its encoder. Returns the output of transformers,
+        Training, generation and scoring all use this method. The tokens are appended to the cache in place.
+        Without a cache, an encoder-decoder runs its encoder on them. Returns the output of transformers,
         with `last_hidden_state` (B, L, D). Raises UserError if the cache did not grow, because then the model
         ignores the prefix and writes the same caption for every clip.
         """
@@ -271,9 +271,9 @@ class VideoCaptioner(nn.Module):
 
     @torch.inference_mode()
     def samples(self, batch, names, style, how, max_new_tokens=None):
-        """Sample captions of B clips: B lists of {text: score}, the likeliest first. See `sample`.
+        """Sample captions of B clips. Returns B dicts {text: score}, the likeliest text first, see `sample`.
 
-        batch: as for `captions`. names: of the clips; with the seed, they determine the samples.
+        batch: as for `captions`. names: of the clips. With the seed, they determine the samples.
         how: a `Sampling`.
         """
         numbers = uniforms(names, how.count, max_new_tokens or self.max_new_tokens, how.seed)

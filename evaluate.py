@@ -2,7 +2,7 @@
 
     python evaluate.py                        (results/ssv2/best.pt on the validation split)
     python evaluate.py --predictions results/ssv2/predictions_validation.json     (no model, no GPU)
-    python evaluate.py --predictions a.json --versus b.json      (which of two models is better?)
+    python evaluate.py --predictions a.json --versus b.json      (compares two models)
     torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
@@ -59,12 +59,12 @@ def parse_args(argv=None):
         "--predictions",
         nargs="+",
         help="score the captions in these files instead of running a checkpoint: predictions_<split>.json, or"
-        " .jsonl, .csv or .tsv of infer.py; give all parts of a sharded run",
+        " a .jsonl, .csv or .tsv file of infer.py; give all parts of a sharded run",
     )
     add(
         "--versus",
         nargs="+",
-        help="compare --predictions with the captions in these files, of another model, on the same clips",
+        help="compare --predictions with these files, the captions of another model for the same clips",
     )
     add("--common", action="store_true", help="with --versus: use only the clips that both have")
     add("--split", default=VALIDATION, help="split to caption and score")
@@ -105,8 +105,8 @@ def parse_args(argv=None):
     cli.add_generation(group)
     cli.add_sampling(
         group,
-        "also sample N captions of each clip; the likeliest one is scored, beside that of greedy search and"
-        " the best of the N (oracle)",
+        "sample N captions of each clip and score the likeliest; the table also shows greedy search and the"
+        " best of the N samples (oracle)",
     )
     cli.add_common(parser)
     args = parser.parse_args(argv)
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     if args.sample:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample")
     if args.versus and not args.predictions:
-        parser.error("--versus needs --predictions, the captions to compare with")
+        parser.error("--versus needs --predictions, the captions of the first model")
     if args.versus:
         names = ("probe", "control", "allow_missing")
         parser.refuse_given(args, names, "cannot be used with --versus")
@@ -215,7 +215,7 @@ def main(argv=None):
 
 
 def captions_of(paths, records, all_records):
-    """Read files of captions, without those of the clips that --limit leaves out. Returns {id: caption}."""
+    """Read files of captions, without clips that --limit leaves out. Returns {id: caption}."""
     predictions = read_predictions(paths, every := {r["id"] for r in all_records})
     left_out = every - {r["id"] for r in records}
     return {i: text for i, text in predictions.items() if i not in left_out}
@@ -274,7 +274,7 @@ def difference(first, second):
 
 
 def versus_name(args):
-    """Build the name of a comparison from the file it compares with, the split and other settings."""
+    """Build the name of a comparison from the second file, the split and other settings."""
     name, path = result_name(args, 0).removesuffix("_rescored"), Path(args.versus[0]).absolute()
     own = path.stem.removeprefix("predictions_")
     return "_".join([path.parent.name, *([own] if own != name else []), name])

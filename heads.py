@@ -1,7 +1,7 @@
 """Small heads on cached features: probes, which predict actions, and the retriever's tower.
 
-A probe shows what the features contain, independently of the captioner. The retriever finds the clip that a
-text describes, and the text that describes a clip. Shapes: B clips, N = T*H*W video tokens, E video width,
+A probe shows what the features contain, independently of the captioner. The retriever finds clips by text
+and texts by clip. Shapes: B clips, N = T*H*W video tokens, E video width,
 C classes, W width of the retriever's vectors, D width of the text model.
 """
 
@@ -123,11 +123,11 @@ class Probe(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Maps clips and texts to unit vectors (B, W), with large dot products for a clip and its captions.
+    """Maps clips and texts to unit vectors (B, W), such that a clip is near its captions.
 
-    A dual encoder as CLIP (Radford et al. 2021, arXiv:2103.00020), of two small heads: a `QFormer` with few
-    queries and a linear layer on the stored features of clips, and an MLP on the vectors (B, D) of texts by
-    a frozen model. The temperature is learned, as the logarithm of its inverse.
+    A dual encoder like CLIP (Radford et al. 2021, arXiv:2103.00020) with two small heads: a `QFormer` with
+    few queries and a linear layer on the stored features of clips, and an MLP on the vectors (B, D) of a
+    frozen text model. The logarithm of the inverse temperature is learned.
     """
 
     def __init__(self, *, width, text_width, temperature, **query):
@@ -143,13 +143,13 @@ class Retriever(nn.Module):
         self.register_buffer("text_std", torch.ones(text_width))
 
     def standardise(self, video, text):
-        """Set the statistics of the training data: (mean, std) of features, (E,), and of texts, (D,)."""
+        """Set (mean, std) of the training features, (E,) each, and of the training texts, (D,) each."""
         self.query.standardise(*video)
         self.text_mean.copy_(text[0])
         self.text_std.copy_(text[1])
 
     def untrained(self):
-        """Return a retriever with the same statistics and new weights, as a control."""
+        """Return a control: a retriever with the same statistics and random weights."""
         torch.manual_seed(0)
         other = Retriever(**self.sizes)
         video = self.query.mean, self.query.std
@@ -167,7 +167,7 @@ class Retriever(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self):
-        """Keep the temperature at 0.01 or more, as CLIP does."""
+        """Keep the temperature at LEAST_TEMPERATURE or above, as CLIP does."""
         self.log_scale.clamp_(max=-math.log(LEAST_TEMPERATURE))
 
 
@@ -180,11 +180,11 @@ def contrastive_loss(clips, texts, right, scale):
     """Return the symmetric InfoNCE of a batch in which several texts may describe a clip.
 
     clips, texts: unit vectors (B, W). right: bool (B, B), right[i, j] if text j describes clip i. scale:
-    the inverse of the temperature. With s = scale * clips @ texts.T and R = right / (its sums over j):
+    the inverse of the temperature. With s = scale * clips @ texts.T and R = right / sum_j right:
 
         1/2 [-1/B sum_ij R_ij log softmax_j(s_ij)] + 1/2 [the same for s.T and right.T]
 
-    If `right` is the identity, this is CLIP's loss, otherwise that of UniCL (Yang et al. 2022,
+    If `right` is the identity, this is the loss of CLIP, otherwise that of UniCL (Yang et al. 2022,
     arXiv:2204.03610).
     """
 

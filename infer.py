@@ -55,8 +55,13 @@ def parse_args(argv=None):
     cli.add_generation(group)
     cli.add_sampling(group, "sample N captions of each clip, or of each window of a long one")
     share = cli.number(above=0, most=1)
-    add("--keep", type=share, default=1.0, help="likeliest share of the samples to return")
-    text = "also print the mean log-probability of the tokens of a caption; --sample always does"
+    add(
+        "--keep",
+        type=share,
+        default=1.0,
+        help="share of the samples to return, the likeliest first",
+    )
+    text = "also print the mean log-probability of each caption's tokens; --sample always does"
     add("--scores", action="store_true", help=text)
     add = parser.add_argument_group("output").add_argument
     add("--probe", help="checkpoint of a probe (probe.py); also print the five likeliest actions")
@@ -74,9 +79,9 @@ def parse_args(argv=None):
     add(
         "--sidecar",
         action="store_true",
-        help="write <clip>.txt beside each clip, or .srt or .vtt with --format; files that infer.py has not"
-        " written are left alone; what it has written is listed in captions.jsonl, in --output or the"
-        " first of the given folders",
+        help="write <clip>.txt beside each clip, or .srt or .vtt with --format; files that infer.py did not"
+        " write are left alone; those it wrote are listed in captions.jsonl, in --output or the first of the"
+        " given folders",
     )
     add("--skip-done", action="store_true", help="continue: skip the clips that --output contains")
     add("--overwrite", action="store_true", help="caption again the clips that --output contains")
@@ -148,7 +153,7 @@ def main(argv=None):
 
 
 def captions(args, checkpoint, clips):
-    """Load the models. Returns an iterator over the results of the clips, see `windows.description`."""
+    """Load the models. Returns an iterator over the clips' results, see `windows.description`."""
     device, dtype = devices.resolve(args.device, args.dtype)
     warn_if_untrained(checkpoint, args.style)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
@@ -171,9 +176,10 @@ def captions(args, checkpoint, clips):
 
 
 def write(results, file, form, total):
-    """Print the results of clips and write them to a file. Returns the paths of the captioned clips.
+    """Print the results of clips and write them to a file, then print the speed.
 
-    file: see `caption_files.opened`. form: the format to print. At the end, prints the speed.
+    file: see `caption_files.opened`. form: the format to print. total: the number of clips. Returns the paths
+    of the captioned clips.
     """
     print(header(form), end="")
     began, seconds, captioned = time.monotonic(), 0.0, []

@@ -1,6 +1,7 @@
-"""Score captions: BLEU, METEOR, ROUGE-L, CIDEr, template accuracy, controls, bootstrap intervals.
+"""Score captions: BLEU, METEOR, ROUGE, CIDEr, template accuracy, controls, bootstrap intervals.
 
-`score` computes everything in evaluation_<split>.json. This module needs neither torch nor a GPU.
+`score` computes everything in evaluation_<split>.json, `compare` the differences in versus_*.json. This
+module needs neither torch nor a GPU.
 Without Java, METEOR is skipped and a simple tokenizer is used (see runtime/caption_tokens.py), which the
 result records.
 Scoring 24,777 captions with METEOR took 71 s of processor time (104 s on two busy cores).
@@ -39,7 +40,7 @@ CAPTION_METRICS = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "R
 CAPTION_METRICS += ("ROUGE_1", "ROUGE_2")
 CONTROLS = ("shuffled", "most_frequent", "ceiling")
 PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  # means over clips
-DIFFERENT = 10  # clips in the text of `format_comparison`
+DIFFERENT = 10  # clips that `format_comparison` shows
 ENGLISH = 0.01  # METEOR is skipped if a larger share of the clips has references in other scripts
 ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contain the same n-grams"
 
@@ -81,7 +82,7 @@ def references_of(records, style):
 
 
 def _references(records, all_records, style):
-    """Return {id: references} of the clips to score, and of those of the split that have any."""
+    """Return {id: references} of the clips to score, and of all clips of the split that have any."""
     references = references_of(records, style)
     split = references_of(all_records or records, style) if any(references.values()) else {}
     return references, {i: texts for i, texts in split.items() if texts}
@@ -150,7 +151,7 @@ class _Texts:
     """Captions of several systems and the references of a split, tokenised in one run of Java.
 
     systems: {name: {id: text}}. split: {id: references} of the clips in the split that have any. others:
-    further texts.
+    further texts to tokenise.
     """
 
     def __init__(self, systems, records, split, templates, others=()):
@@ -168,7 +169,7 @@ class _Texts:
         return {i: self.tokens[text] for i, text in captions.items()}
 
     def per_clip(self, captions, skipped):
-        """Compute the metrics PER_CLIP of {id: text}. Returns {metric: {id: float}} for those with clips."""
+        """Compute the metrics PER_CLIP of {id: text}. Returns {metric: {id: float}}, without empty ones."""
         hypotheses = self.tokenised(captions)
         compute = {
             "CIDEr": lambda: self.cider(hypotheses),
@@ -200,15 +201,16 @@ def score(
     all_records: the whole split. CIDEr counts document frequencies on its references. Default: records.
     most_frequent: the most frequent training caption of this style.
     with_meteor: whether to compute METEOR, which needs 10 s to start, even for a few clips.
-    greedy: {id: text}, other captions to score beside the predictions.
-    samples: {id: list of texts}, from which `oracle` chooses.
+    greedy: {id: text}, captions of greedy search to score as a control.
+    samples: {id: list of texts}, from which the control `oracle` chooses.
 
     `result` can be written as JSON. Its keys:
         n: the number of clips.
         metrics: CIDEr in 0..10, the others in 0..1.
         controls: `shuffled` gives every clip the prediction of another clip, `most_frequent` gives all
             clips the same caption, `ceiling` is the mean over clips of the highest CIDEr of any of their
-            own references, and `oracle` that of the highest score of any sample, for each metric.
+            own references, `greedy` is the score of greedy search, and `oracle` is, for each metric, the
+            mean over clips of the highest score of any sample.
         ci95: {metric: [low, high]}.
         counts: {metric: number of clips} for metrics that are defined for some of the clips only.
         parser_on_references: the template accuracy of the labels themselves.
@@ -288,13 +290,13 @@ def compare(
 ):
     """Compare the captions of two systems for the same clips. Returns (result, clips).
 
-    first, second: {id: text}. The other arguments are those of `score`, with the same errors.
+    first, second: {id: text}. The other arguments, and the errors, are those of `score`.
 
     `result` can be written as JSON. Its keys are n, counts, tokenizer and skipped, as in `score`, and
         metrics: {metric: {"first", "second", "difference", "ci95"}}, where the difference is second - first
-            and ci95 its interval by a paired bootstrap over clips.
+            and ci95 is its interval by a paired bootstrap over clips.
         excludes_zero: the metrics whose interval does not contain zero.
-    `clips` has the clips with different captions, the largest differences of CIDEr first, as
+    `clips` lists the clips whose captions differ, the largest difference of CIDEr first, as
     {"id", "references", "first", "second", "CIDEr": [of first, of second]}. Without CIDEr it is empty.
     """
     references, split = _references(records, all_records, style)
@@ -335,9 +337,9 @@ def compare(
 
 
 def _statistics(texts, skipped):
-    """Yield (metric, statistics of both systems, function to scores), see `paired_bootstrap`.
+    """Yield (metric, statistics of both systems, score function), see `paired_bootstrap`.
 
-    texts: the `_Texts` of two systems. A metric whose Java fails is added to `skipped`.
+    texts: the `_Texts` of two systems. If METEOR fails, it is added to `skipped`.
     """
     references, hypotheses = texts.references, [*texts.hypotheses.values()]
     per_clip = [texts.per_clip(captions, skipped) for captions in texts.systems.values()]
@@ -415,7 +417,7 @@ def table(result):
 
 
 def notes(result):
-    """Return what is worth knowing about a result of `score` or `compare`, a list of lines."""
+    """Return the lines to print below the scores of `score` or `compare`."""
     scale = "CIDEr is on a 0-10 scale (papers print it x100)"
     lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
     if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0:
@@ -448,7 +450,7 @@ def aligned(rows):
 
 
 def format_comparison(result, clips):
-    """Format the result of `compare`, and the first of its clips, as text for a terminal."""
+    """Format the result of `compare` and the clips that differ most as text for a terminal."""
     rows = [["", "first", "second", "difference", "95 % interval"]]
     for name, m in result["metrics"].items():
         interval = "{:+.3f} to {:+.3f}".format(*m["ci95"])
@@ -459,7 +461,7 @@ def format_comparison(result, clips):
     lines += notes(result)
     if clips:
         number = counted(len(clips), "clip has", "clips have")
-        lines += [f"{number} different captions; the largest differences of CIDEr:"]
+        lines += [f"{number} different captions; the largest differences in CIDEr:"]
     for clip in clips[:DIFFERENT]:
         a, b = clip["CIDEr"]
         lines += ["", clip["id"], *(f"  reference      {text}" for text in clip["references"][:1])]

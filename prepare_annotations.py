@@ -5,7 +5,7 @@ Something-Something-V2, with the file names of its first or current release (par
 Your own clips, from a CSV or JSON file with video,caption[,split][,start,end] (a clip may have several
 rows; start and end, in seconds, select a part of the video):
     python prepare_annotations.py --captions mine.csv
-The same, and captions that infer.py has written of other clips, to train on both:
+The same, plus captions that infer.py has written for other clips, to train on both:
     python prepare_annotations.py --captions mine.csv labelled.csv --videos mine/clips
 Charades, as whole videos or as windows for recognising actions:
     python prepare_annotations.py --charades data/charades
@@ -51,12 +51,12 @@ def parse_args(argv=None):
     add(
         "--captions",
         nargs="+",
-        help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]; files of"
-        " captions that infer.py has written are used for training, for clips that have no other caption",
+        help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]; files written by"
+        " infer.py are added to the training split, without videos that the other files name",
     )
-    text = "leave out captions of infer.py with a lower score (infer.py --scores)"
+    text = "leave out captions of infer.py with a lower score; needs infer.py --scores"
     add("--min-score", type=cli.number(), help=text)
-    text = "folder that contains the clips; needed for the paths in files of infer.py"
+    text = "folder that contains the clips; only needed with files of infer.py"
     add("--videos", default=cli.VIDEOS, help=text)
     add(
         "--validation-share",
@@ -396,12 +396,12 @@ def read_captions(paths, validation_share, seed, labelled=()):
 
     A clip is a video, or the part of it from `start` to `end`. Its first caption becomes its label, the
     others its paraphrases. If there is no split column, all clips of `validation_share` of the videos are
-    held out for validation. labelled: from `labelled_clips`; those of other videos are added to the training
-    split. Raises UserError if a row is not valid.
+    held out for validation. labelled: the result of `labelled_clips`. Those of videos that are not in the
+    files are added to the training split. Raises UserError if a row is not valid.
     """
     if not paths:
         raise UserError(
-            "--captions: all captions are infer.py's; add a file of captions by people, which validation"
+            "--captions: all files are from infer.py; add a file of captions by people, which validation"
             " needs"
         )
     rows = []
@@ -438,15 +438,18 @@ def read_captions(paths, validation_share, seed, labelled=()):
         splits[split_of[key]].append(r)
     if labelled:
         splits.setdefault(TRAIN, []).extend(added.values())
-        known = counted(len(labelled) - len(added), "clip of a video", "clips of videos")
-        note(f"captions of infer.py: {len(added):,} added to train; left out {known} in your files")
+        known = counted(len(labelled) - len(added), "clip")
+        note(
+            f"captions of infer.py: {len(added):,} added to train, {known} left out because your own files"
+            " name the video"
+        )
     return splits
 
 
 def labelled_clips(paths, videos, min_score=None):
     """Read captions that infer.py has written. Returns {(video, span): record}, with "score" if known.
 
-    videos: the folder that contains the clips. min_score: leave out captions with a lower score.
+    videos: the folder that contains the clips. Captions with a score below `min_score` are left out.
     """
     clips, root = {}, Path(os.path.abspath(videos))
     for path in paths:

@@ -1,14 +1,14 @@
-"""Train a retriever on cached features, to find clips by text and texts by clip, and score it.
+"""Train and score a retriever on cached features, and search for clips by text or by clip.
 
-    python retrieve.py                                            (trains on SSv2)
-    python retrieve.py --evaluate --split validation              (scores results/retrieval/best.pt)
-    python retrieve.py --text "moving a red ball to the left"     (prints the clips of a split)
-    python retrieve.py --query my_clip.mp4                        (prints the captions and clips nearest to it)
+    python retrieve.py                                         (trains on SSv2)
+    python retrieve.py --evaluate --split validation           (scores results/retrieval/best.pt)
+    python retrieve.py --text "moving a red ball to the left"  (prints the nearest clips of a split)
+    python retrieve.py --query my_clip.mp4                     (prints the nearest captions and clips)
 
-A Q-Former with few queries maps each clip to a vector, and an MLP maps the vector of each caption by a frozen
-language model. Both are trained with a contrastive loss, so that a clip is near its captions. The
-best epoch is chosen on a tenth of the training clips, which are held out. Writes best.pt, last.pt,
-metrics.jsonl, args.json and evaluation_<split>.json to --output.
+A Q-Former with few queries maps each clip to a vector. A frozen language model and an MLP map each
+caption to a vector. Q-Former and MLP are trained with a contrastive loss, so that a clip is near its
+captions. The best epoch is chosen on a tenth of the training videos, which are held out. Writes best.pt,
+last.pt, metrics.jsonl, args.json and evaluation_<split>.json to --output.
 """
 
 import runtime.start
@@ -59,7 +59,7 @@ from runtime.retrieval_scores import RECALLS, Pairs, summary
 from runtime.run_log import truncate_log
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
-STATISTICS_TEXTS = 20_000  # and training captions, for those of the vectors of texts
+STATISTICS_TEXTS = 20_000  # training captions used for those of the text vectors
 TEMPERATURE = 0.07  # at the start
 CLIP_GRAD = 1.0
 OUTPUT = "results/retrieval"
@@ -76,13 +76,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("mode (default: train)")
     mode = group.add_mutually_exclusive_group()
     mode.add_argument("--evaluate", action="store_true", help="score --checkpoint on --split")
-    mode.add_argument("--text", help="print the clips of --split that this text describes best")
-    text = "print the captions and clips of --split that are nearest to a video file"
+    mode.add_argument("--text", help="print the clips of --split that are nearest to this text")
+    text = "print the captions and clips of --split that are nearest to this video file"
     mode.add_argument("--query", metavar="CLIP", help=text)
     add = parser.add_argument_group("data").add_argument
     add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
-    add("--split", default=VALIDATION, help="split to score or search; it chooses no epoch")
+    add("--split", default=VALIDATION, help="split to score or search")
     text = f"folder for the results (default: {OUTPUT}, or that of --checkpoint)"
     add("--output", help=text)
     text = "maximum number of clips per split without features; they are skipped"
@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.whole(1), default=20, help="passes over the training clips")
     add("--batch-size", type=cli.whole(1), default=512, help="clips per step")
-    text = "clips computed at a time; it divides --batch-size and does not change the gradient"
+    text = "clips computed at a time, to save memory; must divide --batch-size"
     add("--micro-batch", type=cli.whole(1), default=64, help=text)
     add("--lr", type=cli.number(above=0), default=1e-3, help="peak learning rate")
     add("--weight-decay", type=cli.number(least=0), default=0.05, help="weight decay of AdamW")
@@ -108,8 +108,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("scoring and searching").add_argument
     text = "best.pt of a run, or its run folder"
     add("--checkpoint", default=OUTPUT, help=text)
-    text = "captions of clips of --split to score instead of their labels: a JSON list of"
-    text += ' {"image": file or files, "caption": text}, as of SSv2-label and SSv2-template'
+    text = "score the captions in this file instead of the labels of --split: a JSON list of"
+    text += ' {"image": file or files, "caption": text}, such as SSv2-label and SSv2-template'
     add("--lists", metavar="FILE", help=text)
     text = "still: --features was made with preprocess_ssv2.py --still"
     add("--control", choices=["none", "still"], default="none", help=text)
@@ -131,7 +131,7 @@ def parse_args(argv=None):
             sizes = (
                 f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}"
             )
-            parser.error(f"{sizes}; also set --micro-batch")
+            parser.error(f"{sizes}; set --micro-batch to a divisor")
         args.micro_batch = args.batch_size
     if args.width % args.num_heads:
         parser.error(f"--num-heads {args.num_heads} does not divide --width {args.width}")
@@ -163,8 +163,8 @@ def captioned(split, *source):
 class Captions:
     """The captions of clips, with their vectors.
 
-    texts: distinct captions. vectors: float16 (n, D), in the same order. paraphrases: whether a clip is
-    trained on its paraphrases too.
+    texts: distinct captions. vectors: float16 (n, D), in the same order. paraphrases: whether to train on
+    paraphrases too.
     """
 
     def __init__(self, texts, vectors, paraphrases):
@@ -178,8 +178,8 @@ class Captions:
     def sample(self, records, seed, epoch):
         """Sample a caption of each of B clips. Returns their vectors (B, D) and `right`, bool (B, B).
 
-        right[i, j]: text j describes clip i. This is so if their texts or their labels are equal. A
-        sample is a pure function of (seed, epoch, id), see `choose_captions`.
+        right[i, j] is True if the texts or the labels of clips i and j are equal. A sample is a pure
+        function of (seed, epoch, id), see `choose_captions`.
         """
         labels = [r["label"] for r in records]
         texts = labels
@@ -204,7 +204,7 @@ def train(args):
     records = captioned(TRAIN, *source)
     clips, held_out = hold_out(records, args.seed)
     if not clips:
-        raise UserError("the training split needs at least two videos, since one is held out")
+        raise UserError("the training split needs at least two videos, because one is held out")
     scored = captioned(args.split, *source)
     device, dtype = devices.resolve(args.device, args.dtype)
     model = text_vectors.TextModel(args.lm or cli.LM, device, dtype)
@@ -238,7 +238,7 @@ def captions_of(record, labels_only):
 
 
 def reader(args, device):
-    """Return a function (split, records) -> micro-batches, see `dataset.feature_batches`."""
+    """Return a function (split, records) -> micro-batches of features, see `feature_batches`."""
     how = {"batch_size": args.micro_batch, "workers": args.workers, "device": device}
     return partial(feature_batches, args.features, **how)
 
@@ -277,10 +277,10 @@ def new_state(args, manifest, clips, captions, model, device):
 
 
 def fit(args, state, clips, captions, read, folder, stop):
-    """Train until the last epoch, or a signal. Writes last.pt, and best.pt if the recall has improved.
+    """Train until the last epoch or a signal. Writes last.pt, and best.pt if the recall has improved.
 
-    clips: records to train on, and those held out. The last step of an epoch would have fewer clips, so an
-    easier loss. These clips are therefore left out, other ones in each epoch.
+    clips: (records to train on, records held out). The remainder of an epoch that does not fill a batch is
+    left out, because the loss of a smaller batch is easier. It consists of other clips in each epoch.
     """
     (train, held_out), [tower] = clips, state.heads
     device = tower.log_scale.device
@@ -291,7 +291,7 @@ def fit(args, state, clips, captions, read, folder, stop):
         tqdm(total=steps * args.epochs, initial=state.step, unit="step") as bar,
     ):
         for epoch in range(state.epoch, args.epochs):
-            # the rest of the epoch; a resumed run may start in the middle, or at its end
+            # the rest of the epoch; a resumed run may start in the middle or at the end
             order = epoch_order(train, args.seed, epoch)[: steps * args.batch_size]
             order = order[(state.step - epoch * steps) * args.batch_size :]
             groups = [order[n : n + args.batch_size] for n in range(0, len(order), args.batch_size)]
@@ -324,8 +324,8 @@ def step(state, batch, captions, seed):
 
     batch: micro-batches of features on the device. captions: the result of `Captions.sample`. The loss
     compares all clips with all texts. Micro-batches are therefore computed once to get all vectors, and
-    again, one after the other, in the backward pass. Only the activations of one are in memory, and the
-    gradient is that of the whole batch (the idea of GradCache, Gao et al. 2021, arXiv:2101.06983).
+    again, one after the other, in the backward pass. The gradient is that of the whole batch, but only the
+    activations of one micro-batch are in memory (as in GradCache, Gao et al. 2021, arXiv:2101.06983).
     """
     [tower] = state.heads
     device = tower.log_scale.device
@@ -356,7 +356,7 @@ def step(state, batch, captions, seed):
 def end_epoch(state, held_out, captions, read, folder):
     """Score the held-out clips, and write best.pt if their mean recall is the best so far.
 
-    Returns the entry of metrics.jsonl. Of equal recalls, the larger mean reciprocal rank decides.
+    Between equal recalls, the larger mean reciprocal rank decides. Returns the entry of metrics.jsonl.
     """
     [tower], pairs = state.heads, Pairs.of_labels(held_out)
     [clips] = embed_clips([tower.eval()], read(TRAIN, pairs.records), len(pairs.records))
@@ -461,7 +461,7 @@ def report(args, result, folder):
 def load(args):
     """Read --checkpoint. Returns its content, the tower, its `TextModel` and the folder for results.
 
-    Raises UserError if the cache or the text model are not those it was trained with.
+    Raises UserError if it was trained with other settings of the features or with another text model.
     """
     saved = heads.read_retriever(args.checkpoint, "--checkpoint")
     wanted = saved["manifest"].settings
@@ -500,7 +500,7 @@ def evaluate(args):
 
 
 def search(args):
-    """Print what is nearest to --text or --query in --split. Returns the exit code."""
+    """Print the clips (and captions) of --split nearest to --text or --query. Returns the exit code."""
     paths = find_clips([args.query]) if args.query else []
     source = args.features, args.annotations, args.limit, args.allow_missing
     records = with_features(args.split, *source)
@@ -566,10 +566,10 @@ def nearest(query, vectors, count):
 
 
 def split_vectors(args, saved, tower, model, records, folder):
-    """Return the vectors of the clips (n, W), their distinct labels, and the vectors of these (m, W).
+    """Return the vectors of the clips (n, W), their distinct labels, and the vectors of the labels (m, W).
 
-    They are kept in vectors_<split>.npz. It is written again if the weights, clips, labels, or the files
-    that the features were computed from have changed.
+    The vectors are kept in vectors_<split>.npz. They are recomputed if the weights, clips, labels, or the
+    files that the features were computed from have changed.
     """
     ids, labels = [r["id"] for r in records], [r["label"] for r in records]
     sources = source_numbers(recorded_sources(Path(args.features), (0, 1)), args.split, ids)

@@ -2,8 +2,8 @@
 
     python train.py               (trains on SSv2; add --dry-run to print the plan and time a few steps)
     python train.py --resume      (continues a stopped run exactly where it ended)
-    python train.py --init results/ssv2 --annotations A --features F --output O     (a new run on other
-                                 clips that starts from the weights of a trained Q-Former)
+    python train.py --init results/ssv2 --annotations A --features F --output O
+                                 (starts a run on other clips from the weights of a trained Q-Former)
 
     torchrun --nproc-per-node 4 train.py     (the same run on four GPUs, with the same clips per step)
 
@@ -73,13 +73,12 @@ from viz import curves
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; warm-up steps also start the workers
-FEW_STEPS = 500  # with fewer steps in a run, a note says which flags to change
+FEW_STEPS = 500  # with fewer steps in a run, a note suggests other flags
 SMALL_BATCH = 8  # clips per step that this note suggests
-FEW_CLIPS = (
-    50  # with fewer validation clips, the loss chooses best.pt, because CIDEr is too uncertain
-)
+# with fewer validation clips, CIDEr is too uncertain, so best.pt is chosen by the loss
+FEW_CLIPS = 50
 SIZES = ("num_queries", "num_blocks", "num_heads")  # flags that must fit the weights of --init
-FROM_INIT = (*SIZES, "dropout", "lm")  # flags whose default is then that of the checkpoint
+FROM_INIT = (*SIZES, "dropout", "lm")  # flags whose default is that of the checkpoint of --init
 MAX_BAD_STEPS = 5  # consecutive steps without a finite loss and gradient
 SAMPLES = 20  # example captions in validation_epoch_N.json
 
@@ -171,9 +170,9 @@ def make_parser():
     add("--save-every", type=cli.whole(1), default=500, help="steps between checkpoints")
     add(
         "--init",
-        help="start a new run from the weights of this checkpoint, usually of other clips ("
+        help="start a new run from the weights of this checkpoint ("
         + cli.CHECKPOINT_KINDS
-        + "); the flags of the model, and --lm, are then those of the checkpoint",
+        + "); the sizes of the Q-Former, --dropout and --lm then default to those of the checkpoint",
     )
     add("--resume", action="store_true", help="continue the run in --output")
     add("--overwrite", action="store_true", help="replace the run in --output")
@@ -187,7 +186,7 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.init and args.resume:
-        parser.error("--init starts a new run and --resume continues one: leave one of them out")
+        parser.error("--init starts a new run and --resume continues one; leave one of them out")
     args.batch_size, args.grad_accum = split_step(
         args.batch_size, args.grad_accum, ranks.world_size()
     )
@@ -296,7 +295,7 @@ def end_epoch(state, data, recipe, run):
     ]
     epoch = progress.step // recipe.steps_per_epoch(len(data.train))
     run.log.evaluation(progress.step, epoch, loss, result, samples)
-    few_clips = len(data.subset) < FEW_CLIPS  # which `note_small_data` has said
+    few_clips = len(data.subset) < FEW_CLIPS  # `note_small_data` has printed a note
     no_cider = result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0
     if no_cider and not few_clips and not progress.evaluated:
         note(f"note: {metrics.ALL_ZERO}; the validation loss chooses {BEST}")
@@ -326,9 +325,9 @@ def not_finite_error():
 def read_init(args, folder, data):
     """Read the checkpoint of --init, or return None. Sets the flags FROM_INIT of `args` to its values.
 
-    If a run that was started from a checkpoint is resumed, they are set to those of its args.json. The
-    checkpoint is then read only if the run has not saved its first one. Raises UserError if it does not fit
-    the features, the flags or the language model.
+    If a run with --init is resumed, they are set to those in its args.json. The checkpoint is then read only
+    if the run was stopped before it saved one of its own. Raises UserError if the checkpoint does not fit the
+    features, the flags or the language model.
     """
     if args.resume:
         started = run_folder.read_args(folder).get("args", {})
@@ -348,7 +347,7 @@ def read_init(args, folder, data):
 
 
 def adopt_flags(args, values):
-    """Set the flags FROM_INIT that have their default to `values`. Raises UserError for sizes that differ."""
+    """Set the flags FROM_INIT that are at their default to `values`. Raises UserError for other sizes."""
     default = make_parser().get_default
     for name in FROM_INIT:
         given = getattr(args, name)
@@ -395,9 +394,9 @@ def build(args, data, recipe, device, dtype):
 def start_or_resume(state, data, recipe, folder, resume, dry_run, source=None):
     """Load the newest checkpoint of the run, or start a new run. Returns True if it is resumed.
 
-    A new run starts from the weights of `source`, the checkpoint of --init, or from random ones. Either way
-    it gets the feature statistics of its own clips. With clips that look different, this lowers the loss of
-    the checkpoint even before any training; otherwise it changes little (results/warm_statistics.md).
+    A new run starts from the weights of `source`, the checkpoint of --init, or from random weights. Either
+    way it uses the feature statistics of its own clips: if these look different from those of the checkpoint,
+    the loss is lower even before training, and otherwise about the same (results/warm_statistics.md).
     """
     total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
     saved = checkpoint.read_newest(folder, dry_run) if resume else None
@@ -613,7 +612,7 @@ def print_plan(model, data, recipe):
 
 
 def note_small_data(data, recipe, warm):
-    """Print a note for runs with few steps or few validation clips. warm: whether --init is used."""
+    """Print a note if there are few steps or few validation clips. warm: whether --init is used."""
     clips, steps = len(data.train), recipe.epochs * recipe.steps_per_epoch(len(data.train))
     if steps < FEW_STEPS:
         batch = max(1, min(SMALL_BATCH, recipe.batch_size * recipe.grad_accum))

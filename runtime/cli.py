@@ -28,7 +28,7 @@ LABELS, VIDEOS = "data/labels", "data/20bn-something-something-v2"
 ANNOTATIONS, FEATURES = "data/annotations", "data/features"
 ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
 CHECKPOINT = "results/ssv2/best.pt"
-TOP_P, TEMPERATURE = 0.95, 0.7  # of LaViLa's narrator (Zhao et al. 2022, arXiv:2212.04501)
+TOP_P, TEMPERATURE = 0.95, 0.7  # as in LaViLa's narrator (Zhao et al. 2022, arXiv:2212.04501)
 CHECKPOINT_KINDS = "file, run folder, exported folder or Hub id"
 
 
@@ -227,8 +227,9 @@ def add_sampling(group, text):
     """Add the flags of sampling. text: the help of --sample."""
     add, share = group.add_argument, number(above=0, most=1)
     add("--sample", type=whole(1), metavar="N", help=text)
-    add("--top-p", type=share, default=TOP_P, help="probability of the tokens sampled from")
-    add("--temperature", type=number(above=0), default=TEMPERATURE, help="of the samples")
+    text = "sample from the likeliest tokens that together have this probability"
+    add("--top-p", type=share, default=TOP_P, help=text)
+    add("--temperature", type=number(above=0), default=TEMPERATURE, help="sampling temperature")
 
 
 def add_workers(group, most, least=0):

@@ -259,7 +259,7 @@ def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
     assert (scores["b"], scores["film_0-6"]) == (-0.1, -0.4)
     err = capsys.readouterr().err
     assert "5 captions; a quarter, half and three quarters of the scores are at least -0.4" in err
-    assert "3 added to train; left out 1 clip of a video in your files" in err
+    assert "3 added to train, 1 clip left out because your own files name the video" in err
 
     with pytest.raises(UserError, match="that are not in --videos"):
         run(tmp_path, "--captions", labelled, own, "--videos", tmp_path / "other")
