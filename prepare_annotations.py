@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="CSV with a header, or JSON, with the columns video,caption[,split][,start,end]; files written by"
         " infer.py are added to the training split, without videos that the other files name",
     )
-    text = "leave out captions of infer.py with a lower score; needs infer.py --scores"
+    text = "leave out captions of infer.py with a lower score; needs infer.py --scores or --sample"
     add("--min-score", type=cli.number(), help=text)
     text = "folder that contains the clips; only needed with files of infer.py"
     add("--videos", default=cli.VIDEOS, help=text)

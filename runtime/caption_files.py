@@ -104,7 +104,7 @@ def harmless(cell):
 
 def unescaped(cell):
     """Undo `harmless`."""
-    return cell[1:] if cell[:1] == "'" and cell[1:] and harmless(cell[1:]) == cell else cell
+    return cell[1:] if cell[:1] == "'" and harmless(cell[1:]) == cell else cell
 
 
 def actions_of(span):
@@ -151,7 +151,7 @@ def read_results(path):
 
 
 def has_results(path):
-    """Return True if a file has captions that infer.py has written: its columns or keys include path."""
+    """Return True if infer.py has written a file of captions: its columns or keys then include path."""
     head = next(filter(str.strip, read_text(path, "--captions").splitlines()), "").lower()
     if head.lstrip()[:1] in ("[", "{"):
         return '"path"' in head
@@ -161,8 +161,8 @@ def has_results(path):
 def likeliest_captions(path):
     """Read the likeliest caption of each window from a file that infer.py has written.
 
-    Returns [(where, row)] as `table.read_table` does. A row has video (an absolute path), caption, score
-    (None without --scores) and, unless the window is the whole clip, start and end in seconds. Raises
+    Returns [(where, row)] like `table.read_table`. A row has video (an absolute path), caption, score (None
+    if the file has no scores) and, unless the window is the whole clip, start and end in seconds. Raises
     UserError if a row is not valid.
     """
     rows = read_table(path, "--captions", ("path", "caption"), ("start", "end", "score"))
@@ -171,10 +171,14 @@ def likeliest_captions(path):
         for where, row in rows:
             for caption, score, start, end in captions_in(row):
                 key = row["path"], start, end
-                found = {"video": plain(row["path"]), "caption": plain(caption), "score": score}
+                found = {
+                    "video": unescaped(row["path"]),
+                    "caption": unescaped(caption),
+                    "score": score,
+                }
                 windows.setdefault(key, (where, found | {"start": start, "end": end}))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"--captions {path}, {where}: not a line of infer.py") from None
+        raise UserError(f"--captions {path}, {where}: not a line written by infer.py") from None
     counts = Counter(name for name, *_ in windows)
     for (name, start, _), (_, row) in windows.items():
         if counts[name] == 1 and start == 0:  # a clip that was captioned as a whole
@@ -183,18 +187,13 @@ def likeliest_captions(path):
 
 
 def captions_in(row):
-    """Yield (caption, score or None, start, end) of a row of a table or of a result in JSON."""
+    """Yield (caption, score or None, start, end) for a row of a table or a result in JSON."""
     spans = row.get("windows", [] if "error" in row else [row])
     for span in spans:
         times = float(span["start"]), float(span["end"])
         for caption, score in captions_of(span):
             score = score or span.get("score")
             yield caption, float(score) if score else None, *times
-
-
-def plain(cell):
-    """Undo `harmless`."""
-    return cell[1:] if cell[:1] == "'" and harmless(cell[1:]) == cell else cell
 
 
 def forget(path):

@@ -1,7 +1,7 @@
 """Runs that train heads on cached features (probe.py, retrieve.py): their state and their checkpoints.
 
-best.pt is a dict of tensors and plain types with "weights" and "sizes" of one head, the "manifest" of its
-features, what was "chosen", and entries of the script. last.pt has all heads and the optimizer.
+best.pt is a dict of tensors and plain types: "weights" and "sizes" of one head, the "manifest" of its
+features, how it was "chosen", and entries that the script adds. last.pt has all heads and the optimizer.
 """
 
 import hashlib
@@ -16,25 +16,22 @@ from runtime.feature_cache import Manifest
 from runtime.files import json_line, read_torch, torch_bytes
 from runtime.run_folder import BEST, LAST, replace_checkpoint
 
-DIVERGED = -math.inf, -math.inf  # the quality of a head whose output is not finite
+DIVERGED = -math.inf, -math.inf  # quality of a head whose output is not finite
 
 
 class HeadRun:
     """The state of a run, which `save` writes to last.pt.
 
     heads: the modules that are trained, by one optimizer. fixed: the entries of the checkpoints that stay
-    the same, as plain types. identity: what must be the same to resume a run, as a JSON value. what: what
-    else than flags `identity` has, for the error message.
+    the same, as plain types. identity: what must be the same to resume a run, a JSON value. what: what
+    `identity` contains besides flags, for the error message.
     """
 
     def __init__(self, heads, optimizer, fixed, identity, what):
         self.heads, self.optimizer, self.fixed, self.what = heads, optimizer, fixed, what
         self.identity = hashlib.sha256(json_line(identity).encode()).hexdigest()
-        self.epoch, self.step, self.best = (
-            0,
-            0,
-            DIVERGED,
-        )  # epochs and steps done, quality of best.pt
+        self.epoch = self.step = 0  # completed epochs and steps
+        self.best = DIVERGED  # quality of best.pt
 
     def save(self, folder):
         """Write last.pt."""
@@ -49,9 +46,9 @@ class HeadRun:
         replace_checkpoint(folder / BEST, torch_bytes(value))
 
     def resume(self, folder):
-        """Load last.pt, or start if the folder has no checkpoint yet.
+        """Load last.pt, or start a new run if the folder has no checkpoint yet.
 
-        Raises UserError if last.pt is unusable or belongs to another run, or if there is only a best.pt.
+        Raises UserError if last.pt is not valid, belongs to another run, or is missing beside a best.pt.
         """
         if not any((folder / name).exists() for name in (LAST, BEST)):
             note(f"--resume: there is no {folder / LAST}, starting from the first epoch")
@@ -76,10 +73,10 @@ class HeadRun:
 def read_head(path, flag, what, script, check, build):
     """Read and validate the best.pt of a head, or that of a run folder. Returns the dict in it.
 
-    Its "manifest" is parsed to a `Manifest`. No code in the file is executed, so it may be untrusted.
-    what, script: the name of the head and of the script that trains it, for messages. check: a function
-    that returns False or raises for a dict that is not valid. build: the class of the head. Raises
-    UserError if the file does not exist or is not valid.
+    Its "manifest" becomes a `Manifest`. No code in the file is executed, so it may be untrusted. what,
+    script: the names of the head and of the script that trains it, for messages. check: a function that
+    returns False or raises for a dict that is not valid. build: the class of the head. Raises UserError if
+    the file does not exist or is not valid.
     """
     path = Path(path)
     path = path / BEST if path.is_dir() else path

@@ -28,11 +28,11 @@ from runtime.errors import UserError
 class Causal:
     """A causal language model. Soft prompts and text are one sequence.
 
-    The attributes `reader` and `writer` are the modules that compute hidden states: the first without a
-    key/value cache, the second after one. Here both are the base model.
+    `reader` is the module that computes hidden states without a key/value cache, `writer` the one that
+    computes them with a cache. Here both are the base model.
     """
 
-    start = None  # the token before the style prompt, if the model needs one
+    start = None  # id of the token before the style prompt, if the model needs one
 
     def __init__(self, lm):
         self.lm, self.reader, self.writer = lm, lm.base_model, lm.base_model
@@ -40,17 +40,17 @@ class Causal:
     def read(self, run, rows):
         """Compute the cache and the hidden states of soft prompts (B, Q, D).
 
-        run: the function that calls `reader` and `writer`, `VideoCaptioner.run_lm`.
+        run: `VideoCaptioner.run_lm`, which calls `reader` and `writer`.
         """
         cache = DynamicCache(config=self.lm.config)
         return cache, run(cache, inputs_embeds=rows).last_hidden_state
 
     def positions(self, queries):
-        """Return how many positions the prefix takes of those that the text can use."""
+        """Return how many positions of the text's context the prefix takes. queries: its length."""
         return queries
 
     def extra_inputs(self, cache):
-        """Return what `writer` needs besides the text and the cache."""
+        """Return the arguments that `writer` needs besides the text and the cache."""
         return {}
 
     def logits(self, hidden):
@@ -80,7 +80,7 @@ class Causal:
 class EncoderDecoder(Causal):
     """An encoder-decoder such as T5. Its encoder reads the soft prompts, its decoder the text.
 
-    The cache of B clips holds the decoder's keys and values of the encoder's output and of the start token.
+    The cache holds the decoder's keys and values for the encoder's output and for the start token.
     """
 
     def __init__(self, lm):
@@ -104,7 +104,7 @@ class EncoderDecoder(Causal):
         return 1
 
     def extra_inputs(self, cache):
-        """The decoder only looks at the shape of the encoder's output: keys and values are cached."""
+        """Return a placeholder of the encoder's output; only its shape matters, as the keys are cached."""
         if not cache.get_seq_length():
             return {}
         keys = cache.cross_attention_cache.layers[0].keys  # (R, heads, Q, D / heads)
@@ -121,9 +121,8 @@ class EncoderDecoder(Causal):
         states = self.extra_inputs(cache)["encoder_hidden_states"]  # (B, Q, D)
         return {
             "decoder_input_ids": ids,
-            "decoder_attention_mask": torch.ones_like(
-                ids
-            ),  # without it, the start token is read twice
+            # without this mask, the start token is read twice
+            "decoder_attention_mask": torch.ones_like(ids),
             "encoder_outputs": BaseModelOutput(states),
             "attention_mask": ids.new_ones(states.shape[:2]),
         }

@@ -1,4 +1,4 @@
-"""Files with one caption per clip: evaluate.py's predictions (COCO results) and what infer.py writes."""
+"""Files with one caption per clip: the predictions of evaluate.py (COCO results) and files of infer.py."""
 
 import csv
 import io
@@ -24,9 +24,9 @@ def write_predictions(path, predictions):
 def read_predictions(paths, ids):
     """Read files of captions, or all parts of a sharded run. Returns {id: caption}.
 
-    ids: of the clips in the split. Files that infer.py wrote (.jsonl, .csv or .tsv) may contain other
-    clips, because it captions whole folders; they are left out, with a note. Raises UserError if a file is
-    not valid, if a clip occurs more than once, or if parts were made with different settings.
+    ids: of the clips in the split. Files written by infer.py (.jsonl, .csv or .tsv) may contain other clips,
+    because it captions whole folders. These are left out, with a note. Raises UserError if a file is not
+    valid, if a clip occurs more than once, or if parts were made with different settings.
     """
     paths = [str(path) for path in paths]
     written = [p for p in paths if Path(p).suffix.lower() in (*TABLES, ".jsonl")]
@@ -46,7 +46,7 @@ def read_predictions(paths, ids):
 
 
 def predictions_by_id(entries):
-    """Turn COCO results `[{"image_id": id, "caption": text}]` into {id: text}. Raises UserError."""
+    """Convert COCO results `[{"image_id": id, "caption": text}]` to {id: text}. Raises UserError."""
     if not all(
         isinstance(e, dict) and "image_id" in e and isinstance(e.get("caption"), str)
         for e in entries
@@ -62,8 +62,8 @@ def read_written(path):
     """Read captions that infer.py wrote, from .jsonl, .csv or .tsv. Returns [(id, caption)].
 
     The id is the name of the clip's file without its ending, as in the annotations. Clips that failed are
-    left out. If there are several samples, the first is the likeliest. Raises UserError if the file is not
-    valid, or a clip has more than one window.
+    left out. Of several samples, the likeliest is used. Raises UserError if the file is not valid or a clip
+    has more than one window.
     """
     spans = spans_of_table(path) if Path(path).suffix.lower() in TABLES else spans_of_json(path)
     if long := [clip for clip, captions in spans.items() if len(captions) > 1]:

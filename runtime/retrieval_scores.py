@@ -1,4 +1,4 @@
-"""Scores of retrieval: ranks, recalls and the median rank. Shapes: n queries, m items, D width."""
+"""Retrieval scores: ranks, recalls and the median rank. Shapes: n queries, m items, D width."""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,8 +18,8 @@ def rank(scores, right):
     """Return the rank, from 1, of the best right item of each query. int64 (n,).
 
     scores: (n, m), larger is better. right: bool (n, m), at least one True per query. The rank is one more
-    than the number of wrong items that are not worse. Items with an equal score, or one that is NaN,
-    therefore count against the query. The other right items do not count.
+    than the number of wrong items that are not worse, so ties and NaN count against the query. The other
+    right items are ignored.
     """
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)  # NaN if one is NaN
     return 1 + (~(scores < best) & ~right).sum(1)
@@ -57,7 +57,7 @@ def inverse(right, count):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Clips and texts to find one another. right: for each text, the indices of the clips it describes."""
+    """Clips and texts to match. right: for each text, the indices of the clips that it describes."""
 
     records: list
     texts: list
@@ -65,7 +65,7 @@ class Pairs:
 
     @classmethod
     def of_labels(cls, records):
-        """Each distinct label is a text. It is right for all clips that have it."""
+        """Use each distinct label as a text, which is right for all clips that have it."""
         clips = {}
         for n, record in enumerate(records):
             clips.setdefault(record["label"], []).append(n)
@@ -73,10 +73,10 @@ class Pairs:
 
     @classmethod
     def of_list(cls, path, records):
-        """Read a list of {"image": file name or names, "caption": text}; the clips are those it names.
+        """Read a list of {"image": file name or names, "caption": text} and use the clips it names.
 
         A caption that occurs more than once is one text. Brackets, as in "[something]", are removed.
-        Raises UserError if the file is not such a list, or if it names a clip that is not in `records`.
+        Raises UserError if the file is not such a list or names a clip that is not in `records`.
         """
         entries = read_json(path, "--lists")
         if not isinstance(entries, list) or not all(map(is_entry, entries)) or not entries:
@@ -103,7 +103,7 @@ class Pairs:
         return cls([r for _, r in used.values()], [*clips], [sorted(c) for c in clips.values()])
 
     def ranks(self, clips, texts):
-        """Rank vectors of the clips (n, W) and texts (m, W). Returns {way: the ranks of the queries}."""
+        """Rank vectors of clips (n, W) and texts (m, W). Returns {direction: ranks of the queries}."""
         return {
             "text_to_video": ranks(texts, clips, self.right),
             "video_to_text": ranks(clips, texts, inverse(self.right, len(clips))),

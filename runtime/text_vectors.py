@@ -1,4 +1,4 @@
-"""Vectors of texts by a frozen text model, and files in which vectors are kept.
+"""Vectors of texts by a frozen text model, and the files that cache them.
 
 The model is a language model, or a sentence encoder, in the format of transformers. The vector of a text is
 the mean of the last hidden states of its tokens. Shapes: n texts, L tokens, D width of the text model.
@@ -28,7 +28,7 @@ UNUSED = ("pooler",)
 
 
 class TextModel:
-    """A frozen text model, which is loaded to encode texts and then freed.
+    """A frozen text model, which is only loaded while texts are encoded.
 
     name: its folder or Hub id. On a CPU its weights are float32. Raises UserError if it is not found.
     """
@@ -40,7 +40,7 @@ class TextModel:
         self.fingerprint = hub.fingerprint(self.folder)
 
     def load(self):
-        """Return (model, tokenizer). The model is the encoder if there is a decoder too."""
+        """Return (model, tokenizer). Of an encoder-decoder, the model is the encoder."""
         how = {"unused": UNUSED, "dtype": self.dtype}
         model = hub.load_model(AutoModel, self.folder, "--lm", **how)
         if model.config.is_encoder_decoder:
@@ -86,10 +86,10 @@ class TextModel:
 
 
 def of_texts(texts, model, folder):
-    """Return the vectors of distinct texts, float16 (n, D), a read-only map of a file.
+    """Return the vectors of distinct texts, float16 (n, D), memory-mapped from a file.
 
-    The file, in `folder`, is written if it is missing. Its name has a digest of the texts and of the model,
-    so it is never out of date. It is hidden, so the folder still counts as empty.
+    The file, in `folder`, is written if it is missing. Its name contains a digest of the texts and the model,
+    so it is never out of date. It is hidden, so that the folder still counts as empty.
     """
     facts = json.dumps([model.fingerprint, str(model.dtype), MAX_TOKENS, texts])
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -100,7 +100,7 @@ def of_texts(texts, model, folder):
 
 
 def write(path, texts, model):
-    """Write the vectors of texts as an .npy file. They are written in batches, never all in memory."""
+    """Write the vectors of texts to an .npy file, one batch at a time to save memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished, start = temporary_name(path), None
     try:
@@ -122,9 +122,9 @@ def write(path, texts, model):
 
 
 def kept(path, key, compute):
-    """Return {name: array} from an .npz file that has this key.
+    """Return {name: array} from an .npz file that contains `key`.
 
-    The file is written, with the result of `compute()`, if it is missing, damaged or has another key.
+    If the file is missing, damaged or has another key, it is written with the result of `compute()`.
     """
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
