@@ -208,7 +208,7 @@ def weights_digest(weights):
 
 
 def origin(path, checkpoint):
-    """Return how a checkpoint names the one that its run started from: without its folders, and a digest."""
+    """Return the entry "init" for a run that starts from this checkpoint: its name and a digest."""
     location = Path(path)
     if hub.is_id(path) or location.is_dir():
         name = str(path) if hub.is_id(path) else location.resolve().name

@@ -1,6 +1,6 @@
-"""The code changes of bench/ablation.py, tabletop.py and warm_start.py. Each returns [(object, attribute or key, replacement)].
+"""The code changes of bench/ablation.py, tabletop.py and warm_start.py. Everything else runs unchanged.
 
-Everything else runs unchanged.
+Each returns [(object, attribute or key, replacement)].
 """
 
 import random

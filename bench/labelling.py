@@ -1,11 +1,11 @@
-"""Self-training: train on a tenth of the captions, caption the other clips, and train on both.
+"""Self-training: train on a tenth of the captions, label the other clips, and train on both.
 
     python -m bench.labelling                      toy world, three seeds
     python -m bench.labelling --world tabletop     rendered clips, one seed
 
-Runs the commands of docs/labelling.md with the real scripts, and prints them. Finished commands are kept: run
-the same command again to continue. All models of a world train for the same number of steps, and the last
-checkpoint is scored, so that nothing is chosen on the clips that are scored. Needs the world of make demo or
+Runs the commands of docs/labelling.md and prints them. Run the same command again to continue: finished runs
+are not repeated. All models of a world are trained for the same number of steps, and the last checkpoint is
+scored, so that no checkpoint is chosen on the clips that are scored. Needs the world of make demo or
 make tabletop. Writes labelling.json and labelling.md to --output.
 """
 
@@ -26,8 +26,8 @@ from runtime.files import read_json, write_atomic, write_json
 from worlds import demo, tabletop_demo
 from worlds.demo import shell
 
-SHARE = 0.1  # of the training clips, whose captions are by people, here by the world
-WORLDS = {  # data, language model, flags of train.py, clips x epochs, splits
+SHARE = 0.1  # share of the training clips that keep their captions
+WORLDS = {  # data, language model, flags of train.py, passes over all training clips, splits
     "toy": (
         "data/toy",
         "data/toy/lm",
@@ -100,7 +100,7 @@ def main(argv=None):
 
 
 def label(folder, data, lm, training, epochs, limit, seed):
-    """Train the four models of a seed. Returns the numbers of captions and how many are right."""
+    """Train the four models of a seed. Returns the numbers of captions and the shares that are right."""
     folder.mkdir(parents=True, exist_ok=True)
     records = {r["id"]: r for r in load_records(data / "annotations", TRAIN)[:limit]}
     order = by_hash(records, seed)
@@ -110,7 +110,7 @@ def label(folder, data, lm, training, epochs, limit, seed):
         rows = [(r["video"], r["label"], VALIDATION) for r in held_out]
         rows += [(records[i]["video"], records[i]["label"], TRAIN) for i in ids]
         write_csv(folder / f"{name}.csv", rows)
-    clips = folder / "clips"  # the others, as a folder for infer.py
+    clips = folder / "clips"  # links to the other clips, for infer.py
     clips.mkdir(exist_ok=True)
     for i in rest:
         link = clips / records[i]["video"]
@@ -152,7 +152,7 @@ def label(folder, data, lm, training, epochs, limit, seed):
 
 
 def cached(data):
-    """Return the flags for the annotations and the features of a world."""
+    """Return the flags --annotations and --features of a world."""
     return f"--annotations {shlex.quote(str(data))}/annotations --features {shlex.quote(str(data))}/features"
 
 
@@ -171,7 +171,7 @@ def scores(folder, splits):
 
 
 def write_csv(path, rows):
-    """Write a file of captions with the columns video, caption and split."""
+    """Write a CSV file with the columns video, caption and split."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("video", "caption", "split"), *rows])
     write_atomic(path, text.getvalue().encode())

@@ -1,14 +1,15 @@
-"""Compare train.py --init with training from scratch, on 50, 200 and 1,000 clips of somebody's own.
+"""Compare train.py --init with training from scratch on 50, 200 and 1,000 clips.
 
     python -m bench.warm_start                                       (tabletop: 3 CPU-hours (est.))
     python -m bench.warm_start --world shapes --data data/toy --models data/toy    (30 CPU-minutes (est.))
     python -m bench.warm_start --row warm_200 --seed 0               (a single run)
 
-Needs the clips, features and models of `make tabletop` or `make demo`. A third of the world's nouns is left
-out of the clips on which the base is trained. "Own" clips are those with such a noun: N of them, of which a
-tenth is for validation, as prepare_annotations.py does by default. All runs take the same number of steps
-and are scored on other own clips, which were used for nothing else. It can be stopped and restarted:
-finished runs are kept in --runs. Writes warm_start.json and warm_start.md to --output.
+Needs the clips, features and models of `make tabletop` or `make demo`. The base, from which warm runs start,
+is trained on clips without a third of the world's nouns. All other runs are trained on N "own" clips, each
+with at least one of these nouns; a tenth of them is used for validation, the default of
+prepare_annotations.py. They take the same number of steps and are scored on other own clips, which are used
+for nothing else. It can be stopped and restarted: finished runs are kept in --runs. Writes warm_start.json
+and warm_start.md to --output.
 """
 
 import runtime.start
@@ -30,8 +31,8 @@ from worlds import demo, tabletop_demo
 
 COUNTS = (50, 200, 1000)  # own clips
 REPORT = 300  # other own clips, on which all runs are scored
-STEPS = 500  # of each run
-BASE_STEPS = 3  # times as many for the base
+STEPS = 500  # per run
+BASE_STEPS = 3  # the base takes this many times as many steps
 METRICS = ("CIDEr", "template_accuracy", "placeholder_match", "exact_match")
 
 # {world: (folder of the language model, clips per step, flags of train.py)}
@@ -74,7 +75,7 @@ def make_rows(world, runs, counts, steps, seeds):
 
 
 def annotations(runs, name):
-    """Return the folder of the annotations of the base, of N own clips, or of those for the report."""
+    """Return the annotations folder of the base, of N own clips, or of the clips that are scored."""
     return str(runs.absolute() / f"annotations_{name}")
 
 
@@ -145,7 +146,7 @@ def make_study(args, data, runs):
 
 
 def divide(data, runs, counts):
-    """Write the annotations of the base, of each number of own clips, and of those for the report."""
+    """Write the annotations of the base, of each number of own clips, and of the scored clips."""
     split = {s: load_records(data / "annotations", s) for s in (TRAIN, VALIDATION)}
     nouns = sorted({noun for r in split[TRAIN] for noun in nouns_of(r)})
     left_out = set(nouns[::3])
@@ -159,7 +160,9 @@ def divide(data, runs, counts):
     for n in counts:
         held_out = n // 10
         if len(training) < n - held_out or len(own[VALIDATION]) < held_out:
-            raise UserError(f"{data} has too few clips with {', '.join(sorted(left_out))} for {n}")
+            raise UserError(
+                f"--clips {n}: {data} has too few clips with {', '.join(sorted(left_out))}"
+            )
         write(runs, n, training[: n - held_out], own[VALIDATION][:held_out])
     write(runs, "report", report, own[VALIDATION])
     write(runs, "base", others[TRAIN], others[VALIDATION])
@@ -181,7 +184,7 @@ def write(runs, name, train, validation):
 
 
 def figures(study, name, folder, seconds):
-    """Score a run on the clips for the report, and collect its figures."""
+    """Score a run and collect its figures."""
     places = ["--annotations", annotations(study.runs, "report"), "--split", TRAIN]
     places += ["--features", str(study.data / "features"), "--device", study.device]
     dtype = read_json(folder / "args.json", "args")["args"]["dtype"]
@@ -224,7 +227,7 @@ def collect(study, args):
 
 
 def difference(folders, report):
-    """Return the difference of CIDEr of two runs on the clips for the report, with its interval."""
+    """Return the difference in CIDEr of two runs on the scored clips, with its interval."""
     ids = {r["id"] for r in report}
     captions = [read_predictions([f / f"predictions_{TRAIN}.json"], ids) for f in folders]
     result, _ = metrics.compare(*captions, report, with_meteor=False)

@@ -1,8 +1,8 @@
-"""Measure which feature statistics a warm start needs: those of its checkpoint, or of its own clips.
+"""Measure which feature statistics suit a warm start: those of the checkpoint or those of the new clips.
 
     python -m bench.warm_statistics --checkpoint results/tabletop --data data/tabletop     (10 minutes (est.))
 
-For several splits, computes the loss of the labels with both, before any training. The new statistics are
+Computes the loss of the labels of several splits with both, before any training. The new statistics are
 computed from 50 clips of the split, the loss from up to 120 others. Writes warm_statistics.json and
 warm_statistics.md to --output.
 """
@@ -57,7 +57,7 @@ def main(argv=None):
 
 
 def compare(captioner, data, settings, split, workers):
-    """Compare the loss per clip of a split with both statistics."""
+    """Compare the losses of the clips of a split with both statistics."""
     features, qformer = f"{data}/features", captioner.qformer
     records = {r["id"]: r for r in load_records(f"{data}/annotations", split)}
     ids = by_hash(records, 0)
@@ -93,9 +93,10 @@ def markdown(results):
     lines = [
         "# Feature statistics of a warm start",
         "",
-        "`python -m bench.warm_statistics`: the loss per clip of the checkpoint of `make tabletop` (seed 0), with the mean",
-        f"and standard deviation of its training clips (kept) and of {OWN} clips of each split (new), before any training.",
-        '"shift" is the mean distance of the channel means, in standard deviations.',
+        "`python -m bench.warm_statistics`: the loss per token, averaged over clips, of the checkpoint of `make tabletop`",
+        "(seed 0) before any further training. Features are standardised with the mean and standard deviation of its",
+        f'training clips (kept) or of {OWN} other clips of the split (new). "shift" is the mean distance between the',
+        "channel means of both, in standard deviations.",
         "",
         "| clips with | clips | shift | kept | new | new - kept, 95 % interval |",
         "| --- | --- | --- | --- | --- | --- |",

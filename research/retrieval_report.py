@@ -1,10 +1,11 @@
-"""Score retrieve.py on the toy world, beside the captioner's likelihood and the vectors of research.embed.
+"""Compare retrieve.py with the captioner's likelihood and the vectors of research.embed on the toy world.
 
-    python -m worlds.demo && python -m worlds.demo --seed 1 --data data/toy1 --output results/demo1    (and so on)
-    python -m research.retrieval_report --runs results/demo results/demo1 results/demo2 --data data/toy data/toy1 data/toy2
+    python -m worlds.demo
+    python -m worlds.demo --seed 1 --data data/toy1 --output results/demo1            (and so on for seed 2)
+    python -m research.retrieval_report --runs results/demo{,1,2} --data data/toy{,1,2}
 
-Writes retrieval.json and retrieval.md. Retrievers are trained in results/<run>_retrieval, unless they are
-there. About five minutes per run on two cores.
+Writes retrieval.json and retrieval.md. Retrievers are trained in results/<run>_retrieval, unless they exist.
+Takes about five minutes per run on two cores.
 """
 
 import runtime.start
@@ -153,7 +154,7 @@ def compare(run, data, folder):
 
 
 def timed(search, texts):
-    """Return the mean seconds of a search, after one that does not count."""
+    """Return the mean seconds of a search, after one that is not timed."""
     search(texts[0])
     began = time.perf_counter()
     for text in texts[1 : QUERIES + 1]:
@@ -162,7 +163,7 @@ def timed(search, texts):
 
 
 def markdown(runs):
-    """Format the recalls both ways, the search for clips with the same template, and the times."""
+    """Format the scores in both directions, the search for the same template, and the times."""
 
     def cell(values, digits=3):
         if len(values) == 1:

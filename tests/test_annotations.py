@@ -219,9 +219,9 @@ def test_own_captions(tmp_path, kind):
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
 def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
-    """The likeliest sample of each window, of videos without captions by people, and never for validation.
+    """They are the likeliest samples, of videos without captions by people, and never used for validation.
 
-    A clip that is one window keeps its id, so that its features are found.
+    A clip with a single window keeps its id, so that its features are found.
     """
 
     def result(name, *windows):

@@ -1,4 +1,4 @@
-"""Encoder-decoder language models: T5, Flan-T5 (its head is not tied and not scaled) and BART."""
+"""Encoder-decoder language models: T5, Flan-T5 (whose head is neither tied nor scaled) and BART."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ MODELS = {"T5": (hf.T5Config, T5), "Flan-T5": (hf.T5Config, FLAN), "BART": (hf.B
 
 
 class Tokenizer(CharTokenizer):
-    """0 is padding and the decoder's start, 1 the end of text, as in T5."""
+    """As in T5, token 0 is padding and the decoder's start token, and token 1 is the end of text."""
 
     eos_token_id = 1
 
@@ -72,7 +72,7 @@ def test_equal_to_plain_passes(model, make_batch, make_clips):
 
 
 def test_the_encoder_runs_once_per_clip(model, make_batch):
-    """The captions of a clip share the encoder's output and the keys computed from it."""
+    """The captions of a clip share the encoder's output and the keys and values computed from it."""
     rows = {"encoder": [], "keys": []}
     attention = "EncDecAttention.k", "encoder_attn.k_proj"
     parts = [m for n, m in model.lm.named_modules() if n.endswith(attention)]
@@ -84,7 +84,7 @@ def test_the_encoder_runs_once_per_clip(model, make_batch):
 
 
 def test_beams_equal_those_of_transformers(model, clips):
-    """generate() of transformers from the soft prompts, the start token and the style prompt."""
+    """The reference is generate() from the soft prompts, the start token and the style prompt."""
     found = model.captions(clips, "label", 10, 3)
     soft = model.soft_prompts(**clips).detach()
     ids = torch.tensor([[0, *model.tokenizer(STYLES["label"])["input_ids"]]] * 4)
@@ -97,7 +97,7 @@ def test_beams_equal_those_of_transformers(model, clips):
 
 
 def test_samples_and_their_scores(model, clips, monkeypatch):
-    """They do not depend on the batch, and a score is the mean log-probability of a caption's tokens."""
+    """Samples do not depend on the batch. A score is the mean log-probability of a caption's tokens."""
     head, bias = model.kind.logits, torch.zeros(130, dtype=torch.float64)
     bias[1] = 3  # so that captions end
     monkeypatch.setattr(model, "logits", lambda hidden: head(hidden) + bias)
@@ -156,7 +156,7 @@ def test_unsupported_models_are_refused(make_qformer, tokenizer):
     with pytest.raises(UserError, match=r"T5.* has no decoder_start_token_id"):
         check(make_lm("T5", decoder_start_token_id=None))
     lm = make_lm("T5")
-    attention = lm.decoder.block[0].layer[1]  # an error that occurs only with a cache
+    attention = lm.decoder.block[0].layer[1]  # cause an error that occurs only with a cache
     attention.register_forward_hook(
         lambda m, x, out: (out[0] * 2, *out[1:]) if out[0].shape[1] == 8 else out
     )
@@ -176,7 +176,7 @@ def test_soft_prompts_take_no_positions_of_the_decoder(make_qformer, tokenizer, 
 
 
 def test_research_reads_the_encoder(model, clips):
-    """Vectors of clips and nearest tokens. Words in context are compared in the encoder."""
+    """`hidden` is the encoder's last state, `prompted` the decoder's. Words are compared in the encoder."""
     found = embeddings.embed(model, **clips)
     soft = model.soft_prompts(**clips)
     ids = torch.tensor([[0, *model.tokenizer(STYLES["label"])["input_ids"]]] * 4)
@@ -193,7 +193,7 @@ def test_research_reads_the_encoder(model, clips):
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
-    """A tiny Flan-T5 with a T5 tokenizer, in the form of Google's files."""
+    """A tiny Flan-T5 with a T5 tokenizer, in the format of Google's files."""
     text = (world / "labels" / "train.json").read_text() + " ".join(STYLES.values())
     pieces = {*text} - {" "} | {f"▁{word}" for word in re.findall("[A-Za-z]+", text)}
     pieces = ["<pad>", "</s>", "<unk>", "▁", *sorted(pieces)]
@@ -209,7 +209,7 @@ def folder(world, tmp_path_factory):
 
 
 def test_a_folder_is_loaded_as_it_is(folder):
-    """A tied head would replace the head of the file, which a model learned."""
+    """If the head was tied, it would replace the trained head in the file."""
     lm, tokenizer, _ = module.load_lm(str(folder), torch.device("cpu"), torch.float32)
     weights = load_file(folder / "model.safetensors")
     assert torch.equal(lm.lm_head.weight, weights["lm_head.weight"])
@@ -220,7 +220,7 @@ def test_a_folder_is_loaded_as_it_is(folder):
 
 
 def test_the_scripts(folder, world, prepared, tmp_path, quick_meteor, capsys):
-    """infer.py writes the captions of the model that train.py has trained."""
+    """train.py trains with an encoder-decoder, and infer.py captions with the result."""
     run = tmp_path / "run"
     flags = ["--lm", folder, "--epochs", "1", "--limit", "16"]
     assert not train.main(train_flags(world, prepared, run, *flags))

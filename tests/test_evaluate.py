@@ -132,7 +132,7 @@ def test_results_with_other_flags_have_other_names(run):
 
 
 def test_samples_are_scored_beside_greedy_search(run, trained):
-    """The likeliest of N samples is scored. It never has a lower score than another sample."""
+    """The likeliest of N samples is scored."""
     out = run("--sample", 4, "--temperature", 2, "--limit", 6)
     name = "validation_first6_sample4_temperature2"
     predictions = load(out / f"predictions_{name}.json")

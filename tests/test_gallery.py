@@ -86,7 +86,7 @@ def test_sorting(browser, page):
 
 
 def test_the_second_model_is_shown_beside_the_first(browser, scored, world, prepared, tmp_path):
-    """Its captions are the labels, so every clip with a wrong caption differs."""
+    """The second model's captions are the labels, so they differ where the first model is wrong."""
     labels = {r["id"]: r["label"] for r in load_records(prepared / "annotations", "validation")}
     write_predictions(tmp_path / "labels.json", labels)
     gallery.main(flags(scored, world, prepared, "--versus", tmp_path / "labels.json"))

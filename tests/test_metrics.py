@@ -320,7 +320,7 @@ def test_ceiling_is_the_best_of_several_references(no_java):
 
 
 def test_the_oracle_is_the_best_sample_of_each_clip(no_java):
-    """Also for a clip with fewer distinct samples than the others. The score is that of the predictions."""
+    """A clip may have fewer distinct samples than the others."""
     records = [record(i, f"moving cup{i} up fast") for i in range(6)]
     wrong = {str(i): f"moving jar{i} up fast" for i in range(6)}
     samples = {i: [text, "nothing at all", records[int(i)]["label"]] for i, text in wrong.items()}

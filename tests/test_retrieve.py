@@ -29,7 +29,7 @@ SIZES = {"video_width": 24, "grid": [4, 3, 5], "num_queries": 2, "num_heads": 2,
 
 
 def test_the_loss_is_that_of_a_textbook_double_loop():
-    """Equal captions are positives: the loss is the mean over them, in both directions."""
+    """Clips with equal captions are positives of each other, in both directions."""
     rng = torch.Generator().manual_seed(0)
     clips, texts = (
         heads.unit(torch.randn(6, 5, generator=rng, dtype=torch.float64)) for _ in range(2)
@@ -61,7 +61,7 @@ def test_equal_scores_count_against_the_query():
     right = np.zeros((4, 4), bool)
     right[[0, 1, 2, 3], [0, 3, 1, 0]] = True
     assert rank(scores, right).tolist() == [2, 4, 3, 2]
-    right[2, 2] = True  # of several right clips the best one counts, and the other is no mistake
+    right[2, 2] = True  # of several right clips, the best counts and the other is ignored
     assert rank(scores, right)[2] == 1
     assert rank(np.array([[np.nan, 1, 0]]), np.array([[True, False, False]])).tolist() == [3]
     assert summary(np.array([1, 2, 6, 11])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75} | {
@@ -81,7 +81,7 @@ def test_ranks_are_the_same_in_blocks(monkeypatch):
 
 
 def test_public_lists_are_read(tmp_path):
-    """SSv2-label names one clip per caption, SSv2-template several, of which the best rank counts."""
+    """SSv2-label has one clip per caption, SSv2-template several, of which the best rank counts."""
     records = [{"id": str(n), "video": f"{n}.webm", "label": "x"} for n in range(5)]
     path = tmp_path / "ssv2_ret_template_val_small.json"
     entries = [{"image": ["3.webm", "1.webm"], "caption": "Folding [something]"}]
@@ -111,7 +111,7 @@ def test_public_lists_are_read(tmp_path):
 
 
 def test_micro_batches_do_not_change_the_gradient(make_clips):
-    """All clips of a batch are compared, although only those of a micro-batch are in memory."""
+    """The loss compares all clips of a batch, whatever the size of the micro-batches."""
     torch.manual_seed(0)
     tower = heads.Retriever(width=8, text_width=6, temperature=0.07, **SIZES).double()
     clips, vectors = make_clips(10), torch.randn(10, 6, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_micro_batches_do_not_change_the_gradient(make_clips):
 
 
 def test_dropout_is_the_same_in_both_passes(make_clips, monkeypatch):
-    """Each micro-batch has its own masks, and the second pass repeats those of the first."""
+    """Each micro-batch has its own dropout masks, and the second pass repeats those of the first."""
     torch.manual_seed(0)
     tower = heads.Retriever(width=8, text_width=6, temperature=0.07, **SIZES | {"dropout": 0.5})
     parts = zip(*(t.split(4) for t in make_clips(8)), strict=True)
@@ -210,7 +210,7 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_what_the_other_scripts_write(run, prepared):
+def test_a_run_writes_its_results(run, prepared):
     names = {"args.json", "metrics.jsonl", "last.pt", "previous.pt", "best.pt"}
     assert names | {"evaluation_validation.json"} <= {p.name for p in run.iterdir()}
     log = entries(run)
@@ -231,7 +231,7 @@ def test_a_run_writes_what_the_other_scripts_write(run, prepared):
 def test_a_run_that_is_stopped_in_an_epoch_continues_bit_for_bit(
     run, training, tmp_path, monkeypatch, capsys
 ):
-    """Ctrl-C saves after the current step, also in the middle of an epoch and after its last step."""
+    """Ctrl-C saves after the current step, in the middle of an epoch or after its last step."""
     before, step = {n: signal.getsignal(n) for n in retrieve.run_folder.SIGNALS}, retrieve.step
     per_epoch = next(n for n, e in enumerate(entries(run)) if "held_out" in e)
     stops = [2, per_epoch]
@@ -336,7 +336,7 @@ def test_search_finds_the_nearest_clips(run, world, prepared, flags, tmp_path, m
     assert rows[4][2:4] == ["1.000", records[3]["id"]]  # the same file
 
 
-def test_mistakes_are_found_before_the_work(
+def test_user_errors_are_reported_before_any_work(
     run, training, flags, world, prepared, tmp_path, capsys
 ):
     for wrong, why in (
@@ -371,7 +371,7 @@ def test_mistakes_are_found_before_the_work(
 
 
 def test_text_vectors_are_means_over_the_tokens_and_are_kept(world, tmp_path, monkeypatch):
-    """Padding does not count, and neither does the order of the texts."""
+    """Neither padding nor the order of the texts changes a vector."""
     model = text_vectors.TextModel(str(world / "lm"), torch.device("cpu"), torch.float32)
     texts = ["moving red bar over to the left side", "cross", "lowering a cyan pole slowly"]
     vectors = text_vectors.of_texts(texts, model, tmp_path)
@@ -391,7 +391,7 @@ def test_text_vectors_are_means_over_the_tokens_and_are_kept(world, tmp_path, mo
 
 
 def test_sentence_encoders_and_encoder_decoders_are_text_models(world, tmp_path):
-    """A BERT that was saved without its pooler, and a T5, whose decoder is not used."""
+    """A BERT saved without its pooler and a T5, whose decoder is ignored."""
     sizes = {"vocab_size": 2000, "num_attention_heads": 2, "num_hidden_layers": 1}
     bert = BertConfig(hidden_size=8, intermediate_size=8, max_position_embeddings=12, **sizes)
     sizes = {"vocab_size": 2000, "num_heads": 2, "num_layers": 1, "pad_token_id": 0}

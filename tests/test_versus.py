@@ -1,4 +1,4 @@
-"""Two models side by side: evaluate.py --versus, the paired bootstrap, and the files that infer.py writes."""
+"""Comparing two models: evaluate.py --versus, the paired bootstrap, and files written by infer.py."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def records(prepared):
 
 @pytest.fixture(scope="module")
 def captions(records):
-    """The labels, but every fourth clip has the next clip's label."""
+    """The labels, except that every fourth clip has the label of the next clip."""
     texts = [r["label"] for r in records]
     return {r["id"]: texts[(n + (n % 4 == 0)) % len(texts)] for n, r in enumerate(records)}
 
@@ -61,7 +61,7 @@ def with_count(values):
 
 
 def test_the_paired_interval_is_narrower_if_scores_are_correlated():
-    """Two models fail on the same difficult clips. Intervals of each model hide the difference then."""
+    """If two models fail on the same difficult clips, their separate intervals hide the difference."""
     rng = np.random.default_rng(0)
     first = rng.normal(5, 3, 300)
     second = first + rng.normal(0.2, 0.5, 300)
@@ -76,7 +76,7 @@ def test_the_paired_interval_is_narrower_if_scores_are_correlated():
 
 
 def test_bleu_from_the_sums_of_counts_is_corpus_bleu():
-    """Its brevity penalty needs the closest reference of each clip."""
+    """The brevity penalty needs the closest reference of each clip."""
     references = {"a": ["the cat sat on the mat", "a cat"], "b": ["opening a big door slowly"]}
     for texts in (("the cat sat", "opening a big door"), ("the cat sat on a mat now", "a door")):
         hypotheses = dict(zip("ab", texts, strict=True))
@@ -109,7 +109,7 @@ def test_a_comparison_has_the_scores_of_both(captions, records, prepared, compar
     assert result["clips"][0]["id"] in printed.out and "difference" in printed.out
 
 
-def test_identical_captions_differ_in_nothing(captions, compare, tmp_path):
+def test_identical_captions_have_no_difference(captions, compare, tmp_path):
     first = tmp_path / "a.json"
     write_predictions(first, captions)
     result, printed = compare(first, first)
@@ -134,7 +134,7 @@ def test_clips_that_only_one_file_has_need_a_flag(captions, compare, tmp_path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
 def test_files_of_infer_are_matched_by_the_names_of_the_clips(captions, tmp_path, ending, capsys):
-    """infer.py captions whole folders. Its spreadsheets put an apostrophe before a caption like `=1`."""
+    """infer.py captions whole folders, and puts an apostrophe before a caption like `=1` in a table."""
     texts = dict(captions)
     texts[next(iter(texts))] = "=1, a “quoted” word"
     path = written(tmp_path / f"captions.{ending}", texts | {"another clip": "x"})

@@ -37,7 +37,7 @@ def best(folder):
 
 @pytest.fixture
 def stopped_at_start(monkeypatch):
-    """Make train.py stop before its first step. Returns a list that gets the `TrainingState`."""
+    """Stop train.py before its first step. Returns a list to which the `TrainingState` is appended."""
     states = []
     monkeypatch.setattr(train, "train", lambda state, *_: states.append(state))
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
@@ -47,7 +47,7 @@ def stopped_at_start(monkeypatch):
 def test_a_warm_start_has_the_weights_and_the_loss_of_its_checkpoint(
     world, prepared, trained, tmp_path, stopped_at_start, capsys
 ):
-    """The size of the Q-Former and the language model are those of the checkpoint, without a flag."""
+    """The sizes of the Q-Former and the language model are those of the checkpoint, without flags."""
     more = ["--limit", 10**6]
     train.main(flags(world, prepared, tmp_path / "run", "--init", trained, *more))
     [state], source = stopped_at_start, best(trained)
@@ -65,8 +65,7 @@ def test_a_warm_start_has_the_weights_and_the_loss_of_its_checkpoint(
 
 
 def test_a_warm_start_is_recorded_and_can_be_resumed(world, prepared, trained, tmp_path):
-    """--resume needs neither --init nor the flags of the model: otherwise it would build a Q-Former of the
-    default size."""
+    """--resume needs neither --init nor the flags of the model, whose defaults would give another size."""
     run, source = tmp_path / "run", best(trained)
     assert not train.main(flags(world, prepared, run, "--init", trained / "best.pt"))
     digest = checkpoint.weights_digest(source["qformer"])
@@ -89,7 +88,7 @@ def test_a_warm_start_is_recorded_and_can_be_resumed(world, prepared, trained, t
 def test_a_run_that_was_killed_before_its_first_checkpoint_still_starts_warm(
     world, prepared, trained, tmp_path, stopped_at_start
 ):
-    """The kill leaves args.json, but no last.pt. --resume would have started from random weights."""
+    """A kill leaves args.json but no last.pt, and --resume would have started from random weights."""
     recorded = {"init": str(trained), "num_queries": 4, "lm": str(world / "lm")}
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "args.json", {"args": recorded})
@@ -113,10 +112,10 @@ def changed(state, part, **values):
         ("kept", ["--resume"], "--init starts a new run and --resume continues one"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(
+def test_a_checkpoint_that_does_not_fit_is_refused(
     world, prepared, trained, tmp_path, monkeypatch, capsys, change, more, message
 ):
-    """Before the language model is loaded."""
+    """The check comes before the language model is loaded."""
     state, path = best(trained), tmp_path / "init.pt"
     if change == "encoder":
         settings = state["manifest"]["settings"] | {"encoder_fingerprint": "0" * 16}
@@ -137,9 +136,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize(("clips", "chosen"), [(train.FEW_CLIPS - 1, 2), (train.FEW_CLIPS, 1)])
-def test_few_validation_clips_let_the_loss_choose(clips, chosen, monkeypatch, tmp_path):
-    """The CIDEr of ten clips is a matter of chance. Here the first epoch has the higher CIDEr, the second
-    the lower loss."""
+def test_with_few_validation_clips_the_loss_chooses(clips, chosen, monkeypatch, tmp_path):
+    """The first epoch has the higher CIDEr, the second the lower loss."""
     scores = iter([(6.0, 0.9), (5.0, 0.5), (5.5, 0.7)])
 
     def validate(*_):
@@ -176,7 +174,7 @@ def test_few_validation_clips_let_the_loss_choose(clips, chosen, monkeypatch, tm
 
 
 def test_short_runs_get_a_note_with_flags_that_parse(capsys):
-    """50 clips in steps of 64 are 6 steps in all, which learn nothing."""
+    """Six epochs of 50 clips are only 6 steps of up to 64 clips."""
     recipe = train.Recipe.of(train.parse_args(["--epochs", "6"]))
     data = SimpleNamespace(train=[{}] * 50, subset=[{}] * 10)
     train.note_small_data(data, recipe, warm=False)
@@ -190,8 +188,8 @@ def test_short_runs_get_a_note_with_flags_that_parse(capsys):
 
 
 def test_the_comparison_is_fair(world, prepared, tmp_path, monkeypatch):
-    """In bench/warm_start.py, the base never sees a noun of the own clips, the clips that are scored are in
-    no training set, and all runs take the same number of steps."""
+    """In bench/warm_start.py, the base is never trained on a noun that the own clips add, the scored clips
+    are in no training set, and all runs take the same number of steps."""
     monkeypatch.setattr(warm_start, "REPORT", 5)
     warm_start.divide(prepared, tmp_path, [20, 30])
     texts = {
@@ -228,7 +226,7 @@ def test_the_comparison_is_fair(world, prepared, tmp_path, monkeypatch):
 def test_a_warm_start_gets_the_statistics_of_its_own_clips(
     world, prepared, trained, tmp_path, stopped_at_start
 ):
-    """The checkpoint's remain only in a row of bench/warm_start.py."""
+    """Only a row of bench/warm_start.py keeps those of the checkpoint."""
     train.main(flags(world, prepared, tmp_path / "run", "--init", trained))
     with changed_code("kept_statistics"):
         train.main(flags(world, prepared, tmp_path / "kept", "--init", trained))

@@ -5,8 +5,8 @@
     python -m viz.gallery results/a --versus results/b/predictions_validation.json    (two models)
 
 Reads predictions_<split>.json and evaluation_<split>.json of a run folder. Writes gallery.html, or
-gallery_<split>_<style>.html if --split or --style is set, with _versus if --versus is. The page works offline. Without --embed it links
-to the clips in --videos. --embed needs Pillow: pip install -e '.[viz]'.
+gallery_<split>_<style>.html if --split or --style is set; --versus adds _versus to the name. The page works
+offline. Without --embed it links to the clips in --videos. --embed needs Pillow: pip install -e '.[viz]'.
 """
 
 import runtime.start
@@ -54,7 +54,7 @@ def parse_args(argv=None):
         "--versus",
         nargs="+",
         metavar="FILE",
-        help="also show the captions in these files, of another model, for the same clips",
+        help="also show these files, the captions of another model for the same clips",
     )
     group.add_argument(
         "--annotations",
