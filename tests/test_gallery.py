@@ -226,7 +226,7 @@ def test_filters_without_choices_are_hidden(browser, scored, prepared, tmp_path)
     result = json.loads((scored / "evaluation_validation.json").read_text())
     texts = {"0": "a", "1": "b"}
     references = {i: [text] for i, text in texts.items()}
-    clips = gallery.describe(records, texts, references, {"0": {}, "1": {}}, {})
+    clips = gallery.describe(records, [texts], references, [{"0": {}, "1": {}}], {})
     (tmp_path / "g.html").write_text(gallery.render(result, clips))
     browser.get((tmp_path / "g.html").as_uri())
     assert len(cards(browser)) == 2 and "no video" in cards(browser)[0].text
@@ -256,7 +256,7 @@ def test_cards_of_a_large_split_are_created_on_demand(browser, tmp_path):
     scores = {i: {"CIDEr": n / 2500, "template_accuracy": 1.0} for n, i in enumerate(captions)}
     result = {"n": 24_777, "metrics": {}, "controls": {}, "ci95": {}, "counts": {}, "skipped": {}}
     result |= {"tokenizer": "ptb", "checkpoint": "x", "settings": {"split": "a", "style": "label"}}
-    clips = gallery.describe(records, captions, references, scores, {})
+    clips = gallery.describe(records, [captions], references, [scores], {})
     (tmp_path / "g.html").write_text(gallery.render(result, clips))
     browser.get((tmp_path / "g.html").as_uri())
     assert len(cards(browser)) < 500
