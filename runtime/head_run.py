@@ -6,6 +6,7 @@ features, how it was "chosen", and entries that the script adds. last.pt has all
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from runtime.cli import note
 from runtime.errors import UserError, out_of_memory
 from runtime.feature_cache import Manifest
 from runtime.files import json_line, read_torch, torch_bytes
-from runtime.run_folder import BEST, LAST, replace_checkpoint
+from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS, replace_checkpoint
 
 DIVERGED = -math.inf, -math.inf  # quality of a head whose output is not finite
 
@@ -46,15 +47,15 @@ class HeadRun:
         replace_checkpoint(folder / BEST, torch_bytes(value))
 
     def resume(self, folder):
-        """Load last.pt, or start a new run if the folder has no checkpoint yet.
+        """Load last.pt or, if it is corrupt, previous.pt. Start a new run if the folder has no checkpoint yet.
 
-        Raises UserError if last.pt is not valid, belongs to another run, or is missing beside a best.pt.
+        Raises UserError if both are not valid, belong to another run, or are missing beside a best.pt.
         """
-        if not any((folder / name).exists() for name in (LAST, BEST)):
+        if not any((folder / name).exists() for name in (LAST, PREVIOUS, BEST)):
             note(f"--resume: there is no {folder / LAST}, starting from the first epoch")
             return self.save(folder)
+        path, saved = read_last(folder)
         try:
-            saved = read_torch(folder / LAST)
             if saved["identity"] != self.identity:
                 raise UserError(f"--resume: flags, {self.what} have changed")
             if saved["manifest"] != self.fixed["manifest"]:
@@ -65,9 +66,30 @@ class HeadRun:
             self.epoch, self.best = int(saved["epoch"]), tuple(map(float, saved["best"]))
             self.step = int(saved.get("step", 0))  # the probe's earlier versions did not store it
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--resume: {folder / LAST} cannot be used: {error}") from None
+            raise UserError(f"--resume: {path} cannot be used: {error}") from None
         step = f", step {self.step:,}" if self.step else ""
         note(f"resuming after epoch {self.epoch}{step}")
+
+
+def read_last(folder):
+    """Read last.pt, or previous.pt if last.pt is missing or corrupt. Returns (path, content).
+
+    A corrupt last.pt is renamed, because the next save keeps last.pt as previous.pt. Raises UserError if
+    neither can be read.
+    """
+    problems = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            saved = read_torch(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            problems.append(f"{path} cannot be used: {error}")
+            continue
+        if problems:
+            note(f"WARNING: {problems[0]}; resuming from {path}")
+            if (folder / LAST).exists():
+                os.replace(folder / LAST, folder / CORRUPT)
+        return path, saved
+    raise UserError(f"--resume: {problems[0]}")
 
 
 def read_head(path, flag, what, script, check, build):

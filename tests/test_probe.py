@@ -116,7 +116,12 @@ def test_a_resumed_run_is_the_same_run(world, monkeypatch, capsys):
     assert lines == (world / "whole" / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="flags, training clips or their classes have changed"):
         run(world, *flags, "--resume", "--seed", "1")
-    (world / "probe" / "last.pt").unlink()
+    (world / "probe" / "last.pt").write_bytes(b"damaged")
+    assert run(world, *flags, "--resume") == whole  # from previous.pt
+    assert "resuming after epoch 3" in capsys.readouterr().err
+    assert lines == (world / "probe" / "metrics.jsonl").read_text()
+    for name in ("last.pt", "previous.pt"):
+        (world / "probe" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"last\.pt cannot be used"):  # best.pt is not replaced
         run(world, *flags, "--resume")
 
