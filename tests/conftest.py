@@ -22,6 +22,7 @@ from filelock import FileLock  # torch brings it
 
 import encoder
 from runtime import feature_cache
+from runtime.cli import cpus
 
 # The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
 # left idle at the end. The first one does not need `world`, which another worker builds meanwhile.
@@ -61,6 +62,11 @@ class AsWarning(logging.Handler):
 
 
 logging.getLogger("transformers").addHandler(AsWarning(logging.WARNING))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are CPUs, because some tests wait for timeouts and for other processes."""
+    return cpus() + 1
 
 
 def pytest_configure(config):
