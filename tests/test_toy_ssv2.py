@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from runtime.errors import UserError
-from worlds import shapes, ssv2_files, toy_models, toy_ssv2
+from worlds import shapes, shapes_video, ssv2_files, toy_models, toy_ssv2
 
 SPLITS = ("train", "validation", "validation_pairs", "validation_objects")
 
@@ -134,12 +134,12 @@ def test_videos_decode_to_the_rendered_frames(world):
     plan = shapes.plan(100, 0)
     assert {p.stem for p in (world / "videos").iterdir()} == {c["id"] for c in plan}
     for clip in plan[:8]:
-        rendered = toy_ssv2.render(clip, 0)
+        rendered = shapes_video.render(clip, 0)
         with av.open(str(world / "videos" / f"{clip['id']}.webm")) as container:
             stream = container.streams.video[0]
             assert stream.codec_context.name in ("vp9", "libvpx-vp9") and stream.average_rate == 12
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-        assert 16 < toy_ssv2.FRAMES[0] <= len(frames) == len(rendered) <= toy_ssv2.FRAMES[1]
+        assert 16 < shapes_video.FRAMES[0] <= len(frames) == len(rendered) <= shapes_video.FRAMES[1]
         assert abs(rendered.astype(float) - frames).mean() < 10
 
 

@@ -36,9 +36,8 @@ from runtime.errors import UserError
 from runtime.files import read_json, write_atomic
 from runtime.names import list_names
 from worlds.shapes import ACTIONS, deck, label_of, plan, sentences_of
+from worlds.shapes_video import SIZE, render
 from worlds.ssv2_files import RATE, mark_finished, mark_started, write_video
-from worlds.toy_models import SIZE
-from worlds.toy_ssv2 import render
 
 WORLD = 1  # increment when a change to the code changes the files
 GREY = 28  # brightness where no clip is shown

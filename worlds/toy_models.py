@@ -21,8 +21,7 @@ from transformers.utils import logging
 
 from dataset import STYLES, encode_caption
 from worlds.shapes import ACTIONS, DOUBLE, divide_objects, label_of, sentences_of
-
-SIZE = 64  # pixels, height and width of the clips and of the encoder's input
+from worlds.shapes_video import SIZE
 
 
 def write_encoder(folder, seed):
