@@ -137,8 +137,8 @@ def main(argv=None):
             note(f"nothing to do: {clips} given, all done or in other shards")
             return DONE
         results = captions(args, checkpoint, todo)
-        if args.overwrite and path and path.exists():
-            forget(path)
+        if args.overwrite and path and path.exists() and form not in SUBTITLES:
+            forget(path)  # subtitles are replaced as a whole, once the new ones are complete
         if args.num_samples:
             copy_clips(todo, path.parent)
         try:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -190,10 +191,18 @@ def captions_in(row):
     """Yield (caption, score or None, start, end) for a row of a table or a result in JSON."""
     spans = row.get("windows", [] if "error" in row else [row])
     for span in spans:
-        times = float(span["start"]), float(span["end"])
+        times = finite(span["start"]), finite(span["end"])
         for caption, score in captions_of(span):
             score = score or span.get("score")
-            yield caption, float(score) if score else None, *times
+            yield caption, finite(score) if score else None, *times
+
+
+def finite(cell):
+    """Return a cell as a float. Raises ValueError for NaN and infinity."""
+    value = float(cell)
+    if not math.isfinite(value):
+        raise ValueError(cell)
+    return value
 
 
 def forget(path):
@@ -298,7 +307,7 @@ class SubtitleFile:
         self.path, self.form = path, form
 
     def is_finished(self, clip):
-        return self.path.exists()
+        return self.path.exists() and self.path.stat().st_size > 0
 
     def write(self, result):
         if "error" not in result:

@@ -301,7 +301,8 @@ def in_shard(clip_id, part, parts):
     Parts are intervals of hashes, so splitting each of them into n gives the parts of parts * n.
     """
     start, end = hash_range(part, parts)
-    value = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:4])
+    data = clip_id.encode(errors="surrogatepass")  # a file name may not be UTF-8
+    value = int.from_bytes(hashlib.sha256(data).digest()[:4])
     return start <= value < end
 
 

@@ -270,7 +270,7 @@ def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
     labelled.write_text(header(form) + "".join(formatted(r, form) for r in results))
     with pytest.raises(UserError, match="captions without a score"):
         run(tmp_path, *flags)
-    labelled.write_text(labelled.read_text().replace("0.0", "soon"))
+    labelled.write_text(labelled.read_text().replace("0.0", "NaN"))
     with pytest.raises(UserError, match=r"not (valid JSON|a line written by infer)"):
         run(tmp_path, *flags)
 

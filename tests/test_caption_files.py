@@ -22,7 +22,7 @@ from runtime.caption_files import (
     opened,
     read_results,
 )
-from runtime.errors import DONE, PARTIAL, UserError
+from runtime.errors import DONE, FAILED, PARTIAL, UserError
 
 FILM = {
     "path": "/films/a\tb.mp4",
@@ -130,6 +130,17 @@ def test_sidecars(world, trained, tmp_path, capsys):
     assert (clips / "b.mkv.txt").read_text() == "edited"
     sentence = read_results(clips / "captions.jsonl")[str(clips / "a-inner/c.webm")]
     assert (clips / "a-inner/c.txt").read_text() == sentence["windows"][0]["caption"] + "\n"
+
+
+def test_subtitles_are_only_replaced_by_new_ones(trained, tmp_path):
+    """--overwrite emptied the file first. If the film then failed, --skip-done took the empty file for done."""
+    film, path = tmp_path / "film.webm", tmp_path / "film.srt"
+    film.write_text("no film")
+    path.write_text("old")
+    assert caption(trained, film, "--output", path, "--overwrite") == FAILED
+    assert path.read_text() == "old"
+    path.write_text("")
+    assert caption(trained, film, "--output", path, "--skip-done") == FAILED
 
 
 def test_shards_write_different_files_with_every_clip_once(world, trained, tmp_path):

@@ -197,6 +197,7 @@ def test_ids_must_be_valid_file_names():
 
 def test_shards_are_a_partition():
     ids = [str(i) for i in range(300)]
+    ids.append("\udcff")  # a file name that is not UTF-8, which infer.py could not divide
     parts = [[i for i in ids if files.in_shard(i, part, 3)] for part in range(3)]
     assert sorted(i for part in parts for i in part) == sorted(ids)
     assert all(60 < len(p) < 140 for p in parts)
