@@ -129,7 +129,7 @@ def main(argv=None):
     checkpoint = read_checkpoint(args.checkpoint)
     sidecars = sidecar_form(args.format) if args.sidecar else None
     with opened(path, form, given, sidecars) as file:
-        todo = [clip for clip in clips if in_shard(str(clip), *args.shard)]
+        todo = [clip for clip in clips if in_shard(shard_name(clip, args.clips), *args.shard)]
         if args.skip_done:
             todo = [clip for clip in todo if not file.is_finished(clip)]
         if not todo:
@@ -219,6 +219,15 @@ def destination(output, form, sidecars, shard):
     if shard != (0, 1):
         path = path.with_stem("{}_part{}of{}".format(path.stem, *shard))
     return path, form
+
+
+def shard_name(clip, given):
+    """Return the name by which a clip belongs to a shard: its path below one of the given folders.
+
+    The shards of machines that mount the folder at different places must not overlap.
+    """
+    folders = [folder for folder in given if clip.is_relative_to(folder) and clip != Path(folder)]
+    return clip.relative_to(folders[0]).as_posix() if folders else clip.name
 
 
 def sidecar_form(form):

@@ -8,11 +8,13 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import pytest
 from test_evaluate import caption
 
+from infer import shard_name
 from runtime.caption_files import (
     CaptionFile,
     Sidecars,
@@ -169,6 +171,13 @@ def test_a_second_process_does_not_write_to_the_same_file(tmp_path):
         second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "another process is writing to" in second.stderr and not second.stdout
     assert not [*tmp_path.iterdir()]
+
+
+def test_shards_do_not_depend_on_where_a_folder_is(tmp_path):
+    """Two machines with other mount points captioned some clips twice and others not at all."""
+    names = {shard_name(Path(folder, "b", "1.mp4"), [folder]) for folder in ("a", "/x/a", "./a/")}
+    assert names == {"b/1.mp4"}
+    assert shard_name(Path("a/1.mp4"), ["a/1.mp4"]) == "1.mp4"
 
 
 def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
