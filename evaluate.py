@@ -115,6 +115,8 @@ def parse_args(argv=None):
         parser.refuse_given(args, names, "cannot be used with --predictions")
     if args.sample:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample")
+    else:
+        parser.refuse_given(args, ["top_p", "temperature"], "needs --sample")
     if args.versus and not args.predictions:
         parser.error("--versus needs --predictions, the captions of the first model")
     if args.versus:
@@ -274,10 +276,15 @@ def difference(first, second):
 
 
 def versus_name(args):
-    """Build the name of a comparison from the second file, the split and other settings."""
-    name, path = result_name(args, 0).removesuffix("_rescored"), Path(args.versus[0]).absolute()
-    own = path.stem.removeprefix("predictions_")
-    return "_".join([path.parent.name, *([own] if own != name else []), name])
+    """Build the name of a comparison from both files, the split and other settings.
+
+    The first file is in the folder of the result, so only its own name is needed.
+    """
+    name = result_name(args, 0).removesuffix("_rescored")
+    paths = [Path(files[0]).absolute() for files in (args.predictions, args.versus)]
+    first, second = (path.stem.removeprefix("predictions_") for path in paths)
+    parts = [first if first != name else "", paths[1].parent.name, second if second != name else ""]
+    return "_".join([*filter(None, parts), name, *(["common"] if args.common else [])])
 
 
 def compare_with_probe(args, probe, records, per_clip):

@@ -35,7 +35,7 @@ from runtime.caption_files import (
     opened,
 )
 from runtime.cli import note
-from runtime.clip_files import find_clips, find_files
+from runtime.clip_files import VIDEO_EXTENSIONS, find_clips, find_files
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import in_shard
 from runtime.names import counted
@@ -103,6 +103,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.sample or args.scores:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample or --scores")
+    if not args.sample:
+        parser.refuse_given(args, ["keep", "top_p", "temperature"], "needs --sample")
+    if not (args.output or args.sidecar or args.num_samples):
+        parser.refuse_given(args, ["skip_done", "overwrite"], "needs --output or --sidecar")
+    if args.skip_done and args.overwrite:
+        parser.error("--skip-done and --overwrite are mutually exclusive")
     return args
 
 
@@ -144,11 +150,11 @@ def main(argv=None):
         try:
             captioned = write(results, file, "text" if path else args.format or "text", len(todo))
         finally:  # also if the script is stopped
-            if path:
+            if path and path.exists():
                 note(f"written to {path}")
-    failed = len(todo) - len(captioned)
-    if failed:
-        note(f"{failed} of {counted(len(todo), 'clip')} failed")
+    failed = len(todo) - captioned
+    if failed and len(todo) > 1:
+        note(f"{failed:,} of {len(todo):,} clips failed")
     return FAILED if failed == len(todo) else PARTIAL if failed else DONE
 
 
@@ -178,19 +184,19 @@ def captions(args, checkpoint, clips):
 def write(results, file, form, total):
     """Print the results of clips and write them to a file, then print the speed.
 
-    file: see `caption_files.opened`. form: the format to print. total: the number of clips. Returns the paths
-    of the captioned clips.
+    file: see `caption_files.opened`. form: the format to print. total: the number of clips. Returns the
+    number of clips that were captioned and written.
     """
     print(header(form), end="")
-    began, seconds, captioned = time.monotonic(), 0.0, []
+    began, seconds, captioned = time.monotonic(), 0.0, 0
     for result in results:
         print(formatted(result, form), end="", flush=True)
-        file.write(result)
-        if problem := result.get("error") or result.get("warning"):
-            note(f"{result['path']}: {problem}")
-        if "error" not in result:
+        written = file.write(result)
+        if problem := written.get("error") or written.get("warning"):
+            note(problem if result["path"] in problem else f"{result['path']}: {problem}")
+        if "error" not in written:
             seconds += result["windows"][-1]["end"]
-            captioned.append(Path(result["path"]))
+            captioned += 1
     rate = total / (time.monotonic() - began)
     note(f"{counted(total, 'clip')}, {seconds:,.0f} s of video, {rate:.1f} clips/s")
     return captioned
@@ -208,6 +214,14 @@ def destination(output, form, sidecars, shard):
         return None, None
     path = Path(output or sidecars)
     ending = path.suffix[1:].lower() if not path.is_dir() else ""
+    if f".{ending}" in VIDEO_EXTENSIONS:
+        raise UserError(
+            f"--output {path} is the name of a video; give a folder, or a file such as {path}.csv"
+        )
+    if sidecars and ending in FILES:
+        raise UserError(f"--output {path} must be a folder if --sidecar is given")
+    if form in FILES and ending in FILES and form != ending:
+        raise UserError(f"--format {form} and --output {path} are different formats; leave one out")
     if sidecars or (form is None and ending not in FILES):
         cli.output_folder(path, "--output")
         path, form = path / RECORD, "jsonl"

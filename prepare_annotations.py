@@ -101,8 +101,11 @@ def main(argv=None):
             )
             for p in args.captions
         ]
-        labelled = labelled_clips(filter(has_results, paths), args.videos, args.min_score)
-        own = [path for path in paths if not has_results(path)]
+        written = [path for path in paths if has_results(path)]
+        if args.min_score is not None and not written:
+            raise UserError("--min-score needs a file that infer.py has written, in --captions")
+        labelled = labelled_clips(written, args.videos, args.min_score)
+        own = [path for path in paths if path not in written]
         splits = read_captions(own, args.validation_share, args.seed, labelled)
     else:
         splits = read_labels(args.labels)
@@ -418,7 +421,7 @@ def read_captions(paths, validation_share, seed, labelled=()):
         if key not in clips:
             clips[key], split_of[key] = record(None, name, caption) | span_fields(span), split
         else:
-            if caption not in clips[key]["paraphrases"]:
+            if caption not in (clips[key]["label"], *clips[key]["paraphrases"]):
                 clips[key]["paraphrases"].append(caption)
             clash += [f"{name} ({where})"] if split_of[key] != split else []
     refuse(clash, "clips are in more than one split")
@@ -454,8 +457,12 @@ def labelled_clips(paths, videos, min_score=None):
     clips, root = {}, Path(os.path.abspath(videos))
     for path in paths:
         rows = likeliest_captions(path)
-        outside = [where for where, row in rows if not Path(row["video"]).is_relative_to(root)]
-        refuse(outside, f"rows of {path} name clips that are not in --videos {videos}")
+        outside = [
+            f"{row['video']} ({where})"
+            for where, row in rows
+            if not Path(row["video"]).is_relative_to(root)
+        ]
+        refuse(outside, f"clips in {path} are not in --videos {root}, or were moved")
         for _, row in rows:
             row["video"] = Path(row["video"]).relative_to(root).as_posix()
         check_rows(rows, path)
@@ -468,6 +475,11 @@ def labelled_clips(paths, videos, min_score=None):
             raise UserError(
                 f"--min-score: {path} has captions without a score; run infer.py with --scores"
             )
+        if min_score is not None:
+            low = sum(score < min_score for score in scores)
+            note(f"{path}: {counted(low, 'caption')} below --min-score {min_score:g} left out")
+            if low == len(scores):
+                raise UserError(f"--min-score {min_score:g} leaves no caption of {path}")
         for _, row in rows:
             if min_score is None or row["score"] >= min_score:
                 span = span_of(row)
@@ -517,7 +529,8 @@ def check_rows(rows, path):
             span_of(row)
         except ValueError:
             bad.append(where)
-    refuse(bad, f"rows of {path} have no valid start and end, in seconds with 0 <= start < end")
+    text = "have no valid start and end, in seconds such as 2.5, with 0 <= start < end"
+    refuse(bad, f"rows of {path} {text}; both may be empty")
     names = [(re.split(r"[/\\]", row["video"].strip())[-1], where) for where, row in rows]
     bad = [f"{n!r:.100} ({where})" for n, where in names if n[:1] == "." and n not in (".", "..")]
     refuse(bad, f"rows of {path} name hidden files, which are not videos")

@@ -12,11 +12,11 @@ import math
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 from runtime.files import is_path, lock, parse_json_lines, read_text, write_atomic
 from runtime.names import counted, from_utf8, to_utf8
 from runtime.table import read_table
@@ -210,9 +210,9 @@ def forget(path):
     results = read_results(path) if path.suffix == ".jsonl" else {}
     error = {"error": "not captioned again yet"}
     listed = [
-        {"path": name, "sidecar": r["sidecar"], "sha256": r["sha256"]} | error
+        {"path": name, "sidecars": r["sidecars"]} | error
         for name, r in results.items()
-        if "sha256" in r
+        if "sidecars" in r
     ]
     write_atomic(path, encoded("".join(formatted(r, "jsonl") for r in listed)))
 
@@ -223,8 +223,9 @@ def opened(path, form, clips, sidecars=None):
 
     path, form: the file and its format, or None to write nothing. clips: the paths of all clips.
     sidecars: "txt", "srt" or "vtt" to also write a file beside each clip. Yields an object with
-    `is_finished(clip)`, which is True if nothing is left to do, and `write(result)`. Raises UserError if
-    another process is writing to the file.
+    `is_finished(clip)`, which is True if nothing is left to do, and `write(result)`, which returns the
+    result, or one with an "error" if it could not be written. Raises UserError if another process is writing
+    to the file, or if infer.py did not write the file.
     """
     if path is None:
         yield NoFile()
@@ -251,7 +252,7 @@ class NoFile:
         return False
 
     def write(self, result):
-        pass
+        return result
 
 
 class CaptionFile:
@@ -265,29 +266,53 @@ class CaptionFile:
         self.finished = self.read() if path.exists() else set()
 
     def read(self):
-        """Return the names of the finished clips, and remove a last line that a kill has truncated."""
+        """Return the names of the finished clips, after removing what a kill has left of a last one.
+
+        In a table these are all rows of the last clip, because a film has a row for each window.
+        """
         data = self.path.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]
-        if complete != data:
-            write_atomic(self.path, complete)
+        begin = (header(self.form) or '{"path":').encode()
+        if not (data.startswith(begin) or begin.startswith(data)):
+            raise UserError(
+                f"--skip-done: {self.path} was not written by infer.py, or another program has changed it;"
+                " choose another --output"
+            )
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        names = [] if self.form == "jsonl" else self.names(lines)
+        if data and not data.endswith(b"\n"):
+            last = {n for n, name in enumerate(names) if name == names[-1]}
+            lines = [line for n, line in enumerate(lines) if n not in last]
+            names = [name for name in names if name != names[-1]]
+            write_atomic(self.path, b"".join(lines))
         if self.form == "jsonl":
             return {path for path, r in read_results(self.path).items() if "error" not in r}
-        lines = complete.decode(errors="replace").splitlines()[1:]
+        return set(names[1:])
+
+    def names(self, lines):
+        """Return the first cell of each line of a table."""
+        texts = [line.decode(errors="replace") for line in lines]
         if self.form == "csv":
-            return {row[0] for row in csv.reader(lines) if row}
-        return {line.partition("\t")[0] for line in lines}
+            return [row[0] if row else "" for row in csv.reader(texts)]
+        return [text.partition("\t")[0] for text in texts]
 
     def is_finished(self, clip):
         clip = os.path.abspath(clip)
         return (clip if self.form == "jsonl" else path_cell(clip, self.form)) in self.finished
 
     def write(self, result):
-        """Append the result of a clip, with its absolute path."""
+        """Append the result of a clip, with its absolute path. Returns the result."""
         text = formatted(result | {"path": os.path.abspath(result["path"])}, self.form)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            # in a single call, so that at most the last line of the file is incomplete
-            file.write(encoded(text if file.tell() else header(self.form) + text))
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "ab") as file:
+                # in a single call, so that a kill leaves at most the last clip incomplete
+                file.write(encoded(text if size else header(self.form) + text))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        return result
 
     def close(self):
         """Keep only the last result of a clip that was tried more than once."""
@@ -313,6 +338,7 @@ class SubtitleFile:
         if "error" not in result:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path, formatted(result, self.form))
+        return result
 
     def close(self):
         pass
@@ -321,9 +347,9 @@ class SubtitleFile:
 class Sidecars:
     """Files with the caption beside each clip: <clip>.txt, .srt or .vtt.
 
-    Files that no run has written, or that were changed since, are left alone and counted in `foreign`.
-    clips: all paths. form: "txt", "srt" or "vtt". record: the `CaptionFile` in which the written files and
-    their digests are listed.
+    Files that are not listed in the record, or were changed since, are left alone and counted in `foreign`.
+    clips: all paths. form: "txt", "srt" or "vtt". record: the `CaptionFile` in which each result has
+    "sidecars": {name: SHA-256}, the files that were written beside the clip in any format.
     """
 
     def __init__(self, clips, form, record):
@@ -331,7 +357,11 @@ class Sidecars:
         stems = Counter(clip.with_suffix("") for clip in clips)
         self.shared = {stem for stem, count in stems.items() if count > 1}
         results = read_results(record.path) if record.path.exists() else {}
-        self.digests = {path: r["sha256"] for path, r in results.items() if "sha256" in r}
+        self.listed = {
+            path: r["sidecars"]
+            for path, r in results.items()
+            if isinstance(r.get("sidecars"), dict)
+        }
 
     def path(self, clip):
         """Return the sidecar of a clip. Those of a.mp4 and a.webm are a.mp4.txt and a.webm.txt."""
@@ -339,30 +369,40 @@ class Sidecars:
         return clip.with_name(f"{stem}.{self.form}")
 
     def is_finished(self, clip):
-        return self.record.is_finished(clip) and self.path(clip).exists()
+        return self.record.is_finished(clip) and os.path.exists(self.path(clip))
 
     def write(self, result):
         """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
 
-        In this order, a kill in between is noticed: the sidecar is missing.
+        In this order, a kill in between is noticed: the sidecar is missing. Returns the result, or one with
+        an "error" if the sidecar could not be written.
         """
         clip = Path(result["path"])
         path = self.path(clip)
+        listed = self.listed.get(os.path.abspath(clip), {})
+        known = {"sidecars": listed} if listed else {}
         if "error" in result:
-            return self.record.write(result)
-        if path.exists() and self.digests.get(os.path.abspath(clip)) != digest_of(path):
+            return self.record.write(result | known)
+        if os.path.exists(path) and listed.get(path.name, "") != digest_of(path):
             self.foreign += 1
-            return self.record.write(result)
+            return self.record.write(result | known)
         text = "".join(f"{span['caption']}\n" for span in result["windows"])
         data = (text if self.form == "txt" else formatted(result, self.form)).encode()
-        self.record.write(result | {"sidecar": path.name, "sha256": sha256(data)})
-        write_atomic(path, data)
+        self.record.write(result | {"sidecars": listed | {path.name: sha256(data)}})
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            if explain(error):  # a full disk, which the next clip will not fit on either
+                raise
+            error = {"error": f"{path.name} cannot be written: {error.strerror}"}
+            return self.record.write({"path": result["path"]} | error | known)
+        return result
 
     def close(self):
         self.record.close()
         if self.foreign:
             files = counted(self.foreign, f".{self.form} file")
-            cli.note(f"left alone: {files} that infer.py has not written")
+            cli.note(f"left alone: {files} not listed in {self.record.path}, or changed since")
 
 
 def sha256(data):

@@ -72,7 +72,7 @@ def videos_below(folder):
 def find_clips(names):
     """Return the paths of all videos in a list of files and folders, which are searched recursively.
 
-    Prints how many files of the folders are not videos. Raises UserError if a path does not exist or a
+    A path that occurs more than once is returned once. Prints how many files of the folders are not videos. Raises UserError if a path does not exist or a
     folder contains no videos.
     """
     paths, others = [], []
@@ -89,7 +89,10 @@ def find_clips(names):
             raise UserError(f"clip not found: {path}")
     if others:
         note(f"passed over{_examples(others, ' ')}")
-    return paths
+    unique = {}
+    for path in paths:
+        unique.setdefault(os.path.abspath(path), path)
+    return list(unique.values())
 
 
 def _examples(paths, before):

@@ -43,8 +43,12 @@ def write_atomic(path, data, keep=None):
 
 
 def temporary_name(path):
-    """Return a hidden temporary path next to `path`. It is random, because PIDs repeat in containers."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """Return a hidden temporary path next to `path`. It is random, because PIDs repeat in containers.
+
+    It fits into the 255 bytes of a file name, even if the name of `path` has as many.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:220])
+    return path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
 def _link(path, keep):

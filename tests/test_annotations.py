@@ -243,6 +243,7 @@ def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
     labelled.write_text(header(form) + "".join(formatted(r, form) for r in results))
     own = tmp_path / "own.csv"
     rows = [("a.mp4", "someone's words"), *((f"v{i}.mp4", f"clip {i}") for i in range(3))]
+    rows.append(rows[0])  # a row that occurs twice is no paraphrase
     own.write_text("video,caption\n" + "".join(f"{v},{c}\n" for v, c in rows))
     flags = "--captions", labelled, own, "--videos", tmp_path / "clips", "--min-score", "-0.8"
     out = run(tmp_path, *flags, "--validation-share", "0.5")
@@ -261,7 +262,12 @@ def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
     assert "5 captions; a quarter, half and three quarters of the scores are at least -0.4" in err
     assert "3 added to train, 1 clip left out because your own files name the video" in err
 
-    with pytest.raises(UserError, match="that are not in --videos"):
+    assert "1 caption below --min-score -0.8 left out" in err
+    with pytest.raises(UserError, match="--min-score 0 leaves no caption of"):
+        run(tmp_path, *flags[:-1], "0")
+    with pytest.raises(UserError, match="--min-score needs a file"):
+        run(tmp_path, "--captions", own, "--min-score", "0")
+    with pytest.raises(UserError, match=r"a\.mp4 \(.*\).* or were moved"):
         run(tmp_path, "--captions", labelled, own, "--videos", tmp_path / "other")
     with pytest.raises(UserError, match="validation needs"):
         run(tmp_path, "--captions", labelled, "--videos", tmp_path / "clips")

