@@ -1,4 +1,4 @@
-"""The code changes of bench/ablation.py, tabletop.py and warm_start.py. Everything else runs unchanged.
+"""The code changes of bench/ablation.py and bench/tabletop.py. Everything else runs unchanged.
 
 Each returns [(object, attribute or key, replacement)].
 """
@@ -155,23 +155,10 @@ def eot_in_front():
     return [(VideoCaptioner, "__init__", init)]
 
 
-def kept_statistics():
-    """Keep the feature statistics of the checkpoint in a warm start."""
-    original = train.start_or_resume
-
-    def start_or_resume(state, data, recipe, folder, resume, dry_run, source):
-        resumed = original(state, data, recipe, folder, resume, dry_run, source)
-        if source and not resumed:
-            state.model.qformer.standardise(*(source["qformer"][k] for k in ("mean", "std")))
-        return resumed
-
-    return [(train, "start_or_resume", start_or_resume)]
-
-
 CHANGES = {
     change.__name__: change
     for change in (
         *(no_positions, keys_only, no_standardisation, no_gain, no_style_prompts, original),
-        *(per_caption, eot_in_front, kept_statistics),
+        *(per_caption, eot_in_front),
     )
 }
