@@ -73,6 +73,7 @@ def parse_args(argv=None):
     )
     add(
         "--output",
+        metavar="PATH",
         help="file to write, or a folder for captions.jsonl (default with --num-samples:"
         " results/samples)",
     )

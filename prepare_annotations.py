@@ -67,7 +67,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("Charades").add_argument
     add(
         "--charades",
-        metavar="DIR",
         help="folder with Charades_v1_train.csv, _test.csv and _classes.txt",
     )
     text = "split the videos of Charades into windows of this many seconds"

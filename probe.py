@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --output after its last epoch")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add = parser.add_argument_group("scoring").add_argument
-    add("--evaluate", metavar="CHECKPOINT", help="do not train; score this probe on --split")
+    add("--evaluate", metavar="PATH", help="do not train; score this probe on --split")
     text = "do not train; score a published classifier (default: %(const)s) on --split. --features"
     text += " must be made with its encoder"
     add("--published", nargs="?", const=PUBLISHED, metavar="MODEL", help=text)

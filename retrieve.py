@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--checkpoint", default=OUTPUT, help=text)
     text = "score the captions in this file instead of the labels of --split: a JSON list of"
     text += ' {"image": file or files, "caption": text}, such as SSv2-label and SSv2-template'
-    add("--lists", metavar="FILE", help=text)
+    add("--lists", help=text)
     text = "still: --features was made with preprocess_ssv2.py --still"
     add("--control", choices=["none", "still"], default="none", help=text)
     add("--top", type=cli.whole(1), default=5, help="number of clips or captions to print")

@@ -82,10 +82,10 @@ def make_study(data, runs, clips, seeds):
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--data", default="data/ablation", metavar="DIR", help="folder of the toy world")
-    add("--runs", default="results/ablation_runs", metavar="DIR", help="parent of the run folders")
-    add("--clips", type=cli.whole(64), default=1000, metavar="N", help="number of training clips")
-    add("--seeds", type=cli.whole(1), default=3, metavar="N", help="number of runs per row")
+    add("--data", default="data/ablation", help="folder of the toy world")
+    add("--runs", default="results/ablation_runs", help="parent of the run folders")
+    add("--clips", type=cli.whole(64), default=1000, help="number of training clips")
+    add("--seeds", type=cli.whole(1), default=3, help="number of runs per row")
     add_flags(parser, ROWS)
     return parser.parse_args(argv)
 

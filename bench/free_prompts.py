@@ -32,10 +32,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--lm", default="data/pretrained/smollm2", help="folder of the language model")
     add("--annotations", default="data/tabletop/annotations", help="folder with validation.json")
-    add("--clips", type=cli.whole(1), default=64, metavar="N", help="number of clips")
-    add("--steps", type=cli.whole(1), default=60, metavar="N", help="steps of Adam for each clip")
-    add("--num-queries", type=cli.whole(1), default=16, metavar="N", help="soft prompts per clip")
-    add("--output", default="results", metavar="DIR", help="folder for free_prompts.json")
+    add("--clips", type=cli.whole(1), default=64, help="number of clips")
+    add("--steps", type=cli.whole(1), default=60, help="steps of Adam for each clip")
+    add("--num-queries", type=cli.whole(1), default=16, help="soft prompts per clip")
+    add("--output", default="results", help="folder for free_prompts.json")
     cli.add_common(parser)
     return parser.parse_args(argv)
 

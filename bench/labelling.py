@@ -56,17 +56,17 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--world", choices=WORLDS, default="toy", help="the world to use")
-    add("--data", metavar="DIR", help="folder of the world (default: data/<world>)")
+    add("--data", help="folder of the world (default: data/<world>)")
     add(
         "--lm",
         metavar="DIR",
         help="folder of the language model (default: that of the world's demo)",
     )
-    add("--limit", type=cli.whole(100), metavar="N", help="use only N training clips")
+    add("--limit", type=cli.whole(100), help="use only N training clips")
     text = "number of runs (default: 3 on the toy world, 1 on the other)"
-    add("--seeds", type=cli.whole(1), metavar="N", help=text)
-    add("--runs", default="results/labelling_runs", metavar="DIR", help="parent of the run folders")
-    add("--output", default="results", metavar="DIR", help="folder for the table")
+    add("--seeds", type=cli.whole(1), help=text)
+    add("--runs", default="results/labelling_runs", help="parent of the run folders")
+    add("--output", default="results", help="folder for the table")
     return parser.parse_args(argv)
 
 

@@ -80,9 +80,7 @@ def parse_args(argv=None):
         metavar="GROUP",
         help=f"run only these groups and write no files: {', '.join(GROUPS)}",
     )
-    parser.add_argument(
-        "--output", metavar="DIR", default="results/bench", help="folder for the result folder"
-    )
+    parser.add_argument("--output", default="results/bench", help="folder for the result folder")
     parser.add_argument(
         "--table",
         nargs="+",
@@ -91,7 +89,6 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--device",
-        metavar="NAME",
         help="cpu, cuda or cuda:N (default: cpu; with --preset full, cuda)",
     )
     return parser.parse_args(argv)

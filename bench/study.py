@@ -167,12 +167,12 @@ COMMON = ["--no-meteor", "--workers", "0"]  # flags of train.py and evaluate.py
 def add_flags(parser, rows):
     """Add the flags that all studies have."""
     add = parser.add_argument
-    add("--output", default="results", metavar="DIR", help="folder for the table")
-    add("--jobs", type=cli.whole(1), default=2, metavar="N", help="number of runs in parallel")
-    add("--device", default="cpu", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--output", default="results", help="folder for the table")
+    add("--jobs", type=cli.whole(1), default=2, help="number of runs in parallel")
+    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     text = f"run only this row, with --seed{': ' + ', '.join(rows) if rows else ''}"
     add("--row", choices=rows, metavar="NAME", help=text)
-    add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the run of --row")
+    add("--seed", type=cli.whole(0), default=0, help="seed of the run of --row")
 
 
 def validations(folder):

@@ -89,9 +89,9 @@ def make_study(data, pretrained, runs):
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--data", default="data/tabletop", metavar="DIR", help="folder of the tabletop world")
-    add("--pretrained", default="data/pretrained", metavar="DIR", help="folder of the models")
-    add("--runs", default="results/tabletop_runs", metavar="DIR", help="parent of the run folders")
+    add("--data", default="data/tabletop", help="folder of the tabletop world")
+    add("--pretrained", default="data/pretrained", help="folder of the models")
+    add("--runs", default="results/tabletop_runs", help="parent of the run folders")
     add_flags(parser, ROWS)
     return parser.parse_args(argv)
 

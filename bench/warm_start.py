@@ -81,15 +81,13 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--world", choices=WORLDS, default="tabletop", metavar="NAME", help="tabletop or shapes")
-    add("--data", default="data/tabletop", metavar="DIR", help="folder of the world")
-    add("--models", default="data/pretrained", metavar="DIR", help="folder of the models")
-    add(
-        "--runs", default="results/warm_start_runs", metavar="DIR", help="parent of the run folders"
-    )
+    add("--data", default="data/tabletop", help="folder of the world")
+    add("--models", default="data/pretrained", help="folder of the models")
+    add("--runs", default="results/warm_start_runs", help="parent of the run folders")
     text = "numbers of own clips"
-    add("--clips", type=cli.whole(20), nargs="+", default=COUNTS, metavar="N", help=text)
-    add("--steps", type=cli.whole(1), default=STEPS, metavar="N", help="steps of each run")
-    add("--seeds", type=cli.whole(1), default=1, metavar="N", help="number of runs per row")
+    add("--clips", type=cli.whole(20), nargs="+", default=COUNTS, help=text)
+    add("--steps", type=cli.whole(1), default=STEPS, help="steps of each run")
+    add("--seeds", type=cli.whole(1), default=1, help="number of runs per row")
     add_flags(parser, None)
     return parser.parse_args(argv)
 

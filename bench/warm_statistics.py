@@ -34,10 +34,10 @@ SPLITS = {
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="results/tabletop", metavar="PATH", help=cli.CHECKPOINT_KINDS)
-    add("--data", default="data/tabletop", metavar="DIR", help="folder of the tabletop world")
+    add("--checkpoint", default="results/tabletop", help=cli.CHECKPOINT_KINDS)
+    add("--data", default="data/tabletop", help="folder of the tabletop world")
     add("--lm", metavar="DIR", help="folder of the checkpoint's language model, if it has moved")
-    add("--output", default="results", metavar="DIR", help="folder for the results")
+    add("--output", default="results", help="folder for the results")
     cli.add_common(parser)
     return parser.parse_args(argv)
 

@@ -61,13 +61,11 @@ def parse_args(argv=None):
     group.add_argument(
         "--features",
         default=cli.FEATURES,
-        metavar="DIR",
         help="feature cache of preprocess_ssv2.py",
     )
     group.add_argument(
         "--annotations",
         default=cli.ANNOTATIONS,
-        metavar="DIR",
         help="output of prepare_annotations.py",
     )
     group.add_argument("--split", default=VALIDATION, help="split to search")
@@ -84,7 +82,6 @@ def parse_args(argv=None):
         "--count",
         type=cli.whole(1),
         default=10,
-        metavar="N",
         help="number of clips or tokens to print",
     )
     group = parser.add_argument_group("windows of --query, --match and --words")

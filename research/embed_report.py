@@ -52,18 +52,14 @@ def parse_args(argv=None):
     parser.add_argument(
         "--runs",
         nargs="+",
-        metavar="DIR",
         help="run folders of worlds.demo (default: results/demo)",
     )
     parser.add_argument(
         "--data",
         nargs="+",
-        metavar="DIR",
         help="folder of the toy world of each run (default: data/toy)",
     )
-    parser.add_argument(
-        "--output", default="results", metavar="DIR", help="folder for embeddings.json and .md"
-    )
+    parser.add_argument("--output", default="results", help="folder for embeddings.json and .md")
     parser.add_argument(
         "--table", metavar="FILE", help="print the Markdown page of this embeddings.json and exit"
     )

@@ -36,8 +36,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("predictions", nargs="+", metavar="FILE", help="predictions_<split>.json of evaluate.py")
     text = "output of prepare_annotations.py, one folder for all files or one for each"
-    add("--annotations", nargs="+", default=[cli.ANNOTATIONS], metavar="DIR", help=text)
-    add("--split", default=VALIDATION, metavar="NAME", help="split of the predictions")
+    add("--annotations", nargs="+", default=[cli.ANNOTATIONS], help=text)
+    add("--split", default=VALIDATION, help="split of the predictions")
     add("--output", metavar="FILE", help="JSON file to write")
     return parser.parse_args(argv)
 

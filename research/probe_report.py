@@ -49,14 +49,12 @@ def parse_args(argv=None):
         "--runs",
         nargs="+",
         default=["results/demo"],
-        metavar="DIR",
         help="run folders of worlds.demo",
     )
     add(
         "--data",
         nargs="+",
         default=["data/toy"],
-        metavar="DIR",
         help="folders of their worlds, in the same order",
     )
     add("--output", default="results", help="folder for probe.json and probe.md")

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     text = "folders of their worlds, in the same order"
     add("--data", **several, default=["data/toy"], help=text)
     text = "folder for retrieval.json and retrieval.md"
-    add("--output", default="results", metavar="DIR", help=text)
+    add("--output", default="results", help=text)
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,7 @@
 """Shared by all scripts: `run`, which handles errors and signals, and the common flags."""
 
 import argparse
+import difflib
 import multiprocessing
 import os
 import re
@@ -8,6 +9,7 @@ import select
 import signal
 import stat
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 from runtime import ranks, start
@@ -30,6 +32,17 @@ ENCODER, LM = "facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen2-1.5B"
 CHECKPOINT = "results/ssv2/best.pt"
 TOP_P, TEMPERATURE = 0.95, 0.7  # as in LaViLa's narrator (Zhao et al. 2022, arXiv:2212.04501)
 CHECKPOINT_KINDS = "file, run folder, exported folder or Hub id"
+
+# What the help calls the value of a flag, unless the flag or its type says otherwise
+METAVARS = {
+    "DIR": "annotations charades data examples features labels models output pretrained runs videos",
+    "FILE": "captions lists predictions versus",
+    "MODEL": "encoder lm",
+    "NAME": "device split splits",
+    "PATH": "checkpoint init paraphrases probe",
+    "SECONDS": "max_seconds stride timeout window",
+}
+METAVARS = {name: metavar for metavar, names in METAVARS.items() for name in names.split()}
 
 
 def note(*text):
@@ -137,7 +150,23 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that expands a leading `~` in all values, which shells do not in --output=~/run.
 
     No value may be a URL, because all data and models are read from disk; otherwise it raises UserError.
+    A mistake is one line, and for an unknown flag it names the most similar one.
     """
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, rest = self.parse_known_args(args, namespace)
+        flag = next((text.partition("=")[0] for text in rest if text.startswith("-")), None)
+        if flag:
+            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown flag {flag}{f'; did you mean {similar[0]}?' if similar else ''}")
+        if rest:
+            self.error(f"unexpected argument {rest[0]}")
+        return namespace
+
+    def error(self, message):
+        end = "" if message.endswith("?") else f"; {self.prog} --help lists the flags"
+        print(printable(f"{self.prog}: {message}{end}"), file=sys.stderr)
+        sys.exit(USAGE)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
@@ -177,15 +206,30 @@ def expand_home(value):
 def parser(doc):
     """Create an ArgumentParser whose help is `doc`, the script's docstring, and all flags with defaults."""
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):  # omit "(default: None)"
-            if action.default is None or action.default is False:
-                return action.help
-            return super()._get_help_string(action)
-
     return Parser(
         prog=start.program(), description=doc, formatter_class=Formatter, allow_abbrev=False
     )
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, and short names for the values."""
+
+    def _get_help_string(self, action):
+        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if nothing or "(default" in action.help:
+            return action.help
+        return f"{action.help} (default: {in_words(action.default)})".replace("%", "%%")
+
+    def _get_default_metavar_for_optional(self, action):
+        known = METAVARS.get(action.dest) or getattr(action.type, "metavar", None)
+        return known or super()._get_default_metavar_for_optional(action)
+
+
+def in_words(value):
+    """Return the default of a flag as a user would type it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(in_words, value))
+    return f"{Decimal(str(value)):f}" if isinstance(value, float) else str(value)
 
 
 def add_common(parser, workers=4):
@@ -226,7 +270,7 @@ def add_generation(group):
 def add_sampling(group, text):
     """Add the flags of sampling. text: the help of --sample."""
     add, share = group.add_argument, number(above=0, most=1)
-    add("--sample", type=whole(1), metavar="N", help=text)
+    add("--sample", type=whole(1), help=text)
     text = "sample from the likeliest tokens that together have this probability"
     add("--top-p", type=share, default=TOP_P, help=text)
     add("--temperature", type=number(above=0), default=TEMPERATURE, help="sampling temperature")
@@ -261,6 +305,7 @@ def whole(least, most=None):
             raise argparse.ArgumentTypeError(f"{value} is above {most}")
         return value
 
+    parse.metavar = "N"
     return parse
 
 
@@ -282,6 +327,7 @@ def number(least=None, above=None, below=None, most=None):
             raise argparse.ArgumentTypeError(f"{text} is above {most}")
         return value
 
+    parse.metavar = "X"
     return parse
 
 
@@ -291,6 +337,9 @@ def shard(text):
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 0 <= i < n")
     return int(part), int(parts)
+
+
+shard.metavar = "I/N"
 
 
 def existing(path, what, hint):

@@ -69,6 +69,8 @@ def test_help_shows_every_flag_once(name, capsys):
     flags = re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)
     assert end.value.code == 0 and len(flags) == len(set(flags)) and "--help" in out
     assert out.startswith("usage:") and "python " in out
+    # names of values are short, and defaults are written as a user would type them
+    assert not re.search(r"--[a-z-]+ \[?[A-Z_]{9}|default: [\[(']|default: \S*e-", out)
 
 
 @pytest.mark.parametrize("name", ["train", "worlds.demo"])
@@ -93,7 +95,9 @@ def test_help_names_the_command_that_was_typed(name):
         ("prepare_annotations --labels /nowhere", 2, "--labels not found: /nowhere"),
         ("train --epochs 0", 2, "argument --epochs: 0 is below 1"),
         ("train --lr nan", 2, "argument --lr"),
-        ("train --batch 3", 2, "unrecognized arguments: --batch 3"),
+        ("train --batch 3", 2, "train.py: unknown flag --batch; did you mean --batch-size?\n"),
+        ("train --frobnicate", 2, "unknown flag --frobnicate; train.py --help lists the flags\n"),
+        ("train 3", 2, "unexpected argument 3; train.py --help lists the flags\n"),
         ("preprocess_ssv2 --shard 3/3", 2, "is not i/n with 0 <= i < n"),
         (
             "viz.app --checkpoint /nowhere.pt",
@@ -142,7 +146,7 @@ def test_a_mistake_is_printed_without_a_traceback(command, tmp_path):
     name, *args = shlex.split(command)
     done = script(name, *args, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    assert done.stderr.startswith("usage:") or done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path):

@@ -56,20 +56,16 @@ def parse_args(argv=None):
         help="longest clip, in seconds",
     )
     group.add_argument(
-        "--max-megabytes", type=cli.whole(1), default=100, metavar="N", help="largest upload, in MB"
+        "--max-megabytes", type=cli.whole(1), default=100, help="largest upload, in MB"
     )
-    group.add_argument(
-        "--examples", default="data/toy/videos", metavar="DIR", help="folder of example clips"
-    )
+    group.add_argument("--examples", default="data/toy/videos", help="folder of example clips")
     group = parser.add_argument_group("server")
     group.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 also accepts connections from other machines",
     )
-    group.add_argument(
-        "--port", type=cli.whole(1, 65535), default=7860, metavar="N", help="port of the page"
-    )
+    group.add_argument("--port", type=cli.whole(1, 65535), default=7860, help="port of the page")
     cli.add_common(parser, workers=1)
     return parser.parse_args(argv)
 

@@ -47,7 +47,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output",
         default="results/attention",
-        metavar="DIR",
         help="folder to write the pictures to",
     )
     cli.add_common(parser, workers=2)

@@ -36,17 +36,12 @@ def parse_args(argv=None):
         "--gif", action="store_true", help="write GIFs (the default, unless --video is set)"
     )
     parser.add_argument("--video", action="store_true", help="write MP4s (H.264)")
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder to write to (default: that of CAPTIONS.jsonl)"
-    )
+    parser.add_argument("--output", help="folder to write to (default: that of CAPTIONS.jsonl)")
     group = parser.add_argument_group("references")
-    group.add_argument(
-        "--videos", default=cli.VIDEOS, metavar="DIR", help="folder of labelled clips"
-    )
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder of labelled clips")
     group.add_argument(
         "--annotations",
         default=cli.ANNOTATIONS,
-        metavar="DIR",
         help="output of prepare_annotations.py",
     )
     group = parser.add_argument_group("common")

@@ -47,35 +47,29 @@ def parse_args(argv=None):
     group.add_argument(
         "--predictions",
         nargs="+",
-        metavar="FILE",
         help="show these predictions, which evaluate.py --predictions must have scored",
     )
     group.add_argument(
         "--versus",
         nargs="+",
-        metavar="FILE",
         help="also show these files, the captions of another model for the same clips",
     )
     group.add_argument(
         "--annotations",
         default=cli.ANNOTATIONS,
-        metavar="DIR",
         help="output of prepare_annotations.py",
     )
-    group.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
+    group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     group = parser.add_argument_group("page")
     group.add_argument(
         "--embed",
         type=cli.whole(1),
         nargs="?",
         const=100,
-        metavar="N",
         help="show a sample of N clips (100 without a number), as GIFs inside the page",
     )
     group.add_argument("--output", metavar="FILE", help="page to write (default: in RUN)")
-    group.add_argument(
-        "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
-    )
+    group.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the sample")
     cli.add_workers(group, 4)
     return parser.parse_args(argv)
 

@@ -33,23 +33,17 @@ def parse_args(argv=None):
         "--predictions",
         nargs="+",
         required=True,
-        metavar="FILE",
         help="predictions written by evaluate.py",
     )
     parser.add_argument(
         "--annotations",
         default=cli.ANNOTATIONS,
-        metavar="DIR",
         help="output of prepare_annotations.py",
     )
-    parser.add_argument("--videos", default=cli.VIDEOS, metavar="DIR", help="folder of the clips")
+    parser.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     parser.add_argument("--split", default=VALIDATION, help="split of the predictions")
-    parser.add_argument(
-        "--num-samples", type=cli.whole(1), default=4, metavar="N", help="clips to draw"
-    )
-    parser.add_argument(
-        "--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the sample"
-    )
+    parser.add_argument("--num-samples", type=cli.whole(1), default=4, help="clips to draw")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the sample")
     parser.add_argument("--output", required=True, metavar="FILE", help="PNG file to write")
     return parser.parse_args(argv)
 

@@ -46,12 +46,12 @@ SCORES = {
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--data", default="data/tabletop", metavar="DIR", help="folder of the tabletop world")
-    add("--pretrained", default="data/pretrained", metavar="DIR", help="folder of the models")
-    add("--output", default="results/tabletop", metavar="DIR", help="run folder")
-    add("--clips", type=cli.whole(50), default=6000, metavar="N", help="number of training clips")
-    add("--epochs", type=cli.whole(1), default=4, metavar="N", help="passes over the clips")
-    add("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the world and the run")
+    add("--data", default="data/tabletop", help="folder of the tabletop world")
+    add("--pretrained", default="data/pretrained", help="folder of the models")
+    add("--output", default="results/tabletop", help="run folder")
+    add("--clips", type=cli.whole(50), default=6000, help="number of training clips")
+    add("--epochs", type=cli.whole(1), default=4, help="passes over the clips")
+    add("--seed", type=cli.whole(0), default=0, help="seed of the world and the run")
     text = "auto: bfloat16 if the processor supports it, else float32, which takes twice as long"
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
     return parser.parse_args(argv)
