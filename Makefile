@@ -24,20 +24,18 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-.venv/demo: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz]'
-	touch $@
+.venv/demo: EXTRAS = viz
+.venv/tabletop: EXTRAS = viz,tabletop
+.venv/test: EXTRAS = viz,app,dev
 
-.venv/tabletop: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz,tabletop]'
-	touch $@
-
-.venv/test: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz,app,dev]'
-	touch $@
+# An older Python is refused first, because pip would search for versions that support it for minutes.
+.venv/demo .venv/tabletop .venv/test: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
+	needed, but $(PYTHON) is %d.%d; use another one with: make PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "Installing PyTorch and other packages (up to 3 GB) into .venv"
+	@$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
 
 clean:
 	rm -rf .venv data/toy data/ablation results/demo results/ablation_runs

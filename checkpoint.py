@@ -40,7 +40,7 @@ from runtime.cli import note
 from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.feature_cache import Manifest, is_count, source_numbers
 from runtime.files import read_json, read_torch
-from runtime.names import counted
+from runtime.names import counted, first_few
 from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS, read_args
 
 VERSION = 1
@@ -265,6 +265,15 @@ def warn_if_untrained(checkpoint, style):
             f"WARNING: no {style} was among the captions that this checkpoint was trained on; --style"
             f" {style} may write nonsense"
         )
+
+
+def note_world(checkpoint):
+    """Print a note if a checkpoint was trained on a synthetic world: it describes any clip with its nouns."""
+    world = checkpoint["manifest"].info.get("world")
+    if isinstance(world, dict) and world.get("synthetic"):
+        nouns = world.get("nouns")
+        nouns = first_few([*map(str, nouns)], 6) if isinstance(nouns, list) else "few objects"
+        note(f"note: this model was trained on a synthetic world and only knows {nouns}")
 
 
 def load_models(checkpoint, device, dtype, encoder=None, lm=None):

@@ -12,6 +12,7 @@ torchrun).
 
 import runtime.start
 
+import os
 import shutil
 import time
 from collections import Counter, deque
@@ -44,7 +45,15 @@ from runtime.feature_cache import (
     source_entry,
     verify,
 )
-from runtime.files import in_shard, json_bytes, lock, remove_unfinished, torch_bytes, write_new
+from runtime.files import (
+    in_shard,
+    json_bytes,
+    lock,
+    read_json,
+    remove_unfinished,
+    torch_bytes,
+    write_new,
+)
 from runtime.names import counted, first_few, list_names, visible
 
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
@@ -295,7 +304,7 @@ def matching_encoder(args, features, device, dtype):
     if not existing and not args.dry_run:
         # without the date, so that caches of the same features are byte-identical
         versions = {name: version(name) for name in ("torch", "transformers", "av")}
-        info = hub.record("encoder", args.encoder) | {"versions": versions}
+        info = hub.record("encoder", args.encoder) | {"versions": versions} | world_of(args.videos)
         manifest = Manifest(encoder.settings, info)
         # if several shards start together, one writes the manifest and the others are checked against it
         write_new(features / MANIFEST, json_bytes(manifest.as_dict()))
@@ -303,6 +312,13 @@ def matching_encoder(args, features, device, dtype):
     if existing:
         encoder.settings.check_same(existing, f"the cache {features}")
     return encoder
+
+
+def world_of(videos):
+    """Return {"world": content of world.json} if a synthetic world wrote the folder of the clips, else {}."""
+    path = Path(os.path.abspath(videos)).parent / "world.json"
+    world = read_json(path, "world") if path.is_file() else None
+    return {"world": world} if isinstance(world, dict) else {}
 
 
 def encode_all(encoder, work, features, batch_size, pool, log_failure, log_source):

@@ -14,7 +14,9 @@ import pytest
 from conftest import until
 
 import infer
+import prepare_annotations
 import probe
+from runtime.files import write_json
 from viz import app
 from windows import Windowing
 
@@ -126,6 +128,18 @@ def test_files_of_the_server_cannot_be_downloaded(address, world, trained):
     for path in ("/etc/hostname", trained / "args.json", world / "toy.json", HERE / "README.md"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+
+
+def test_examples_are_clips_that_were_not_trained_on(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.webm", "b.txt"):
+        (tmp_path / "videos" / name).touch()
+    assert len(app.example_clips(tmp_path / "videos", 0)) == 2
+    (tmp_path / "annotations").mkdir()
+    write_json(
+        tmp_path / "annotations" / "validation.json", [prepare_annotations.record("b", label="x")]
+    )
+    assert [p.name for p in app.example_clips(tmp_path / "videos", 0)] == ["b.webm"]
 
 
 def test_an_example_clip_can_be_captioned(page):

@@ -5,6 +5,8 @@ import json
 import shlex
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import until
@@ -40,7 +42,13 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
     assert summary["cider"] > summary["cider_still"] > 0
     assert summary["clips"]["train"] == 300 and summary["trainable_parameters"] > 100_000
     assert set(summary["seconds"]) > {"total", "world", "features", "training", "evaluation"}
-    assert "validation: clips never seen" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "validation: clips never seen" in printed.out
+    assert "synthetic world and only knows bar, cross, disc, fence, ladder, pole\n" in printed.err
+    infer, app = (line.split() for line in printed.err.splitlines() if line.startswith("    "))
+    assert Path(infer[0]).resolve() == Path(sys.executable).resolve() or infer[0] == "python"
+    clips = importlib.import_module("infer").parse_args(infer[2:]).clips
+    assert [Path(p).is_dir() for p in clips] == [True] and app[-6:-4] == ["-m", "viz.app"]
     assert {c.split()[0] for c in in_process} == {
         *("-m", "prepare_annotations.py", "preprocess_ssv2.py", "train.py"),
         *("evaluate.py", "infer.py"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,20 @@ def test_a_mistake_is_printed_without_a_traceback(command, tmp_path):
     done = script(name, *args, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.count("\n") == 1
+
+
+def test_make_refuses_an_old_python_at_once(tmp_path):
+    """pip searched for minutes for versions of the packages that support Python 3.10."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    old, code = tmp_path / "old", "import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not (tmp_path / ".venv").exists() and not done.stdout
+    assert f"Python 3.11 or newer is needed, but {old} is 3.10" in done.stderr
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path):

@@ -20,8 +20,8 @@ import torch
 import heads
 import video
 import windows
-from checkpoint import load_models, read_checkpoint
-from dataset import STYLES, by_hash
+from checkpoint import load_models, note_world, read_checkpoint
+from dataset import STYLES, VALIDATION, by_hash, load_records
 from runtime import cli, devices
 from runtime.cli import note
 from runtime.clip_files import is_video
@@ -52,7 +52,6 @@ def parse_args(argv=None):
         "--max-seconds",
         type=cli.number(above=0),
         default=120,
-        metavar="N",
         help="longest clip, in seconds",
     )
     group.add_argument(
@@ -74,6 +73,7 @@ def main(argv=None):
     args = parse_args(argv)
     draw_text.require("gradio", "PIL", "matplotlib", extra="app")
     checkpoint = read_checkpoint(args.checkpoint)
+    note_world(checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     templates = checkpoint.get("templates", [])
@@ -111,8 +111,15 @@ def serve(blocks, host, port, max_megabytes):
 
 
 def example_clips(folder, seed):
-    """Sample up to EXAMPLES clips of a folder. Returns an empty list if the folder does not exist."""
+    """Sample up to EXAMPLES clips of a folder. Returns an empty list if the folder does not exist.
+
+    If there are annotations beside it, only clips of the validation split are used.
+    """
     names = {path.name: path for path in list_files(folder) if is_video(path)}
+    annotations = folder.parent / "annotations"
+    if (annotations / f"{VALIDATION}.json").is_file():
+        held_out = {r["id"] for r in load_records(annotations, VALIDATION)}
+        names = {name: path for name, path in names.items() if path.stem in held_out}
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
 
 

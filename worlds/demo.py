@@ -13,11 +13,13 @@ import runtime.start
 
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from runtime import cli, start
@@ -88,9 +90,24 @@ def main(argv=None):
     write_json(run / "summary.json", summary)
     print(table(summary))
     note(f"wrote {run / 'summary.json'}, {run / 'curves.png'} and {run / 'gallery.html'}")
+    data, output, python = shlex.quote(args.data), shlex.quote(args.output), python_command()
+    app = f"{python} -m viz.app --checkpoint {output} --examples {data}/videos"
+    if not find_spec("gradio"):
+        app = f"{python} -m pip install -c constraints.txt -e '.[app]' && {app}"
+    caption = f"{python} infer.py {data}/videos --limit 5 --checkpoint {output}"
     note(
-        f"to try single clips in a browser: python -m viz.app --checkpoint {shlex.quote(args.output)}"
+        f"\ncaption other clips of the toy world:\n    {caption}\nthe same in a browser:\n    {app}"
     )
+
+
+def python_command():
+    """Return the command that starts this Python in the user's shell, which may have no active venv."""
+    found = shutil.which("python")
+    if found and Path(found).absolute().parent == Path(sys.executable).absolute().parent:
+        return "python"
+    path = Path(sys.executable)
+    inside = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
 def steps(args):

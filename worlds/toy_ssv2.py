@@ -31,8 +31,9 @@ from tqdm import tqdm
 from runtime import cli
 from runtime.cli import add_workers, parser, whole
 from runtime.errors import FAILED, UserError
+from runtime.files import write_json
 from runtime.names import counted
-from worlds.shapes import ACTIONS, paraphrases_of, plan
+from worlds.shapes import ACTIONS, SHAPES, paraphrases_of, plan
 from worlds.shapes_video import render
 from worlds.ssv2_files import (
     ignore_interrupt,
@@ -79,6 +80,7 @@ def main(argv=None):
     settings |= {"old_names": args.old_names, "lm_steps": args.lm_steps}
     mark_started(root, settings)
     clips = plan(args.clips, args.seed)
+    write_json(root / "world.json", {"name": "shapes", "synthetic": True, "nouns": sorted(SHAPES)})
     templates = {action.keyword: action.template for action in ACTIONS}
     prefix = OLD_PREFIX if args.old_names else ""
     make_folder(root, "labels", lambda folder: write_labels(folder, clips, templates, prefix))
