@@ -41,7 +41,12 @@ from runtime.errors import FAILED, UserError, out_of_memory
 from runtime.feature_cache import Manifest, is_count, source_numbers
 from runtime.files import read_json, read_torch
 from runtime.names import counted, first_few
-from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS, read_args
+from runtime.run_folder import BEST, CORRUPT, LAST, PREVIOUS, read_args, trained_runs
+
+NO_CHECKPOINT = (
+    "No checkpoint is distributed: train one with train.py, or run `make demo` for one of the toy world"
+    " (results/demo)."
+)
 
 VERSION = 1
 
@@ -79,10 +84,9 @@ def read_checkpoint(path, flag="--checkpoint"):
     if not exported and os.path.isdir(location):
         path = location = location / BEST
     if not exported and not os.path.isfile(location):  # Path.is_file raises if the name is too long
-        raise UserError(
-            f"{flag} {path} does not exist. No checkpoint is distributed: train one with train.py, or"
-            " run `make demo` for one of the toy world (results/demo)."
-        )
+        runs = ", ".join(f"{flag} {run}" for run in trained_runs()[:5])
+        hint = f"Runs of train.py in this folder: {runs}." if runs else NO_CHECKPOINT
+        raise UserError(f"{flag} {path} does not exist. {hint}")
     try:
         checkpoint = read_export(location) if exported else read_torch(location)
     except PermissionError as error:

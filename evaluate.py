@@ -37,7 +37,7 @@ from dataset import (
     shared_memory,
 )
 from dataset import batches as read_batches
-from runtime import class_scores, cli, devices, distributed, hub, ranks
+from runtime import class_scores, cli, devices, distributed, hub, ranks, run_folder
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest, require_features
@@ -53,8 +53,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("what to score").add_argument
     add("--checkpoint", default=cli.CHECKPOINT, help=cli.CHECKPOINT_KINDS)
-    add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
-    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    cli.add_cached(add)
     add(
         "--predictions",
         nargs="+",
@@ -124,6 +123,7 @@ def parse_args(argv=None):
         parser.refuse_given(args, names, "cannot be used with --versus")
     else:
         parser.refuse_given(args, ["common"], "needs --versus")
+    run_folder.fill_paths(args, args.predictions[0] if args.predictions else args.checkpoint)
     return args
 
 

@@ -60,8 +60,7 @@ MAY_CHANGE |= {"split", "windows", "submission", "allow_missing"}
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
-    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    cli.add_cached(add)
     text = f"folder for the results (default: {OUTPUT}, or the folder of --evaluate)"
     add("--output", help=text)
     text = "maximum number of clips per split without features; they are skipped"
@@ -114,6 +113,7 @@ def parse_args(argv=None):
         parser.error("--control needs --evaluate")
     if args.submission:
         cli.output_folder(Path(args.submission).parent, "--submission")
+    run_folder.fill_paths(args, args.evaluate)
     return args
 
 

@@ -80,8 +80,7 @@ def parse_args(argv=None):
     text = "print the captions and clips of --split that are nearest to this video file"
     mode.add_argument("--query", metavar="CLIP", help=text)
     add = parser.add_argument_group("data").add_argument
-    add("--features", default=cli.FEATURES, help="feature cache written by preprocess_ssv2.py")
-    add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
+    cli.add_cached(add)
     add("--split", default=VALIDATION, help="split to score or search")
     text = f"folder for the results (default: {OUTPUT}, or that of --checkpoint)"
     add("--output", help=text)
@@ -117,7 +116,9 @@ def parse_args(argv=None):
     add("--encoder", help="folder of the video encoder for --query, if it has moved")
     cli.add_common(parser)
     args = parser.parse_args(argv)
-    if args.evaluate or args.text is not None or args.query:
+    finished = args.evaluate or args.text is not None or args.query
+    run_folder.fill_paths(args, args.checkpoint if finished else None)
+    if finished:
         parser.refuse_given(args, TRAINING, "can only be used for training")
     else:
         names = ("checkpoint", "encoder", "top")

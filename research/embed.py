@@ -28,7 +28,7 @@ from evaluate import default_output
 from research import embeddings, retrieval, scenes
 from research.words import Corpus, sample_labels
 from research.words import draw as draw_words
-from runtime import cli, devices
+from runtime import cli, devices, run_folder
 from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
@@ -58,16 +58,7 @@ def parse_args(argv=None):
     mode.add_argument("--words", metavar="CLIP", help="print the tokens nearest to each query")
     group = parser.add_argument_group("model and data")
     cli.add_models(group)
-    group.add_argument(
-        "--features",
-        default=cli.FEATURES,
-        help="feature cache of preprocess_ssv2.py",
-    )
-    group.add_argument(
-        "--annotations",
-        default=cli.ANNOTATIONS,
-        help="output of prepare_annotations.py",
-    )
+    cli.add_cached(group.add_argument)
     group.add_argument("--split", default=VALIDATION, help="split to search")
     missing = {"type": cli.whole(0), "default": 0, "metavar": "N"}
     group.add_argument("--allow-missing", **missing, help="number of clips that may lack features")
@@ -96,7 +87,9 @@ def parse_args(argv=None):
         " embeddings_<split>.npz, match_<a>_<b>.png or words_<clip>.png in the checkpoint's folder)",
     )
     cli.add_common(parser, workers=2)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    run_folder.fill_paths(args, args.checkpoint)
+    return args
 
 
 def main(argv=None):

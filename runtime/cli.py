@@ -247,6 +247,14 @@ def add_common(parser, workers=4):
     group.add_argument("--seed", type=whole(0), default=0, help="random seed")
 
 
+def add_cached(add):
+    """Add --features and --annotations. If they are not given, `run_folder.fill_paths` sets them."""
+    text = "{} (default: as in args.json of the run that is scored or searched, else {})"
+    add("--features", help=text.format("feature cache written by preprocess_ssv2.py", FEATURES))
+    text = text.format("folder written by prepare_annotations.py", ANNOTATIONS)
+    add("--annotations", help=text)
+
+
 def add_models(group):
     """Add the flags that name a checkpoint and the models it was trained with."""
     group.add_argument("--checkpoint", default=CHECKPOINT, help=CHECKPOINT_KINDS)

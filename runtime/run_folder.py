@@ -13,11 +13,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from runtime import devices, distributed, ranks
-from runtime.cli import drop_closed_streams, note, output_folder
+from runtime.cli import ANNOTATIONS, FEATURES, drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
@@ -120,6 +121,29 @@ def read_args(folder):
     except UserError:
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def fill_paths(args, checkpoint=None):
+    """Set --features and --annotations, if they were not given, to those of a run, or else the defaults.
+
+    checkpoint: the run folder or a file in it, or None. Folders that no longer exist are not used.
+    """
+    path = Path(checkpoint or "")
+    known = (
+        read_args(path if os.path.isdir(path) else path.parent).get("args") if checkpoint else {}
+    )
+    for name, default in (("features", FEATURES), ("annotations", ANNOTATIONS)):
+        if getattr(args, name, "") is None:
+            folder = known.get(name) if isinstance(known, dict) else None
+            usable = isinstance(folder, str) and os.path.isdir(folder)
+            setattr(args, name, folder if usable else default)
+
+
+def trained_runs(parent="results"):
+    """Return the folders of finished or stopped runs of train.py, as in the default of --output."""
+    folders = [path.parent for path in Path(parent).glob(f"*/{BEST}")]
+    args = {folder: read_args(folder).get("args") for folder in sorted(folders)}
+    return [f for f, found in args.items() if isinstance(found, dict) and "num_blocks" in found]
 
 
 def find(folder, patterns):

@@ -17,8 +17,12 @@ import pytest
 from conftest import train_flags, until
 from pages import README, pages, prose
 
-from runtime import start
+import evaluate
+import probe
+import retrieve
+from runtime import cli, start
 from runtime.errors import UserError
+from runtime.files import write_json
 from tools import doctor
 
 HERE = Path(__file__).parent.parent
@@ -148,6 +152,40 @@ def test_a_mistake_is_printed_without_a_traceback(command, tmp_path):
     done = script(name, *args, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.count("\n") == 1
+
+
+def test_data_are_found_in_the_run_folder(tmp_path, monkeypatch):
+    """evaluate.py --checkpoint results/demo looked for the annotations and features of SSv2."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "data/features", "data/annotations", "results/a", "results/b"):
+        Path(name).mkdir(parents=True)
+    known = {"features": "data/features", "annotations": "data/annotations", "num_blocks": 1}
+    for run in ("run", "results/a"):
+        write_json(Path(run, "args.json"), {"args": known})
+    for flags, name in (
+        ("--checkpoint run", "evaluate"),
+        ("--checkpoint run/best.pt", "evaluate"),
+        ("--predictions run/predictions_validation.json", "evaluate"),
+        ("--evaluate run", "probe"),
+        ("--checkpoint run --text cup", "retrieve"),
+        ("--checkpoint run --text cup", "research.embed"),
+    ):
+        args = importlib.import_module(name).parse_args(flags.split())
+        assert (args.features, args.annotations) == ("data/features", "data/annotations"), flags
+    given = retrieve.parse_args(["--checkpoint", "run", "--evaluate", "--features", "data"])
+    assert (given.features, given.annotations) == ("data", "data/annotations")
+    Path("data/features").rmdir()
+    assert evaluate.parse_args(["--checkpoint", "run"]).features == cli.FEATURES
+    assert retrieve.parse_args([]).features == probe.parse_args([]).features == cli.FEATURES
+
+    # without --checkpoint, infer.py names the runs that are there
+    Path("results/a/best.pt").touch()
+    Path("results/b/best.pt").touch()
+    Path("clip.mp4").touch()
+    with pytest.raises(
+        UserError, match=r"Runs of train.py in this folder: --checkpoint results/a\.$"
+    ):
+        importlib.import_module("infer").main(["clip.mp4"])
 
 
 def test_make_refuses_an_old_python_at_once(tmp_path):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import metrics
 from dataset import STYLES, VALIDATION, by_hash, load_records
 from evaluate import score
-from runtime import cli, clip_files
+from runtime import cli, clip_files, run_folder
 from runtime.cli import note
 from runtime.decode_workers import WorkerPool
 from runtime.errors import UserError, refuse_file
@@ -56,8 +56,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--annotations",
-        default=cli.ANNOTATIONS,
-        help="output of prepare_annotations.py",
+        help=f"output of prepare_annotations.py (default: that of RUN, else {cli.ANNOTATIONS})",
     )
     group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     group = parser.add_argument_group("page")
@@ -76,6 +75,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    run_folder.fill_paths(args, args.run)
     if args.embed:
         draw_text.require("PIL")
     run = Path(args.run)
