@@ -41,7 +41,7 @@ from runtime import class_scores, cli, devices, distributed, hub, ranks, run_fol
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest, require_features
-from runtime.files import in_shard, write_json
+from runtime.files import in_shard, json_bytes, write_json
 from runtime.names import counted, first_few
 from runtime.predictions import read_predictions, write_predictions
 
@@ -98,6 +98,9 @@ def parse_args(argv=None):
         " template, on the same clips",
     )
     add("--no-meteor", action="store_true", help="skip METEOR, which takes 10 s to start")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the scores as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     group = parser.add_argument_group("generation")
     add = group.add_argument
     add("--batch-size", type=cli.whole(1), default=BATCH, help="clips per batch")
@@ -205,15 +208,20 @@ def main(argv=None):
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"evaluation_{name}.json", result)
-    print(metrics.format_table(result))
-    if probe:
-        p = result["probe"]
-        print(
-            f"probe: template accuracy {p['probe']:.3f}, captions {p['captions']:.3f} on the same"
+    print(json_bytes(result).decode() if args.json else as_text(result, args.markdown))
+    note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def as_text(result, markdown):
+    """Format the scores for people: a table, and the counts of `compare_with_probe` if there are any."""
+    text = (metrics.format_markdown if markdown else metrics.format_table)(result)
+    if p := result.get("probe"):
+        text += (
+            f"\nprobe: template accuracy {p['probe']:.3f}, captions {p['captions']:.3f} on the same"
             f" {counted(p['n'], 'clip')}; right: both {p['both']}, only the probe {p['only_probe']}, only the"
             f" captions {p['only_captions']}, neither {p['neither']}"
         )
-    note(f"written to {output / f'evaluation_{name}.json'}")
+    return text
 
 
 def captions_of(paths, records, all_records):

@@ -181,6 +181,16 @@ class _Texts:
         return {metric: values for metric, values in found.items() if values}
 
 
+def _oracle(samples, texts, skipped):
+    """Return {metric: mean over clips of the highest score of any sample}. samples: {id: list of texts}."""
+    kth = (
+        {i: drawn[k % len(drawn)] for i, drawn in samples.items()}
+        for k in range(max(map(len, samples.values())))
+    )
+    found = [texts.per_clip(captions, skipped) for captions in kth]
+    return {m: _mean({i: max(f[m][i] for f in found) for i in v}) for m, v in found[0].items()}
+
+
 def score(
     predictions,
     records,
@@ -206,6 +216,7 @@ def score(
 
     `result` can be written as JSON. Its keys:
         n: the number of clips.
+        empty: the number of empty captions.
         metrics: CIDEr in 0..10, the others in 0..1.
         controls: `shuffled` gives every clip the prediction of another clip, `most_frequent` gives all
             clips the same caption, `ceiling` is the mean over clips of the highest CIDEr of any of their
@@ -254,16 +265,10 @@ def score(
     if "CIDEr" in main:
         controls["ceiling"] = {"CIDEr": _mean(texts.cider.ceiling(references))}
     if samples:
-        kth = (
-            {i: drawn[k % len(drawn)] for i, drawn in samples.items()}
-            for k in range(max(map(len, samples.values())))
-        )
-        found = [texts.per_clip(captions, skipped) for captions in kth]
-        controls["oracle"] = {
-            m: _mean({i: max(f[m][i] for f in found) for i in v}) for m, v in found[0].items()
-        }
+        controls["oracle"] = _oracle(samples, texts, skipped)
     result = {
         "n": len(records),
+        "empty": sum(not text.strip() for text in systems["main"].values()),
         "metrics": _pick(scores["main"], (*CAPTION_METRICS, *PER_CLIP)),
         "controls": controls,
         "ci95": {metric: bootstrap([*v.values()], seed) for metric, v in main.items()},
@@ -420,6 +425,8 @@ def notes(result):
     """Return the lines to print below the scores of `score` or `compare`."""
     scale = "CIDEr is on a 0-10 scale (papers print it x100)"
     lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
+    if empty := result.get("empty"):
+        lines.append(f"empty: {counted(empty, 'caption')}")
     if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
     if CHARACTERS in result["tokenizer"]:
@@ -438,6 +445,13 @@ def format_table(result):
     """Format the rows and notes of `table` as text for a terminal."""
     rows, lines = table(result)
     return "\n".join(aligned(rows) + lines)
+
+
+def format_markdown(result):
+    """Format the rows and notes of `table` as Markdown."""
+    (head, *rows), lines = table(result)
+    rows = [head, ["---"] * len(head), *rows]
+    return "\n".join([f"| {' | '.join(row)} |" for row in rows] + [""] + [f"- {x}" for x in lines])
 
 
 def aligned(rows):

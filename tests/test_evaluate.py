@@ -73,17 +73,18 @@ def test_scoring_with_missing_clips_needs_a_flag_and_is_reported(run, prepared, 
 def test_rescoring_needs_no_model(run, trained, capsys):
     """The parts of a sharded run can also be scored together."""
     whole = load(trained / "evaluation_validation.json")
-    out = run("--predictions", trained / "predictions_validation.json", checkpoint=False)
+    out = run("--predictions", trained / "predictions_validation.json", "--json", checkpoint=False)
     # under its own name, since it once replaced the scores of the run
     again = load(out / "evaluation_validation_rescored.json")
     assert again["metrics"] == whole["metrics"] and again["controls"] == whole["controls"]
-    assert "CIDEr" in capsys.readouterr().out
+    assert json.loads(capsys.readouterr().out) == again
     for part in ("0/2", "1/2"):
         run("--shard", part)
     parts = sorted(out.glob("predictions_validation_part*.json"))
     assert len(parts) == 2
-    run("--predictions", *parts, checkpoint=False)
+    run("--predictions", *parts, "--markdown", checkpoint=False)
     assert load(out / "evaluation_validation_rescored.json")["metrics"] == whole["metrics"]
+    assert f"\n| CIDEr | {whole['metrics']['CIDEr']:.3f} | " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"\d+ of \d+ clips have no prediction"):
         run("--predictions", parts[0], "--output", out / "new", checkpoint=False)
     assert not (out / "new").exists()
@@ -272,14 +273,14 @@ def test_samples_of_the_same_name_are_all_copied(tmp_path):
         (("/nowhere/a.mp4",), "clip not found: /nowhere/a.mp4"),
         (("CLIP", "--sidecar", "--format", "csv"), "--sidecar writes text, srt or vtt"),
         (("CLIP", "--format", "csv", "--output", "."), "needs the name of a file"),
-        (("CLIP", "CLIP", "--format", "srt"), "srt holds a single film; for 2 clips"),
+        (("FOLDER", "--format", "srt"), r"srt holds a single film; for \d\d+ clips"),
         (("--num-samples", "2", "--annotations", "/nowhere"), "no annotations for split 'test'"),
     ],
 )
 def test_infer_usage_errors(world, trained, args, message):
-    clip = next((world / "videos").iterdir())
+    known = {"CLIP": next((world / "videos").iterdir()), "FOLDER": world / "videos"}
     with pytest.raises(UserError, match=message):
-        caption(trained, *(clip if arg == "CLIP" else arg for arg in args))
+        caption(trained, *(known.get(arg, arg) for arg in args))
 
 
 def test_an_empty_folder_is_refused(trained, tmp_path):

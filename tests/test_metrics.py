@@ -430,11 +430,12 @@ def test_java_output_that_is_no_score_is_refused(tmp_path, monkeypatch, answer):
 
 def test_without_java(no_java):
     records = world(5)
-    result, _ = score(labels(records), records)
+    result, _ = score(labels(records) | {"4": " "}, records)
     assert result["tokenizer"] == "simple" and "METEOR" not in result["metrics"]
     assert result["skipped"]["METEOR"] == "java not found"
     text = metrics.format_table(result)
     assert "tokenizer simple" in text and "NOT comparable with published ones" in text
+    assert "\nempty: 1 caption\n" in text
     json.dumps(result, allow_nan=False)
 
 
