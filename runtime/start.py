@@ -6,6 +6,7 @@ handle it, so it does not print a traceback from the middle of an import.
 """
 
 import os
+import re
 import signal
 import sys
 from importlib.util import find_spec
@@ -76,8 +77,29 @@ def open_standard_streams():
             setattr(sys, name, open(null, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
 
 
+class Lines:
+    """A stream for a file or pipe, in which each update of a progress bar is a line without control codes."""
+
+    def __init__(self, stream):
+        self.stream, self.at_start = stream, True
+
+    def write(self, text):
+        if "\r" in text or "\033" in text:
+            bars = [part.strip() for part in re.split("\r|\033\\[A", text)]
+            text = "".join(bar + "\n" for bar in bars if bar)
+            text = "\n" + text if text and not self.at_start else text
+        elif self.at_start and not text.strip("\n"):  # where a bar ends
+            text = ""
+        if text:
+            self.stream.write(text)
+            self.at_start = text.endswith("\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def set_progress_bars():
-    """Show the progress in the first process of torchrun only, and every 10 s if it goes to a file.
+    """Show the progress in the first process of torchrun only, and as a line every 10 s in a file.
 
     tqdm reads these variables when it is imported.
     """
@@ -85,6 +107,7 @@ def set_progress_bars():
         os.environ["TQDM_DISABLE"] = "1"
     elif not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
+        sys.stderr = Lines(sys.stderr)
 
 
 def hold_signals():
