@@ -54,7 +54,7 @@ from runtime.files import (
     torch_bytes,
     write_new,
 )
-from runtime.names import counted, first_few, list_names, visible
+from runtime.names import counted, duration, file_size, first_few, list_names, visible
 
 FAILURES = "failures"  # the name of failures.jsonl in clip_log
 
@@ -374,8 +374,10 @@ def print_disk(settings, clips, features):
     stored = {"features": torch.zeros(shape, dtype=dtype), "scale": torch.zeros(2 * shape[1])}
     one = len(torch_bytes(stored))
     needed, free = one * clips, shutil.disk_usage(nearest_folder(features)).free
-    print(f"bytes per clip   {one:,}")
-    print(f"bytes needed     {needed:,} for {counted(clips, 'clip')}, {free:,} free")
+    print(f"disk per clip    {file_size(one)}")
+    print(
+        f"disk needed      {file_size(needed)} for {counted(clips, 'clip')}; {file_size(free)} free"
+    )
     if needed > free:
         print("                 NOT ENOUGH: --pool 2 needs a quarter, --pool 4 a sixteenth")
 
@@ -387,14 +389,10 @@ def print_time(encoder, todo, batch_size, pool):
     results = dict(encode_files(encoder, sample, batch_size, pool))
     seconds = (time.perf_counter() - start) / len(sample) * len(todo)
     print(
-        f"estimated time   {hours(seconds)}, from {counted(len(sample), 'timed clip')} including start-up"
+        f"estimated time   {duration(seconds)}, from {counted(len(sample), 'timed clip')} including start-up"
     )
     if failed := sum(isinstance(result, VideoError) for result in results.values()):
         print(f"failed           {failed} of {counted(len(sample), 'timed clip')}")
-
-
-def hours(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds:.0f} s"
 
 
 def nearest_folder(path):

@@ -54,7 +54,7 @@ from runtime.feature_cache import (
 from runtime.files import json_line, write_json
 from runtime.head_run import HeadRun
 from runtime.intervals import bootstrap
-from runtime.names import counted, to_utf8
+from runtime.names import counted, file_size, to_utf8
 from runtime.retrieval_scores import RECALLS, Pairs, summary
 from runtime.run_log import truncate_log
 
@@ -382,7 +382,7 @@ def print_plan(args, state, clips, held_out, scored, texts, manifest):
         f"parameters   {size:,}\n"
         f"clips        {len(clips):,} training, {len(held_out):,} held out, {len(scored):,} {args.split}\n"
         f"captions     {len(texts):,} distinct\n"
-        f"reading      {epoch / 1e9:,.1f} GB per epoch"
+        f"reading      {file_size(epoch)} per epoch"
     )
 
 

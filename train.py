@@ -66,7 +66,7 @@ from runtime.feature_cache import (
     require_features,
 )
 from runtime.files import write_json
-from runtime.names import counted
+from runtime.names import counted, duration, file_size
 from runtime.predictions import write_predictions
 from runtime.run_folder import BEST, LAST, PREVIOUS
 from viz import curves
@@ -207,6 +207,8 @@ def main(argv=None):
     recipe = Recipe.of(args)
     source = read_init(args, folder, data)
     device, dtype = devices.resolve(args.device, args.dtype)
+    print_plan(data, recipe)
+    note_small_data(data, recipe, bool(args.init))
     args.dtype = str(dtype).removeprefix("torch.")  # --resume compares the actual dtype, not "auto"
     state = build(args, data, recipe, device, dtype)
     state.fixed |= {"init": checkpoint.origin(args.init, source)} if source else {}
@@ -217,13 +219,15 @@ def main(argv=None):
         shared_memory(data.manifest.settings, data.workers, **batch_sizes),
     ):
         resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run, source)
-        print_plan(state.model, data, recipe)
-        note_small_data(data, recipe, bool(args.init))
+        lm = state.model.lm
+        trainable, frozen = (
+            sum(p.numel() for p in m.parameters()) for m in (state.model.qformer, lm)
+        )
+        note(f"parameters   {trainable:,} trained, {frozen:,} frozen in {lm.dtype}, {device}")
         if args.dry_run:
             return time_steps(state.model, data, recipe)
         total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
         board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
-        trainable = sum(p.numel() for p in state.model.qformer.parameters())
         facts = {"clips": len(data.train), "trainable_parameters": trainable}
         with (
             run_folder.recorded(folder, vars(args), args.overwrite, device, **facts),
@@ -588,17 +592,14 @@ def finish(model, data, recipe, folder, with_meteor):
     note(f"best checkpoint: {folder / BEST} (step {best['step']:,})")
 
 
-def print_plan(model, data, recipe):
-    """Print the sizes of the model, the data and the run."""
+def print_plan(data, recipe):
+    """Print the sizes of the data and the run."""
     settings, k = data.manifest.settings, recipe.captions_per_clip
-    trained = sum(p.numel() for p in model.qformer.parameters())
-    frozen = sum(p.numel() for p in model.lm.parameters())
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
     per_epoch = sum(min(k, 1 + len(r["paraphrases"])) for r in data.train)
     clips, step = len(data.train), recipe.batch_size * recipe.grad_accum
     steps = recipe.epochs * recipe.steps_per_epoch(clips)
     note(
-        f"parameters   {trained:,} trained, {frozen:,} frozen in {model.lm.dtype}, {model.device}\n"
         f"clips        {clips:,} training, {len(data.validation):,} validation"
         f" ({len(data.subset):,} scored each epoch)\n"
         f"captions     {counted(clips, 'label')}, {counted(paraphrases, 'paraphrase')},"
@@ -607,7 +608,7 @@ def print_plan(model, data, recipe):
         f"step         {recipe.batch_size} x {recipe.grad_accum} = {counted(step, 'clip')},"
         f" {counted(steps, 'step')} in {counted(recipe.epochs, 'epoch')}\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
-        f" {settings.clip_bytes * (clips + len(data.validation)) / 1e9:.1f} GB"
+        f" {file_size(settings.clip_bytes * (clips + len(data.validation)))}"
     )
 
 
@@ -649,7 +650,7 @@ def time_steps(model, data, recipe):
     wait = fmean(waiting)
     step = median(computing) + wait
     print(
-        f"estimated time {step * total / 3600:.2f} h: {counted(total, 'step')} of {step:.2f} s,"
+        f"estimated time {duration(step * total)}: {counted(total, 'step')} of {step:.2f} s,"
         f" {100 * wait / step:.0f} % of it waiting for data"
     )
     clips = data.subset[: VALIDATION_BATCH * ranks.world_size()]
@@ -658,8 +659,8 @@ def time_steps(model, data, recipe):
     seconds = time.perf_counter() - began
     print(f"validation     {seconds:.1f} s per batch of {counted(len(ranks.share(clips)), 'clip')}")
     if devices.on_gpu(model.device):
-        used, reserved = (count / 1e9 for count in devices.peak_memory(model.device))
-        print(f"GPU memory     {used:.1f} GB peak, {reserved:.1f} GB reserved by torch")
+        used, reserved = map(file_size, devices.peak_memory(model.device))
+        print(f"GPU memory     {used} peak, {reserved} reserved by torch")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,22 @@ def counted(number, one, many=None):
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def file_size(count):
+    """Return a number of bytes in the largest fitting unit, such as "4.2 MB"; 1 KB is 1,000 bytes."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def duration(seconds):
+    """Return a time to read, such as "40 s", "12 min" or "3.2 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
 def id_problem(name):
     """Describe why `name` cannot be the id of a clip or the name of a split, or return None.
 

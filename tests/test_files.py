@@ -11,7 +11,7 @@ from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
 from runtime.feature_cache import load_manifest, require_features
 from runtime.files import read_json, read_text, write_atomic
-from runtime.names import id_problem, list_names, safe_id
+from runtime.names import duration, file_size, id_problem, list_names, safe_id
 from runtime.table import read_table
 from worlds import ssv2_files
 
@@ -228,3 +228,9 @@ def test_a_text_with_a_lone_surrogate_is_written(tmp_path):
     """The gallery of a run whose scores name such a file ended in a traceback."""
     write_atomic(tmp_path / "page.html", "caf\ud800é")
     assert (tmp_path / "page.html").read_bytes() == b"caf\\ud800\xc3\xa9"
+
+
+def test_sizes_and_times_are_in_units_that_people_read():
+    sizes = 999, 4_202_000, 999_600, 811_900_000_000, 42e12
+    assert [*map(file_size, sizes)] == ["999 bytes", "4.2 MB", "1 MB", "812 GB", "42.0 TB"]
+    assert [*map(duration, (89, 91, 5401, 1e7))] == ["89 s", "2 min", "1.5 h", "2,777.8 h"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -152,8 +153,8 @@ def test_dry_run_writes_nothing(world, few, capsys):
     assert not (few / "features").exists()
     preprocess(world, few, "--splits", "train")
     sizes = {p.stat().st_size for p in (few / "features" / "train").iterdir()}
-    estimate = int(printed.split("bytes per clip")[1].split()[0].replace(",", ""))
-    assert abs(max(sizes) - estimate) < 1500
+    estimate = float(re.search(r"disk per clip +(\d+\.?\d*) KB", printed)[1])
+    assert abs(max(sizes) - 1000 * estimate) < 1500
 
 
 def test_a_folder_without_the_clips_is_refused(world, few):

@@ -268,7 +268,7 @@ def test_the_dry_run_measures_the_disk_and_validation(
     flags = ("--dry-run", "--batch-size", 2, "--grad-accum", 1, "--eval-clips", 64)
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
     assert capsys.readouterr().out == (
-        "estimated time 0.11 h: 100 steps of 4.00 s, 75 % of it waiting for data\n"
+        "estimated time 7 min: 100 steps of 4.00 s, 75 % of it waiting for data\n"
         "validation     103.0 s per batch of 64 clips\n"
     )
     assert [len(clips) for clips in steps] == [2] * 20 and validated == [64], "not --batch-size"

@@ -269,6 +269,9 @@ def test_dry_run_writes_nothing(world, prepared, tmp_path, capsys):
     assert "waiting for data" in printed.out and "per batch of 10 clips" in printed.out
     assert "4 steps in 2 epochs" in printed.err
     assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="/nowhere"):
+        train.main([*flags, "--lm", "/nowhere"])
+    assert "4 steps in 2 epochs" in capsys.readouterr().err, "the plan needs no model"
 
 
 def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, tmp_path):
