@@ -195,6 +195,14 @@ def test_data_are_found_in_the_run_folder(tmp_path, monkeypatch):
         importlib.import_module("infer").main(["clip.mp4"])
 
 
+def test_the_tests_that_docs_name_exist():
+    """docs/security.md says where each of its claims is tested."""
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (HERE / "docs" / "security.md").read_text())
+    assert len(named) > 10
+    missing = [name for path, name in named if f"def {name}(" not in (HERE / path).read_text()]
+    assert not missing
+
+
 def test_make_refuses_an_old_python_at_once(tmp_path):
     """pip searched for minutes for versions of the packages that support Python 3.10."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import CharTokenizer, train_flags
+from safetensors.torch import load_file, save_file
 from test_captioner import CAPTIONS, EXACT, loss_and_gradient
 
 import captioner as module
@@ -255,8 +256,6 @@ def save(folder, world, config, **flags):
 
 
 def change_weights(folder, change):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", {"format": "pt"})
 
@@ -386,3 +385,16 @@ def test_errors_while_loading_become_one_message(error, tmp_path):
 
     with pytest.raises(UserError, match=r"--lm .* cannot be loaded: .*no module named"):
         hub.load(Auto, tmp_path, "--lm")
+
+
+def test_code_in_a_models_folder_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": "code.T"}
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "unknown", "architectures": ["M"], "auto_map": names}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "code.py").write_text("open('ran', 'w')")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"--lm .*model cannot be loaded"):
+        module.load_lm(str(tmp_path / "model"), torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "ran").exists()
