@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,38 @@ def test_times_of_an_mp4_are_those_of_its_clip(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         track = container.streams.video[0]
         assert float(track.duration * track.time_base) > times[0][-1] + 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "kept"), [("a.mov", "aac", True), ("a.avi", "adpcm_ms", False)]
+)
+def test_an_mp4_keeps_the_sound_of_its_clip(tmp_path, name, codec, kept):
+    """It was lost without a word. Pictures and sound of the clip begin at 0.5 s."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("libx264", rate=10)
+        track.width = track.height = 64
+        sound = container.add_stream(codec, rate=16000, layout="mono")
+        for n in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * n, np.uint8))
+            frame.pts, frame.time_base = n + 5, Fraction(1, 10)
+            container.mux(track.encode(frame))
+            tone = (9000 * np.sin(np.arange(1600) / 8)).astype(np.int16)[None]
+            samples = av.AudioFrame.from_ndarray(tone, "s16", "mono")
+            samples.sample_rate, samples.pts = 16000, 1600 * n + 8000
+            samples.time_base = Fraction(1, 16000)
+            container.mux(sound.encode(samples))
+        container.mux([*track.encode(), *sound.encode()])
+    with av.open(io.BytesIO(subtitles.mp4(path, captioned("a tone")))) as film:
+        assert len(film.streams.audio) == kept
+        for stream in film.streams if kept else ():
+            frames = [*film.decode(stream)]
+            film.seek(0)
+            assert frames[0].time == pytest.approx(0, abs=0.1), stream
+            assert frames[-1].time == pytest.approx(1.9, abs=0.15), stream
+        if kept:
+            loud = np.abs(np.concatenate([f.to_ndarray()[0] for f in film.decode(audio=0)]))
+            assert 0.2 < loud.max() < 0.35 and len(loud) == pytest.approx(32000, rel=0.1)
 
 
 def test_long_words_are_wrapped_too():

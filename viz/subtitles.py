@@ -6,11 +6,13 @@ viz.films and viz.gallery call this in decode workers, so it must not import tor
 import io
 import tempfile
 from bisect import bisect
+from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
 import video
+from runtime.containers import open_video, scan_packets
 from viz.draw_text import BLACK, GREY, panel
 
 NARROWEST = 240  # pixels: minimum width, for legible captions
@@ -144,7 +146,10 @@ def encode_gif(images, times, last):
 
 
 def mp4(path, result):
-    """Encode all frames of a captioned clip as an MP4 (H.264). Returns bytes. Raises VideoError."""
+    """Encode all frames of a captioned clip as an MP4 (H.264). Returns bytes. Raises VideoError.
+
+    Its first sound track is copied, unless an MP4 cannot contain its codec.
+    """
     import av
 
     frames = video.stream(path)
@@ -155,8 +160,15 @@ def mp4(path, result):
     options = {"movflags": "+faststart"}  # plays while it downloads; needs a seekable file
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "film.mp4")
-        with av.open(str(target), "w", options=options) as container:
+        with (
+            av.open(str(target), "w", options=options) as container,
+            open_video(path) as (source, _),
+        ):
             track = container.add_stream("libx264", options=H264)
+            sound = None
+            with suppress(ValueError):  # a codec that does not fit
+                if source.streams.audio:
+                    sound = container.add_stream_from_template(source.streams.audio[0])
             track.pix_fmt, track.codec_context.time_base = "yuv420p", MILLISECOND
             track.width, track.height = subtitles.canvas
             written = -1
@@ -170,4 +182,19 @@ def mp4(path, result):
                 frame.pts, frame.time_base = milliseconds, MILLISECOND
                 container.mux(track.encode(frame))
             container.mux(track.encode())
+            if sound:
+                scan = scan_packets(path)
+                copy_packets(source, sound, container, float((scan.first or 0) * scan.tick))
         return target.read_bytes()
+
+
+def copy_packets(source, sound, container, start):
+    """Copy the first sound track to a stream of another container. start: seconds of the first picture."""
+    for packet in source.demux(source.streams.audio[0]):
+        if packet.dts is None or packet.pts is None:  # the end
+            continue
+        shift = round(start / packet.time_base)
+        if packet.pts >= shift:
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = sound
+            container.mux(packet)
