@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 evaluate.py   (the clips are shared between four GPUs)
 
 Writes predictions_<split>.json (COCO result format) and evaluation_<split>.json, and prints a table of
-the scores. Compute the features first, with preprocess_ssv2.py --splits <split>. To create an HTML page
+the scores. Compute the features first, with preprocess_ssv2.py --split <split>. To create an HTML page
 that shows each clip with its caption and score, run python -m viz.gallery RUN.
 """
 

@@ -124,7 +124,7 @@ def main(argv=None):
 
 def about_split(name):
     """Return a note about a split whose name the other scripts do not use by default."""
-    text = f"note: split {name!r} is used only with --splits {name} and --split {name}"
+    text = f"note: split {name!r} is used only with --split {name}"
     short = name.lower().removesuffix("ing")
     known = dict.fromkeys(("dev", "eval", "validate"), VALIDATION).get(short) or next(
         (k for k in (TRAIN, VALIDATION, TEST) if k.startswith(short)), None

@@ -69,7 +69,8 @@ def parse_args(argv=None):
     )
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     add("--features", default=cli.FEATURES, help="folder of the feature cache")
-    add("--splits", nargs="+", help=f"splits to encode (default: {TRAIN} {VALIDATION})")
+    text = f"splits to encode (default: {TRAIN} {VALIDATION})"
+    add("--split", "--splits", dest="splits", nargs="+", help=text)
     add(
         "--shard",
         type=cli.shard,

@@ -123,7 +123,7 @@ def build_world(data, clips):
         demo.shell(
             f"preprocess_ssv2.py --videos {data}/videos --encoder {data}/encoder --num-frames 16"
             f" --annotations {data}/annotations --features {data}/{cache} --limit {clips}"
-            f" --splits train validation {OBJECTS} --workers 2 --device cpu {flags}"
+            f" --split train validation {OBJECTS} --workers 2 --device cpu {flags}"
         )
 
 

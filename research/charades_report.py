@@ -88,7 +88,7 @@ def measure(root, data, name):
     # a cache for all kinds: a window is encoded once, whichever list it is in
     shell(
         *("preprocess_ssv2.py", *given, "--videos", root / "videos", "--num-frames", 16),
-        *("--encoder", data / "encoder", "--splits", "train", "test", "--workers", 1),
+        *("--encoder", data / "encoder", "--split", "train", "test", "--workers", 1),
     )
     given += ["--split", "test", "--workers", 0]
     # a finished run is only scored again

@@ -70,6 +70,7 @@ def parse_args(argv=None):
         f" (default: {embeddings.BEST}; with --match, {embeddings.BEST_FOR_FILMS})",
     )
     group.add_argument(
+        "--top",
         "--count",
         type=cli.whole(1),
         default=10,
@@ -180,7 +181,7 @@ def query(args):
             continue
         decoded = [w for w in batch if not w.error]
         answered += len(decoded)
-        nearest = retrieval.nearest(rows[args.kind], vectors, args.count)
+        nearest = retrieval.nearest(rows[args.kind], vectors, args.top)
         for w, indices, cosines in zip(decoded, *nearest, strict=True):
             source = {"path": to_utf8(paths[w.file])}
             source |= {} if w.alone else {"start": w.start, "end": w.end}
@@ -200,7 +201,7 @@ def text(args, checkpoint, clips):
             cache = captioner.prefix(**batch)
             scores += captioner.log_likelihoods(cache, "label", [args.text])[:, 0].tolist()
     best = sorted(zip(clips.records, scores, strict=True), key=lambda pair: -pair[1])
-    found = [(r["id"], score, r["label"]) for r, score in best[: args.count]]
+    found = [(r["id"], score, r["label"]) for r, score in best[: args.top]]
     print_clips({"text": args.text}, found, args.json)
 
 
@@ -299,7 +300,7 @@ def words(args):
     caption = captioner.captions(features, "label")[0]
     with torch.inference_mode():
         soft = captioner.soft_prompts(**features)
-    table = Corpus(captioner, labels).table(soft, args.count)
+    table = Corpus(captioner, labels).table(soft, args.top)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, draw_words(table, f"{printable(path.name)}: {caption}"))
     if args.json:

@@ -333,7 +333,7 @@ def require_features(features, split, records, allow_missing=0):
     if len(missing) > allow_missing:
         raise UserError(
             f"{len(missing)} of {counted(len(records), 'clip')} of split {split!r} have no features in {root}"
-            f" (for example {first_few(missing)}). Run preprocess_ssv2.py --splits {split},"
+            f" (for example {first_few(missing)}). Run preprocess_ssv2.py --split {split},"
             " or skip up to N such clips with --allow-missing N."
         )
     skipped = set(missing)

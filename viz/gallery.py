@@ -1,12 +1,12 @@
 """Write the gallery, an HTML page that shows each clip of a split with its reference, caption and score.
 
     python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
-    python -m viz.gallery results/ssv2 --embed 50   (50 clips as GIFs inside the page, for sharing)
+    python -m viz.gallery results/ssv2 --gifs 50    (50 clips as GIFs inside the page, for sharing)
     python -m viz.gallery results/a --versus results/b/predictions_validation.json    (two models)
 
 Reads predictions_<split>.json and evaluation_<split>.json of a run folder. Writes gallery.html, or
 gallery_<split>_<style>.html if --split or --style is set; --versus adds _versus to the name. The page works
-offline. Without --embed it links to the clips in --videos. --embed needs Pillow: pip install -e '.[viz]'.
+offline. Without --gifs it links to the clips in --videos. --gifs needs Pillow: pip install -e '.[viz]'.
 """
 
 import runtime.start
@@ -61,6 +61,7 @@ def parse_args(argv=None):
     group.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     group = parser.add_argument_group("page")
     group.add_argument(
+        "--gifs",
         "--embed",
         type=cli.whole(1),
         nargs="?",
@@ -76,7 +77,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run_folder.fill_paths(args, args.run)
-    if args.embed:
+    if args.gifs:
         draw_text.require("PIL")
     run = Path(args.run)
     refuse_file(run, "run folder")
@@ -85,7 +86,7 @@ def main(argv=None):
             f"run folder not found: {run}. It is the --output of train.py or evaluate.py"
         )
     name = result_name(run, args.split, args.style, args.predictions)
-    page = name + ("_versus" if args.versus else "") + ("_embedded" if args.embed else "")
+    page = name + ("_versus" if args.versus else "") + ("_embedded" if args.gifs else "")
     page = "gallery.html" if page == VALIDATION else f"gallery_{page}.html"
     output = Path(args.output) if args.output else run / page
     if output.is_dir():
@@ -112,15 +113,15 @@ def main(argv=None):
             " pass the --split and --annotations that they were scored with, or run evaluate.py again"
         )
     shown = records
-    if args.embed:
-        sample = set(by_hash(predictions, args.seed)[: args.embed])
+    if args.gifs:
+        sample = set(by_hash(predictions, args.seed)[: args.gifs])
         shown = [r for r in records if r["id"] in sample]
     clips, _ = clip_files.find_files(Path(args.videos), {r["id"]: r for r in shown})
 
     systems = [predictions, {i: second[i] for i in predictions}] if second else [predictions]
     how = records, split, args.annotations, args.style
     scored = [score(captions, *how, with_meteor=False) for captions in systems]
-    sources = gifs(clips, args.workers) if args.embed else links(clips, output.parent)
+    sources = gifs(clips, args.workers) if args.gifs else links(clips, output.parent)
     references = metrics.references_of(shown, args.style)
     output.parent.mkdir(parents=True, exist_ok=True)
     shown_clips = describe(

@@ -129,8 +129,8 @@ def steps(args):
         f" --output {data}/annotations",
     )
     splits = "train validation validation_pairs validation_objects"
-    yield "features", f"{encode} {cached} --workers 2 --splits {splits}"
-    yield "features", f"{encode} {still} --workers 2 --splits validation --still"
+    yield "features", f"{encode} {cached} --workers 2 --split {splits}"
+    yield "features", f"{encode} {still} --workers 2 --split validation --still"
     yield (
         "training",
         f"train.py {cached} --lm {data}/lm --output {output} --overwrite --seed {seed} --workers 0"

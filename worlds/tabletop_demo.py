@@ -116,7 +116,7 @@ def encode(data, encoder, features, splits, flags=""):
     """Return the command line that encodes splits of the world into a cache, a folder in `data`."""
     return (
         f"preprocess_ssv2.py --videos {quoted(data)}/videos --encoder {quoted(encoder)}"
-        f" --num-frames {FRAMES} {cached(data, features)} --splits {' '.join(splits)} --workers 2 {flags}"
+        f" --num-frames {FRAMES} {cached(data, features)} --split {' '.join(splits)} --workers 2 {flags}"
     )
 
 
