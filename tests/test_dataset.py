@@ -207,7 +207,7 @@ def test_missing_features_are_counted_and_named(tmp_path):
     (tmp_path / "train").mkdir()
     write(tmp_path / "train" / "7.pt")
     records = [{"id": i} for i in ("7", "8", "9")]
-    with pytest.raises(UserError, match=r"2 of 3 clips .*for example 8, 9.*--splits train"):
+    with pytest.raises(UserError, match=r"2 of 3 clips .*for example 8, 9.*--split train"):
         feature_cache.require_features(tmp_path, "train", records)
     assert feature_cache.require_features(tmp_path, "train", records, 2) == records[:1]
 
