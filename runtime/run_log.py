@@ -12,6 +12,8 @@ from runtime.cli import note
 from runtime.files import json_line, parse_json_lines, write_atomic, write_json
 from runtime.names import first_few
 
+SHOWN = 2  # example captions to print after each evaluation
+
 
 class Log:
     """Logs progress to stderr, metrics.jsonl and the dashboard, on rank 0 only.
@@ -97,6 +99,8 @@ class Log:
         }
         text = ", ".join(f"{k} {v:.3f}" for k, v in values.items())
         self.print(f"epoch {epoch}: validation {text}")
+        for sample in samples[:SHOWN]:
+            self.print("  {id}: {prediction!r}, reference {reference!r}".format(**sample))
         self.start_time = time.perf_counter()
 
     def print(self, text):

@@ -199,7 +199,7 @@ class Look:
         for n, w in enumerate(decoded):
             one = {k: v[n : n + 1] for k, v in features.items()}
             label = captions["label"][n]
-            picture = attention_map.draw(w.frames, shares[n], self.encoder.settings, label)
+            picture = attention_map.picture(w, shares[n], self.encoder.settings, label)
             yield {
                 "time": f"{w.start:.1f} - {w.end:.1f} s",
                 **{style: texts[n] for style, texts in captions.items()},

@@ -97,7 +97,13 @@ def explain(batch, encoder, captioner, style):
         )
     for w in batch:
         caption, share = (None, None) if w.error else next(explained)
-        yield w, caption, None if w.error else draw(w.frames, share, encoder.settings, caption)
+        yield w, caption, None if w.error else picture(w, share, encoder.settings, caption)
+
+
+def picture(w, share, settings, caption):
+    """Draw a `Window`, see `draw`. The title has its times, unless it is the whole clip."""
+    title = caption if w.alone else f"{w.start:.1f} - {w.end:.1f} s: {caption}"
+    return draw(w.frames, share, settings, title, (w.start, w.end))
 
 
 def mass(qformer, batch):
@@ -110,12 +116,12 @@ def mass(qformer, batch):
     return weights.mean((1, 2, 3)).float().cpu().numpy()  # (B, T, H, W)
 
 
-def draw(frames, share, settings, title=""):
+def draw(frames, share, settings, title="", span=(0.0, 1.0)):
     """Draw frames, the attention to each of them, and the attention over time. Returns PNG bytes.
 
     frames: uint8 (F, H, W, 3) of a clip. share: (T, H, W), from `mass`. settings: the manifest's, which
-    define the part of a frame that the encoder sees. Colours show multiples of uniform attention,
-    1 / (T*H*W).
+    define the part of a frame that the encoder sees. span: start and end of the frames in seconds.
+    Colours show multiples of uniform attention, 1 / (T*H*W).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,6 +130,7 @@ def draw(frames, share, settings, title=""):
     aspect = frames.shape[1] / frames.shape[2] if settings.resize == "squash" else 1.0
     frames = as_encoded(frames, settings)  # (F, S, S, 3)
     moments, height, width = share.shape
+    step = (span[1] - span[0]) / moments  # seconds
     times = share.size * share  # 1 is uniform attention
     chosen = sorted({(2 * i + 1) * moments // (2 * COLUMNS) for i in range(COLUMNS)})
     highest = max(2.0, float(np.percentile(times[chosen], 99.5)))
@@ -147,7 +154,7 @@ def draw(frames, share, settings, title=""):
             alpha=np.clip(times[t] / highest, 0.1, 0.8),
             interpolation="nearest",
         )
-        plain.set_title(f"{100 * t // moments} %", fontsize=9)
+        plain.set_title(f"{span[0] + t * step:.1f} s", fontsize=9)
         for panel in (plain, over):
             panel.set(xticks=[], yticks=[])
         if column == 0:
@@ -156,11 +163,11 @@ def draw(frames, share, settings, title=""):
     bar = figure.colorbar(heat, ax=figure.axes[1::2], fraction=0.02, extend="max")
     bar.set_label("x uniform")
     below = figure.add_subplot(grid[2, :])
-    below.bar(range(moments), share.sum((1, 2)), color="#0072b2")
+    starts = span[0] + step * np.arange(moments)
+    below.bar(starts, share.sum((1, 2)), 0.8 * step, align="edge", color="#0072b2")
     below.axhline(1 / moments, color="#9a9a9a", linestyle=":", label="uniform")
-    below.set(xlabel="moment of the clip (tubelets)", ylabel="share")
     highest = 1.4 * share.sum((1, 2)).max()  # room for the legend
-    below.set(xticks=range(moments), xlim=(-0.5, moments - 0.5), ylim=(0, highest))
+    below.set(xlabel="seconds", ylabel="share", xlim=span, ylim=(0, highest))
     below.legend(loc="upper right", fontsize=8)
     letters = draw_text.Letters(title, round(TITLE * DPI / 72))
     lines = draw_text.wrap(title, 0.95 * DPI * figure.get_figwidth(), letters)

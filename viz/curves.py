@@ -1,4 +1,4 @@
-"""Draw the curves of a training run: loss, CIDEr and learning rate.
+"""Draw the curves of a training run: loss, CIDEr, gradient norm and learning rate.
 
     python -m viz.curves results/ssv2     (train.py does this after each evaluation)
 
@@ -106,14 +106,20 @@ def draw(steps, evaluations):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1.5))
+    top, middle, norms, bottom = figure.subplots(4, sharex=True, height_ratios=(3, 3, 1.5, 1.5))
 
     finite = [s for s in steps if s["loss"] is not None]
     numbers, losses = [s["step"] for s in finite], [s["loss"] for s in finite]
     top.plot(numbers, losses, color=GREY, linewidth=0.6, alpha=0.6, label="training, per step")
     top.plot(numbers, smooth(losses), color=BLUE, label="training, running mean")
+    styles = sorted({name for s in finite for name in s if name.startswith("loss_")})
+    for name, line in zip(styles, ("--", ":"), strict=False) if len(styles) > 1 else ():
+        found = [s for s in finite if is_number(s.get(name))]
+        means, at = smooth([s[name] for s in found]), [s["step"] for s in found]
+        style = name.removeprefix("loss_")
+        top.plot(at, means, line, color=BLUE, linewidth=1, label=f"training, {style}s")
     points(top, evaluations, lambda e: e["loss"], ORANGE, "s", "validation, labels")
     top.set(ylabel="loss per caption token")
     shown = [value for value in (*losses, *(e["loss"] for e in evaluations)) if value]
@@ -128,11 +134,16 @@ def draw(steps, evaluations):
     middle.set(ylabel="CIDEr (0 to 10)")
     middle.set_ylim(0, 1.08 * max(middle.dataLim.ymax, 0.1) if evaluations else 10)
     dot = "." if len(steps) == 1 else None  # a line of one point is invisible
+    gradients = [(s["step"], s["grad_norm"]) for s in steps if is_number(s.get("grad_norm"))]
+    if gradients:
+        norms.plot(*zip(*gradients, strict=True), color=BLUE, linewidth=0.6, marker=dot)
+        norms.set(yscale="log")
+    norms.set(ylabel="gradient norm")
     bottom.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=BLUE, marker=dot)
     bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for panel in (top, middle, bottom):
+    for panel in (top, middle, norms, bottom):
         panel.grid(alpha=0.3)
         for evaluation in evaluations:
             panel.axvline(evaluation["step"], color=GREY, linewidth=0.5, linestyle=":")
