@@ -143,15 +143,16 @@ def test_the_page_and_its_clips_move_together(browser, page, world, tmp_path):
     assert str(there) in until(lambda: browser.execute_script(source))
 
 
-def test_words_in_no_reference_are_marked(browser, page):
+@pytest.mark.parametrize(("line", "other"), [("caption", "reference"), ("reference", "caption")])
+def test_words_in_only_one_of_both_texts_are_marked(browser, page, line, other):
     browser.get(page.as_uri())
     for card in cards(browser)[1:10]:
         same, marks = (
-            [e.text for e in card.find_elements("css selector", f".caption {tag}")]
+            [e.text for e in card.find_elements("css selector", f".{line} {tag}")]
             for tag in ("span", "mark")
         )
-        reference = card.find_element("css selector", ".reference").text.split()
-        assert set(same) <= set(reference) and not set(marks) & set(reference) and same + marks
+        words = card.find_element("css selector", f".{other}").text.split()
+        assert set(same) <= set(words) and not set(marks) & set(words) and same + marks
 
 
 def test_the_page_fits_a_phone(browser, page):
