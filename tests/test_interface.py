@@ -39,7 +39,8 @@ def script(name, *args, **kwargs):
     """Run train.py, given as "train", or python -m viz.app, given as "viz.app"."""
     code = ["-m", name] if "." in name else [str(HERE / f"{name}.py")]
     command = [sys.executable, *code, *map(str, args)]
-    kwargs |= {"capture_output": True, "text": True, "timeout": 120, "env": start.environment()}
+    kwargs = {"timeout": 120} | kwargs
+    kwargs |= {"capture_output": True, "text": True, "env": start.environment()}
     return subprocess.run(command, **kwargs)
 
 
@@ -237,14 +238,55 @@ def commands(text):
 COMMANDS = [(path.name, command) for path, text in pages().items() for command in commands(text)]
 
 
+def parsed(command):
+    """Return (name of the module, arguments) of a command that begins with "python "."""
+    _, *args = shlex.split(command)
+    name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
+    return name, args[2:] if args[0] == "-m" else args[1:]
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_readme_commands_parse(page, command):
     """8 of 21 repositories that were examined have a README command that cannot run."""
-    _, *args = shlex.split(command)
-    name = args[1] if args[0] == "-m" else args[0].removesuffix(".py")
-    args = args[2:] if args[0] == "-m" else args[1:]
+    name, args = parsed(command)
     assert name in SCRIPTS
     importlib.import_module(name).parse_args(args)
+
+
+def test_readme_commands_without_data_end_with_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in dict.fromkeys(command for _, command in COMMANDS):
+        name, args = parsed(command)
+        if name.startswith(("worlds.", "bench.")) or name == "tools.doctor":
+            continue  # they need no data, and run for minutes
+        with pytest.raises((UserError, SystemExit)) as error:
+            importlib.import_module(name).main(args)
+        code = error.value.code
+        assert code == 2 or name.endswith("_report"), command  # a report runs other scripts
+        assert not [*tmp_path.iterdir()], command
+
+
+TOY = ("data/toy/", "results/demo ", "results/demo/", "results/captioned/")
+
+
+@pytest.mark.slow
+def test_readme_commands_after_the_demo(tmp_path):
+    """Each command for the toy world runs as printed after a small demo, without a warning."""
+    small = ["--clips", 120, "--epochs", 1, "--lm-steps", 20]
+    done = script("worlds.demo", *small, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    clip = min((tmp_path / "data/toy/videos").iterdir()).stem
+    commands = [c for c in dict.fromkeys(c for _, c in COMMANDS) if any(t in f"{c} " for t in TOY)]
+    commands = [c for c in commands if "demo1" not in c and "pretrained" not in c]
+    ran = 0
+    for command in commands:
+        name, args = parsed(re.sub(r"\b(31331|238715)\b", clip, command))
+        args += ["--help"] if name == "viz.app" else []  # it does not end by itself
+        done = script(name, *args, cwd=tmp_path, timeout=200)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert "arning" not in done.stderr, f"{command}: {done.stderr}"
+        ran += 1
+    assert ran >= 8
 
 
 def test_readme_python_runs(world, trained, monkeypatch, capsys):
