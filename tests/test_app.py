@@ -184,12 +184,16 @@ def film(path, seconds):
 
 def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
     path = film(tmp_path / "film.webm", 6)
-    message, label, sentence, actions, templates, picture = look(path)
+    message, label, sentence, actions, templates, picture, result = look(path)
     times = ["0.0 - 2.0 s", "2.0 - 4.0 s", "4.0 - 6.0 s"]
     for text in (label, sentence):
         assert [line.split("  ")[0] for line in text.splitlines()] == times and message == ""
     assert [row[2] for row in templates] == [t for t in times for _ in range(app.NEAREST)]
     assert picture.height > 3 * 300 and actions == []
+    assert [w["caption"] for w in result["windows"]] == [
+        x.split("  ")[1] for x in label.splitlines()
+    ]
+    assert result["path"] == "film.webm", "the folder of the upload is not shown"
 
 
 def test_a_clip_that_is_too_long_is_not_read(look, tmp_path):

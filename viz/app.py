@@ -11,6 +11,7 @@ import runtime.start
 import copy
 import io
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ import windows
 from checkpoint import load_models, note_world, read_checkpoint
 from dataset import STYLES, VALIDATION, by_hash, load_records
 from runtime import cli, devices
+from runtime.caption_files import formatted
 from runtime.cli import note
 from runtime.clip_files import is_video
 from runtime.decode_workers import WorkerPool
@@ -36,13 +38,14 @@ NEAREST = 5  # templates shown
 EXAMPLES = 6
 DELETE = (600, 3600)  # every 600 s, delete uploads older than 3600 s
 # label, sentence, actions, templates and picture of a clip that failed
-EMPTY = "", "", [], [], None
+EMPTY = "", "", [], [], None, None
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     group = parser.add_argument_group("model")
     cli.add_models(group)
+    parser.set_defaults(checkpoint=os.environ.get("CHECKPOINT", cli.CHECKPOINT))
     group.add_argument(
         "--probe", help="checkpoint of a probe (probe.py); also show the five likeliest actions"
     )
@@ -72,6 +75,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     draw_text.require("gradio", "PIL", "matplotlib", extra="app")
+    check_port(args.host, args.port)
     checkpoint = read_checkpoint(args.checkpoint)
     note_world(checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
@@ -82,27 +86,34 @@ def main(argv=None):
         recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
     windowing = Windowing.of(args)
     look = Look(encoder, captioner, templates, windowing, args.max_seconds, recognise)
+    styles = checkpoint.get("trained_styles", STYLES)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
-        blocks = page(look, example_clips(Path(args.examples), args.seed), args.max_megabytes)
+        examples = example_clips(Path(args.examples), args.seed)
+        blocks = page(look, examples, args.max_megabytes, styles)
         serve(blocks, args.host, args.port, args.max_megabytes)
 
 
-def serve(blocks, host, port, max_megabytes):
-    """Serve a page until a signal stops the script. Raises UserError if it cannot open the port."""
+def check_port(host, port):
+    """Raise UserError if the server could not listen on this address."""
     try:
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=max_megabytes * 2**20,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        why = error.strerror or error
         raise UserError(
-            f"--port {port} is in use, or --host {host} is not an address of this machine",
-            code=FAILED,
+            f"cannot listen on --host {host} --port {port}: {why}", code=FAILED
         ) from None
+
+
+def serve(blocks, host, port, max_megabytes):
+    """Serve a page until a signal stops the script."""
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=max_megabytes * 2**20,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
     note(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if host not in ("127.0.0.1", "localhost", "::1"):
         note(f"WARNING: anyone who can reach {host} can upload clips")
@@ -124,7 +135,7 @@ def example_clips(folder, seed):
 
 
 class Look:
-    """Computes the contents of the page's six outputs for a clip.
+    """Computes what the page shows for a clip.
 
     templates: the action templates of the training set, or []. windowing: a `Windowing`.
     max_seconds: the length of the longest clip that is accepted. recognise: a function that returns the
@@ -137,9 +148,9 @@ class Look:
         self.windowing, self.max_seconds = windowing, max_seconds
 
     def __call__(self, path):
-        """Return (message, label, sentence, rows of actions, rows of templates, picture) for a clip.
+        """Return (message, label, sentence, rows of actions, rows of templates, picture, result) for a clip.
 
-        path: the uploaded file, or None if the user has removed it.
+        path: the uploaded file, or None if the user has removed it. result: see `windows.description`.
         """
         if path is None:
             return "", *EMPTY
@@ -162,7 +173,8 @@ class Look:
             [[*row, w["time"]] for w in looks for row in w[name]]
             for name in ("actions", "templates")
         ]
-        return message, *captions, *tables, draw_text.stacked([w["picture"] for w in looks])
+        picture = draw_text.stacked([w["picture"] for w in looks])
+        return message, *captions, *tables, picture, result | {"path": path.name}
 
     def windows(self, path):
         """Caption each window of a clip.
@@ -230,8 +242,22 @@ def nearest(captioner, clip, caption, templates):
     ]
 
 
-def page(look, examples, max_megabytes):
-    """Build the page, a gradio `Blocks`. look: a `Look`. examples: paths of clips."""
+def caption_files(result):
+    """Write the captions of a clip as text and as SRT. Returns both paths, or None twice without a result."""
+    if not result:
+        return None, None
+    folder = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]))
+    paths = [folder / f"captions.{form}" for form in ("txt", "srt")]
+    for path, form in zip(paths, ("text", "srt"), strict=True):
+        path.write_text(formatted(result, form), encoding="utf-8", errors="backslashreplace")
+    return [*map(str, paths)]
+
+
+def page(look, examples, max_megabytes, styles=STYLES):
+    """Build the page, a gradio `Blocks`.
+
+    look: a `Look`. examples: paths of clips. styles: those that the captioner was trained on.
+    """
     import gradio
 
     with gradio.Blocks(title="Video captioner", delete_cache=DELETE) as blocks:
@@ -247,34 +273,47 @@ def page(look, examples, max_megabytes):
             with gradio.Column():
                 # a Textbox and not Markdown, because file names may contain Markdown characters
                 message = gradio.Textbox(label="message", visible=False, elem_id="message")
-                label = gradio.Textbox(label="caption", elem_id="label")
-                sentence = gradio.Textbox(label="as a sentence", elem_id="sentence")
+                label = gradio.Textbox(label="caption", elem_id="label", buttons=["copy"])
+                sentence = gradio.Textbox(
+                    label="as a sentence",
+                    elem_id="sentence",
+                    buttons=["copy"],
+                    visible="sentence" in styles,
+                )
+                with gradio.Row():
+                    files = [
+                        gradio.DownloadButton(name, visible=False, size="sm")
+                        for name in ("captions.txt", "captions.srt")
+                    ]
+                how = {"wrap": True, "column_widths": ["60%", "15%", "25%"], "interactive": False}
+                how |= {"buttons": ["copy"], "max_height": 300}
                 actions = gradio.Dataframe(
                     headers=["action", "probability", "time"],
                     label="likeliest actions",
                     visible=look.recognise is not None,
-                    wrap=True,
-                    column_widths=["60%", "15%", "25%"],
-                    interactive=False,
                     elem_id="actions",
+                    **how,
                 )
                 templates = gradio.Dataframe(
                     headers=["template", "score", "time"],
                     label="nearest action templates: log-likelihood per token",
                     visible=bool(look.templates),
-                    wrap=True,
-                    column_widths=["60%", "15%", "25%"],
-                    interactive=False,
                     elem_id="templates",
+                    **how,
                 )
-        picture = gradio.Image(label="where the queries look", elem_id="picture")
+        picture = gradio.Image(
+            label="where the queries look", elem_id="picture", buttons=["download", "fullscreen"]
+        )
 
-        def show(path):
-            problem, *rest = look(path)
-            return gradio.update(value=problem, visible=bool(problem)), *rest
+        windows_done = gradio.Progress(track_tqdm=True)  # shows the bar of `windows.read`
 
-        outputs = [message, label, sentence, actions, templates, picture]
-        clip.change(show, clip, outputs, api_name="caption", show_progress="minimal")
+        def show(path, progress=windows_done):
+            problem, *rest, result = look(path)
+            downloads = [gradio.update(value=f, visible=bool(f)) for f in caption_files(result)]
+            return gradio.update(value=problem, visible=bool(problem)), *rest, *downloads
+
+        outputs = [message, label, sentence, actions, templates, picture, *files]
+        clip.change(show, clip, outputs, api_name="caption", show_progress_on=label)
     return blocks.queue(max_size=20)
 
 
