@@ -271,13 +271,17 @@ def warn_if_untrained(checkpoint, style):
         )
 
 
-def note_world(checkpoint):
-    """Print a note if a checkpoint was trained on a synthetic world: it describes any clip with its nouns."""
+def world_note(checkpoint):
+    """Return a sentence if a checkpoint was trained on a synthetic world, whose nouns it uses for any clip.
+
+    Otherwise return "".
+    """
     world = checkpoint["manifest"].info.get("world")
-    if isinstance(world, dict) and world.get("synthetic"):
-        nouns = world.get("nouns")
-        nouns = first_few([*map(str, nouns)], 6) if isinstance(nouns, list) else "few objects"
-        note(f"note: this model was trained on a synthetic world and only knows {nouns}")
+    if not (isinstance(world, dict) and world.get("synthetic")):
+        return ""
+    nouns = world.get("nouns")
+    nouns = first_few([*map(str, nouns)], 6) if isinstance(nouns, list) else "few objects"
+    return f"This model was trained on a synthetic world and only knows {nouns}"
 
 
 def load_models(checkpoint, device, dtype, encoder=None, lm=None):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import heads
 from captioner import GREEDY, Sampling
-from checkpoint import load_models, note_world, read_checkpoint, warn_if_untrained
+from checkpoint import load_models, read_checkpoint, warn_if_untrained, world_note
 from dataset import STYLES, TEST, by_hash, load_records
 from runtime import cli, devices
 from runtime.caption_files import (
@@ -163,7 +163,8 @@ def captions(args, checkpoint, clips):
     """Load the models. Returns an iterator over the clips' results, see `windows.description`."""
     device, dtype = devices.resolve(args.device, args.dtype)
     warn_if_untrained(checkpoint, args.style)
-    note_world(checkpoint)
+    if text := world_note(checkpoint):
+        note(text)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     recognise = None
     if args.probe:

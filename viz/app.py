@@ -21,7 +21,7 @@ import torch
 import heads
 import video
 import windows
-from checkpoint import load_models, note_world, read_checkpoint
+from checkpoint import load_models, read_checkpoint, world_note
 from dataset import STYLES, VALIDATION, by_hash, load_records
 from runtime import cli, devices
 from runtime.caption_files import formatted
@@ -77,7 +77,6 @@ def main(argv=None):
     draw_text.require("gradio", "PIL", "matplotlib", extra="app")
     check_port(args.host, args.port)
     checkpoint = read_checkpoint(args.checkpoint)
-    note_world(checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     templates = checkpoint.get("templates", [])
@@ -90,7 +89,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         examples = example_clips(Path(args.examples), args.seed)
-        blocks = page(look, examples, args.max_megabytes, styles)
+        blocks = page(look, examples, args.max_megabytes, styles, world_note(checkpoint))
         serve(blocks, args.host, args.port, args.max_megabytes)
 
 
@@ -253,10 +252,11 @@ def caption_files(result):
     return [*map(str, paths)]
 
 
-def page(look, examples, max_megabytes, styles=STYLES):
+def page(look, examples, max_megabytes, styles=STYLES, remark=""):
     """Build the page, a gradio `Blocks`.
 
-    look: a `Look`. examples: paths of clips. styles: those that the captioner was trained on.
+    look: a `Look`. examples: paths of clips. styles: those that the captioner was trained on. remark: a
+    sentence about the captioner.
     """
     import gradio
 
@@ -265,6 +265,7 @@ def page(look, examples, max_megabytes, styles=STYLES):
             "# Video captioner\nUpload or record a clip of up to"
             f" {look.max_seconds:g} s and {max_megabytes} MB."
         )
+        gradio.Textbox(remark, show_label=False, container=False, visible=bool(remark))
         with gradio.Row():
             with gradio.Column():
                 clip = gradio.Video(label="clip", sources=["upload", "webcam"], elem_id="clip")
@@ -285,8 +286,8 @@ def page(look, examples, max_megabytes, styles=STYLES):
                         gradio.DownloadButton(name, visible=False, size="sm")
                         for name in ("captions.txt", "captions.srt")
                     ]
-                how = {"wrap": True, "column_widths": ["60%", "15%", "25%"], "interactive": False}
-                how |= {"buttons": ["copy"], "max_height": 300}
+                how = {"wrap": True, "column_widths": ["54%", "20%", "26%"], "interactive": False}
+                how |= {"buttons": ["copy"], "max_height": 400}
                 actions = gradio.Dataframe(
                     headers=["action", "probability", "time"],
                     label="likeliest actions",
@@ -301,8 +302,9 @@ def page(look, examples, max_megabytes, styles=STYLES):
                     elem_id="templates",
                     **how,
                 )
+        gradio.Markdown("Where the queries look:")
         picture = gradio.Image(
-            label="where the queries look", elem_id="picture", buttons=["download", "fullscreen"]
+            show_label=False, elem_id="picture", buttons=["download", "fullscreen"]
         )
 
         windows_done = gradio.Progress(track_tqdm=True)  # shows the bar of `windows.read`
