@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import venv
+from pathlib import Path
 
 import encoders
 import pytest
@@ -59,6 +60,14 @@ def test_each_missing_package_has_a_line_with_a_command(bare, tmp_path):
     assert re.search(r"^missing  gradio .*\n +\$ .* -e '?\S+\[app\]'?$", done.stdout, re.MULTILINE)
     assert re.search(r"^worlds.demo +cannot run yet: missing torch, ", done.stdout, re.MULTILINE)
     assert re.search(r"^note     data +not checked: install", done.stdout, re.MULTILINE)
+
+
+def test_a_virtual_environment_that_is_not_active_is_noted(tmp_path):
+    assert doctor.check_python(tmp_path / ".venv").state == "ok"
+    (tmp_path / ".venv").mkdir()
+    found = doctor.check_python(tmp_path / ".venv")
+    assert (found.state, found.fix) == ("note", ". .venv/bin/activate")
+    assert doctor.check_python(Path(sys.prefix)).state == "ok"
 
 
 def test_a_script_lists_its_missing_packages_and_a_command(bare, tmp_path):

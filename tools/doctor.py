@@ -22,6 +22,7 @@ import textwrap
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from runtime import cli
 from runtime.errors import DONE, FAILED
@@ -107,9 +108,17 @@ def software():
         required = {name: (limits, extra) for name, limits in ranges.items()} | required
     with ThreadPoolExecutor(4) as threads:
         futures = {name: threads.submit(check_package, name, *required[name]) for name in required}
-    findings = [Finding(OK, "Python", f"{sys.version.split()[0]}, {sys.executable}")]
+    findings = [check_python(ROOT / ".venv")]
     names = dict.fromkeys(name for ranges in packages.values() for name in ranges)
     return findings + [futures[name].result() for name in names], packages
+
+
+def check_python(venv):
+    """Check that this is the Python of the folder's virtual environment, if there is one."""
+    found = f"{sys.version.split()[0]}, {sys.executable}"
+    if venv.is_dir() and Path(sys.prefix).resolve() != venv.resolve():
+        return Finding(NOTE, "Python", f"{found}; .venv is not active", ". .venv/bin/activate")
+    return Finding(OK, "Python", found)
 
 
 def name_and_range(requirement):
