@@ -84,8 +84,8 @@ def read_checkpoint(path, flag="--checkpoint"):
     if not exported and os.path.isdir(location):
         path = location = location / BEST
     if not exported and not os.path.isfile(location):  # Path.is_file raises if the name is too long
-        runs = ", ".join(f"{flag} {run}" for run in trained_runs()[:5])
-        hint = f"Runs of train.py in this folder: {runs}." if runs else NO_CHECKPOINT
+        runs = first_few([*map(str, trained_runs())], 5)
+        hint = f"There are runs of train.py in {runs}." if runs else NO_CHECKPOINT
         raise UserError(f"{flag} {path} does not exist. {hint}")
     try:
         checkpoint = read_export(location) if exported else read_torch(location)
@@ -444,7 +444,8 @@ def resume(state, saved, folder, total):
         try:
             read_checkpoint(folder / BEST, "--resume")
         except UserError as error:
-            note(f"WARNING: {error}")
+            lost = f"--resume: {folder / BEST} does not exist"
+            note(f"WARNING: {error if (folder / BEST).exists() else lost}")
             note("WARNING: the best checkpoint is lost; the next evaluation writes a new best.pt")
             progress.best_score, progress.best_loss, progress.evaluated = -math.inf, math.inf, 0
 

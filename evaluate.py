@@ -118,11 +118,11 @@ def parse_args(argv=None):
     if args.sample:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample")
     else:
-        parser.refuse_given(args, ["top_p", "temperature"], "needs --sample")
+        parser.refuse_given(args, ["top_p", "temperature"], "can only be used with --sample")
     if args.versus and not args.predictions:
         parser.error("--versus needs --predictions, the captions of the first model")
     if args.versus:
-        names = ("probe", "control", "allow_missing")
+        names = ("probe", "control", "allow_missing", "json", "markdown")
         parser.refuse_given(args, names, "cannot be used with --versus")
     else:
         parser.refuse_given(args, ["common"], "needs --versus")
@@ -208,7 +208,8 @@ def main(argv=None):
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"evaluation_{name}.json", result)
-    print(json_bytes(result).decode() if args.json else as_text(result, args.markdown))
+    text = json_bytes(result).decode() if args.json else as_text(result, args.markdown) + "\n"
+    print(text, end="")
     note(f"written to {output / f'evaluation_{name}.json'}")
 
 
@@ -216,8 +217,9 @@ def as_text(result, markdown):
     """Format the scores for people: a table, and the counts of `compare_with_probe` if there are any."""
     text = (metrics.format_markdown if markdown else metrics.format_table)(result)
     if p := result.get("probe"):
+        text += "\n- " if markdown else "\n"
         text += (
-            f"\nprobe: template accuracy {p['probe']:.3f}, captions {p['captions']:.3f} on the same"
+            f"probe: template accuracy {p['probe']:.3f}, captions {p['captions']:.3f} on the same"
             f" {counted(p['n'], 'clip')}; right: both {p['both']}, only the probe {p['only_probe']}, only the"
             f" captions {p['only_captions']}, neither {p['neither']}"
         )
@@ -284,14 +286,13 @@ def difference(first, second):
 
 
 def versus_name(args):
-    """Build the name of a comparison from both files, the split and other settings.
-
-    The first file is in the folder of the result, so only its own name is needed.
-    """
+    """Build the name of a comparison from both files, the split and other settings."""
     name = result_name(args, 0).removesuffix("_rescored")
     paths = [Path(files[0]).absolute() for files in (args.predictions, args.versus)]
     first, second = (path.stem.removeprefix("predictions_") for path in paths)
-    parts = [first if first != name else "", paths[1].parent.name, second if second != name else ""]
+    folder = paths[0].parent.name if args.output else ""  # otherwise that of the result
+    parts = [folder, first if first != name else ""]
+    parts += [paths[1].parent.name, second if second != name else ""]
     return "_".join([*filter(None, parts), name, *(["common"] if args.common else [])])
 
 

@@ -105,9 +105,12 @@ def parse_args(argv=None):
     if args.sample or args.scores:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample or --scores")
     if not args.sample:
-        parser.refuse_given(args, ["keep", "top_p", "temperature"], "needs --sample")
+        names = ["keep", "top_p", "temperature"]
+        parser.refuse_given(args, names, "can only be used with --sample")
     if not (args.output or args.sidecar or args.num_samples):
-        parser.refuse_given(args, ["skip_done", "overwrite"], "needs --output or --sidecar")
+        parser.refuse_given(
+            args, ["skip_done", "overwrite"], "can only be used with --output or --sidecar"
+        )
     if args.skip_done and args.overwrite:
         parser.error("--skip-done and --overwrite are mutually exclusive")
     return args
@@ -221,6 +224,12 @@ def destination(output, form, sidecars, shard):
         raise UserError(
             f"--output {path} is the name of a video; give a folder, or a file such as {path}.csv"
         )
+    if ending in ("txt", "json"):
+        raise UserError(f"--output {path}: the formats of files are {', '.join(FILES)}")
+    if output and form == "text" and not sidecars:
+        raise UserError(
+            "--format text is only printed; leave out --output, or choose another format"
+        )
     if sidecars and ending in FILES:
         raise UserError(f"--output {path} must be a folder if --sidecar is given")
     if form in FILES and ending in FILES and form != ending:
@@ -228,7 +237,7 @@ def destination(output, form, sidecars, shard):
     if sidecars or (form is None and ending not in FILES):
         cli.output_folder(path, "--output")
         path, form = path / RECORD, "jsonl"
-    elif path.is_dir() or form == "text":
+    elif path.is_dir():
         raise UserError(f"--format {form} needs the name of a file, such as --output captions.csv")
     else:
         cli.output_folder(path.parent, "--output")

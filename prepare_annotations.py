@@ -455,7 +455,8 @@ def labelled_clips(paths, videos, min_score=None):
     """
     clips, root = {}, Path(os.path.abspath(videos))
     for path in paths:
-        rows = likeliest_captions(path)
+        if not (rows := likeliest_captions(path)):
+            note(f"note: {path} has no captions")
         outside = [
             f"{row['video']} ({where})"
             for where, row in rows
@@ -470,21 +471,22 @@ def labelled_clips(paths, videos, min_score=None):
             quarters = np.quantile(scores, [0.75, 0.5, 0.25])
             text = "; a quarter, half and three quarters of the scores are at least {:.3f}, {:.3f}, {:.3f}"
             note(f"{path}: {counted(len(rows), 'caption')}{text.format(*quarters)}")
-        elif min_score is not None:
+        elif rows and min_score is not None:
             raise UserError(
                 f"--min-score: {path} has captions without a score; run infer.py with --scores"
             )
-        if min_score is not None:
+        if rows and min_score is not None:
             low = sum(score < min_score for score in scores)
             note(f"{path}: {counted(low, 'caption')} below --min-score {min_score:g} left out")
-            if low == len(scores):
-                raise UserError(f"--min-score {min_score:g} leaves no caption of {path}")
         for _, row in rows:
             if min_score is None or row["score"] >= min_score:
                 span = span_of(row)
                 score = {"score": row["score"]} if row["score"] is not None else {}
                 r = record(None, row["video"], clean(row["caption"]))
                 clips[normal_form(row["video"]), span] = r | span_fields(span) | score
+    if paths and not clips:
+        least = "" if min_score is None else f" with --min-score {min_score:g}"
+        raise UserError(f"no caption is left of {', '.join(map(str, paths))}{least}")
     return clips
 
 

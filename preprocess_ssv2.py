@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     add("--features", default=cli.FEATURES, help="folder of the feature cache")
     text = f"splits to encode (default: {TRAIN} {VALIDATION})"
-    add("--split", "--splits", dest="splits", nargs="+", help=text)
+    add("--split", "--splits", dest="splits", nargs="+", action="extend", help=text)
     add(
         "--shard",
         type=cli.shard,
@@ -318,8 +318,13 @@ def matching_encoder(args, features, device, dtype):
 def world_of(videos):
     """Return {"world": content of world.json} if a synthetic world wrote the folder of the clips, else {}."""
     path = Path(os.path.abspath(videos)).parent / "world.json"
-    world = read_json(path, "world") if path.is_file() else None
-    return {"world": world} if isinstance(world, dict) else {}
+    try:
+        world = read_json(path, "world")
+    except UserError:  # it does not exist, or is another program's
+        return {}
+    if not (isinstance(world, dict) and world.get("synthetic") is True):
+        return {}
+    return {"world": {k: world[k] for k in ("name", "synthetic", "nouns") if k in world}}
 
 
 def encode_all(encoder, work, features, batch_size, pool, log_failure, log_source):

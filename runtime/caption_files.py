@@ -166,6 +166,11 @@ def likeliest_captions(path):
     if the file has no scores) and, unless the window is the whole clip, start and end in seconds. Raises
     UserError if a row is not valid.
     """
+    if read_text(path, "--captions").strip().lower() in (
+        header("csv").strip(),
+        header("tsv").strip(),
+    ):
+        return []  # all clips failed
     rows = read_table(path, "--captions", ("path", "caption"), ("start", "end", "score"))
     windows = {}  # (path, start, end) -> (where, row); the likeliest sample comes first
     try:
@@ -274,8 +279,8 @@ class CaptionFile:
         begin = (header(self.form) or '{"path":').encode()
         if not (data.startswith(begin) or begin.startswith(data)):
             raise UserError(
-                f"--skip-done: {self.path} was not written by infer.py, or another program has changed it;"
-                " choose another --output"
+                f"{self.path} was not written by infer.py, or another program has changed it; choose another"
+                " --output"
             )
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         names = [] if self.form == "jsonl" else self.names(lines)

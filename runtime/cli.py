@@ -249,7 +249,7 @@ def add_common(parser, workers=4):
 
 def add_cached(add):
     """Add --features and --annotations. If they are not given, `run_folder.fill_paths` sets them."""
-    text = "{} (default: as in args.json of the run that is scored or searched, else {})"
+    text = "{} (default: that of the run that is scored or searched, else {})"
     add("--features", help=text.format("feature cache written by preprocess_ssv2.py", FEATURES))
     text = text.format("folder written by prepare_annotations.py", ANNOTATIONS)
     add("--annotations", help=text)

@@ -70,9 +70,9 @@ def videos_below(folder):
 
 
 def find_clips(names):
-    """Return the paths of all videos in a list of files and folders, which are searched recursively.
+    """Return the paths of all videos in a list of files and folders, each path once.
 
-    A path that occurs more than once is returned once. Prints how many files of the folders are not videos. Raises UserError if a path does not exist or a
+    Folders are searched recursively. Prints how many files of the folders are not videos. Raises UserError if a path does not exist or a
     folder contains no videos.
     """
     paths, others = [], []

@@ -47,7 +47,7 @@ def temporary_name(path):
 
     It fits into the 255 bytes of a file name, even if the name of `path` has as many.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:220])
+    name = os.fsencode(path.name)[:220].decode(errors="ignore")
     return path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 

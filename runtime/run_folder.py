@@ -136,6 +136,8 @@ def fill_paths(args, checkpoint=None):
         if getattr(args, name, "") is None:
             folder = known.get(name) if isinstance(known, dict) else None
             usable = isinstance(folder, str) and os.path.isdir(folder)
+            if isinstance(folder, str) and not usable:
+                note(f"note: --{name} {folder} of that run does not exist; using {default}")
             setattr(args, name, folder if usable else default)
 
 

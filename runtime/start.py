@@ -78,13 +78,13 @@ def open_standard_streams():
 
 
 class Lines:
-    """A stream for a file or pipe, in which each update of a progress bar is a line without control codes."""
+    """A stream for a file or pipe, in which each update of a progress bar is a line."""
 
     def __init__(self, stream):
         self.stream, self.at_start = stream, True
 
     def write(self, text):
-        if "\r" in text or "\033" in text:
+        if "\r" in text or "\033[A" in text:
             bars = [part.strip() for part in re.split("\r|\033\\[A", text)]
             text = "".join(bar + "\n" for bar in bars if bar)
             text = "\n" + text if text and not self.at_start else text

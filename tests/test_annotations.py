@@ -263,14 +263,18 @@ def test_captions_of_infer_are_used_for_training(tmp_path, form, capsys):
     assert "3 added to train, 1 clip left out because your own files name the video" in err
 
     assert "1 caption below --min-score -0.8 left out" in err
-    with pytest.raises(UserError, match="--min-score 0 leaves no caption of"):
+    with pytest.raises(UserError, match=r"no caption is left of .* with --min-score 0$"):
         run(tmp_path, *flags[:-1], "0")
     with pytest.raises(UserError, match="--min-score needs a file"):
         run(tmp_path, "--captions", own, "--min-score", "0")
-    with pytest.raises(UserError, match=r"a\.mp4 \(.*\).* or were moved"):
+    with pytest.raises(UserError, match=r" or were moved: .*a\.mp4 \("):
         run(tmp_path, "--captions", labelled, own, "--videos", tmp_path / "other")
     with pytest.raises(UserError, match="validation needs"):
         run(tmp_path, "--captions", labelled, "--videos", tmp_path / "clips")
+    if form != "jsonl":  # a part of which all clips failed
+        (failed := tmp_path / f"failed.{form}").write_text(header(form))
+        run(tmp_path, "--captions", labelled, failed, own, *flags[3:])
+        assert f"note: {failed} has no captions" in capsys.readouterr().err
     without = results[1]["windows"][0]
     del without["samples"]
     labelled.write_text(header(form) + "".join(formatted(r, form) for r in results))

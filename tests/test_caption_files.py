@@ -237,9 +237,11 @@ def test_sidecars_in_other_formats_and_of_failed_clips_remain_known(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--keep 0.5", "--keep needs --sample"),
-        ("--top-p 0.5 --temperature 2", "--top-p, --temperature needs --sample"),
-        ("--skip-done", "--skip-done needs --output or --sidecar"),
+        ("--keep 0.5", "--keep can only be used with --sample"),
+        ("--top-p 0.5 --temperature 2", "--top-p, --temperature can only be used with --sample"),
+        ("--skip-done", "--skip-done can only be used with --output or --sidecar"),
+        ("--output o.txt", "the formats of files are tsv, csv, jsonl, srt, vtt"),
+        ("--output o.csv --format text", "--format text is only printed"),
         ("--output o.csv --skip-done --overwrite", "mutually exclusive"),
         ("--output o.mp4", "is the name of a video"),
         ("--format csv --output o.MP4", "is the name of a video"),

@@ -162,12 +162,12 @@ def test_a_mistake_is_printed_without_a_traceback(command, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_data_are_found_in_the_run_folder(tmp_path, monkeypatch):
+def test_data_are_found_in_the_run_folder(tmp_path, monkeypatch, capsys):
     """evaluate.py --checkpoint results/demo looked for the annotations and features of SSv2."""
     monkeypatch.chdir(tmp_path)
-    for name in ("run", "data/features", "data/annotations", "results/a", "results/b"):
+    for name in ("run", "mine/features", "mine/annotations", "results/a", "results/b"):
         Path(name).mkdir(parents=True)
-    known = {"features": "data/features", "annotations": "data/annotations", "num_blocks": 1}
+    known = {"features": "mine/features", "annotations": "mine/annotations", "num_blocks": 1}
     for run in ("run", "results/a"):
         write_json(Path(run, "args.json"), {"args": known})
     for flags, name in (
@@ -179,20 +179,23 @@ def test_data_are_found_in_the_run_folder(tmp_path, monkeypatch):
         ("--checkpoint run --text cup", "research.embed"),
     ):
         args = importlib.import_module(name).parse_args(flags.split())
-        assert (args.features, args.annotations) == ("data/features", "data/annotations"), flags
+        assert (args.features, args.annotations) == ("mine/features", "mine/annotations"), flags
     given = retrieve.parse_args(["--checkpoint", "run", "--evaluate", "--features", "data"])
-    assert (given.features, given.annotations) == ("data", "data/annotations")
-    Path("data/features").rmdir()
-    assert evaluate.parse_args(["--checkpoint", "run"]).features == cli.FEATURES
+    assert (given.features, given.annotations) == ("data", "mine/annotations")
+    Path("mine/features").rmdir()
+    args = evaluate.parse_args(["--checkpoint", "run"])
+    assert (args.features, args.annotations) == (cli.FEATURES, "mine/annotations")
+    noted = capsys.readouterr().err
+    assert (
+        f"note: --features mine/features of that run does not exist; using {cli.FEATURES}" in noted
+    )
     assert retrieve.parse_args([]).features == probe.parse_args([]).features == cli.FEATURES
 
     # without --checkpoint, infer.py names the runs that are there
     Path("results/a/best.pt").touch()
     Path("results/b/best.pt").touch()
     Path("clip.mp4").touch()
-    with pytest.raises(
-        UserError, match=r"Runs of train.py in this folder: --checkpoint results/a\.$"
-    ):
+    with pytest.raises(UserError, match=r"There are runs of train.py in results/a\.$"):
         importlib.import_module("infer").main(["clip.mp4"])
 
 
@@ -261,8 +264,9 @@ def test_readme_commands_without_data_end_with_one_sentence(tmp_path, monkeypatc
             continue  # they need no data, and run for minutes
         with pytest.raises((UserError, SystemExit)) as error:
             importlib.import_module(name).main(args)
-        code = error.value.code
-        assert code == 2 or name.endswith("_report"), command  # a report runs other scripts
+        assert error.type is UserError and "\n" not in str(error.value), command
+        # a report runs other scripts
+        assert error.value.code == 2 or name.endswith("_report"), command
         assert not [*tmp_path.iterdir()], command
 
 

@@ -14,6 +14,7 @@ import os
 import socket
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from windows import Windowing
 NEAREST = 5  # templates shown
 EXAMPLES = 6
 DELETE = (600, 3600)  # every 600 s, delete uploads older than 3600 s
-# label, sentence, actions, templates and picture of a clip that failed
+# label, sentence, actions, templates, picture and result of a clip that failed
 EMPTY = "", "", [], [], None, None
 
 
@@ -95,24 +96,30 @@ def main(argv=None):
 
 def check_port(host, port):
     """Raise UserError if the server could not listen on this address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(
-            f"cannot listen on --host {host} --port {port}: {why}", code=FAILED
-        ) from None
+        raise cannot_listen(host, port, error) from None
+
+
+def cannot_listen(host, port, error):
+    why = error.strerror or error
+    return UserError(f"cannot listen on --host {host} --port {port}: {why}", code=FAILED)
 
 
 def serve(blocks, host, port, max_megabytes):
-    """Serve a page until a signal stops the script."""
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        max_file_size=max_megabytes * 2**20,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
+    """Serve a page until a signal stops the script. Raises UserError if it cannot open the port."""
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=max_megabytes * 2**20,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise cannot_listen(host, port, error) from None
     note(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if host not in ("127.0.0.1", "localhost", "::1"):
         note(f"WARNING: anyone who can reach {host} can upload clips")
@@ -123,13 +130,12 @@ def serve(blocks, host, port, max_megabytes):
 def example_clips(folder, seed):
     """Sample up to EXAMPLES clips of a folder. Returns an empty list if the folder does not exist.
 
-    If there are annotations beside it, only clips of the validation split are used.
+    If there are annotations beside it, clips of the validation split are preferred.
     """
-    names = {path.name: path for path in list_files(folder) if is_video(path)}
-    annotations = folder.parent / "annotations"
-    if (annotations / f"{VALIDATION}.json").is_file():
-        held_out = {r["id"] for r in load_records(annotations, VALIDATION)}
-        names = {name: path for name, path in names.items() if path.stem in held_out}
+    names, held_out = {path.name: path for path in list_files(folder) if is_video(path)}, set()
+    with suppress(UserError):
+        held_out = {r["id"] for r in load_records(folder.parent / "annotations", VALIDATION)}
+    names = {name: path for name, path in names.items() if path.stem in held_out} or names
     return [names[name] for name in by_hash(names, seed)[:EXAMPLES]]
 
 

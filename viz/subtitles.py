@@ -6,13 +6,15 @@ viz.films and viz.gallery call this in decode workers, so it must not import tor
 import io
 import tempfile
 from bisect import bisect
+from collections import deque
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
 import video
-from runtime.containers import open_video, scan_packets
+from runtime.containers import open_video, read_packets
+from runtime.errors import VideoError
 from viz.draw_text import BLACK, GREY, panel
 
 NARROWEST = 240  # pixels: minimum width, for legible captions
@@ -26,6 +28,15 @@ GIF_BYTES = 230_000  # per second of film, so that 4 s take less than 1 MB
 TRIAL = 5  # frames encoded to estimate the size of a film
 LONGEST = 655.35  # seconds: the longest duration of a frame in a GIF
 
+IN_MP4 = (
+    "aac",
+    "mp3",
+    "ac3",
+    "eac3",
+    "opus",
+    "flac",
+    "alac",
+)  # codecs of sound that players support
 H264 = {"crf": "20", "preset": "veryfast", "bf": "0"}  # without B-frames, timestamps are in order
 MILLISECOND = Fraction(1, 1000)
 
@@ -148,7 +159,7 @@ def encode_gif(images, times, last):
 def mp4(path, result):
     """Encode all frames of a captioned clip as an MP4 (H.264). Returns bytes. Raises VideoError.
 
-    Its first sound track is copied, unless an MP4 cannot contain its codec.
+    Its first sound track is copied, see `add_sound`.
     """
     import av
 
@@ -160,15 +171,9 @@ def mp4(path, result):
     options = {"movflags": "+faststart"}  # plays while it downloads; needs a seekable file
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "film.mp4")
-        with (
-            av.open(str(target), "w", options=options) as container,
-            open_video(path) as (source, _),
-        ):
+        with av.open(str(target), "w", options=options) as container:
             track = container.add_stream("libx264", options=H264)
-            sound = None
-            with suppress(ValueError):  # a codec that does not fit
-                if source.streams.audio:
-                    sound = container.add_stream_from_template(source.streams.audio[0])
+            sound = add_sound(path, container)
             track.pix_fmt, track.codec_context.time_base = "yuv420p", MILLISECOND
             track.width, track.height = subtitles.canvas
             written = -1
@@ -181,20 +186,30 @@ def mp4(path, result):
                 frame = av.VideoFrame.from_image(image)
                 frame.pts, frame.time_base = milliseconds, MILLISECOND
                 container.mux(track.encode(frame))
+                while sound and sound[0].pts * sound[0].time_base <= time:
+                    container.mux(sound.popleft())
             container.mux(track.encode())
-            if sound:
-                scan = scan_packets(path)
-                copy_packets(source, sound, container, float((scan.first or 0) * scan.tick))
+            container.mux(sound)
         return target.read_bytes()
 
 
-def copy_packets(source, sound, container, start):
-    """Copy the first sound track to a stream of another container. start: seconds of the first picture."""
-    for packet in source.demux(source.streams.audio[0]):
-        if packet.dts is None or packet.pts is None:  # the end
-            continue
-        shift = round(start / packet.time_base)
-        if packet.pts >= shift:
+def add_sound(path, container):
+    """Add the first sound track of a clip to an MP4. Returns a deque of its packets, in order.
+
+    It is empty if there is no sound, or its codec is not in IN_MP4. Damaged sound ends early. Time 0 is that
+    of the first picture.
+    """
+    scan, found, stream, last = video.scan_packets(path), deque(), None, -1
+    with suppress(VideoError), open_video(path) as (source, _):
+        for track in source.streams.audio[:1]:
+            if track.codec_context and track.codec_context.codec.canonical_name in IN_MP4:
+                stream = container.add_stream_from_template(track)
+        for packet in read_packets(source, track) if stream else ():
+            if packet.dts is None or packet.pts is None:  # the end
+                continue
+            shift = round((scan.first or 0) * scan.tick / packet.time_base)
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            packet.stream = sound
-            container.mux(packet)
+            if packet.pts >= 0 and packet.dts > last:
+                packet.stream, last = stream, packet.dts
+                found.append(packet)
+    return found

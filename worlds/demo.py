@@ -96,7 +96,7 @@ def main(argv=None):
         app = f"{python} -m pip install -c constraints.txt -e '.[app]' && {app}"
     caption = f"{python} infer.py {data}/videos --limit 5 --checkpoint {output}"
     note(
-        f"\ncaption other clips of the toy world:\n    {caption}\nthe same in a browser:\n    {app}"
+        f"\ncaption more clips of the toy world:\n    {caption}\nthe same in a browser:\n    {app}"
     )
 
 
