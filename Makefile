@@ -7,7 +7,7 @@ BIN = .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m worlds.demo
 
-# takes about 70 minutes on two idle cores (an estimate) and 6 GB; after an interruption, run it again to continue
+# takes about 75 minutes on two cores and 6 GB; after an interruption, run it again to continue
 tabletop: .venv/tabletop
 	$(BIN)/python -m worlds.tabletop_demo
 

@@ -1,6 +1,6 @@
 """Teach a frozen pretrained language model to caption rendered household objects, with the real scripts.
 
-    python -m worlds.tabletop_demo     (or make tabletop; about 70 minutes on two idle cores, an estimate)
+    python -m worlds.tabletop_demo     (or make tabletop; about 75 minutes on two cores)
 
 SmolLM2 and MobileNetV2 were pretrained on other data and stay frozen. Only the Q-Former is trained. Writes
 summary.json, curves.png, strips.png, gallery.html and GIFs in films/ to --output. Finished parts are kept:
