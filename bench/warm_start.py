@@ -31,7 +31,7 @@ from worlds import demo, tabletop_demo
 
 COUNTS = (50, 200, 1000)  # own clips
 REPORT = 300  # other own clips, on which all runs are scored
-STEPS = 500  # per run
+STEPS = 400  # per run
 BASE_STEPS = 2  # the base takes this many times as many steps
 METRICS = ("CIDEr", "template_accuracy", "placeholder_match", "exact_match")
 
