@@ -243,7 +243,7 @@ def score(args):
 def match(args):
     """Print the scenes that two films share, and draw the similarity of all windows."""
     require()
-    paths = find_clips(args.match)
+    paths = [path for film in args.match for path in find_clips([film])]
     if len(paths) != 2:
         raise UserError(f"--match takes two films; these folders have {len(paths)}")
     name = "match_{}_{}.png".format(*windows.output_names(paths))

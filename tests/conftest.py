@@ -27,10 +27,9 @@ from runtime.cli import cpus
 # The slowest test files, by CPU-seconds. They start first, so that no worker of pytest-xdist is
 # left idle at the end. The first one does not need `world`, which another worker builds meanwhile.
 LONGEST = (
-    *("test_demo.py", "test_reliability.py", "test_probe.py", "test_app.py", "test_embed.py"),
-    *("test_evaluate.py", "test_bench.py", "test_train.py", "test_curves.py", "test_doctor.py"),
-    *("test_gallery.py", "test_ablation.py", "test_toy_ssv2.py", "test_interface.py"),
-    "test_films.py",
+    *("demo", "reliability", "interface", "app", "evaluate", "gpu", "probe", "embed", "train"),
+    *("families", "curves", "doctor", "toy_ssv2", "charades", "video", "bench", "gallery"),
+    *("ablation", "films", "warm_start"),
 )
 # worlds/toy_ssv2.py sets it in the worker that builds `world`, and sums depend on it
 torch.set_num_threads(1)
@@ -74,7 +73,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: n for n, name in enumerate(LONGEST)}
+    place = {f"test_{name}.py": n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 

@@ -178,7 +178,8 @@ def stand_in(name, init, error=RuntimeError):
     return library
 
 
-@pytest.mark.parametrize("name", [pytest.param("trackio", marks=pytest.mark.slow), "wandb"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_dashboards_with_a_server(name, world, prepared, tmp_path, quick_meteor, monkeypatch):
     started, logged, ended = [], [], []
     # matplotlib takes longer than the training

@@ -22,7 +22,7 @@ from viz import app
 from windows import Windowing
 
 ROOT = Path(__file__).parent.parent
-QUICK = ("videomae", "dinov2", "mobilenet_v2")  # tubelets, frames with a CLS, a feature map
+QUICK = ("videomae", "mobilenet_v2")  # tubelets, a feature map
 CLIPS = 10  # of each split
 HEAD = """# Encoders of each type
 
