@@ -423,7 +423,7 @@ def table(result):
 
 def notes(result):
     """Return the lines to print below the scores of `score` or `compare`."""
-    scale = "CIDEr is on a 0-10 scale (papers print it x100)"
+    scale = "CIDEr is on a 0-10 scale (papers print it x100; see docs/evaluation.md)"
     lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
     if empty := result.get("empty"):
         lines.append(f"empty: {counted(empty, 'caption')}")
