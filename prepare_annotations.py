@@ -14,6 +14,7 @@ Charades, as whole videos or as windows for recognising actions:
 import runtime.start
 
 import csv
+import difflib
 import glob
 import io
 import os
@@ -125,11 +126,11 @@ def main(argv=None):
 def about_split(name):
     """Return a note about a split whose name the other scripts do not use by default."""
     text = f"note: split {name!r} is used only with --split {name}"
-    short = name.lower().removesuffix("ing")
-    known = dict.fromkeys(("dev", "eval", "validate"), VALIDATION).get(short) or next(
-        (k for k in (TRAIN, VALIDATION, TEST) if k.startswith(short)), None
-    )
-    return f"{text}; did you mean {known!r}?" if known else text
+    short, usual = name.lower().removesuffix("ing"), (TRAIN, VALIDATION, TEST)
+    meant = [VALIDATION] if short in ("dev", "eval", "validate") else []
+    meant += [known for known in usual if known.startswith(short)]
+    meant += difflib.get_close_matches(short, usual, n=1, cutoff=0.85)  # not "validation_pairs"
+    return f"{text}; did you mean {meant[0]!r}?" if meant else text
 
 
 def describe(splits, output):

@@ -339,7 +339,13 @@ def test_a_clip_in_both_unicode_forms_is_one_clip(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("val", "validation"), ("Train", "train"), ("testing", "test"), ("dev", "validation")],
+    [
+        ("val", "validation"),
+        ("Train", "train"),
+        ("testing", "test"),
+        ("dev", "validation"),
+        ("tran", "train"),
+    ],
 )
 def test_an_unusual_split_is_noted(tmp_path, capsys, name, meant):
     """A split named `val` was written, and train.py then missed the validation split."""
