@@ -69,6 +69,7 @@ def test_captions_come_from_the_video(in_process, tmp_path, capsys, monkeypatch)
 def test_printed_commands_start_this_python(tmp_path, monkeypatch):
     """`make demo` ended with `python -m viz.app`, but make does not activate .venv."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     assert demo.python_command() == shlex.quote(sys.executable)
     monkeypatch.chdir(Path(sys.executable).parent.parent)
     assert demo.python_command() == f"bin/{Path(sys.executable).name}"

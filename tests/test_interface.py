@@ -214,9 +214,11 @@ def test_make_refuses_an_old_python_at_once(tmp_path):
     old, code = tmp_path / "old", "import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])"
     old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
     old.chmod(0o755)
-    done = subprocess.run(
-        ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
-    )
+    outside = {
+        k: v for k, v in os.environ.items() if not k.startswith("MAKE")
+    }  # not of `make test`
+    command = ["make", "demo", f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=outside)
     assert done.returncode == 2 and not (tmp_path / ".venv").exists() and not done.stdout
     assert f"Python 3.11 or newer is needed, but {old} is 3.10" in done.stderr
 
