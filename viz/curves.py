@@ -104,7 +104,7 @@ def draw(steps, evaluations):
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -124,10 +124,7 @@ def draw(steps, evaluations):
     top.set(ylabel="loss per caption token")
     shown = [value for value in (*losses, *(e["loss"] for e in evaluations)) if value]
     if shown and max(shown) > 4 * min(shown):
-        top.set(yscale="log")
-        top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        top.yaxis.set_major_formatter("{x:g}")
-        top.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(top, (1, 2, 5))
     points(middle, evaluations, lambda e: e["metrics"].get("CIDEr"), GREEN, "o", "validation")
     shuffled = {e["step"]: e["controls"].get("shuffled", {}).get("CIDEr") for e in evaluations}
     points(middle, evaluations, lambda e: shuffled[e["step"]], GREY, "x", "predictions shuffled")
@@ -137,7 +134,7 @@ def draw(steps, evaluations):
     gradients = [(s["step"], s["grad_norm"]) for s in steps if is_number(s.get("grad_norm"))]
     if gradients:
         norms.plot(*zip(*gradients, strict=True), color=BLUE, linewidth=0.6, marker=dot)
-        norms.set(yscale="log")
+        logarithmic(norms, (1, 3))
     norms.set(ylabel="gradient norm")
     bottom.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=BLUE, marker=dot)
     bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
@@ -156,6 +153,16 @@ def draw(steps, evaluations):
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()
+
+
+def logarithmic(panel, digits):
+    """Make the y axis logarithmic, with labels at these digits."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set(yscale="log")
+    panel.yaxis.set_major_locator(LogLocator(subs=digits))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def points(panel, evaluations, value, colour, marker, label):
