@@ -135,6 +135,9 @@ def main(argv=None):
     if (args.predictions or args.sample) and args.shard != (0, 1):
         flag = "--predictions" if args.predictions else "--sample"
         raise UserError(f"--shard cannot be used with {flag}, which needs all clips together")
+    checkpoint = None if args.predictions else read_checkpoint(args.checkpoint)
+    for path in (args.predictions or []) + (args.versus or []):
+        cli.existing(path, "predictions", "evaluate.py and infer.py --output write such files.")
     records = load_records(args.annotations, args.split)
     all_records = records
     records = [r for r in records[: args.limit] if in_shard(r["id"], *args.shard)]
@@ -162,7 +165,7 @@ def main(argv=None):
         greedy = samples = None
     else:
         with distributed.joined():
-            predictions, settings, samples = predict(args, records)
+            predictions, settings, samples = predict(args, checkpoint, records)
         greedy = predictions if samples else None
     if ranks.rank():
         return
@@ -365,15 +368,14 @@ def result_name(args, skipped):
     return "_".join(parts)
 
 
-def predict(args, records):
-    """Caption `records` with the checkpoint.
+def predict(args, checkpoint, records):
+    """Caption `records` with the checkpoint, a result of `read_checkpoint`.
 
     Returns {id: caption}, the settings used and, with --sample, the result of `sample`, else None.
     """
     manifest = load_manifest(args.features)
     clips = require_features(args.features, args.split, records, args.allow_missing)
     device, dtype = devices.resolve(args.device, args.dtype)
-    checkpoint = read_checkpoint(args.checkpoint)
     wanted = checkpoint["manifest"].settings
     if args.control == "still":
         wanted = replace(wanted, sampling="still")

@@ -335,10 +335,10 @@ def print_plan(args, state, train, held_out, records):
 
 def evaluate(args):
     """Score a trained or published head on --split."""
+    probe = heads.read_probe(args.evaluate, "--evaluate") if args.evaluate else None
     manifest = load_manifest(args.features)
     device, _ = devices.resolve(args.device, args.dtype)
     if args.evaluate:
-        probe = heads.read_probe(args.evaluate, "--evaluate")
         wanted = probe["manifest"].settings
         if args.control == "still":
             wanted = heads.still(wanted)

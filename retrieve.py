@@ -459,10 +459,10 @@ def report(args, result, folder):
     )
 
 
-def load(args):
-    """Read --checkpoint. Returns its content, the tower, its `TextModel` and the folder for results.
+def read_checkpoint(args):
+    """Read --checkpoint. Returns its content and the folder for results.
 
-    Raises UserError if it was trained with other settings of the features or with another text model.
+    Raises UserError if it is not valid or was trained with other settings of the features.
     """
     saved = heads.read_retriever(args.checkpoint, "--checkpoint")
     wanted = saved["manifest"].settings
@@ -471,6 +471,11 @@ def load(args):
     wanted.check_same(load_manifest(args.features).settings, f"the cache {args.features}")
     path = Path(args.checkpoint)
     folder = cli.output_folder(args.output or (path if path.is_dir() else path.parent), "--output")
+    return saved, folder
+
+
+def load_models(args, saved):
+    """Return the tower of a checkpoint and its `TextModel`. Raises UserError if --lm is another one."""
     device, dtype = devices.resolve(args.device, args.dtype)
     name = args.lm or hub.recorded("name", saved["lm"], "--lm")
     model = text_vectors.TextModel(name, device, dtype)
@@ -479,17 +484,18 @@ def load(args):
             f"--lm {name} has fingerprint {model.fingerprint}, but the retriever was trained with"
             f" {saved['lm']['name']} ({saved['lm']['fingerprint']})"
         )
-    return saved, heads.load_retriever(saved, device), model, folder
+    return heads.load_retriever(saved, device), model
 
 
 def evaluate(args):
     """Score --checkpoint on --split or --lists."""
+    saved, folder = read_checkpoint(args)
     source = args.features, args.annotations, args.limit, args.allow_missing
     if args.lists:
         pairs = Pairs.of_list(args.lists, with_features(args.split, *source))
     else:
         pairs = Pairs.of_labels(captioned(args.split, *source))
-    saved, tower, model, folder = load(args)
+    tower, model = load_models(args, saved)
     vectors = text_vectors.of_texts(pairs.texts, model, folder)
     vectors = torch.from_numpy(vectors.astype(np.float32))
     read = reader(args, model.device)
@@ -503,12 +509,13 @@ def evaluate(args):
 def search(args):
     """Print the clips (and captions) of --split nearest to --text or --query. Returns the exit code."""
     paths = find_clips([args.query]) if args.query else []
+    saved, folder = read_checkpoint(args)
     source = args.features, args.annotations, args.limit, args.allow_missing
     records = with_features(args.split, *source)
     if not records:
         raise UserError(f"no clip of split {args.split!r} has features")
     began = time.perf_counter()
-    saved, tower, model, folder = load(args)
+    tower, model = load_models(args, saved)
     encoder = None
     if paths:
         encoder = VideoEncoder.from_manifest(saved["manifest"], model.device, args.encoder)

@@ -131,12 +131,12 @@ def cached_clips(args):
 
     Raises UserError if there are no clips, or if the cache and the checkpoint have different settings.
     """
+    checkpoint = read_checkpoint(args.checkpoint)
     manifest = load_manifest(args.features)
     records = load_records(args.annotations, args.split)[: args.limit]
     records = require_features(args.features, args.split, records, args.allow_missing)
     if not records:
         raise UserError(f"there are no clips in split {args.split!r} of {args.annotations}")
-    checkpoint = read_checkpoint(args.checkpoint)
     settings = checkpoint["manifest"].settings
     settings.check_same(manifest.settings, f"the cache {args.features}")
     how = settings, args.batch_size, args.workers

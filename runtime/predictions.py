@@ -29,6 +29,8 @@ def read_predictions(paths, ids):
     valid, if a clip occurs more than once, or if parts were made with different settings.
     """
     paths = [str(path) for path in paths]
+    if other := [p for p in paths if Path(p).suffix.lower() in (".srt", ".vtt", ".txt")]:
+        raise UserError(f"captions {other[0]}: only .json, .jsonl, .csv and .tsv can be scored")
     written = [p for p in paths if Path(p).suffix.lower() in (*TABLES, ".jsonl")]
     files = [read_json(path, "predictions") for path in paths if path not in written]
     if not all(isinstance(entries, list) for entries in files):

@@ -99,11 +99,14 @@ def test_help_names_the_command_that_was_typed(name):
         ("infer /nowhere.mp4 --checkpoint x", 2, "infer.py: clip not found: /nowhere.mp4"),
         ("infer", 2, "infer.py: give either the clips to caption"),
         ("train --features /nowhere", 2, "train.py: no feature cache: /nowhere/manifest.json"),
-        (
-            "evaluate --annotations /nowhere",
-            2,
-            "evaluate.py: no annotations for split 'validation'",
-        ),
+        ("evaluate", 2, "evaluate.py: --checkpoint results/ssv2/best.pt does not exist."),
+        # the file that was given is named first, not the data that its run folder would have named
+        ("evaluate --checkpoint /nowhere.pt", 2, "--checkpoint /nowhere.pt does not exist"),
+        ("evaluate --predictions /nowhere.json", 2, "predictions not found: /nowhere.json"),
+        ("retrieve --evaluate --checkpoint /nowhere", 2, "--checkpoint /nowhere does not exist"),
+        ("retrieve --text a --checkpoint /nowhere", 2, "--checkpoint /nowhere does not exist"),
+        ("probe --evaluate /nowhere", 2, "probe.py: --evaluate /nowhere does not exist"),
+        ("research.embed --checkpoint /nowhere", 2, "--checkpoint /nowhere does not exist"),
         ("preprocess_ssv2 --annotations /nowhere", 2, "Run prepare_annotations.py first"),
         ("prepare_annotations --labels /nowhere", 2, "--labels not found: /nowhere"),
         ("train --epochs 0", 2, "argument --epochs: 0 is below 1"),
@@ -137,7 +140,7 @@ def test_help_names_the_command_that_was_typed(name):
             2,
             "python -m bench.speed: bench result not found: /nowhere.json",
         ),
-        ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "no annotations"),
+        ("evaluate --device cuda:99 --predictions /nowhere.json", 2, "predictions not found"),
     ],
 )
 def test_mistakes_get_one_message(command, code, sentence, tmp_path, monkeypatch, capsys):

@@ -147,6 +147,8 @@ def test_files_of_infer_are_matched_by_the_names_of_the_clips(captions, tmp_path
     wrong.write_text('{"path": "x", "windows": [1]}\n' if ending == "jsonl" else "video,caption\n")
     with pytest.raises(UserError, match=r"was not written by infer|must have the columns"):
         read_predictions([wrong], captions.keys())
+    with pytest.raises(UserError, match=r"film.srt: only .json, .jsonl, .csv and .tsv"):
+        read_predictions(["film.srt"], captions.keys())
 
 
 def test_only_the_likeliest_sample_and_clips_that_did_not_fail_are_read(tmp_path):
