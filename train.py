@@ -272,7 +272,10 @@ def train(state, data, recipe, run, save_every):
         progress.bad_steps = 0 if finite else progress.bad_steps + 1
 
         waited = micro_batches.seconds_waiting
-        run.log.step(progress.step, epoch, ids, loss, tokens, by_style, lr, grad_norm, waited)
+        _, memory = devices.peak_memory(model.device)
+        run.log.step(
+            progress.step, epoch, ids, loss, tokens, by_style, lr, grad_norm, waited, memory
+        )
         if progress.bad_steps == MAX_BAD_STEPS:
             raise not_finite_error()
 
@@ -598,6 +601,9 @@ def print_plan(data, recipe):
     paraphrases = sum(len(r["paraphrases"]) for r in data.train)
     per_epoch = sum(min(k, 1 + len(r["paraphrases"])) for r in data.train)
     clips, step = len(data.train), recipe.batch_size * recipe.grad_accum
+    in_step = (
+        counted(step, "clip") if step <= clips else f"up to {step:,} clips (there are {clips:,})"
+    )
     steps = recipe.epochs * recipe.steps_per_epoch(clips)
     note(
         f"clips        {clips:,} training, {len(data.validation):,} validation"
@@ -605,7 +611,7 @@ def print_plan(data, recipe):
         f"captions     {counted(clips, 'label')}, {counted(paraphrases, 'paraphrase')},"
         f" {per_epoch / clips:.3g} per clip and epoch"
         f"{'' if paraphrases else ', so --style sentence is not trained'}\n"
-        f"step         {recipe.batch_size} x {recipe.grad_accum} = {counted(step, 'clip')},"
+        f"step         {recipe.batch_size} x {recipe.grad_accum} = {in_step},"
         f" {counted(steps, 'step')} in {counted(recipe.epochs, 'epoch')}\n"
         f"features     {settings.num_tokens} x {settings.width} {settings.store},"
         f" {file_size(settings.clip_bytes * (clips + len(data.validation)))}"

@@ -75,7 +75,9 @@ def describe(device):
 
 
 def peak_memory(device):
-    """Return the peak GPU memory in bytes, as (allocated for tensors, reserved by torch)."""
+    """Return the peak GPU memory in bytes, as (allocated for tensors, reserved by torch). On a CPU, (0, 0)."""
+    if not on_gpu(device):
+        return 0, 0
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 

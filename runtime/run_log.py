@@ -43,12 +43,12 @@ class Log:
         if not self.quiet:
             os.fsync(self.metrics.fileno())
 
-    def step(self, step, epoch, ids, loss, tokens, by_style, lr, grad_norm, data_seconds):
+    def step(self, step, epoch, ids, loss, tokens, by_style, lr, grad_norm, data_seconds, memory):
         """Log one training step.
 
         epoch: from 0. loss: the sum over `tokens` caption tokens of the clips `ids`. by_style: the mean
         loss per token of each style. grad_norm: before clipping. data_seconds: the part of the step's
-        duration spent waiting for data.
+        duration spent waiting for data. memory: peak GPU memory so far in bytes, or 0.
         """
         if self.quiet:
             return
@@ -66,6 +66,8 @@ class Log:
             "data_seconds": round(data_seconds, 4),
             "clips_per_second": round(len(ids) / seconds, 2),
         }
+        if memory:
+            entry["gpu_gb"] = round(memory / 1e9, 2)
         if entry["loss"] is None or entry["grad_norm"] is None:
             entry["skipped"] = ids
             self.skipped += 1
@@ -73,10 +75,13 @@ class Log:
             self.print(f"step {step} skipped: loss or gradient is not finite (clips {some})")
         self.metrics.write(json_line(entry))
         self.metrics.flush()
-        shown = (*losses, "lr", "grad_norm", "clips_per_second", "data_seconds")
-        self.dashboard.log(step, {f"train/{k}": entry[k] for k in shown if entry[k] is not None})
+        shown = (*losses, "lr", "grad_norm", "clips_per_second", "data_seconds", "gpu_gb")
+        shown = {f"train/{k}": entry.get(k) for k in shown}
+        self.dashboard.log(step, {k: v for k, v in shown.items() if v is not None})
         text = f"loss {mean:.3f}, lr {lr:.1e}, {len(ids) / seconds:.0f} clip/s"
-        text += f", data {100 * data_seconds / seconds:.0f} %"
+        text += f", data {100 * data_seconds / seconds:.0f} %" + (
+            f", GPU {memory / 1e9:.1f} GB" if memory else ""
+        )
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 

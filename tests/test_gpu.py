@@ -49,6 +49,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert not train.main([*flags, "--resume"])
     args = json.loads((run / "args.json").read_text())
     assert (args["device"], args["args"]["dtype"]) == ("emulated GPU 0", "bfloat16")
+    steps = (run / "metrics.jsonl").read_text().splitlines()
+    assert steps and all("gpu_gb" in json.loads(step) for step in steps)
 
     # captions from the cache, from files and in the web demo
     common = ["--checkpoint", str(run), "--limit", "4", "--workers", "0"]

@@ -240,11 +240,11 @@ def test_a_run_without_sentences_says_so(world, prepared, trained, tmp_path, cap
         records = json.loads((annotations / f"{split}.json").read_text())
         records = [r | {"paraphrases": []} if split == "train" else r for r in records]
         (annotations / f"{split}.json").write_text(json.dumps(records))
-    flags = ("--annotations", annotations, "--epochs", 1, "--limit", 30)
+    flags = ("--annotations", annotations, "--epochs", 1, "--limit", 20)
     assert not train.main(train_flags(world, prepared, tmp_path / "run", *flags))
-    assert (
-        "0 paraphrases, 1 per clip and epoch, so --style sentence is not" in capsys.readouterr().err
-    )
+    noted = capsys.readouterr().err
+    assert "0 paraphrases, 1 per clip and epoch, so --style sentence is not" in noted
+    assert "8 x 3 = up to 24 clips (there are 20)" in noted
     assert all("loss_label" in s and "loss_sentence" not in s for s in log(tmp_path / "run"))
     assert all({"loss_label", "loss_sentence"} < s.keys() for s in log(trained))
     flags = ["--features", prepared / "features", "--annotations", prepared / "annotations"]

@@ -110,8 +110,7 @@ def try_step(device):
         model.captions(evaluate.to_device(batches[0], device), "label", 4, beams)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RuntimeError(f"the loss is {loss} and the gradient norm is {norm}")
-    peak = devices.peak_memory(device)[0] if devices.on_gpu(device) else 0
-    return time.perf_counter() - began, peak
+    return time.perf_counter() - began, devices.peak_memory(device)[0]
 
 
 def check_decoders():
