@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bench.ablation_table import SCORES, cpu, draw, markdown
+from bench.ablation_table import SCORES, draw, markdown
 from bench.study import Row, Study, add_flags, validations
 from dataset import VALIDATION
 from runtime import cli
@@ -177,7 +177,7 @@ def collect(study, clips):
             "bytes_per_clip": numbers * {"int8": 1, "fp16": 2}[settings.store],
             "runs": [{k: run[k] for k in ("seed", *SCORES, "seconds", "curve")} for run in runs],
         }
-    return {"clips": clips, "cpu": cpu(), "versions": study.args()["versions"], "rows": rows}
+    return {"clips": clips, **study.provenance(), "rows": rows}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Write the table and figure of bench/ablation.py from the results of its runs."""
 
 import math
-import platform
 import statistics
-from pathlib import Path
 
 from runtime.cli import note
 
@@ -99,7 +97,7 @@ def markdown(results):
     lines = [[*heads, "seconds", "trained, stored"], ["---"] * (len(heads) + 2)]
     lines += [cells(row) for row in rows.values()]
     return TEXT.format(
-        cpu=results["cpu"],
+        cpu=results["processor"],
         torch=results["versions"]["torch"],
         clips=results["clips"],
         seeds=", ".join(
@@ -108,14 +106,6 @@ def markdown(results):
         table="\n".join(f"| {' | '.join(line)} |" for line in lines),
         verdicts="\n\n".join(map(verdict, COMPARED)),
     )
-
-
-def cpu():
-    """Return the processor's model name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def draw(results, path):

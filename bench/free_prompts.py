@@ -22,6 +22,7 @@ from qformer import QFormer
 from runtime import cli, devices
 from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.provenance import provenance
 
 BATCH = 16  # clips at a time
 LR = 0.05
@@ -65,7 +66,7 @@ def main(argv=None):
         "cpu_seconds": round(time.process_time() - began, 1),
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "free_prompts.json", result)
+    write_json(output / "free_prompts.json", provenance() | result)
     print(
         f"free soft prompts: {result['exact_match']:.3f} of {len(labels)} labels word for word, loss"
         f" {result['loss']:.3f}"

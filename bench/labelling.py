@@ -23,6 +23,7 @@ from dataset import TRAIN, VALIDATION, by_hash, load_records
 from runtime import cli
 from runtime.caption_files import likeliest_captions
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance_of
 from worlds import demo, tabletop_demo
 from worlds.demo import shell
 
@@ -39,7 +40,7 @@ WORLDS = {  # data, language model, flags of train.py, passes over all training 
         "data/tabletop",
         "data/pretrained/smollm2",
         tabletop_demo.TRAINING,
-        2,
+        1,
         tuple(tabletop_demo.SPLITS),
     ),
 }
@@ -77,29 +78,31 @@ def main(argv=None):
     cli.existing(data / "features" / "manifest.json", "features", "Run make demo or make tabletop.")
     output = cli.output_folder(args.output, "--output")
     seeds, runs = args.seeds or (3 if args.world == "toy" else 1), []
+    dtype = "--dtype " + ("auto" if args.world == "toy" else tabletop_demo.default_dtype())
     for seed in range(seeds):
         folder = Path(args.runs) / f"{args.world}_seed{seed}"
-        counts = label(folder, data, lm, f"{training} --seed {seed}", epochs, args.limit, seed)
+        flags = f"{training} --seed {seed}"
+        counts = label(folder, data, lm, flags, dtype, epochs, args.limit, seed)
         for model in MODELS:
             for split in splits:
                 if not (folder / model / f"evaluation_{split}_last.json").exists():
                     shell(
                         f"evaluate.py --checkpoint {folder}/{model}/last.pt {cached(data)} --split {split}"
-                        " --no-meteor --workers 0"
+                        f" --no-meteor --workers 0 {dtype}"
                     )
         runs.append(counts | {"seed": seed, "scores": scores(folder, splits)})
     path = output / "labelling.json"
     results = read_json(path, "results") if path.exists() else {}
     facts = read_json(folder / "full" / "args.json", "args")
     steps = len((folder / "full" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    results[args.world] = {"steps": steps, "versions": facts["versions"], "runs": runs}
+    results[args.world] = {"steps": steps, **provenance_of(facts), "runs": runs}
     write_json(path, results)
     text = markdown(results, MODELS)
     write_atomic(output / "labelling.md", text.encode())
     print(text)
 
 
-def label(folder, data, lm, training, epochs, limit, seed):
+def label(folder, data, lm, training, dtype, epochs, limit, seed):
     """Train the four models of a seed. Returns the numbers of captions and the shares that are right."""
     folder.mkdir(parents=True, exist_ok=True)
     records = {r["id"]: r for r in load_records(data / "annotations", TRAIN)[:limit]}
@@ -123,15 +126,15 @@ def label(folder, data, lm, training, epochs, limit, seed):
         passes = round(epochs * len(order) / len(load_records(annotations, TRAIN)))
         shell(
             f"train.py --annotations {annotations} --features {shlex.quote(str(data))}/features"
-            f" --lm {shlex.quote(str(lm))} --output {run} {training} --epochs {passes} --workers 0"
-            " --captions-per-clip 1 --eval-clips 50 --resume"
+            f" --lm {shlex.quote(str(lm))} --output {run} {training} {dtype} --epochs {passes}"
+            " --workers 0 --captions-per-clip 1 --eval-clips 50 --resume"
         )
 
     train("human", f"{folder}/human.csv")
     labelled = folder / "labelled.csv"
     shell(
         f"infer.py {clips} --checkpoint {folder}/human/last.pt --scores --output {labelled} --skip-done"
-        " --batch-size 32"
+        f" --batch-size 32 {dtype}"
     )
     rows = [row for _, row in likeliest_captions(labelled)]
     right = [

@@ -20,13 +20,11 @@ import os
 os.environ["KINETO_LOG_LEVEL"] = "99"
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
-import platform
 import re
 import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 
@@ -60,6 +58,7 @@ from runtime import cli, devices
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance
 
 PRESETS = {"cpu": SMALL, "full": REAL}
 DEVICES = {"cpu": "cpu", "full": "auto"}  # default --device of each preset
@@ -111,8 +110,7 @@ def main(argv=None):
         "device": name,
         "preset": args.preset,
         "command": f"python -m bench.speed --preset {args.preset}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "av", "numpy")}
-        | {"python": platform.python_version()},
+        **provenance(),
         "shapes": asdict(PRESETS[args.preset]),
         "matmul_flops": matmul_peak(device),
         "equal": equalities(),

@@ -27,6 +27,7 @@ from runtime import cli, hub, run_log
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_json
+from runtime.provenance import provenance, provenance_of
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,10 @@ class Study:
         seeds = range(self.rows["base"].seeds)
         seed = next(seed for seed in seeds if self.result("base", seed))
         return read_json(self.folder("base", seed) / "args.json", "args")
+
+    def provenance(self):
+        """Return what the base's first finished run was computed with, see `provenance`."""
+        return provenance() | provenance_of(self.args())
 
 
 COMMON = ["--no-meteor", "--workers", "0"]  # flags of train.py and evaluate.py

@@ -217,7 +217,7 @@ def collect(study):
     return {
         "clips": CLIPS,
         "lr": args["args"]["lr"],
-        "versions": args["versions"],
+        **study.provenance(),
         "rows": rows,
     }
 

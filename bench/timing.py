@@ -4,8 +4,6 @@ Variants are timed alternately (A B A B), so that a change in the machine's load
 """
 
 import os
-import platform
-import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from bench.inputs import Shapes
 from runtime import devices
 from runtime.errors import FAILED, UserError
+from runtime.provenance import processor
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,5 @@ def left_out(name, reason):
 def device_name(device):
     if devices.on_gpu(device):
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = re.findall(
-            r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        )
-        model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{processor()}, {cores} cores"

@@ -217,7 +217,7 @@ def collect(study, args):
         "report": len(report),
         "nouns": sorted(nouns),
         "base_clips": rows["base"]["clips"],
-        "versions": study.args()["versions"],
+        **study.provenance(),
         "rows": rows,
     }
 

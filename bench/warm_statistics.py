@@ -22,6 +22,7 @@ from runtime import cli, devices
 from runtime.feature_cache import channel_statistics, load_manifest
 from runtime.files import write_atomic, write_json
 from runtime.intervals import bootstrap
+from runtime.provenance import provenance
 
 OWN, SCORED = 50, 120  # clips for the statistics and for the loss
 SPLITS = {
@@ -50,7 +51,7 @@ def main(argv=None):
     captioner = load_captioner(read_checkpoint(args.checkpoint), device, dtype, args.lm)
     results = {s: compare(captioner, args.data, settings, s, args.workers) for s in SPLITS}
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "warm_statistics.json", results)
+    write_json(output / "warm_statistics.json", provenance() | results)
     text = markdown(results)
     write_atomic(output / "warm_statistics.md", text.encode())
     print(text, end="")

@@ -19,6 +19,7 @@ from research.probe_report import shell
 from runtime import cli, run_folder
 from runtime.charades import SPLITS
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance
 
 TRAINING = (
     "--num-heads 4 --epochs 20 --batch-size 32 --lr 3e-3 1e-3 --weight-decay 0.05 --warmup-steps 50"
@@ -71,7 +72,7 @@ def main(argv=None):
     value = {"synthetic": True, "commands": COMMANDS, "world": world, "training": TRAINING}
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(runs, world["videos"])
-    write_json(output / "charades.json", value | {"records": RUNS, "runs": runs})
+    write_json(output / "charades.json", provenance() | value | {"records": RUNS, "runs": runs})
     write_atomic(output / "charades.md", text.encode())
     print(text, end="")
 

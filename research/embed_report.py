@@ -34,6 +34,7 @@ from runtime.cli import note
 from runtime.errors import UserError
 from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance
 from windows import Windowing
 from worlds.shapes import COLOURS, SHAPES
 
@@ -88,7 +89,7 @@ def main(argv=None):
     output.mkdir(parents=True, exist_ok=True)
     results = {"films": FILMS, "search": {"shape": SSV2, "seconds": search_seconds()}}
     results["runs"] = [measure(load(*pair)) for pair in pairs]
-    write_json(output / "embeddings.json", results)
+    write_json(output / "embeddings.json", provenance() | results)
     write_atomic(output / "embeddings.md", markdown(results))
     print(markdown(results))
 

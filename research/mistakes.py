@@ -19,6 +19,7 @@ from runtime import cli
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.predictions import read_predictions
+from runtime.provenance import provenance
 from runtime.templates import Templates, canonical
 
 KINDS = {
@@ -61,7 +62,7 @@ def main(argv=None):
     print(table(result))
     if args.output:
         ordered = {name: dict(counts.most_common()) for name, counts in result.items()}
-        write_json(args.output, ordered)
+        write_json(args.output, provenance() | ordered)
 
 
 def compare(captions, records, templates, training):

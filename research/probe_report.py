@@ -21,6 +21,7 @@ from runtime import cli, start
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance
 
 TRAINING = "--num-heads 4 --epochs 10 --weight-decay 0.05 --warmup-steps 200 --workers 1"
 ATTENTIVE, POOLED = "--lr 3e-3 1e-3 3e-4", "--lr 1e-1 3e-2 1e-2 3e-3"
@@ -68,7 +69,8 @@ def main(argv=None):
     found = [measure(Path(run), Path(data)) for run, data in zip(args.runs, args.data, strict=True)]
     output = cli.output_folder(args.output, "--output")
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "probe.json", {"training": TRAINING, "probes": PROBES, "runs": found})
+    value = {"training": TRAINING, "probes": PROBES, "runs": found}
+    write_json(output / "probe.json", provenance() | value)
     write_atomic(output / "probe.md", markdown(found).encode())
     print(markdown(found), end="")
 

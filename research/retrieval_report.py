@@ -27,6 +27,7 @@ from runtime import cli, text_vectors
 from runtime.errors import UserError
 from runtime.feature_cache import load_manifest
 from runtime.files import read_json, write_atomic, write_json
+from runtime.provenance import provenance
 from runtime.retrieval_scores import RECALLS, Pairs, inverse, rank, summary
 
 TRAINING = "--width 128 --batch-size 128 --micro-batch 128 --lr 3e-3 --epochs 20 --warmup-steps 100"
@@ -68,7 +69,7 @@ def main(argv=None):
     output = cli.output_folder(args.output, "--output")
     found = {"training": TRAINING, "runs": [measure(run, data) for run, data in pairs]}
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "retrieval.json", found)
+    write_json(output / "retrieval.json", provenance() | found)
     write_atomic(output / "retrieval.md", markdown(found["runs"]))
     print(markdown(found["runs"]), end="")
 

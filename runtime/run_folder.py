@@ -4,24 +4,21 @@ The files are args.json, metrics.jsonl, validation_epoch_N.json, last.pt, previo
 process is killed at any time, they stay valid.
 """
 
-from runtime.start import ROOT, SIGNALS
+from runtime.start import SIGNALS
 
 import os
 import shutil
 import signal
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from runtime import devices, distributed, ranks
 from runtime.cli import ANNOTATIONS, FEATURES, drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
 from runtime.names import visible
+from runtime.provenance import provenance
 from runtime.run_log import Log
 
 LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt"
@@ -97,16 +94,9 @@ def recorded(folder, args, overwrite, device, **facts):
 
 
 def write_args(folder, args, device, **facts):
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
     facts = {
         "args": args,
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "threads": torch.get_num_threads(),
-        "git_commit": commit,
+        **provenance(),
         "processes": ranks.world_size(),
         "device": devices.describe(device),
         **facts,

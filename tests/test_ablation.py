@@ -246,7 +246,7 @@ def test_differences_larger_than_the_noise_are_bold():
         return {"text": text, "change": None, **sizes, "runs": runs}
 
     rows = {"base": row("base", 4), "a": row("tie", 4.15), "b": row("loss", 3.5)}
-    facts = {"clips": 10, "cpu": "a processor", "versions": {"torch": "2"}}
+    facts = {"clips": 10, "processor": "a processor", "versions": {"torch": "2"}}
     text = ablation_table.markdown(facts | {"rows": rows})
     assert "| tie | 4.15 ± 0.10 | +0.15 |" in text
     assert "| loss | 3.50 ± 0.10 | **-0.50** |" in text

@@ -26,6 +26,7 @@ from runtime import cli, start
 from runtime.cli import note
 from runtime.errors import FAILED, Stopped, UserError
 from runtime.files import read_json, write_json
+from runtime.provenance import provenance_of
 
 # A tiny model trains with fewer queries, a higher learning rate and no dropout
 TRAINING = (
@@ -202,6 +203,7 @@ def summarise(run, seconds):
         "trainable_parameters": args["trainable_parameters"],
         "tokenizer": main["tokenizer"],
         "seed": args["args"]["seed"],
+        **provenance_of(args),
     }
 
 

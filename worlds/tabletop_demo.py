@@ -19,6 +19,7 @@ from dataset import VALIDATION
 from runtime import cli
 from runtime.cli import note
 from runtime.files import read_json, write_json
+from runtime.provenance import provenance_of
 from worlds.demo import shell
 
 # Fewer queries and a higher learning rate than for Qwen2-1.5B, whose width is 1536 instead of 576
@@ -168,6 +169,7 @@ def summarise(run):
         "trainable_parameters": args["trainable_parameters"],
         "clips": args["clips"],
         "seed": args["args"]["seed"],
+        **provenance_of(args),
     }
 
 
