@@ -110,8 +110,10 @@ def read(paths, encoder, how, limit=None):
         return sum(map(len, spans.values())) + len(paths) - len(spans)
 
     clips = pool.map(video.decode, jobs(), ahead=how.batch_size + 2 * how.workers)
+    # read before the bar is made, because the web demo shows the total that the bar was made with
+    pairs = list(islice(clips, how.batch_size))
     with tqdm(total=total(), unit="window", delay=1) as bar:
-        while pairs := list(islice(clips, how.batch_size)):
+        while pairs:
             bar.total = total()
             for window, clip in pairs:
                 if isinstance(clip, VideoError):
@@ -126,6 +128,7 @@ def read(paths, encoder, how, limit=None):
                     window.error = VideoError("non_finite", "the encoder returned NaN")
             yield [window for window, _ in pairs]
             bar.update(len(pairs))
+            pairs = list(islice(clips, how.batch_size))
 
 
 def too_long(path, length, how):

@@ -16,6 +16,7 @@ from conftest import until
 import infer
 import prepare_annotations
 import probe
+import windows
 from runtime.files import write_json
 from viz import app
 from windows import Windowing
@@ -182,14 +183,23 @@ def film(path, seconds):
     return path
 
 
-def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, capsys):
+def test_a_long_clip_has_a_line_for_each_window(look, tmp_path, monkeypatch):
+    """The page's progress bar ended at "8/1 window": it shows the total that tqdm's bar was made with."""
+    totals = []
+
+    class Bar(windows.tqdm):
+        def __init__(self, **kwargs):
+            totals.append(kwargs["total"])
+            super().__init__(**kwargs)
+
+    monkeypatch.setattr(windows, "tqdm", Bar)
     path = film(tmp_path / "film.webm", 6)
     message, label, sentence, actions, templates, picture, result = look(path)
     times = ["0.0 - 2.0 s", "2.0 - 4.0 s", "4.0 - 6.0 s"]
     for text in (label, sentence):
         assert [line.split("  ")[0] for line in text.splitlines()] == times and message == ""
     assert [row[2] for row in templates] == [t for t in times for _ in range(app.NEAREST)]
-    assert picture.height > 3 * 300 and actions == []
+    assert picture.height > 3 * 300 and actions == [] and totals == [3]
     assert [w["caption"] for w in result["windows"]] == [
         x.split("  ")[1] for x in label.splitlines()
     ]
