@@ -7,7 +7,7 @@
 Needs the clips, features and models of `make tabletop` or `make demo`. The base, from which warm runs start,
 is trained on clips without a third of the world's nouns. All other runs are trained on N "own" clips, each
 with at least one of these nouns; a tenth of them is used for validation, the default of
-prepare_annotations.py. They take the same number of steps and are scored on other own clips, which are used
+prepare_annotations.py. They take --steps steps, rounded up to whole passes, and are scored on other own clips, which are used
 for nothing else. It can be stopped and restarted: finished runs are kept in --runs. Writes warm_start.json
 and warm_start.md to --output.
 """
@@ -238,8 +238,8 @@ def markdown(results):
         "",
         f"`python -m bench.warm_start --world {results['world']}`. The base was trained on"
         f" {results['base_clips']:,} clips without {', '.join(results['nouns'])}.",
-        f"Own clips show at least one of these; a tenth of them is for validation. Each run takes {results['steps']}"
-        f" steps and is scored on",
+        f"Own clips show at least one of these; a tenth of them is for validation. Runs take at least"
+        f" {results['steps']} steps, in whole passes; the base takes about twice as many. They are scored on",
         f"{results['report']} other own clips. CIDEr is on a 0-10 scale, with a 95 % interval over clips for one seed,"
         " or mean and",
         'range over seeds. "over scratch" is the difference of CIDEr and its paired interval (seed 0).',

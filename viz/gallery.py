@@ -1,7 +1,7 @@
 """Write the gallery, an HTML page that shows each clip of a split with its reference, caption and score.
 
     python -m viz.gallery results/ssv2              (after train.py or evaluate.py)
-    python -m viz.gallery results/ssv2 --gifs 50    (50 clips as GIFs inside the page, for sharing)
+    python -m viz.gallery results/ssv2 --gifs 50    (50 clips as GIFs in gallery_..._embedded.html, for sharing)
     python -m viz.gallery results/a --versus results/b/predictions_validation.json    (two models)
 
 Reads predictions_<split>.json and evaluation_<split>.json of a run folder. Writes gallery.html, or
