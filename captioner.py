@@ -198,17 +198,21 @@ class VideoCaptioner(nn.Module):
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
         ids = self.prompt(style).expand(clips_of(cache), -1)  # (B, L)
+        self.check_room(cache, ids, max_new_tokens)
+        if num_beams == 1:
+            rows = self._greedy(cache, ids, max_new_tokens)
+        else:
+            rows = self._beams(cache, ids, max_new_tokens, num_beams)
+        return self.decoded(rows)
+
+    def check_room(self, cache, ids, max_new_tokens):
+        """Raise UserError if a caption could exceed the context length of the language model."""
         room = max_positions(self.lm) - cache.get_seq_length() - ids.shape[1]
         if max_new_tokens > room:
             raise UserError(
                 f"--max-new-tokens {max_new_tokens} is too large: {self.lm.config.name_or_path} has room"
                 f" for {room} tokens after the prompt"
             )
-        if num_beams == 1:
-            rows = self._greedy(cache, ids, max_new_tokens)
-        else:
-            rows = self._beams(cache, ids, max_new_tokens, num_beams)
-        return self.decoded(rows)
 
     def prompt(self, style):
         """Return the token ids of a style prompt, (1, L)."""
@@ -249,6 +253,7 @@ class VideoCaptioner(nn.Module):
         """
         clips, n, limit = uniforms.shape
         eos, ids = self.tokenizer.eos_token_id, self.prompt(style).expand(clips * n, -1)
+        self.check_room(cache, ids, limit)
         cache.batch_repeat_interleave(n)
         uniforms = uniforms.flatten(0, 1).to(self.device)  # (B*n, L)
         done = torch.zeros(clips * n, dtype=torch.bool, device=self.device)

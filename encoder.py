@@ -322,7 +322,8 @@ class VideoEncoder:
         batch = {k: v.to("cpu", non_blocking=True) for k, v in batch.items()}  # into pinned memory
         done = torch.cuda.Event() if devices.on_gpu(self.device) else None
         if done:
-            done.record()
+            # of this device: that of a thread other than the main one, as in the web demo, is GPU 0
+            done.record(torch.cuda.current_stream(self.device))
 
         def finish():
             if done:

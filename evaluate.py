@@ -126,6 +126,8 @@ def parse_args(argv=None):
         parser.refuse_given(args, names, "cannot be used with --versus")
     else:
         parser.refuse_given(args, ["common"], "needs --versus")
+    if args.shard != (0, 1):
+        parser.refuse_given(args, ("probe", "json", "markdown"), "cannot be used with --shard")
     run_folder.fill_paths(args, args.predictions[0] if args.predictions else args.checkpoint)
     return args
 
@@ -153,7 +155,7 @@ def main(argv=None):
             raise UserError(f"--probe {args.probe} was trained on actions, not on templates")
         if args.style != "label" or not any(r["template"] for r in records):
             raise UserError("--probe needs --style label, and clips with a template")
-        require_features(args.features, args.split, records, args.allow_missing)
+        usable = require_features(args.features, args.split, records, args.allow_missing)
         wanted = load_manifest(args.features).settings
         probe["manifest"].settings.check_same(wanted, f"the cache {args.features}")
     source = args.predictions[0] if args.predictions else args.checkpoint
@@ -203,7 +205,9 @@ def main(argv=None):
         samples=samples and {i: [*drawn] for i, drawn in samples.items()},
     )
     if probe:
-        result["probe"] = compare_with_probe(args, probe, records, per_clip)
+        ids = {r["id"] for r in usable}
+        cached = [r for r in records if r["id"] in ids]
+        result["probe"] = compare_with_probe(args, probe, cached, per_clip)
     result |= {
         # absolute, because viz.gallery may compare them in another working directory
         "checkpoint": [os.path.abspath(path) for path in args.predictions or []] or args.checkpoint,
@@ -358,6 +362,7 @@ def result_name(args, skipped):
         parts += [f"sample{args.sample}"]
         parts += [f"top{args.top_p:g}"] if args.top_p != cli.TOP_P else []
         parts += [f"temperature{args.temperature:g}"] if args.temperature != cli.TEMPERATURE else []
+        parts += [f"seed{args.seed}"] if args.seed else []
     parts += [f"without{skipped}"] if skipped else []
     parts += ["part{}of{}".format(*args.shard)] if args.shard != (0, 1) else []
     path = Path(args.checkpoint)

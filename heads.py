@@ -106,8 +106,12 @@ class Probe(nn.Module):
         weights = (
             self.token_weights.softmax(0) if self.on == "weights" else scale.new_full((n,), 1 / n)
         )
-        x = torch.einsum("n,bne->be", weights, features.to(scale.dtype)) * scale + offset
-        return self.classify((x - self.mean) / self.std)
+        with torch.autocast(
+            scale.device.type, enabled=False
+        ):  # bfloat16 has too few digits for x - mean
+            x = torch.einsum("n,bne->be", weights, features.to(scale.dtype)) * scale + offset
+            x = (x - self.mean) / self.std
+        return self.classify(x)
 
     def attend(self, features, scale, offset):
         """Pool the tokens with one query: (B, N, E) -> (B, E)."""

@@ -152,7 +152,8 @@ def main(argv=None):
         if args.num_samples:
             copy_clips(todo, path.parent)
         try:
-            captioned = write(results, file, "text" if path else args.format or "text", len(todo))
+            form = "text" if path else args.format or "text"
+            captioned = write(results, file, form, len(todo), is_saved=path is not None)
         finally:  # also if the script is stopped
             if path and path.exists():
                 note(f"written to {path}")
@@ -187,17 +188,23 @@ def captions(args, checkpoint, clips):
     return results()
 
 
-def write(results, file, form, total):
-    """Print the results of clips and write them to a file, then print the speed.
+def write(results, file, form, total, is_saved):
+    """Write the results of clips to a file and print them, then print the speed.
 
-    file: see `caption_files.opened`. form: the format to print. total: the number of clips. Returns the
-    number of clips that were captioned and written.
+    file: see `caption_files.opened`. form: the format to print. total: the number of clips. is_saved: whether
+    `file` keeps the results; if so, the reader of stdout may go away before the end, as in
+    `infer.py … --output a.csv | head`. Returns the number of clips that were captioned and written.
     """
     print(header(form), end="")
     began, seconds, captioned = time.monotonic(), 0.0, 0
     for result in results:
-        print(formatted(result, form), end="", flush=True)
         written = file.write(result)
+        try:
+            print(formatted(result, form), end="", flush=True)
+        except BrokenPipeError:
+            if not is_saved:
+                raise
+            cli.drop_closed_streams()
         if problem := written.get("error") or written.get("warning"):
             note(problem if result["path"] in problem else f"{result['path']}: {problem}")
         if "error" not in written:

@@ -29,6 +29,7 @@ from runtime.caption_metrics import (
     rouge_n,
 )
 from runtime.caption_tokens import CHARACTERS, tokenize
+from runtime.cli import printable
 from runtime.errors import UserError
 from runtime.intervals import bootstrap, paired_bootstrap
 from runtime.java import JAVA_LIMIT, JavaError, java_thread
@@ -478,6 +479,7 @@ def format_comparison(result, clips):
         lines += [f"{number} different captions; the largest differences in CIDEr:"]
     for clip in clips[:DIFFERENT]:
         a, b = clip["CIDEr"]
+        first, second = (printable(clip[name], keep="") for name in ("first", "second"))
         lines += ["", clip["id"], *(f"  reference      {text}" for text in clip["references"][:1])]
-        lines += [f"  first   {a:6.2f} {clip['first']}", f"  second  {b:6.2f} {clip['second']}"]
+        lines += [f"  first   {a:6.2f} {first}", f"  second  {b:6.2f} {second}"]
     return "\n".join(lines)

@@ -427,7 +427,7 @@ def read_captions(paths, validation_share, seed, labelled=()):
     refuse(clash, "clips are in more than one split")
     known = {video for video, _ in clips}
     added = {key: r for key, r in dict(labelled).items() if key[0] not in known}
-    name_clips(clips | added)
+    name_clips(added, taken=name_clips(clips))
     given = set(split_of.values()) - {None}
     bad = [f"{s!r:.60} {why}" for s in given if (why := id_problem(s))]
     refuse(bad, "split names are not valid")
@@ -556,8 +556,10 @@ def sample_validation(clips, share, seed):
     return {key: VALIDATION if ids[key[0]] in held_out else TRAIN for key in clips}
 
 
-def name_clips(clips):
+def name_clips(clips, taken=frozenset()):
     """Set the id of each clip to the stem of its file name, or to its path if the stem is not unique.
+
+    taken: ids of other clips, without spans. Returns the ids of these clips, without spans.
 
     Characters that are not safe in file names are replaced. If that makes two ids equal, a hash of the
     path is added. A part of a video also has its start and end in its id. clips: {(normal form of the video's
@@ -566,16 +568,22 @@ def name_clips(clips):
     paths = {video: PurePosixPath(video.replace("\\", "/")) for video, _ in clips}
     stems = Counter(path.stem for path in paths.values())
     names = {  # unique, except for videos that differ only in the extension
-        video: path.stem if stems[path.stem] == 1 else "__".join((*path.parent.parts, path.stem))
+        video: path.stem
+        if stems[path.stem] == 1 and safe_id(path.stem) not in taken
+        else "__".join((*path.parent.parts, path.stem))
         for video, path in paths.items()
     }
-    ids = Counter(map(safe_id, names.values()))
+    ids, found = Counter(map(safe_id, names.values())), set()
     for (video, span), r in clips.items():
-        name, shared = names[video], ids[safe_id(names[video])] > 1
-        clip_id = safe_id(name, add_hash=shared and safe_id(name) != paths[video].stem)
+        name, clip_id = names[video], safe_id(names[video])
+        shared = ids[clip_id] > 1 and clip_id != paths[video].stem
+        if shared or clip_id in taken:
+            clip_id = safe_id(name, add_hash=True)
+        found.add(clip_id)
         r["id"] = span_id(clip_id, span)
     twice = [i for i, n in Counter(r["id"] for r in clips.values()).items() if n > 1]
     refuse(twice, "videos have the same id, because their names differ only in the extension")
+    return found
 
 
 if __name__ == "__main__":

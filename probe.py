@@ -47,7 +47,7 @@ from runtime.run_log import truncate_log
 
 STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 CLIP_GRAD = 1.0
-OUTPUT = "results/probe"
+OUTPUT, OF_PUBLISHED = "results/probe", "results/published"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
 # flags that only matter for training
 TRAINING = ("head", "on", "layers", "num_heads", "no_positions", "dropout", "epochs", "lr")
@@ -61,7 +61,9 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     cli.add_cached(add)
-    text = f"folder for the results (default: {OUTPUT}, or the folder of --evaluate)"
+    text = (
+        f"folder for the results (default: {OUTPUT}, the folder of --evaluate, or {OF_PUBLISHED})"
+    )
     add("--output", help=text)
     text = "maximum number of clips per split without features; they are skipped"
     add("--allow-missing", type=cli.whole(0), default=0, help=text)
@@ -147,8 +149,11 @@ def main(argv=None):
         shared_memory(settings, args.workers, training=args.batch_size),
     ):
         state = State(args, manifest, train, classes, multi, device)
-        with run_folder.recorded(folder, vars(args), args.overwrite, device, clips=len(train)):
-            (state.resume if args.resume else state.save)(folder)
+        resumed = args.resume and state.resume(folder)
+        facts = {"clips": len(train), "finished": state.epoch == args.epochs}
+        with run_folder.recorded(folder, vars(args), args.overwrite, device, **facts):
+            if not resumed:
+                state.save(folder)
             print_plan(args, state, train, held_out, records)
             try:
                 fit(args, state, train, held_out, read, folder)
@@ -260,7 +265,6 @@ def fit(args, state, train, held_out, read, folder):
                 state.optimizer.zero_grad(set_to_none=True)
                 total += torch.stack(losses).detach() * len(rows)
                 bar.update(len(rows))
-        state.epoch = epoch + 1
 
         # keep the head and epoch with the best score on the held-out clips or, if scores are equal,
         # the smallest loss; the control is left out
@@ -274,10 +278,11 @@ def fit(args, state, train, held_out, read, folder):
         if values[best] > state.best:
             state.best = values[best]
             lr, decay = state.grid[best]
-            chosen = {"lr": lr, "weight_decay": decay, "epoch": state.epoch}
+            chosen = {"lr": lr, "weight_decay": decay, "epoch": epoch + 1}
             state.save_best(folder, state.heads[best], chosen | {"held_out": values[best][0]})
         scores = [score for score, _ in values]
-        log_epoch(state, total / len(records), scores, best, (epoch + 1) * steps, folder)
+        state.epoch = epoch + 1
+        log_epoch(state, total / len(records), scores, best, state.epoch * steps, folder)
         state.save(folder)
 
 
@@ -348,7 +353,7 @@ def evaluate(args):
         folder = path if path.is_dir() else path.parent
     else:
         probe, head = published_head.published(args.published, manifest, device)
-        folder = OUTPUT
+        folder = OF_PUBLISHED
     source = args.features, args.annotations, args.limit, args.allow_missing
     records = to_score(args.split, probe["multi"], *source)
     read = partial(feature_batches, args.features, batch_size=args.batch_size)

@@ -68,7 +68,7 @@ TRAINING = ("width", "num_queries", "num_heads", "dropout", "epochs", "batch_siz
 TRAINING += ("weight_decay", "warmup_steps", "no_paraphrases", "resume", "overwrite")
 # flags that a resumed run may change
 MAY_CHANGE = {"output", "device", "workers", "resume", "overwrite", "features", "annotations", "lm"}
-MAY_CHANGE |= {"split", "allow_missing", "checkpoint", "encoder", "top"}
+MAY_CHANGE |= {"split", "allow_missing", "checkpoint", "encoder", "top", "micro_batch"}
 
 
 def parse_args(argv=None):
@@ -216,11 +216,14 @@ def train(args):
         run_folder.locked(folder, args.resume, args.overwrite),
         shared_memory(manifest.settings, args.workers, training=args.micro_batch),
     ):
-        vectors = text_vectors.of_texts(texts, model, folder)
+        vectors = text_vectors.of_texts(texts, model, folder, alone=True)
         captions = Captions(texts, vectors, not args.no_paraphrases)
         state = new_state(args, manifest, clips, captions, model, device)
-        with run_folder.recorded(folder, vars(args), args.overwrite, device, clips=len(clips)):
-            (state.resume if args.resume else state.save)(folder)
+        resumed = args.resume and state.resume(folder)
+        facts = {"clips": len(clips), "finished": state.epoch == args.epochs}
+        with run_folder.recorded(folder, vars(args), args.overwrite, device, **facts):
+            if not resumed:
+                state.save(folder)
             print_plan(args, state, clips, held_out, scored, texts, manifest)
             stop = run_folder.Stop()
             fit(args, state, (clips, held_out), captions, read, folder, stop)

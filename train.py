@@ -187,6 +187,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.init and args.resume:
         parser.error("--init starts a new run and --resume continues one; leave one of them out")
+    if args.init or args.resume:  # None for the flags that were not given, until `read_init`
+        parser.set_defaults(**dict.fromkeys(FROM_INIT))
+        args = parser.parse_args(argv)
     args.batch_size, args.grad_accum = split_step(
         args.batch_size, args.grad_accum, ranks.world_size()
     )
@@ -227,11 +230,14 @@ def main(argv=None):
         if args.dry_run:
             return time_steps(state.model, data, recipe)
         total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
-        board = dashboard.connect(args.report_to, folder, state.progress.step, vars(args))
+        step = state.progress.step
         facts = {"clips": len(data.train), "trainable_parameters": trainable}
+        facts["finished"] = step == total
         with (
             run_folder.recorded(folder, vars(args), args.overwrite, device, **facts),
-            run_folder.Run(folder, state.progress.step, total, board) as run,
+            run_folder.Run(
+                folder, step, total, dashboard.connect(args.report_to, folder, step, vars(args))
+            ) as run,
         ):
             if not resumed:
                 run.save(state.last())  # from now on, a missing last.pt means that it was deleted
@@ -330,9 +336,9 @@ def not_finite_error():
 
 
 def read_init(args, folder, data):
-    """Read the checkpoint of --init, or return None. Sets the flags FROM_INIT of `args` to its values.
+    """Read the checkpoint of --init, or return None. Sets those flags FROM_INIT that are None to its values.
 
-    If a run with --init is resumed, they are set to those in its args.json. The checkpoint is then read only
+    If a run with --init is resumed, they are set to those in its args.json, and otherwise to the defaults. The checkpoint is then read only
     if the run was stopped before it saved one of its own. Raises UserError if the checkpoint does not fit the
     features, the flags or the language model.
     """
@@ -343,22 +349,24 @@ def read_init(args, folder, data):
             adopt_flags(args, started)
             return None
     if not args.init:
+        for name in FROM_INIT:
+            if getattr(args, name) is None:
+                setattr(args, name, make_parser().get_default(name))
         return None
     source = checkpoint.read_checkpoint(args.init, "--init")
     features = f"--init {args.init} was trained on other features: the cache {data.features}"
     source["manifest"].settings.check_same(data.manifest.settings, features)
-    lm = source["lm"]["name"] if args.lm != cli.LM else hub.recorded("name", source["lm"], "--lm")
+    lm = source["lm"]["name"] if args.lm else hub.recorded("name", source["lm"], "--lm")
     adopt_flags(args, source["sizes"] | {"lm": lm})
     checkpoint.check_frozen(source, args.lm, hub.fingerprint(hub.find_model(args.lm, "--lm")))
     return source
 
 
 def adopt_flags(args, values):
-    """Set the flags FROM_INIT that are at their default to `values`. Raises UserError for other sizes."""
-    default = make_parser().get_default
+    """Set the flags FROM_INIT that are None to `values`. Raises UserError for other sizes."""
     for name in FROM_INIT:
         given = getattr(args, name)
-        if given == default(name):
+        if given is None:
             setattr(args, name, values[name])
         elif name in SIZES and given != values[name]:
             flag = "--" + name.replace("_", "-")
@@ -665,7 +673,9 @@ def time_steps(model, data, recipe):
     seconds = time.perf_counter() - began
     print(f"validation     {seconds:.1f} s per batch of {counted(len(ranks.share(clips)), 'clip')}")
     if devices.on_gpu(model.device):
-        used, reserved = map(file_size, devices.peak_memory(model.device))
+        # training also has the two moments of AdamW, in float32
+        adam = 8 * sum(p.numel() for p in model.qformer.parameters())
+        used, reserved = (file_size(n + adam) for n in devices.peak_memory(model.device))
         print(f"GPU memory     {used} peak, {reserved} reserved by torch")
 
 

@@ -25,6 +25,9 @@ SUBTITLES = ("srt", "vtt")
 FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
 FORMATS = ("text", *FILES)
 COLUMNS = ("path", "start", "end", "caption", "score", "actions")
+SOME_FAILED = re.compile(
+    r"\d+ of \d+ windows? could not be decoded"
+)  # a warning of `windows.description`
 RECORD = "captions.jsonl"
 
 
@@ -172,9 +175,14 @@ def likeliest_captions(path):
     ):
         return []  # all clips failed
     rows = read_table(path, "--captions", ("path", "caption"), ("start", "end", "score"))
-    windows = {}  # (path, start, end) -> (where, row); the likeliest sample comes first
+    windows, incomplete = (
+        {},
+        set(),
+    )  # (path, start, end) -> (where, row); the likeliest sample comes first
     try:
         for where, row in rows:
+            if SOME_FAILED.match(str(row.get("warning"))):
+                incomplete.add(row["path"])
             for caption, score, start, end in captions_in(row):
                 key = row["path"], start, end
                 found = {
@@ -187,7 +195,8 @@ def likeliest_captions(path):
         raise UserError(f"--captions {path}, {where}: not a line written by infer.py") from None
     counts = Counter(name for name, *_ in windows)
     for (name, start, _), (_, row) in windows.items():
-        if counts[name] == 1 and start == 0:  # a clip that was captioned as a whole
+        # a clip that was captioned as a whole, and not a film whose other windows failed
+        if counts[name] == 1 and start == 0 and name not in incomplete:
             del row["start"], row["end"]
     return list(windows.values())
 

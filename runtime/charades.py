@@ -16,6 +16,7 @@ from runtime.table import read_table
 
 SPLITS = {"train": "Charades_v1_train.csv", "test": "Charades_v1_test.csv"}
 CLASSES = "Charades_v1_classes.txt"
+NUM_CLASSES = 157
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,15 @@ def write_submission(path, scores, classes):
     """Write scores in the format of the Charades challenge: one line per video, its id and scores.
 
     scores: {file name of a video: scores of the classes}. A class of Charades, such as
-    "c008 Opening a door", is written to the column of its number, here 8. Columns without a class
-    are 0.
+    "c008 Opening a door", is written to the column of its number, here 8. There are
+    157 columns; those without a class are 0.
     """
     numbers = [re.fullmatch(r"c(\d{3}) .*", name) for name in classes]
     columns = [int(n[1]) for n in numbers] if all(numbers) else list(range(len(classes)))
+    width = max(NUM_CLASSES if all(numbers) else 0, max(columns) + 1)
 
     def line(video, values):
-        row = [0.0] * (max(columns) + 1)
+        row = [0.0] * width
         for column, value in zip(columns, values, strict=True):
             row[column] = value
         return f"{Path(video).stem} {' '.join(f'{v:.8g}' for v in row)}\n"

@@ -232,8 +232,8 @@ def in_words(value):
     return f"{Decimal(str(value)):f}" if isinstance(value, float) else str(value)
 
 
-def add_common(parser, workers=4):
-    """Add the flags that several scripts share."""
+def add_common(parser, workers=4, limit=True):
+    """Add the flags that several scripts share. limit: whether the script has --limit."""
     group = parser.add_argument_group("common")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
@@ -243,7 +243,8 @@ def add_common(parser, workers=4):
         help="dtype in which the frozen models compute; auto means bfloat16 on CUDA and float32 on CPU",
     )
     add_workers(group, workers)
-    group.add_argument("--limit", type=whole(1), help="use only the first N clips")
+    if limit:
+        group.add_argument("--limit", type=whole(1), help="use only the first N clips")
     group.add_argument("--seed", type=whole(0), default=0, help="random seed")
 
 

@@ -40,9 +40,6 @@ def connect(name, folder, step, config):
     """
     if ranks.rank():
         return Dashboard()
-    if not step:  # a new run, which may replace an old one
-        for path in (folder / ID_FILE, *folder.glob("tensorboard/events.*")):
-            path.unlink(missing_ok=True)
     if name == "none":
         return Dashboard()
     if name == "tensorboard":

@@ -83,6 +83,7 @@ class WorkerPool:
                 process.kill()
 
         timer = threading.Timer(self.timeout, expire)  # does not count the time to start a worker
+        timer.daemon = True  # after a signal, the script does not wait for it
         timer.start()
         try:
             result, alive = exchange(process, (function, path, *arguments)), True

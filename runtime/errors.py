@@ -82,7 +82,8 @@ def explain(error):
     if out_of_memory(error):
         return (
             "out of memory; halve --batch-size (in train.py also double --grad-accum, which keeps the"
-            " number of clips per step and is accepted by --resume), or lower --workers"
+            " number of clips per step and is accepted by --resume; in retrieve.py halve --micro-batch"
+            " instead), or lower --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (

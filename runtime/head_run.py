@@ -47,13 +47,13 @@ class HeadRun:
         replace_checkpoint(folder / BEST, torch_bytes(value))
 
     def resume(self, folder):
-        """Load last.pt or, if it is corrupt, previous.pt. Start a new run if the folder has no checkpoint yet.
+        """Load last.pt or, if it is corrupt, previous.pt. Returns False if the folder has no checkpoint yet.
 
         Raises UserError if both are not valid, belong to another run, or are missing beside a best.pt.
         """
         if not any((folder / name).exists() for name in (LAST, PREVIOUS, BEST)):
             note(f"--resume: there is no {folder / LAST}, starting from the first epoch")
-            return self.save(folder)
+            return False
         path, saved = read_last(folder)
         try:
             if saved["identity"] != self.identity:
@@ -69,6 +69,7 @@ class HeadRun:
             raise UserError(f"--resume: {path} cannot be used: {error}") from None
         step = f", step {self.step:,}" if self.step else ""
         note(f"resuming after epoch {self.epoch}{step}")
+        return True
 
 
 def read_last(folder):

@@ -4,7 +4,7 @@ from runtime.start import ROOT
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,23 +17,38 @@ def provenance():
 
     The commit is None if the project is not a git checkout.
     """
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip()
-    except FileNotFoundError:
-        commit = ""
+    versions = {"python": platform.python_version()}
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "versions": versions | {name: installed(name) for name in PACKAGES},
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "git_commit": commit or None,
+        "git_commit": git_commit(),
     }
 
 
 def provenance_of(run):
-    """Return the `provenance` of a training run. run: the content of its args.json."""
-    return {name: run[name] for name in provenance() if name in run}
+    """Return the `provenance` of a training run, and its device. run: the content of its args.json."""
+    names = "versions", "processor", "threads", "git_commit", "device"
+    return {name: run[name] for name in names if name in run}
+
+
+def installed(name):
+    """Return the version of a package, or None. PyAV is not needed to train on cached features."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit():
+    """Return the commit of the project's checkout, or None."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        lines = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.splitlines()
+    except FileNotFoundError:
+        return None
+    # another repository may contain the project's folder
+    return lines[1] if len(lines) == 2 and Path(lines[0]) == ROOT.resolve() else None
 
 
 def processor():

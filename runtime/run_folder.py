@@ -27,8 +27,8 @@ LAST, PREVIOUS, CORRUPT, BEST = "last.pt", "previous.pt", "damaged.pt", "best.pt
 # kill in between, --resume must not continue the old run with the new flags.
 RUN_FILES = [LAST, PREVIOUS, CORRUPT, BEST, "args.json", "metrics.jsonl", "curves.png"]
 RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "versus_*.json"]
-RUN_FILES += ["gallery*.html"]
-DASHBOARD_FILES = ["report_id.json", "tensorboard/events.*"]
+RUN_FILES += ["samples_*.json", "settings_*.json", "gallery*.html"]
+RUN_FILES += ["report_id.json", "tensorboard/events.*"]  # of dashboards
 REPLACED = ".replaced"  # the old run, until the run that replaces it has saved a checkpoint
 
 
@@ -66,10 +66,10 @@ def locked(folder, resume, overwrite, dry_run=False):
 
 
 @contextmanager
-def recorded(folder, args, overwrite, device, **facts):
+def recorded(folder, args, overwrite, device, finished=False, **facts):
     """Record flags, versions and hardware in args.json, and train in the block.
 
-    If the block fails before a new run has saved a checkpoint of a later step than 0, there is nothing to
+    finished: whether no step is left; args.json then stays as it is. If the block fails before a new run has saved a checkpoint of a later step than 0, there is nothing to
     resume. The files of the run are then deleted, so that the same command can be run again. With
     overwrite, the old run is kept until that checkpoint and restored after such a failure.
     """
@@ -81,7 +81,8 @@ def recorded(folder, args, overwrite, device, **facts):
     if overwrite:
         set_aside(folder)
     try:
-        write_args(folder, args, device, **facts)
+        if not (finished and (folder / "args.json").exists()):
+            write_args(folder, args, device, **facts)
         yield
     except BaseException:
         # the first checkpoint, of step 0, is renamed as soon as the second one is on disk
@@ -148,20 +149,27 @@ def set_aside(folder):
     replaced.mkdir(exist_ok=True)
     for path in find(folder, RUN_FILES):
         if is_first:
-            path.replace(replaced / path.name)
+            move(path, folder, replaced)
         else:  # they are from a run that was killed before it saved a step
             path.unlink()
 
 
+def move(path, folder, other):
+    """Move a file in `folder` to the same place in another folder."""
+    target = other / path.relative_to(folder)
+    target.parent.mkdir(exist_ok=True)
+    path.replace(target)
+
+
 def undo(folder):
     """Delete the files of a run, and move back those of the run that it should have replaced."""
-    for path in find(folder, RUN_FILES + DASHBOARD_FILES):
+    for path in find(folder, RUN_FILES):
         path.unlink()
     with suppress(OSError):  # there is none, or it has other files
         (folder / "tensorboard").rmdir()
     # checkpoints last, see RUN_FILES
     for path in reversed(find(folder / REPLACED, RUN_FILES)):
-        path.replace(folder / path.name)
+        move(path, folder / REPLACED, folder)
 
 
 def delete_replaced(folder):

@@ -85,17 +85,21 @@ class TextModel:
         return vectors.cpu()
 
 
-def of_texts(texts, model, folder):
+def of_texts(texts, model, folder, alone=False):
     """Return the vectors of distinct texts, float16 (n, D), memory-mapped from a file.
 
     The file, in `folder`, is written if it is missing. Its name contains a digest of the texts and the model,
     so it is never out of date. It is hidden, so that the folder still counts as empty.
+    alone: delete the files of other texts, which can have several GB.
     """
     facts = json.dumps([model.fingerprint, str(model.dtype), MAX_TOKENS, texts])
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = Path(folder) / f".text_vectors_{digest}.npy"
     if not path.is_file():
         write(path, texts, model)
+    for other in path.parent.glob(".text_vectors_*.npy") if alone else ():
+        if other != path:
+            other.unlink()
     return np.load(path, mmap_mode="r")
 
 

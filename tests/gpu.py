@@ -77,6 +77,7 @@ class EmulatedGPU(TorchFunctionMode):
             "set_device": self.set_device,
             "get_device_name": lambda device=None: f"emulated GPU {self.index(device, True)}",
             "synchronize": lambda device=None: self.finish(self.copies),
+            "current_stream": lambda device: f"stream of GPU {self.index(device)}",
             "Event": lambda *args, **kwargs: Event(self, *args, **kwargs),
         }
         for module, functions in ((torch.accelerator, accelerator), (torch.cuda, cuda)):
@@ -167,8 +168,8 @@ class Event:
         self.gpu, self.timing, self.copies = gpu, enable_timing, None
 
     def record(self, stream=None):
-        if stream is not None:
-            raise TypeError("the emulated GPU has one stream")
+        if stream is None:
+            raise RuntimeError("the current device of this thread may be another GPU")
         self.copies = list(self.gpu.copies)
         self.gpu.waiting.append(self)
         self.gpu.most_in_flight = max(self.gpu.most_in_flight, len(self.gpu.waiting))

@@ -316,6 +316,21 @@ def test_ids_of_clips_with_the_same_name_contain_their_folders(tmp_path):
     ]
 
 
+def test_labelled_clips_do_not_rename_own_clips(tmp_path):
+    """Own clips got other ids, so they were encoded again and other clips were used for validation."""
+    own, labelled = tmp_path / "own.csv", tmp_path / "labelled.csv"
+    own.write_text("video,caption\n" + "".join(f"x/{i}.mp4,clip {i}\n" for i in range(9)))
+    paths = [tmp_path / "clips" / name for name in ("y/3.mp4", "3.mp4", "z/9.mp4")]
+    labelled.write_text(header("csv") + "".join(f"{p},0.0,3.0,a cat,,\n" for p in paths))
+    before = run(tmp_path, "--captions", own)
+    before = {s: load_records(before, s) for s in ("train", "validation")}
+    out = run(tmp_path, "--captions", own, labelled, "--videos", tmp_path / "clips")
+    assert load_records(out, "validation") == before["validation"]
+    [*kept, one, two, three] = load_records(out, "train")
+    assert kept == before["train"] and (one["id"], three["id"]) == ("y__3", "9")
+    assert two["id"].startswith("3-") and two["video"] == "3.mp4"
+
+
 def test_names_that_are_no_ids_get_one(tmp_path):
     """A clip named `what?.mp4`, or with a long name, stopped the whole data set."""
     names = ["what?", "what:", "what_", "x/1", "y/1", "x__1", "é" * 120, "é" * 121]

@@ -21,6 +21,7 @@ from runtime.caption_files import (
     forget,
     formatted,
     header,
+    likeliest_captions,
     opened,
     read_results,
 )
@@ -48,6 +49,38 @@ def test_subtitles_open_in_ffmpeg(tmp_path, form):
     escaped = form == "vtt"
     assert ("&lt;b>cup&lt;/b> &amp;" if escaped else "<b>cup</b> &") in text
     assert "杯子 -> x" in text
+
+
+def test_captions_are_saved_after_the_reader_of_stdout_has_gone(tmp_path, monkeypatch, capsys):
+    """`infer.py clips --output a.csv | head` ended with 0 after a few clips, and lost the current one."""
+
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    results = [FILM | {"path": f"/{n}.mp4"} for n in range(3)]
+    file = CaptionFile(tmp_path / "a.csv", "csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert write(results, file, "text", 3, is_saved=True) == 3
+        with pytest.raises(BrokenPipeError):
+            write(results, file, "text", 3, is_saved=False)
+    file.close()
+    rows = (tmp_path / "a.csv").read_text()
+    assert all(f"/{n}.mp4" in rows for n in range(3))
+
+
+def test_the_first_window_of_a_damaged_film_is_not_the_whole_film(tmp_path):
+    """If the other windows had failed, its caption became the label of the film."""
+    window = {"start": 0.0, "end": 6.0, "caption": "a"}
+    result = {
+        "path": "/film.mp4",
+        "windows": [window],
+        "warning": "1 of 2 windows could not be decoded",
+    }
+    (path := tmp_path / "a.jsonl").write_text(formatted(result, "jsonl"))
+    [(_, row)] = likeliest_captions(path)
+    assert (row["start"], row["end"]) == (0.0, 6.0)
 
 
 def test_a_table_has_a_row_for_each_window():
@@ -156,7 +189,7 @@ def test_a_sidecar_that_cannot_be_written_is_an_error_of_its_clip(tmp_path, caps
     clips = [long, tmp_path / f"{'b' * 250}.mp4", tmp_path / f"{'b' * 250}.mkv", tmp_path / "c.mp4"]
     record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
     results = (FILM | {"path": str(clip)} for clip in clips)
-    assert write(results, Sidecars(clips, "txt", record), "text", len(clips)) == 2
+    assert write(results, Sidecars(clips, "txt", record), "text", len(clips), True) == 2
     assert capsys.readouterr().err.count("cannot be written: File name too long") == 2
     assert {p.name for p in tmp_path.glob("*.txt")} == {f"{'a' * 246}.txt", "c.txt"}
     errors = ["error" in result for result in read_results(record.path).values()]

@@ -422,6 +422,14 @@ def test_samples_do_not_depend_on_the_batch(captioner, make_clips):
         torch.testing.assert_close(other, scores[part], rtol=0, atol=1e-5)
 
 
+def test_samples_fit_the_context_of_the_language_model(captioner, make_clips, monkeypatch):
+    """Only `generate` checked it. GPT-2 and OPT have no position after their context."""
+    x, scale, offset = make_clips(1)
+    monkeypatch.setattr("captioner.max_positions", lambda lm: 16)
+    with pytest.raises(UserError, match=r"--max-new-tokens 9 is too large"):
+        sampled(captioner.float(), {"features": x, "scale": scale, "offset": offset}, ["a"])
+
+
 def test_scores_of_samples_are_those_of_one_pass_over_all_tokens(
     captioner, make_clips, monkeypatch
 ):

@@ -101,7 +101,8 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     flags = ["--checkpoint", str(tmp_path / "retrieval"), "--workers", "0", "--limit", "20"]
     assert not retrieve.main([*cached, *flags, "--text", "moving"])
 
-    args = app.parse_args([*common, "--probe", str(tmp_path / "probe")])
+    flags = ["--checkpoint", str(run), "--workers", "0", "--probe", str(tmp_path / "probe")]
+    args = app.parse_args(flags)
     checkpoint = read_checkpoint(args.checkpoint)
     models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
     recognise = heads.recogniser(args.probe, "--probe", settings, models[1].device)
@@ -162,9 +163,9 @@ def test_the_emulated_gpu_raises_where_a_gpu_raises(gpu):
         torch.ones(2).to("cpu", non_blocking=True),
         *(torch.cuda.Event() for _ in "ab"),
     )
-    early.record()
+    early.record(torch.cuda.current_stream(torch.device("cpu", 0)))
     other = torch.ones(2).to("cpu", non_blocking=True)
-    late.record()
+    late.record(torch.cuda.current_stream(torch.device("cpu", 0)))
     assert host.isnan().all()
     early.synchronize()
     assert host.tolist() == [1, 1] and other.isnan().all()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import heads
 import probe
 from encoder import VideoEncoder, quantise
@@ -87,6 +88,20 @@ def test_an_attentive_probe_learns_what_the_mean_does_not_show(world, capsys):
     assert again == result  # also with the control of shuffled labels, which only the training has
     assert "probe" in capsys.readouterr().out
 
+    # which of the two is right, clip by clip: here every other caption is
+    records = json.loads((world / "annotations" / "validation.json").read_text())
+    per_clip = {r["id"]: {"template_accuracy": n % 2} for n, r in enumerate(records)}
+    flags = ["--features", world / "features", "--device", "cpu", "--workers", 0]
+    found = evaluate.compare_with_probe(
+        evaluate.parse_args([*map(str, flags)]),
+        heads.read_probe(world / "probe", ""),
+        records,
+        per_clip,
+    )
+    assert (found["n"], found["captions"], found["probe"]) == (30, 0.5, result["metrics"]["top1"])
+    assert found["both"] + found["only_probe"] == round(30 * found["probe"])
+    assert found["both"] + found["only_captions"] == found["only_probe"] + found["neither"] == 15
+
 
 def test_layers_attend_to_all_tokens(world):
     """A self-attention layer must see positions: without them the tokens are a set."""
@@ -114,8 +129,12 @@ def test_a_resumed_run_is_the_same_run(world, monkeypatch, capsys):
     assert run(world, *flags, "--resume") == whole
     lines = (world / "probe" / "metrics.jsonl").read_text()
     assert lines == (world / "whole" / "metrics.jsonl").read_text()
+    recorded = (world / "probe" / "args.json").read_text()
     with pytest.raises(UserError, match="flags, training clips or their classes have changed"):
         run(world, *flags, "--resume", "--seed", "1")
+    assert run(world, *flags, "--resume") == whole
+    # neither a refused nor a finished run replaces the flags that the run was trained with
+    assert (world / "probe" / "args.json").read_text() == recorded
     (world / "probe" / "last.pt").write_bytes(b"damaged")
     assert run(world, *flags, "--resume") == whole  # from previous.pt
     assert "resuming after epoch 3" in capsys.readouterr().err

@@ -258,8 +258,10 @@ def test_a_run_that_is_stopped_in_an_epoch_continues_bit_for_bit(
         assert (tmp_path / "run" / name).read_text() == (run / name).read_text()
     for name in ("last.pt", "best.pt"):
         assert_same(*(read_torch(folder / name) for folder in (tmp_path / "run", run)))
+    recorded = (tmp_path / "run" / "args.json").read_text()
     with pytest.raises(UserError, match="flags, training clips, their captions or --lm have"):
         retrieve.main([*flags, "--resume", "--seed", "1"])
+    assert (tmp_path / "run" / "args.json").read_text() == recorded
 
 
 def assert_same(a, b):

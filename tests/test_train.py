@@ -385,7 +385,14 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_saved(
 ):
     """If its first step ran out of memory, --overwrite had already deleted the trained model."""
     run = shutil.copytree(trained, tmp_path / "run")
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    (run / "tensorboard").mkdir()
+    for name in ("report_id.json", "samples_validation_sample4.json", "tensorboard/events.1"):
+        (run / name).write_text('"old"')
+
+    def files():
+        return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    before = files()
     flags = train_flags(world, prepared, run, "--overwrite", "--epochs", 1, "--save-every", 1)
     accumulate, steps = train.accumulate, []
 
@@ -397,12 +404,12 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_saved(
         patch.setattr(train, "accumulate", fail)
         with pytest.raises(torch.OutOfMemoryError):
             train.main(flags)
-        assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+        assert files() == before
         patch.setattr(train, "accumulate", third_fails)
         with pytest.raises(torch.OutOfMemoryError):
             train.main(flags)
     names = {"last.pt", "previous.pt", "args.json", "metrics.jsonl", ".lock"}
-    assert {p.name for p in run.iterdir()} == names and state(run)["step"] == 2
+    assert files().keys() == names and state(run)["step"] == 2
 
 
 def test_a_run_that_cannot_be_resumed_is_not_restarted(world, prepared, trained, tmp_path, capsys):

@@ -172,6 +172,10 @@ def test_only_the_likeliest_sample_and_clips_that_did_not_fail_are_read(tmp_path
             ["--predictions", "a", "--versus", "b", "--probe", "p"],
             "--probe cannot be used with --versus",
         ),
+        (
+            ["--shard", "0/2", "--probe", "p", "--json"],
+            "--probe, --json cannot be used with --shard",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(flags, message, capsys):

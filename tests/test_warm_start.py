@@ -78,7 +78,7 @@ def test_a_warm_start_is_recorded_and_can_be_resumed(world, prepared, trained, t
     (run / "last.pt").unlink()  # so that the last evaluation is repeated, and last.pt written again
     assert not train.main(flags(world, prepared, run, "--resume"))
     assert torch.load(str(run / "last.pt"), weights_only=True)["init"] == expected
-    assert json.loads((run / "args.json").read_text())["args"] == recorded | {"resume": True}
+    assert json.loads((run / "args.json").read_text())["args"] == recorded  # no step was left
     # more epochs are another run
     with pytest.raises(UserError, match=r"to train on, start a new run with --init"):
         train.main([*flags(world, prepared, run, "--resume"), "--epochs", "3"])
@@ -105,6 +105,8 @@ def changed(state, part, **values):
     [
         (None, ["--num-blocks", 2], "--num-blocks 2 does not fit --init .*, which has 1; leave"),
         (None, ["--num-queries", 5], "--num-queries 5 does not fit --init .*, which has 4"),
+        # the default, if it is given, is not replaced by the checkpoint's value either
+        (None, ["--num-queries", 64], "--num-queries 64 does not fit --init .*, which has 4"),
         ("encoder", [], "trained on other features: the cache .* encoder_fingerprint = "),
         ("lm", [], "--lm .* has fingerprint .*, but the checkpoint was trained with"),
         ("styles", [], "trained with different style prompts"),

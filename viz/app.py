@@ -69,7 +69,7 @@ def parse_args(argv=None):
         help="address to listen on; 0.0.0.0 also accepts connections from other machines",
     )
     group.add_argument("--port", type=cli.whole(1, 65535), default=7860, help="port of the page")
-    cli.add_common(parser, workers=1)
+    cli.add_common(parser, workers=1, limit=False)
     return parser.parse_args(argv)
 
 
