@@ -4,8 +4,7 @@
     python -m bench.labelling --world tabletop     rendered clips, one seed
 
 Runs the commands of docs/labelling.md and prints them. Run the same command again to continue: finished runs
-are not repeated. All models of a world are trained for the same number of steps, and the last checkpoint is
-scored, so that no checkpoint is chosen on the clips that are scored. Needs the world of make demo or
+are not repeated. All models of a world are trained for about as many steps, and the last checkpoint is scored, so that no checkpoint is chosen on the clips that are scored. Needs the world of make demo or
 make tabletop. Writes labelling.json and labelling.md to --output.
 """
 
@@ -14,7 +13,6 @@ import runtime.start
 import csv
 import io
 import os
-import shlex
 import statistics
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from runtime.files import read_json, write_atomic, write_json
 from runtime.provenance import provenance_of
 from worlds import demo, tabletop_demo
 from worlds.demo import shell
+from worlds.tabletop_demo import cached, quoted
 
 SHARE = 0.1  # share of the training clips that keep their captions
 WORLDS = {  # data, language model, flags of train.py, passes over all training clips, splits
@@ -87,8 +86,8 @@ def main(argv=None):
             for split in splits:
                 if not (folder / model / f"evaluation_{split}_last.json").exists():
                     shell(
-                        f"evaluate.py --checkpoint {folder}/{model}/last.pt {cached(data)} --split {split}"
-                        f" --no-meteor --workers 0 {dtype}"
+                        f"evaluate.py --checkpoint {quoted(folder / model / 'last.pt')} {cached(data)}"
+                        f" --split {split} --no-meteor --workers 0 {dtype}"
                     )
         runs.append(counts | {"seed": seed, "scores": scores(folder, splits)})
     path = output / "labelling.json"
@@ -121,30 +120,30 @@ def label(folder, data, lm, training, dtype, epochs, limit, seed):
             link.symlink_to(os.path.abspath(data / "videos" / records[i]["video"]))
 
     def train(name, files, flags=""):
-        annotations, run = folder / f"annotations_{name}", folder / name
-        shell(f"prepare_annotations.py --captions {files} --output {annotations} {flags}")
+        annotations = folder / f"annotations_{name}"
+        shell(f"prepare_annotations.py --captions {files} --output {quoted(annotations)} {flags}")
         passes = round(epochs * len(order) / len(load_records(annotations, TRAIN)))
         shell(
-            f"train.py --annotations {annotations} --features {shlex.quote(str(data))}/features"
-            f" --lm {shlex.quote(str(lm))} --output {run} {training} {dtype} --epochs {passes}"
-            " --workers 0 --captions-per-clip 1 --eval-clips 50 --resume"
+            f"train.py --annotations {quoted(annotations)} --features {quoted(data / 'features')}"
+            f" --lm {quoted(lm)} --output {quoted(folder / name)} {training} {dtype}"
+            f" --epochs {passes} --workers 0 --captions-per-clip 1 --eval-clips 50 --resume"
         )
 
-    train("human", f"{folder}/human.csv")
+    train("human", quoted(folder / "human.csv"))
     labelled = folder / "labelled.csv"
     shell(
-        f"infer.py {clips} --checkpoint {folder}/human/last.pt --scores --output {labelled} --skip-done"
-        f" --batch-size 32 {dtype}"
+        f"infer.py {quoted(clips)} --checkpoint {quoted(folder / 'human' / 'last.pt')} --scores"
+        f" --output {quoted(labelled)} --skip-done --batch-size 32 {dtype}"
     )
     rows = [row for _, row in likeliest_captions(labelled)]
     right = [
         (row["score"], row["caption"] == records[Path(row["video"]).stem]["label"]) for row in rows
     ]
     median = statistics.median(score for score, _ in right)
-    both = f"{folder}/human.csv {labelled}"
-    train("all", both, f"--videos {clips}")
-    train("half", both, f"--videos {clips} --min-score {median}")
-    train("full", f"{folder}/full.csv")
+    both = f"{quoted(folder / 'human.csv')} {quoted(labelled)}"
+    train("all", both, f"--videos {quoted(clips)}")
+    train("half", both, f"--videos {quoted(clips)} --min-score {median}")
+    train("full", quoted(folder / "full.csv"))
     return {
         "human": len(human),
         "labelled": len(rows),
@@ -152,11 +151,6 @@ def label(folder, data, lm, training, dtype, epochs, limit, seed):
         "right_likelier": statistics.mean(ok for score, ok in right if score >= median),
         "right_other": statistics.mean(ok for score, ok in right if score < median),
     }
-
-
-def cached(data):
-    """Return the flags --annotations and --features of a world."""
-    return f"--annotations {shlex.quote(str(data))}/annotations --features {shlex.quote(str(data))}/features"
 
 
 def scores(folder, splits):
