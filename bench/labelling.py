@@ -4,8 +4,9 @@
     python -m bench.labelling --world tabletop     rendered clips, one seed
 
 Runs the commands of docs/labelling.md and prints them. Run the same command again to continue: finished runs
-are not repeated. All models of a world are trained for about as many steps, and the last checkpoint is scored, so that no checkpoint is chosen on the clips that are scored. Needs the world of make demo or
-make tabletop. Writes labelling.json and labelling.md to --output.
+are not repeated. All models of a world are trained for about as many steps. The last checkpoint is scored, so
+that no checkpoint is chosen on the clips that are scored. Needs the world of make demo or make tabletop.
+Writes labelling.json and labelling.md to --output.
 """
 
 import runtime.start
