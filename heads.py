@@ -106,9 +106,8 @@ class Probe(nn.Module):
         weights = (
             self.token_weights.softmax(0) if self.on == "weights" else scale.new_full((n,), 1 / n)
         )
-        with torch.autocast(
-            scale.device.type, enabled=False
-        ):  # bfloat16 has too few digits for x - mean
+        # bfloat16 has too few digits for x - mean
+        with torch.autocast(scale.device.type, enabled=False):
             x = torch.einsum("n,bne->be", weights, features.to(scale.dtype)) * scale + offset
             x = (x - self.mean) / self.std
         return self.classify(x)

@@ -9,8 +9,8 @@ TEXT = """\
 
 `python -m bench.labelling`: a captioner trained on a tenth of the captions writes captions of the other clips, and a
 new one trains on both. See [docs/labelling.md](../docs/labelling.md). All models of a world train for about as
-many steps, in whole passes; the last checkpoint is scored on clips whose captions are the world's own. CIDEr is on a 0-10 scale. With several
-seeds, a score is the mean with the range of the runs; with one, CIDEr has its 95 % interval over clips.
+many steps, in whole passes; the last checkpoint is scored on clips whose captions are the world's own. CIDEr is on a
+0-10 scale. With several seeds, a score is the mean with the range of the runs; with one, CIDEr has its 95 % interval over clips.
 """
 WORLD = """
 ## {name}

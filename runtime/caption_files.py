@@ -25,9 +25,8 @@ SUBTITLES = ("srt", "vtt")
 FILES = ("tsv", "csv", "jsonl", *SUBTITLES)
 FORMATS = ("text", *FILES)
 COLUMNS = ("path", "start", "end", "caption", "score", "actions")
-SOME_FAILED = re.compile(
-    r"\d+ of \d+ windows? could not be decoded"
-)  # a warning of `windows.description`
+# a warning of `windows.description`
+SOME_FAILED = re.compile(r"\d+ of \d+ windows? could not be decoded")
 RECORD = "captions.jsonl"
 
 
@@ -175,10 +174,8 @@ def likeliest_captions(path):
     ):
         return []  # all clips failed
     rows = read_table(path, "--captions", ("path", "caption"), ("start", "end", "score"))
-    windows, incomplete = (
-        {},
-        set(),
-    )  # (path, start, end) -> (where, row); the likeliest sample comes first
+    windows = {}  # (path, start, end) -> (where, row); the likeliest sample comes first
+    incomplete = set()  # paths of films with windows that failed; only JSON tells
     try:
         for where, row in rows:
             if SOME_FAILED.match(str(row.get("warning"))):

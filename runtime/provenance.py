@@ -1,4 +1,4 @@
-"""What a result was computed with. Every JSON file in results/ and every args.json records it."""
+"""What a result was computed with, which args.json and the reports in results/ record."""
 
 from runtime.start import ROOT
 

@@ -69,7 +69,8 @@ def locked(folder, resume, overwrite, dry_run=False):
 def recorded(folder, args, overwrite, device, finished=False, **facts):
     """Record flags, versions and hardware in args.json, and train in the block.
 
-    finished: whether no step is left; args.json then stays as it is. If the block fails before a new run has saved a checkpoint of a later step than 0, there is nothing to
+    finished: whether no step is left; args.json then stays as it is.
+    If the block fails before a new run has saved a checkpoint of a later step than 0, there is nothing to
     resume. The files of the run are then deleted, so that the same command can be run again. With
     overwrite, the old run is kept until that checkpoint and restored after such a failure.
     """
