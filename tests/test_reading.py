@@ -283,7 +283,7 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
     reporter = SimpleNamespace(log=lambda step, values: figures.update(values), close=bool)
     with closing(run_log.Log(tmp_path, 0, 2, reporter)) as log:
         log.start_time -= 100
-        log.step(1, 0, ["a", "b"], 3.0, 6, {}, lr=1e-3, grad_norm=1.0, data_seconds=25.0)
+        log.step(1, 0, ["a", "b"], 3.0, 6, {}, 1e-3, 1.0, data_seconds=25.0, memory=0)
         assert log.bar.postfix.endswith("data 25 %")
     assert figures["train/data_seconds"] == 25.0
 
