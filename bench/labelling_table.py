@@ -15,8 +15,8 @@ many steps, in whole passes; the last checkpoint is scored on clips whose captio
 WORLD = """
 ## {name}
 
-{human} of {total} training clips keep their captions. The model writes {labelled} captions, of which {right:.0%} equal the
-label: {right_likelier:.0%} of the likelier half and {right_other:.0%} of the other. {runs}, {steps} steps each.
+{human:,} of {total:,} training clips keep their captions. The model writes {labelled:,} captions, of which {right:.0%} equal the
+label: {right_likelier:.0%} of the likelier half and {right_other:.0%} of the other. {runs}, about {steps} steps each.
 
 {table}
 """
