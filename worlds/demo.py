@@ -1,6 +1,6 @@
 """Run every script on the toy world: real video files, no GPU, no download.
 
-    python -m worlds.demo                (8 minutes on two idle cores)
+    python -m worlds.demo                (6 to 8 minutes on two cores)
 
 Writes summary.json, curves.png and gallery.html (a web page) to results/demo.
 
