@@ -19,8 +19,8 @@ templates. "No shared object" leaves out neighbours that share a word of their o
 
 Controls: an untrained Q-Former, clips reduced to their first frame, and random vectors. `prompted` has the best R@1,
 mAP and NMI on every seed, so `--query` uses it. It is the language model's state just before it writes the caption.
-`hidden`, one prompt earlier, varies between runs. The mean of the features is near chance although the captions come from the same
-features: averaging over time and space loses the motion.
+`hidden`, one prompt earlier, is second on every seed. The mean of the features is near chance although the captions
+come from the same features: averaging over time and space loses the motion.
 
 Search by text: how often a clip with exactly this label is among the first k, ranked by the likelihood of the text
 as the clip's caption (`--text`).
@@ -61,8 +61,9 @@ how to measure it, not what to expect of a real model.
 Which queries matter: the table has the CIDEr lost when a query is replaced by its mean over the clips, out of
 {cider}. The most important query costs {most}, the median one {middle}, the
 least important {least}. The other columns are for the first run: how often a query's nearest token in context is a
-colour, a thing, a word of the clip's label, and a word of another label. Some queries name only colours or only
-things, but these are not always the most important ones, because another query may carry the same information.
+colour, a thing, a word of the clip's label, and a word of another label. Some queries name mostly colours or mostly
+things, but these are not always the most important ones, because another query may carry the same information. Which
+query names what differs from run to run.
 
 {lost}
 """

@@ -709,10 +709,8 @@ def test_the_documentation_matches_the_figures():
     found, apart = ("films", "features"), ("no shared object", "mAP")
     assert mean(*found, "recall") == mean(*found, "precision") == 1
     queries = runs[0]["words"]["queries"]
-    assert queries[5]["colours"] == 1
-    costliest = sorted(range(len(queries)), key=lambda q: -queries[q]["CIDEr lost"])[:3]
-    assert {3, 5} < set(costliest)
-    assert queries[6]["colours"] > 0.95 and abs(queries[6]["CIDEr lost"]) < 0.1
+    costliest = max(range(len(queries)), key=lambda q: queries[q]["CIDEr lost"])
+    cheap = queries[5]
     text = prose()
     for sentence in (
         f"mAP is {mean('retrieval', 'prompted', *apart):.2f} among clips that share no object",
@@ -721,7 +719,10 @@ def test_the_documentation_matches_the_figures():
         f"only the first frame {mean('retrieval', 'prompted, first frame only', *apart):.2f}.",
         f"takes {np.median(results['search']['seconds']):.1f} s on two cores",
         f"it reports {mean(*found, 'scenes where none is shared'):.1f} scenes per pair",
-        f"query 3 a shape for {100 * queries[3]['things']:.0f} % of the clips",
+        f"query {costliest} names a colour for {100 * queries[costliest]['colours']:.0f} % of the clips",
+        f"costs {queries[costliest]['CIDEr lost']:.1f} CIDEr",
+        f"Query 5 names a thing for {100 * cheap['things']:.0f} %, yet replacing it"
+        f" costs {cheap['CIDEr lost']:.1f}.",
     ):
         assert sentence in text, sentence
 
