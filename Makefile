@@ -11,7 +11,7 @@ demo: .venv/demo
 tabletop: .venv/tabletop
 	$(BIN)/python -m worlds.tabletop_demo
 
-# takes 40 minutes on two idle cores; after an interruption, run it again to continue
+# takes 20 to 40 minutes on two idle cores; after an interruption, run it again to continue
 ablation: .venv/demo
 	$(BIN)/python -m bench.ablation
 

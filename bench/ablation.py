@@ -3,7 +3,7 @@
     make ablation                                           (or python -m bench.ablation)
     python -m bench.ablation --row no_positions --seed 0    (a single run, 90 s)
 
-Takes 40 minutes on two idle cores. It can be stopped and restarted: finished runs are kept in
+Takes 20 to 40 minutes on two idle cores. It can be stopped and restarted: finished runs are kept in
 results/ablation_runs. Each run is a process with one thread that runs the real train.py and evaluate.py
 with the demo's settings and one change: other flags, or a replacement from bench/ablation_changes.py.
 Writes ablation.json, ablation.md and readme/captions_per_clip.png to --output; the table goes to stdout.

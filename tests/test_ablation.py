@@ -254,7 +254,7 @@ def test_differences_larger_than_the_noise_are_bold():
 
 
 def test_the_docs_quote_the_committed_results():
-    """The ablation's numbers in README.md and docs/ are those of results/ablation.json."""
+    """The ablation's numbers in docs/ and results/README.md are those of results/ablation.json."""
     rows = json.loads((RESULTS / "ablation.json").read_text())["rows"]
     mean = {name: statistics.fmean(r["cider"] for r in row["runs"]) for name, row in rows.items()}
     loss = {name: mean["base"] - value for name, value in mean.items()}
@@ -265,3 +265,12 @@ def test_the_docs_quote_the_committed_results():
     assert mean["original"] < 1 and mean["original_lr"] < 1
     assert f"int8 costs {-loss['fp16']:.2f} CIDEr against fp16" in text
     assert f"pooling 2 x 2 gains {-loss['pool2']:.2f};" in text
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    right = {n: statistics.fmean(r["right"] for r in row["runs"]) for n, row in rows.items()}
+    assert f"prompts ({loss['no_style_prompts']:.1f} CIDEr) and" in text
+    assert f"and positions ({loss['no_positions']:.1f}) matter" in text
+    assert f"not on values, lose {loss['keys_only']:.1f}." in text
+    assert f"K = 4 loses {loss['k4']:.1f}." in text
+    assert f"K = 2 gains {mean['k2_passes5'] - mean['k1_passes5']:.1f} over K = 1" in text
+    assert f"{100 * right['original']:.0f} % of its captions are" in text
+    assert f"against {100 * right['base']:.0f} % for the base" in text
