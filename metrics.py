@@ -44,6 +44,9 @@ PER_CLIP = ("CIDEr", "exact_match", "template_accuracy", "placeholder_match")  #
 DIFFERENT = 10  # clips that `format_comparison` shows
 ENGLISH = 0.01  # METEOR is skipped if a larger share of the clips has references in other scripts
 ALL_ZERO = "CIDEr is 0 for every possible caption, because the references contain the same n-grams"
+UNRELATED = (
+    "CIDEr is not clearly above that of shuffled captions, so captions depend little on the clip"
+)
 
 
 # ---- templates: action classification by caption -------------------------------------------
@@ -428,8 +431,12 @@ def notes(result):
     lines = [f"{counted(result['n'], 'clip')}, tokenizer {result['tokenizer']}; {scale}"]
     if empty := result.get("empty"):
         lines.append(f"empty: {counted(empty, 'caption')}")
-    if result.get("controls", {}).get("ceiling", {}).get("CIDEr") == 0:
+    controls, interval = result.get("controls", {}), result.get("ci95", {}).get("CIDEr")
+    shuffled = controls.get("shuffled", {}).get("CIDEr")
+    if controls.get("ceiling", {}).get("CIDEr") == 0:
         lines.append(ALL_ZERO)
+    elif interval and shuffled is not None and interval[0] <= shuffled:
+        lines.append(UNRELATED)
     if CHARACTERS in result["tokenizer"]:
         lines.append(
             "characters: scripts without spaces between words, and captions of emoji, are scored by"

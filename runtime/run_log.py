@@ -103,9 +103,10 @@ class Log:
             k: v for k, v in result["metrics"].items() if k in ("CIDEr", "template_accuracy")
         }
         text = ", ".join(f"{k} {v:.3f}" for k, v in values.items())
-        self.print(f"epoch {epoch}: validation {text}")
+        lines = [f"epoch {epoch}: validation {text}"]
         for sample in samples[:SHOWN]:
-            self.print("  {id}: {prediction!r}, reference {reference!r}".format(**sample))
+            lines.append("  {id}: {prediction!r}, reference {reference!r}".format(**sample))
+        self.print("\n".join(lines))  # in one call, since the bar is drawn again after each
         self.start_time = time.perf_counter()
 
     def print(self, text):

@@ -439,6 +439,15 @@ def test_without_java(no_java):
     json.dumps(result, allow_nan=False)
 
 
+def test_captions_that_do_not_depend_on_the_clip_are_reported(no_java):
+    """A run of 42 steps on 54 own clips ended with the CIDEr of shuffled captions, and no word about it."""
+    records = world(60)
+    right, _ = score(labels(records), records)
+    constant, _ = score(dict.fromkeys(labels(records), records[0]["label"]), records)
+    assert metrics.UNRELATED in metrics.format_table(constant)
+    assert metrics.UNRELATED not in metrics.format_table(right)
+
+
 def test_meteor_is_skipped_on_request(no_java):
     result, _ = score(labels(world(5)), world(5), with_meteor=False)
     assert result["skipped"]["METEOR"] == "not requested"

@@ -288,6 +288,18 @@ def test_each_step_logs_how_long_it_waited_for_data(trained, tmp_path):
     assert figures["train/data_seconds"] == 25.0
 
 
+def test_a_log_file_has_the_bar_once_per_evaluation(tmp_path, capsys):
+    """In a log file, the bar was repeated after each of the example captions."""
+    samples = [{"id": i, "prediction": "a", "reference": "b"} for i in "123"]
+    reporter = SimpleNamespace(log=lambda *_: None, close=bool)
+    with closing(run_log.Log(tmp_path, 0, 9, reporter)) as log:
+        capsys.readouterr()
+        log.evaluation(1, 1, 0.5, {"metrics": {}}, samples)
+        printed = capsys.readouterr().err
+    assert "1: 'a', reference 'b'" in printed and "2: 'a'" in printed
+    assert printed.count("0/9") == 1
+
+
 def test_shared_memory_errors_of_nccl_are_not_those_of_the_loader():
     settings = feature_cache.Settings(grid=(2, 3, 4), width=5, store="fp16")
     for workers, text in ((4, "NCCL error: creating shared memory segment"), (0, "shared memory")):
