@@ -45,12 +45,20 @@ def check_packages():
     """Exit with code 2 and a one-line message if a package that every script imports is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        fix = "python -m pip install -c constraints.txt -e ."
-        if (ROOT / ".venv").is_dir():
-            fix = ". .venv/bin/activate"
-        text = f"{program()}: not installed in {sys.executable}: {', '.join(missing)}. Run: {fix}"
-        print(text, file=sys.stderr)
+        text = f"{program()}: not installed in {sys.executable}: {', '.join(missing)}."
+        print(text, f"Run: {install_command(ROOT / '.venv')}", file=sys.stderr)
         sys.exit(2)
+
+
+def install_command(venv):
+    """Return the shell command that makes the packages available. venv: the environment of `make`."""
+    if venv.is_dir() and Path(sys.prefix) != venv:
+        return ". .venv/bin/activate"
+    command = "python -m pip install -c constraints.txt -e ."
+    if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
+        # in the system's own Python, many distributions forbid pip to install
+        command = f"python3 -m venv .venv && . .venv/bin/activate && {command}"
+    return command
 
 
 def is_script():

@@ -79,6 +79,19 @@ def test_a_script_lists_its_missing_packages_and_a_command(bare, tmp_path):
     assert ". .venv/bin/activate" in done.stderr or "pip install" in done.stderr
 
 
+def test_the_command_that_installs_packages_works_where_it_is_printed(tmp_path, monkeypatch):
+    """In the system's Python, pip refused; in an incomplete .venv, activating it again did not help."""
+    venv, install = tmp_path / ".venv", "python -m pip install -c constraints.txt -e ."
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    make = "python3 -m venv .venv && . .venv/bin/activate && "
+    assert start.install_command(venv) == make + install
+    venv.mkdir()
+    assert start.install_command(venv) == ". .venv/bin/activate"
+    monkeypatch.setattr(sys, "prefix", str(venv))
+    assert start.install_command(venv) == install
+
+
 def test_a_complete_and_an_incomplete_model(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub_copy(tmp_path, "some/encoder", ["config.json", "model.safetensors"])
