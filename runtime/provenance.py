@@ -32,6 +32,14 @@ def provenance_of(run):
     return {name: run[name] for name in names if name in run}
 
 
+def summary():
+    """Return versions, processor and commit as one line, for reports that are only text."""
+    found = provenance()
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    commit = found["git_commit"] or "unknown"
+    return f"{versions}; {found['processor']}; commit {commit[:7]}"
+
+
 def installed(name):
     """Return the version of a package, or None. PyAV is not needed to train on cached features."""
     try:

@@ -18,6 +18,7 @@ from checkpoint import load_models, read_checkpoint
 from encoder import FAMILIES
 from research import embeddings
 from runtime.feature_cache import load_features, load_manifest
+from runtime.provenance import summary
 from viz import app
 from windows import Windowing
 
@@ -30,6 +31,7 @@ A tiny model of each type with random weights went through preprocess_ssv2.py (w
 train.py, evaluate.py, probe.py and infer.py on the toy world, {clips} training clips. This shows that the scripts
 work with it, and nothing about how well an encoder of that type captions. Written by
 `python -m pytest -n0 -m slow tests/test_families.py` on a CPU; the seconds are of the whole chain.
+{made_with}.
 
 | type | grid (T, H, W) | width | CLS | seconds | result |
 |---|---|---|---|---|---|
@@ -111,4 +113,6 @@ def test_all_types_from_clips_to_captions(world, prepared, tmp_path, quick_meteo
             f"| {kind} | {grid} | {s.width} | {'yes' if s.cls else 'no'} | {seconds:.1f} | ok |\n"
         )
     receipt = ROOT / "results" / "families.md"
-    receipt.write_text(HEAD.format(clips=CLIPS) + "".join(rows), encoding="utf-8")
+    receipt.write_text(
+        HEAD.format(clips=CLIPS, made_with=summary()) + "".join(rows), encoding="utf-8"
+    )

@@ -13,7 +13,6 @@ import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree
 
@@ -21,6 +20,7 @@ from checkpoint import read_checkpoint
 from runtime import files
 from runtime.errors import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError
 from runtime.feature_cache import load_features, load_manifest
+from runtime.provenance import summary
 from torture.odd_clips import CLIPS
 from torture.sandbox import DAMAGED, World, differences, equal, expect
 
@@ -320,12 +320,11 @@ TRIALS = (
 
 def markdown(rows):
     """Return the text of results/reliability.md."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "av"))
     lines = f"""# Results of the torture tests
 
 Made by `make torture` on the toy world with tiny models, on the CPU. Processes and signals are real; the
 moments of the kills and the damaged bytes are sampled with a fixed seed. Nothing here ran on SSv2 or on a GPU.
-{versions}.
+{summary()}.
 
 | test | details | result |
 |---|---|---|
