@@ -77,7 +77,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=cli.whole(0), default=0, help="random seed for choosing the validation clips"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.captions or args.charades:
+        parser.refuse_given(args, ("labels",), "cannot be used with --captions or --charades")
+    return args
 
 
 def main(argv=None):
@@ -117,7 +120,10 @@ def main(argv=None):
         note(about_split(split))
     output.mkdir(parents=True, exist_ok=True)
     if stale := sorted({p.stem for p in list_files(output, ".json")} - splits.keys()):
-        note(f"note: {output} also contains splits of an earlier run: {', '.join(stale)}")
+        note(
+            f"note: {output} also contains splits of an earlier run: {', '.join(stale)}. Delete their .json"
+            " files unless you need them."
+        )
     for split, records in splits.items():
         write_json(output / f"{split}.json", records)
     print(describe(splits, output))

@@ -66,7 +66,7 @@ from runtime.feature_cache import (
     require_features,
 )
 from runtime.files import write_json
-from runtime.names import counted, duration, file_size
+from runtime.names import counted, duration, file_size, first_few
 from runtime.predictions import write_predictions
 from runtime.run_folder import BEST, LAST, PREVIOUS
 from viz import curves
@@ -450,8 +450,14 @@ def read_data(args):
         return records, usable
 
     manifest = load_manifest(args.features)
-    _, train = labelled(TRAIN)
+    all_train, train = labelled(TRAIN)
     all_validation, validation = labelled(VALIDATION)
+    if both := sorted({r["id"] for r in all_train} & {r["id"] for r in all_validation}):
+        raise UserError(
+            f"{counted(len(both), 'clip is', 'clips are')} in both {TRAIN}.json and {VALIDATION}.json in"
+            f" {args.annotations}: {first_few(both)}. One of the files may be of an earlier run of"
+            " prepare_annotations.py; run it again with another --output."
+        )
     chosen = set(by_hash((r["id"] for r in validation), args.seed)[: args.eval_clips])
     subset = [r for r in validation if r["id"] in chosen]
     return Data(

@@ -395,6 +395,13 @@ def test_bad_captions_are_refused(tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_beside_captions_are_refused(tmp_path, capsys):
+    """--labels was silently ignored."""
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--captions", "mine.csv", "--labels", tmp_path)
+    assert "--labels cannot be used with --captions" in capsys.readouterr().err
+
+
 def test_help_lists_the_columns(capsys):
     with pytest.raises(SystemExit):
         prepare_annotations.parse_args(["--help"])

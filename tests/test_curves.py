@@ -94,6 +94,13 @@ def test_a_line_truncated_by_a_crash_is_ignored(run):
         curves.main([str(run)])
 
 
+def test_a_run_folder_that_cannot_be_written_is_refused(run, monkeypatch):
+    """It ended in a traceback of PermissionError, after the picture was drawn."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="is not writable"):
+        curves.main([str(run)])
+
+
 WRONG = ["null", '"3"', "[]", "1e999", "NaN", f"1{400 * '0'}"]
 
 

@@ -286,6 +286,20 @@ def test_missing_features_are_refused_before_a_model_is_loaded(world, prepared, 
     assert not train.main([*flags, "--allow-missing", "2", "--epochs", "1"])
 
 
+def test_clips_that_are_in_both_splits_are_refused(world, prepared, tmp_path):
+    """After a new split of the same clips, an old validation.json had clips of train.json in it: the run
+    chose its best checkpoint on clips that it was trained on."""
+    flags = train_flags(world, prepared, tmp_path / "run")
+    annotations = shutil.copytree(flags[flags.index("--annotations") + 1], tmp_path / "annotations")
+    records = json.loads((annotations / "train.json").read_text())
+    path = annotations / "validation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) + records[:1]))
+    clip = records[0]["id"]
+    with pytest.raises(UserError, match=f"1 clip is in both .* {annotations}: {clip}. One of"):
+        train.main([*flags, "--annotations", str(annotations), "--allow-missing", "1"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     world, prepared, tmp_path, monkeypatch
 ):

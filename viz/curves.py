@@ -10,7 +10,6 @@ import runtime.start
 
 import io
 from functools import cache
-from pathlib import Path
 
 from metrics import is_number
 from runtime import cli
@@ -30,7 +29,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    print(write(Path(parse_args(argv).run)))
+    print(write(cli.output_folder(parse_args(argv).run, "RUN")))
 
 
 def update(folder):
