@@ -52,7 +52,7 @@ def check_packages():
 
 def install_command(venv):
     """Return the shell command that makes the packages available. venv: the environment of `make`."""
-    if venv.is_dir() and Path(sys.prefix) != venv:
+    if venv.is_dir() and Path(sys.prefix).resolve() != venv.resolve():
         return ". .venv/bin/activate"
     command = "python -m pip install -c constraints.txt -e ."
     if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
