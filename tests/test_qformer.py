@@ -1,9 +1,13 @@
 """The absorbed cross-attention equals textbook cross-attention in values and gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qformer import CrossAttention
+
+ROOT = Path(__file__).parent.parent
 
 
 def textbook(cross, x, video, need_weights=False):
@@ -110,4 +114,6 @@ def test_default_size_is_the_published_one():
             num_blocks=args.num_blocks,
             num_heads=args.num_heads,
         )
-    assert round(sum(p.numel() for p in qformer.parameters()) / 1e6, 1) == 39.5
+    count = sum(p.numel() for p in qformer.parameters())
+    assert round(count / 1e6, 1) == 39.5
+    assert f"{count:,} trained parameters" in (ROOT / "docs" / "first-day.md").read_text()

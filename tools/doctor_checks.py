@@ -32,7 +32,7 @@ SHARED = "/dev/shm"
 # to compute the size of SSv2's cache: the settings for each --pool, with ViT-L's tokens in int8
 CLIPS = 168_913 + 24_777  # training and validation
 STORED = {pool: Settings(grid=(16, 16 // pool, 16 // pool)) for pool in (1, 2, 4)}
-# Memory that the defaults need, in bytes. GPU: 13.3 GB, measured with micro-batches of 32 clips with 2
+# Memory that the defaults need, in bytes. GPU: 13.7 GB, measured with micro-batches of 32 clips with 2
 # captions each (results/gpu.md), plus the CUDA context. RAM: 16 GB (estimate), minus what the system
 # reserves.
 GPU_MEMORY, MEMORY = 14e9, 0.95 * 16e9
