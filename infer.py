@@ -15,6 +15,7 @@ makes captioned videos.
 
 import runtime.start
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -29,7 +30,6 @@ from runtime.caption_files import (
     FORMATS,
     RECORD,
     SUBTITLES,
-    forget,
     formatted,
     header,
     opened,
@@ -40,6 +40,9 @@ from runtime.errors import DONE, FAILED, PARTIAL, UserError
 from runtime.files import in_shard
 from runtime.names import counted
 from windows import Windowing, add_flags, caption_files, output_names
+
+# endings with which --output is meant as a file, not as a folder
+OTHER_FORMATS = ("txt", "json", "xlsx", "xls", "ods", "html", "md", "xml", "parquet", "ass", "sub")
 
 
 def parse_args(argv=None):
@@ -85,7 +88,7 @@ def parse_args(argv=None):
         " given folders",
     )
     add("--skip-done", action="store_true", help="continue: skip the clips that --output contains")
-    add("--overwrite", action="store_true", help="caption again the clips that --output contains")
+    add("--overwrite", action="store_true", help="replace --output, with all captions in it")
     add(
         "--shard",
         type=cli.shard,
@@ -102,6 +105,8 @@ def parse_args(argv=None):
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     cli.add_common(parser, workers=2)
     args = parser.parse_args(argv)
+    if args.scores and args.format in SUBTITLES:
+        parser.error(f"--scores: {args.format} has no scores; use --format csv or jsonl")
     if args.sample or args.scores:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample or --scores")
     if not args.sample:
@@ -129,12 +134,15 @@ def main(argv=None):
     first = Path(args.clips[0] if args.clips else args.videos)
     folder = (first if first.is_dir() else first.parent) if args.sidecar else None
     path, form = destination(output, args.format, folder, args.shard)
+    if args.sidecar:
+        check_writable({clip.parent for clip in clips})
     if (form or args.format) in SUBTITLES and len(clips) > 1:
         raise UserError(
             f"{form or args.format} holds a single film; for {len(clips)} clips, use --sidecar"
         )
     if path and path.exists() and not (args.skip_done or args.overwrite):
-        raise UserError(f"{path} exists; --skip-done continues it, --overwrite replaces it")
+        continued = "" if form in SUBTITLES else "--skip-done continues it, "
+        raise UserError(f"{path} exists; {continued}--overwrite replaces it")
 
     checkpoint = read_checkpoint(args.checkpoint)
     sidecars = sidecar_form(args.format) if args.sidecar else None
@@ -143,12 +151,15 @@ def main(argv=None):
         if args.skip_done:
             todo = [clip for clip in todo if not file.is_finished(clip)]
         if not todo:
-            clips = counted(len(clips), "clip")
-            note(f"nothing to do: {clips} given, all done or in other shards")
+            if form in SUBTITLES:
+                note(f"nothing to do: {path} exists (it does not say which film it belongs to)")
+            else:
+                count = counted(len(clips), "clip")
+                note(f"nothing to do: {count} given, all done or in other shards")
             return DONE
         results = captions(args, checkpoint, todo)
-        if args.overwrite and path and path.exists() and form not in SUBTITLES:
-            forget(path)  # subtitles are replaced as a whole, once the new ones are complete
+        if args.overwrite:
+            file.forget(clips)
         if args.num_samples:
             copy_clips(todo, path.parent)
         try:
@@ -231,7 +242,9 @@ def destination(output, form, sidecars, shard):
         raise UserError(
             f"--output {path} is the name of a video; give a folder, or a file such as {path}.csv"
         )
-    if ending in ("txt", "json"):
+    if path.name == "-":
+        raise UserError("--output -: without --output, captions are printed to stdout")
+    if ending in OTHER_FORMATS:
         raise UserError(f"--output {path}: the formats of files are {', '.join(FILES)}")
     if output and form == "text" and not sidecars:
         raise UserError(
@@ -242,7 +255,7 @@ def destination(output, form, sidecars, shard):
     if form in FILES and ending in FILES and form != ending:
         raise UserError(f"--format {form} and --output {path} are different formats; leave one out")
     if sidecars or (form is None and ending not in FILES):
-        cli.output_folder(path, "--output")
+        cli.output_folder(path, "--output" if output else "--sidecar")
         path, form = path / RECORD, "jsonl"
     elif path.is_dir():
         raise UserError(f"--format {form} needs the name of a file, such as --output captions.csv")
@@ -251,7 +264,20 @@ def destination(output, form, sidecars, shard):
         form = form or ending
     if shard != (0, 1):
         path = path.with_stem("{}_part{}of{}".format(path.stem, *shard))
+    path = path.resolve() if path.is_symlink() else path  # else the link would be replaced
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {path} is not a file; without --output, captions are printed")
     return path, form
+
+
+def check_writable(folders):
+    """Raise UserError if sidecars cannot be written to one of the folders."""
+    for folder in sorted(folders):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"--sidecar: {folder} is not writable; use --output FILE.csv instead, or change its"
+                " permissions"
+            )
 
 
 def shard_name(clip, given):

@@ -216,18 +216,6 @@ def finite(cell):
     return value
 
 
-def forget(path):
-    """Empty a file of captions, to caption the clips again. Which sidecars were written remains known."""
-    results = read_results(path) if path.suffix == ".jsonl" else {}
-    error = {"error": "not captioned again yet"}
-    listed = [
-        {"path": name, "sidecars": r["sidecars"]} | error
-        for name, r in results.items()
-        if "sidecars" in r
-    ]
-    write_atomic(path, encoded("".join(formatted(r, "jsonl") for r in listed)))
-
-
 @contextmanager
 def opened(path, form, clips, sidecars=None):
     """Open a file of captions for the block, and keep other processes from writing to it.
@@ -307,8 +295,30 @@ class CaptionFile:
         return [text.partition("\t")[0] for text in texts]
 
     def is_finished(self, clip):
+        return self.name(clip) in self.finished
+
+    def name(self, clip):
+        """Return the name under which the file has a clip."""
         clip = os.path.abspath(clip)
-        return (clip if self.form == "jsonl" else path_cell(clip, self.form)) in self.finished
+        return clip if self.form == "jsonl" else path_cell(clip, self.form)
+
+    def forget(self, clips):
+        """Empty the file, to caption `clips` again. Which sidecars were written remains known.
+
+        Prints how many other clips lose their captions.
+        """
+        if not self.path.exists():
+            return
+        if others := len(self.finished - set(map(self.name, clips))):
+            cli.note(f"replacing {self.path}, with the captions of {counted(others, 'other clip')}")
+        results = read_results(self.path) if self.form == "jsonl" else {}
+        error = {"error": "not captioned again yet"}
+        listed = [
+            {"path": name, "sidecars": r["sidecars"]} | error
+            for name, r in results.items()
+            if "sidecars" in r
+        ]
+        write_atomic(self.path, encoded("".join(formatted(r, "jsonl") for r in listed)))
 
     def write(self, result):
         """Append the result of a clip, with its absolute path. Returns the result."""
@@ -343,7 +353,11 @@ class SubtitleFile:
         self.path, self.form = path, form
 
     def is_finished(self, clip):
+        """Return True if the file exists. Which film it belongs to is not written in it."""
         return self.path.exists() and self.path.stat().st_size > 0
+
+    def forget(self, clips):
+        pass  # it is replaced as a whole, once the new subtitles are complete
 
     def write(self, result):
         if "error" not in result:
@@ -382,11 +396,14 @@ class Sidecars:
     def is_finished(self, clip):
         return self.record.is_finished(clip) and os.path.exists(self.path(clip))
 
+    def forget(self, clips):
+        self.record.forget(clips)
+
     def write(self, result):
         """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
 
         In this order, a kill in between is noticed: the sidecar is missing. Returns the result, or one with
-        an "error" if the sidecar could not be written.
+        an "error" if the sidecar could not be written; its captions are in the record then, too.
         """
         clip = Path(result["path"])
         path = self.path(clip)
@@ -406,7 +423,7 @@ class Sidecars:
             if explain(error):  # a full disk, which the next clip will not fit on either
                 raise
             error = {"error": f"{path.name} cannot be written: {error.strerror}"}
-            return self.record.write({"path": result["path"]} | error | known)
+            return self.record.write(result | error | known)
         return result
 
     def close(self):

@@ -45,17 +45,21 @@ def is_video(path):
 def videos_below(folder):
     """Return the sorted paths of the videos and of the other files in a folder and its subfolders.
 
-    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out.
-    A folder that cannot be read is one of the other files.
+    Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out,
+    and lost+found, which belongs to the file system. Raises UserError if another folder cannot be read.
     """
     folders, links, seen, videos, others = [folder], [], set(), [], []
     while folders or links:
         folder = Path(folders.pop() if folders else links.pop())
         try:
             status, entries = os.stat(folder), visible(folder)
-        except OSError:
-            others.append(folder)
-            continue
+        except OSError as error:
+            if folder.name == "lost+found":
+                continue
+            raise UserError(
+                f"folder {folder} cannot be read: {error.strerror}; change its permissions, or give"
+                " the other folders instead"
+            ) from None
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -72,8 +76,8 @@ def videos_below(folder):
 def find_clips(names):
     """Return the paths of all videos in a list of files and folders, each path once.
 
-    Folders are searched recursively. Prints how many files of the folders are not videos. Raises UserError if a path does not exist or a
-    folder contains no videos.
+    Folders are searched recursively. Prints how many files of the folders are not videos. Raises UserError
+    if a path does not exist, or a folder contains no videos or cannot be read.
     """
     paths, others = [], []
     for path in map(Path, names):

@@ -5,6 +5,7 @@ from runtime.start import ROOT
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,10 @@ import av
 import pytest
 from test_evaluate import caption
 
-from infer import shard_name, write
+from infer import destination, shard_name, write
 from runtime.caption_files import (
     CaptionFile,
     Sidecars,
-    forget,
     formatted,
     header,
     likeliest_captions,
@@ -194,6 +194,7 @@ def test_a_sidecar_that_cannot_be_written_is_an_error_of_its_clip(tmp_path, caps
     assert {p.name for p in tmp_path.glob("*.txt")} == {f"{'a' * 246}.txt", "c.txt"}
     errors = ["error" in result for result in read_results(record.path).values()]
     assert errors == [False, True, True, False]
+    assert all("windows" in result for result in read_results(record.path).values())
 
 
 def test_subtitles_are_only_replaced_by_new_ones(trained, tmp_path):
@@ -205,6 +206,44 @@ def test_subtitles_are_only_replaced_by_new_ones(trained, tmp_path):
     assert path.read_text() == "old"
     path.write_text("")
     assert caption(trained, film, "--output", path, "--skip-done") == FAILED
+
+
+def test_what_overwrite_replaces(tmp_path, capsys):
+    """It emptied the file, with the captions of clips that were not given, and said nothing. Through a
+    symbolic link it replaced the link."""
+    (tmp_path / "real.csv").write_text(header("csv"))
+    (link := tmp_path / "link.csv").symlink_to("real.csv")
+    path, form = destination(str(link), None, None, (0, 1))
+    assert path == tmp_path / "real.csv"
+    file = CaptionFile(path, form)
+    for name in ("/a.mp4", "/b.mp4", "/c.mp4"):
+        file.write(FILM | {"path": name})
+    CaptionFile(path, form).forget(["/a.mp4", "/d.mp4"])
+    assert "real.csv, with the captions of 2 other clips" in capsys.readouterr().err
+    assert path.read_text() == ""
+    CaptionFile(path, form).forget(["/a.mp4"])
+    assert not capsys.readouterr().err
+
+
+def test_existing_subtitles_may_be_those_of_another_film(tmp_path, trained, capsys):
+    """With --skip-done, any film counted as done if the file existed."""
+    (tmp_path / "film.webm").touch()
+    (path := tmp_path / "a.srt").write_text("old")
+    with pytest.raises(UserError, match=r"a\.srt exists; --overwrite replaces it"):
+        caption(trained, tmp_path / "film.webm", "--output", path)
+    assert caption(trained, tmp_path / "film.webm", "--output", path, "--skip-done") == DONE
+    assert "it does not say which film it belongs to" in capsys.readouterr().err
+
+
+def test_sidecars_in_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    """Hours later the captions could not be written, and the message was about --output."""
+    (clips := tmp_path / "clips").mkdir()
+    (clips / "a.mp4").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != clips)
+    with pytest.raises(UserError, match=r"--sidecar .* is not writable"):
+        caption("none", clips, "--sidecar")
+    with pytest.raises(UserError, match=r"--sidecar: .* is not writable"):
+        caption("none", clips, "--sidecar", "--output", tmp_path / "record")
 
 
 def test_shards_write_different_files_with_every_clip_once(world, trained, tmp_path):
@@ -247,7 +286,7 @@ def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
     clip = tmp_path / "a.mp4"
     record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
     Sidecars([clip], "txt", record).write(FILM | {"path": str(clip)})
-    forget(record.path)
+    record.forget([clip])
     record = CaptionFile(record.path, "jsonl")
     sidecars = Sidecars([clip], "txt", record)
     assert not sidecars.is_finished(clip)
@@ -274,6 +313,10 @@ def test_sidecars_in_other_formats_and_of_failed_clips_remain_known(tmp_path):
         ("--top-p 0.5 --temperature 2", "--top-p, --temperature can only be used with --sample"),
         ("--skip-done", "--skip-done can only be used with --output or --sidecar"),
         ("--output o.txt", "the formats of files are tsv, csv, jsonl, srt, vtt"),
+        ("--output o.xlsx", "the formats of files are tsv, csv, jsonl, srt, vtt"),
+        ("--output -", "captions are printed to stdout"),
+        ("--output /dev/null --format csv --overwrite", "/dev/null is not a file"),
+        ("--scores --format srt", "srt has no scores"),
         ("--output o.csv --format text", "--format text is only printed"),
         ("--output o.csv --skip-done --overwrite", "mutually exclusive"),
         ("--output o.mp4", "is the name of a video"),

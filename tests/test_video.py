@@ -487,6 +487,24 @@ def test_folders_are_searched_for_all_containers(tmp_path, capsys):
     )
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """It counted as a file that is not a video, and its clips were missing from a run that ended with 0."""
+    listed = clip_files.visible
+
+    def visible(folder):
+        if folder.name in ("private", "lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(clip_files, "visible", visible)
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "lost+found").mkdir()  # unreadable on most disks
+    assert clip_files.find_clips([tmp_path]) == [tmp_path / "a.mp4"]
+    (tmp_path / "private").mkdir()
+    with pytest.raises(UserError, match="private cannot be read: Permission denied"):
+        clip_files.find_clips([tmp_path])
+
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_are_recognised_without_their_ending(tmp_path, name):
     """Films of a DVD and FLV files were passed over if their names had no known ending."""
