@@ -392,14 +392,13 @@ def read_newest(folder, dry_run=False):
     return state
 
 
-def resume(state, saved, folder, total):
-    """Load the checkpoint `saved`, from `read_newest`, into the `TrainingState` of a run of `total` steps.
+def check_run(saved, identity, manifest, lm_name, folder, total):
+    """Return the checkpoint `saved`, from `read_newest`, if a run of `total` steps can be resumed from it.
 
-    No random state needs to be restored: clip order, caption choice and dropout are functions of seed,
-    epoch, step and clip. Raises UserError if flags, features, language model or clips have changed.
+    identity: the result of `run_identity`. manifest: that of the feature cache. Entries that earlier
+    versions did not save are added. Raises UserError if flags, features, language model or clips have
+    changed.
     """
-    fixed, identity = state.fixed, state.identity
-    fixed |= {"init": saved["init"]} if "init" in saved else {}
     kinds = {"optimizer": dict, "args": dict, "data": str, "best": float}
     kinds |= {"scored": int, "bad": int}
     # runs of earlier versions have none of these
@@ -411,11 +410,9 @@ def resume(state, saved, folder, total):
             f"--resume: {folder / LAST} has no training state (is it a copy of best.pt?)"
         )
     check_same_flags(identity["args"], saved["args"], folder)
-    wanted = saved["manifest"].settings
-    wanted.check_same(Manifest.parse(fixed["manifest"]).settings, "the feature cache")
-    if saved["lm"]["fingerprint"] != fixed["lm"]["fingerprint"]:
-        name = fixed["lm"]["name"]
-        raise UserError(f"--resume: --lm {name} is not the model the run was started with")
+    saved["manifest"].settings.check_same(manifest.settings, "the feature cache")
+    if saved["lm"]["fingerprint"] != hub.fingerprint(hub.find_model(lm_name, "--lm")):
+        raise UserError(f"--resume: --lm {lm_name} is not the model the run was started with")
     if saved["data"] != identity["data"] or saved["styles"] != STYLES:
         raise UserError("--resume: the training clips or their captions have changed")
     if saved["validation"] != identity["validation"]:
@@ -426,6 +423,16 @@ def resume(state, saved, folder, total):
     check_sources(identity["sources"], saved["sources"], folder)
     if saved["step"] > total:
         raise UserError(f"--resume: {folder / LAST} is at step {saved['step']} of {total}")
+    return saved
+
+
+def resume(state, saved, folder):
+    """Load a checkpoint that `check_run` has returned into a `TrainingState`.
+
+    No random state needs to be restored: clip order, caption choice and dropout are functions of seed,
+    epoch, step and clip.
+    """
+    state.fixed |= {"init": saved["init"]} if "init" in saved else {}
     load_weights(state.model.qformer, saved["qformer"])
     try:
         state.optimizer.load_state_dict(saved["optimizer"])

@@ -213,15 +213,17 @@ def main(argv=None):
     print_plan(data, recipe)
     note_small_data(data, recipe, bool(args.init))
     args.dtype = str(dtype).removeprefix("torch.")  # --resume compares the actual dtype, not "auto"
-    state = build(args, data, recipe, device, dtype)
-    state.fixed |= {"init": checkpoint.origin(args.init, source)} if source else {}
     batch_sizes = {"training": recipe.batch_size, "validation": VALIDATION_BATCH}
     with (
         distributed.joined(devices.backend(device)),
         run_folder.locked(folder, args.resume, args.overwrite, args.dry_run),
         shared_memory(data.manifest.settings, data.workers, **batch_sizes),
     ):
-        resumed = start_or_resume(state, data, recipe, folder, args.resume, args.dry_run, source)
+        # a run that cannot be resumed is refused before the language model is loaded
+        saved = newest(args, data, recipe, folder) if args.resume else None
+        state = build(args, data, recipe, device, dtype)
+        state.fixed |= {"init": checkpoint.origin(args.init, source)} if source else {}
+        start_or_resume(state, data, recipe, folder, saved, source)
         lm = state.model.lm
         trainable, frozen = (
             sum(p.numel() for p in m.parameters()) for m in (state.model.qformer, lm)
@@ -239,7 +241,7 @@ def main(argv=None):
                 folder, step, total, dashboard.connect(args.report_to, folder, step, vars(args))
             ) as run,
         ):
-            if not resumed:
+            if not saved:
                 run.save(state.last())  # from now on, a missing last.pt means that it was deleted
             train(state, data, recipe, run, args.save_every)
         if signal := run.stop_signal():
@@ -397,27 +399,40 @@ def build(args, data, recipe, device, dtype):
         fixed=checkpoint.fixed_state(
             model, data.manifest, args.lm, lm_fingerprint, templates, styles
         ),
-        identity=checkpoint.run_identity(
-            vars(args),
-            data.train,
-            (data.subset, data.all_validation),
-            recorded_sources(Path(data.features), (0, 1)),
-        ),
+        identity=identity_of(args, data),
     )
 
 
-def start_or_resume(state, data, recipe, folder, resume, dry_run, source=None):
-    """Load the newest checkpoint of the run, or start a new run. Returns True if it is resumed.
+def identity_of(args, data):
+    """Return what must match to resume a run, see `checkpoint.run_identity`."""
+    return checkpoint.run_identity(
+        vars(args),
+        data.train,
+        (data.subset, data.all_validation),
+        recorded_sources(Path(data.features), (0, 1)),
+    )
 
-    A new run starts from the weights of `source`, the checkpoint of --init, or from random weights. Either
-    way it uses the feature statistics of its own clips: if these look different from those of the checkpoint,
+
+def newest(args, data, recipe, folder):
+    """Return the newest checkpoint of the run, or None. Raises UserError if flags or clips have changed."""
+    saved = checkpoint.read_newest(folder, args.dry_run)
+    if saved:
+        total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
+        identity = identity_of(args, data)
+        saved = checkpoint.check_run(saved, identity, data.manifest, args.lm, folder, total)
+        note(f"resuming after step {saved['step']:,} of {total:,}")
+    return saved
+
+
+def start_or_resume(state, data, recipe, folder, saved, source=None):
+    """Load `saved`, the newest checkpoint of the run, or start a new run if it is None.
+
+    A new run starts from the weights of `source`, the checkpoint of --init, or from random weights. It
+    uses the feature statistics of its own clips: if these look different from those of the checkpoint,
     the loss is lower even before training, and otherwise about the same (results/warm_statistics.md).
     """
-    total = recipe.epochs * recipe.steps_per_epoch(len(data.train))
-    saved = checkpoint.read_newest(folder, dry_run) if resume else None
     if saved:
-        checkpoint.resume(state, saved, folder, total)
-        note(f"resuming after step {state.progress.step:,} of {total:,}")
+        checkpoint.resume(state, saved, folder)
     else:
         if source:
             checkpoint.load_weights(state.model.qformer, source["qformer"])
@@ -427,7 +442,6 @@ def start_or_resume(state, data, recipe, folder, resume, dry_run, source=None):
         if ranks.rank() == 0:
             state.model.qformer.standardise(*statistics(data, recipe.seed))
     distributed.broadcast(state.model.qformer.state_dict().values())
-    return saved is not None
 
 
 def read_data(args):
