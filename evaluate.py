@@ -14,6 +14,7 @@ import runtime.start
 
 import math
 import os
+import shlex
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -41,9 +42,9 @@ from runtime import class_scores, cli, devices, distributed, hub, ranks, run_fol
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest, require_features
-from runtime.files import in_shard, json_bytes, write_json
+from runtime.files import in_shard, json_bytes, read_json, write_json
 from runtime.names import counted, first_few
-from runtime.predictions import read_predictions, write_predictions
+from runtime.predictions import predictions_by_id, read_predictions, write_predictions
 
 KEPT = 100  # clips with different captions in versus_*.json
 BATCH = 64  # clips per batch, here and in the validation of train.py
@@ -162,6 +163,8 @@ def main(argv=None):
     output = cli.output_folder(args.output or default_output(source), "--output")
     if args.versus:
         return compare(args, output, records, all_records)
+    if not args.predictions:
+        check_same_clips(output / f"predictions_{result_name(args, 0)}.json", records)
     if args.predictions:
         predictions, settings = captions_of(args.predictions, records, all_records), {}
         greedy = samples = None
@@ -190,7 +193,13 @@ def main(argv=None):
     settings = {"split": args.split, "style": args.style, "missing": skipped} | settings
     if args.shard != (0, 1):
         write_json(output / f"settings_{name}.json", settings)
-        note("this is one part; score all parts together with --predictions PART PART …")
+        parts = shlex.quote(str(output / f"predictions_{name}.json"))
+        parts = parts.replace(f"part{args.shard[0]}of", "part*of")
+        folder = shlex.quote(str(args.annotations))
+        note(
+            f"this is one part; score all parts together: python evaluate.py --predictions {parts}"
+            f" --annotations {folder} --split {args.split}"
+        )
         return
 
     result, per_clip = score(
@@ -218,6 +227,16 @@ def main(argv=None):
     text = json_bytes(result).decode() if args.json else as_text(result, args.markdown) + "\n"
     print(text, end="")
     note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def check_same_clips(path, records):
+    """Raise UserError if a file of predictions exists and is of other clips than `records`.
+
+    Otherwise captions for own clips would replace those that the checkpoint's run wrote for its data set.
+    """
+    entries = read_json(path, "predictions") if path.exists() else []
+    if entries and predictions_by_id(entries).keys().isdisjoint(r["id"] for r in records):
+        raise UserError(f"{path} has captions of other clips; choose another folder with --output")
 
 
 def as_text(result, markdown):

@@ -410,15 +410,18 @@ def likeliest(logits, classes, multi, count=5):
     ]
 
 
-def recogniser(path, flag, settings, device):
-    """Return a function that maps a list of stored clips to the likeliest actions in each.
-
-    path: a probe's checkpoint or run folder. flag: the flag that gave it, for error messages.
-    settings: those of the features. The actions are as in `likeliest`. Raises UserError if the file
-    is not a probe, or was trained on features with other settings.
-    """
+def read_matching_probe(path, flag, settings):
+    """Return `read_probe(path, flag)`. Raises UserError if it was trained on features with other settings."""
     probe = read_probe(path, flag)
     probe["manifest"].settings.check_same(settings, f"the features for {flag} {path}")
+    return probe
+
+
+def recogniser(probe, device):
+    """Return a function that maps a list of stored clips to the likeliest actions in each.
+
+    probe: the content of its checkpoint, from `read_probe`. The actions are as in `likeliest`.
+    """
     head, classes, multi = load_probe(probe, device), probe["classes"], probe["multi"]
 
     @torch.inference_mode()

@@ -105,8 +105,6 @@ def parse_args(argv=None):
     add("--annotations", default=cli.ANNOTATIONS, help="folder written by prepare_annotations.py")
     cli.add_common(parser, workers=2)
     args = parser.parse_args(argv)
-    if args.scores and args.format in SUBTITLES:
-        parser.error(f"--scores: {args.format} has no scores; use --format csv or jsonl")
     if args.sample or args.scores:
         parser.refuse_given(args, ["num_beams"], "cannot be used with --sample or --scores")
     if not args.sample:
@@ -136,10 +134,11 @@ def main(argv=None):
     path, form = destination(output, args.format, folder, args.shard)
     if args.sidecar:
         check_writable({clip.parent for clip in clips})
-    if (form or args.format) in SUBTITLES and len(clips) > 1:
-        raise UserError(
-            f"{form or args.format} holds a single film; for {len(clips)} clips, use --sidecar"
-        )
+    if (kind := form or args.format) in SUBTITLES:
+        if len(clips) > 1:
+            raise UserError(f"{kind} holds a single film; for {len(clips)} clips, use --sidecar")
+        if args.scores:
+            raise UserError(f"--scores: {kind} cannot hold scores; choose csv, tsv or jsonl")
     if path and path.exists() and not (args.skip_done or args.overwrite):
         continued = "" if form in SUBTITLES else "--skip-done continues it, "
         raise UserError(f"{path} exists; {continued}--overwrite replaces it")
@@ -177,13 +176,13 @@ def main(argv=None):
 def captions(args, checkpoint, clips):
     """Load the models. Returns an iterator over the clips' results, see `windows.description`."""
     device, dtype = devices.resolve(args.device, args.dtype)
+    settings = checkpoint["manifest"].settings
+    probe = heads.read_matching_probe(args.probe, "--probe", settings) if args.probe else None
     warn_if_untrained(checkpoint, args.style)
     if text := world_note(checkpoint):
         note(text)
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
-    recognise = None
-    if args.probe:
-        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
+    recognise = heads.recogniser(probe, device) if probe else None
     sampling = GREEDY if args.scores else None
     if args.sample:
         sampling = Sampling(args.sample, args.top_p, args.temperature, args.keep, args.seed)

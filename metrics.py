@@ -105,7 +105,8 @@ def _check(predictions, references, style):
     }
     for problem, ids in problems.items():
         if ids:
-            raise UserError(f"{len(ids)} of {problem}: {first_few(ids)}")
+            hint = " (--allow-missing leaves them out)" if "no prediction" in problem else ""
+            raise UserError(f"{len(ids)} of {problem}: {first_few(ids)}{hint}")
 
 
 def _systems(predictions, most_frequent, seed):

@@ -588,7 +588,10 @@ def name_clips(clips, taken=frozenset()):
         found.add(clip_id)
         r["id"] = span_id(clip_id, span)
     twice = [i for i, n in Counter(r["id"] for r in clips.values()).items() if n > 1]
-    refuse(twice, "videos have the same id, because their names differ only in the extension")
+    refuse(
+        twice,
+        "videos differ only in the extension, so they are probably the same; keep one, or rename them",
+    )
     return found
 
 

@@ -64,7 +64,7 @@ class Windowing:
 def add_flags(group):
     """Add the flags of `Windowing`, except --workers, which `cli.add_common` adds."""
     group.add_argument(
-        "--window", type=cli.number(above=0), default="6", help="length of a window in seconds"
+        "--window", type=cli.number(least=0.2), default="6", help="length of a window in seconds"
     )
     group.add_argument(
         "--stride",

@@ -306,6 +306,14 @@ def test_sidecars_in_other_formats_and_of_failed_clips_remain_known(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "a.srt", "a.vtt", "captions.jsonl"}
 
 
+def test_a_file_that_is_no_probe_is_refused_before_the_models_load(trained, tmp_path, monkeypatch):
+    """It was read after the language model, which may have to be downloaded."""
+    monkeypatch.setattr("infer.load_models", None)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UserError, match="--probe"):
+        caption(trained, tmp_path / "a.mp4", "--probe", trained)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -316,7 +324,8 @@ def test_sidecars_in_other_formats_and_of_failed_clips_remain_known(tmp_path):
         ("--output o.xlsx", "the formats of files are tsv, csv, jsonl, srt, vtt"),
         ("--output -", "captions are printed to stdout"),
         ("--output /dev/null --format csv --overwrite", "/dev/null is not a file"),
-        ("--scores --format srt", "srt has no scores"),
+        ("--scores --format srt", "srt cannot hold scores"),
+        ("--scores --output o.vtt", "vtt cannot hold scores"),
         ("--output o.csv --format text", "--format text is only printed"),
         ("--output o.csv --skip-done --overwrite", "mutually exclusive"),
         ("--output o.mp4", "is the name of a video"),

@@ -1,6 +1,8 @@
 """evaluate.py and infer.py on a trained toy model."""
 
+import glob
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,6 +72,15 @@ def test_scoring_with_missing_clips_needs_a_flag_and_is_reported(run, prepared, 
         run("--predictions", out / "predictions_validation_without2.json", checkpoint=False)
 
 
+def test_captions_of_other_clips_are_not_replaced(run, trained, tmp_path):
+    """Evaluating on one's own clips replaced the run's scores on its data set."""
+    own = [{"image_id": "mine", "caption": "a cat"}]
+    (tmp_path / "predictions_validation.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match=r"captions of other clips; .*--output"):
+        run("--output", tmp_path)
+    assert load(tmp_path / "predictions_validation.json") == own
+
+
 def test_rescoring_needs_no_model(run, trained, capsys):
     """The parts of a sharded run can also be scored together."""
     whole = load(trained / "evaluation_validation.json")
@@ -80,7 +91,9 @@ def test_rescoring_needs_no_model(run, trained, capsys):
     assert json.loads(capsys.readouterr().out) == again
     for part in ("0/2", "1/2"):
         run("--shard", part)
+    flags = shlex.split(capsys.readouterr().err.splitlines()[-1].partition("evaluate.py ")[2])
     parts = sorted(out.glob("predictions_validation_part*.json"))
+    assert sorted(map(Path, glob.glob(flags[1]))) == parts and "--annotations" in flags
     assert len(parts) == 2
     run("--predictions", *parts, "--markdown", checkpoint=False)
     assert load(out / "evaluation_validation_rescored.json")["metrics"] == whole["metrics"]

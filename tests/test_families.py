@@ -80,7 +80,7 @@ def chain(kind, world, prepared, folder, capsys):
     assert [len(f["actions"]) for f in found] == [5, 5]
     checkpoint = read_checkpoint(run)
     models = load_models(checkpoint, torch.device("cpu"), torch.float32)
-    recognise = heads.recogniser(folder / "probe", "--probe", settings, torch.device("cpu"))
+    recognise = heads.recogniser(heads.read_probe(folder / "probe", "--probe"), torch.device("cpu"))
     look = app.Look(*models, checkpoint["templates"], Windowing(), 10.0, recognise)
     _, label, _, actions, *_ = look(paths[0])
     assert label == greedy[0]["caption"] and len(actions) == 5

@@ -404,6 +404,9 @@ def test_a_file_without_captions_is_refused(content, tmp_path):
     (tmp_path / "captions.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"was not written by infer\.py --output"):
         films.main([str(tmp_path / "captions.jsonl")])
+    (tmp_path / "captions.csv").write_text("path,start,end,caption,score,actions\n")
+    with pytest.raises(UserError, match=r"is a table; films need the captions\.jsonl"):
+        films.main([str(tmp_path / "captions.csv")])
 
 
 def test_strips_of_predictions(world, prepared, tmp_path, capsys):

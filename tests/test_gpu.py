@@ -105,7 +105,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     args = app.parse_args(flags)
     checkpoint = read_checkpoint(args.checkpoint)
     models = load_models(checkpoint, *devices.resolve(args.device, args.dtype))
-    recognise = heads.recogniser(args.probe, "--probe", settings, models[1].device)
+    recognise = heads.recogniser(heads.read_probe(args.probe, "--probe"), models[1].device)
     how = windows.Windowing.of(args)
     look = app.Look(*models, checkpoint["templates"], how, 10.0, recognise)
     _, label, _, actions, *_ = look(paths[0])

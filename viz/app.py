@@ -79,11 +79,11 @@ def main(argv=None):
     check_port(args.host, args.port)
     checkpoint = read_checkpoint(args.checkpoint)
     device, dtype = devices.resolve(args.device, args.dtype)
+    settings = checkpoint["manifest"].settings
+    probe = heads.read_matching_probe(args.probe, "--probe", settings) if args.probe else None
     encoder, captioner = load_models(checkpoint, device, dtype, args.encoder, args.lm)
     templates = checkpoint.get("templates", [])
-    recognise = None
-    if args.probe:
-        recognise = heads.recogniser(args.probe, "--probe", encoder.settings, device)
+    recognise = heads.recogniser(probe, device) if probe else None
     windowing = Windowing.of(args)
     look = Look(encoder, captioner, templates, windowing, args.max_seconds, recognise)
     styles = checkpoint.get("trained_styles", STYLES)

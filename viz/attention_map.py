@@ -81,7 +81,7 @@ def main(argv=None):
         result = windows.description(paths[n], list(group))
         failed += "error" in result
         if problem := result.get("error") or result.get("warning"):
-            note(f"{paths[n]}: {problem}")
+            note(problem if str(paths[n]) in problem else f"{paths[n]}: {problem}")
     if failed:
         note(f"{failed} of {counted(len(paths), 'clip')} failed")
     return FAILED if failed == len(paths) else PARTIAL if failed else DONE

@@ -112,6 +112,10 @@ def read_captions(path):
             return isinstance(value.get("error"), str)
         return isinstance(spans, list) and bool(spans) and all(map(is_span, spans))
 
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise UserError(
+            f"{path} is a table; films need the captions.jsonl of infer.py --output FOLDER"
+        )
     results = read_results(path)
     if not (results and all(map(is_result, results.values()))):
         raise UserError(f"{path} was not written by infer.py --output")
