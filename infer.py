@@ -132,17 +132,7 @@ def main(argv=None):
     first = Path(args.clips[0] if args.clips else args.videos)
     folder = (first if first.is_dir() else first.parent) if args.sidecar else None
     path, form = destination(output, args.format, folder, args.shard)
-    if args.sidecar:
-        check_writable({clip.parent for clip in clips})
-    if (kind := form or args.format) in SUBTITLES:
-        if len(clips) > 1:
-            raise UserError(f"{kind} holds a single film; for {len(clips)} clips, use --sidecar")
-        if args.scores:
-            raise UserError(f"--scores: {kind} cannot hold scores; choose csv, tsv or jsonl")
-    if path and path.exists() and not (args.skip_done or args.overwrite):
-        continued = "" if form in SUBTITLES else "--skip-done continues it, "
-        raise UserError(f"{path} exists; {continued}--overwrite replaces it")
-
+    check_output(args, path, form or args.format, clips)
     checkpoint = read_checkpoint(args.checkpoint)
     sidecars = sidecar_form(args.format) if args.sidecar else None
     with opened(path, form, given, sidecars) as file:
@@ -269,9 +259,17 @@ def destination(output, form, sidecars, shard):
     return path, form
 
 
-def check_writable(folders):
-    """Raise UserError if sidecars cannot be written to one of the folders."""
-    for folder in sorted(folders):
+def check_output(args, path, form, clips):
+    """Raise UserError if the captions of the clips cannot be written in this form to this place."""
+    if form in SUBTITLES:
+        if len(clips) > 1:
+            raise UserError(f"{form} holds a single film; for {len(clips)} clips, use --sidecar")
+        if args.scores:
+            raise UserError(f"--scores: {form} cannot hold scores; choose csv, tsv or jsonl")
+    if path and path.exists() and not (args.skip_done or args.overwrite):
+        continued = "" if form in SUBTITLES else "--skip-done continues it, "
+        raise UserError(f"{path} exists; {continued}--overwrite replaces it")
+    for folder in sorted({clip.parent for clip in clips}) if args.sidecar else []:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(
                 f"--sidecar: {folder} is not writable; use --output FILE.csv instead, or change its"
