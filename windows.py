@@ -206,7 +206,8 @@ def description(path, pairs):
 
     pairs: its [(`Window`, caption)], where the caption is None if the window failed.
     The result is {"path", "windows": [{"start", "end", "caption"}]}, and {"path", "error"} if all windows
-    failed. It also has a "warning" if part of the file could not be decoded. "actions" and "samples" of a
+    failed. It also has a "warning" if part of the file could not be decoded, and "failed" with the times of
+    windows that failed, as in "windows". "actions" and "samples" of a
     `Window` are beside its "caption".
     """
 
@@ -221,8 +222,9 @@ def description(path, pairs):
     result = {"path": str(path), "windows": spans}
     damage = dict.fromkeys(w.damage for w, _ in captioned if w.damage)
     problems = [f"{text}; the caption covers the readable part" for text in damage]
-    if failed := len(pairs) - len(captioned):
-        problems.insert(0, f"{failed} of {counted(len(pairs), 'window')} could not be decoded")
+    if failed := [{"start": w.start, "end": w.end} for w, text in pairs if text is None]:
+        problems.insert(0, f"{len(failed)} of {counted(len(pairs), 'window')} could not be decoded")
+        result["failed"] = failed
     return result | ({"warning": "; ".join(problems)} if problems else {})
 
 

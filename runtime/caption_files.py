@@ -1,7 +1,8 @@
 """The formats of captions, and files of captions that grow clip by clip. Standard library only.
 
 A result is the dict of one clip, see `windows.description`:
-{"path", "windows": [{"start", "end", "caption", "samples", "actions"}], "warning"} or {"path", "error"}.
+{"path", "windows": [{"start", "end", "caption", "samples", "actions"}], "failed": [{"start", "end"}],
+"warning"} or {"path", "error"}.
 """
 
 import csv
@@ -49,7 +50,7 @@ def formatted(result, form):
 
 def as_json(result):
     """Return a result as JSON files have it: its path in UTF-8, and times to a tenth of a second."""
-    spans = {"windows": list(map(rounded, result["windows"]))} if "windows" in result else {}
+    spans = {k: list(map(rounded, result[k])) for k in ("windows", "failed") if k in result}
     return result | spans | {"path": to_utf8(result["path"])}
 
 
@@ -70,9 +71,14 @@ def text_lines(result):
 
 
 def table_lines(result, form):
-    """Yield a row of COLUMNS for each caption of each window of a clip."""
+    """Yield a row of COLUMNS for each caption of each window of a clip.
+
+    The caption of a window that failed is empty. Without its row, the only window that worked would look
+    like the whole clip.
+    """
     path = path_cell(result["path"], form)
-    for span in result.get("windows", []):
+    failed = [span | {"caption": ""} for span in result.get("failed", [])]
+    for span in sorted(result.get("windows", []) + failed, key=lambda span: span["start"]):
         times = f"{span['start']:.1f}", f"{span['end']:.1f}"
         for caption, score in captions_of(span):
             if form == "tsv":
@@ -165,8 +171,8 @@ def likeliest_captions(path):
     """Read the likeliest caption of each window from a file that infer.py has written.
 
     Returns [(where, row)] like `table.read_table`. A row has video (an absolute path), caption, score (None
-    if the file has no scores) and, unless the window is the whole clip, start and end in seconds. Raises
-    UserError if a row is not valid.
+    if the file has no scores) and, unless the window is the whole clip, start and end in seconds. Windows
+    without a caption, because they failed, are left out. Raises UserError if a row is not valid.
     """
     if read_text(path, "--captions").strip().lower() in (
         header("csv").strip(),
@@ -195,7 +201,7 @@ def likeliest_captions(path):
         # a clip that was captioned as a whole, and not a film whose other windows failed
         if counts[name] == 1 and start == 0 and name not in incomplete:
             del row["start"], row["end"]
-    return list(windows.values())
+    return [found for found in windows.values() if found[1]["caption"]]
 
 
 def captions_in(row):

@@ -26,6 +26,7 @@ from runtime.caption_files import (
     read_results,
 )
 from runtime.errors import DONE, FAILED, PARTIAL, UserError
+from windows import Window, description
 
 FILM = {
     "path": "/films/a\tb.mp4",
@@ -70,17 +71,16 @@ def test_captions_are_saved_after_the_reader_of_stdout_has_gone(tmp_path, monkey
     assert all(f"/{n}.mp4" in rows for n in range(3))
 
 
-def test_the_first_window_of_a_damaged_film_is_not_the_whole_film(tmp_path):
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_the_first_window_of_a_damaged_film_is_not_the_whole_film(tmp_path, form):
     """If the other windows had failed, its caption became the label of the film."""
-    window = {"start": 0.0, "end": 6.0, "caption": "a"}
-    result = {
-        "path": "/film.mp4",
-        "windows": [window],
-        "warning": "1 of 2 windows could not be decoded",
-    }
-    (path := tmp_path / "a.jsonl").write_text(formatted(result, "jsonl"))
+    first, second = Window(0, 0.0, 6.0, alone=False), Window(0, 6.0, 11.97, alone=False)
+    result = description("/film.mp4", [(first, "a"), (second, None)])
+    (path := tmp_path / f"a.{form}").write_text(header(form) + formatted(result, form))
     [(_, row)] = likeliest_captions(path)
-    assert (row["start"], row["end"]) == (0.0, 6.0)
+    assert (row["caption"], row["start"], row["end"]) == ("a", 0.0, 6.0)
+    if form == "csv":
+        assert path.read_text().splitlines()[2] == "/film.mp4,6.0,12.0,,,"
 
 
 def test_a_table_has_a_row_for_each_window():
