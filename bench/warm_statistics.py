@@ -90,7 +90,7 @@ def loss_of(captioner, batch, statistics):
 
 
 def markdown(results):
-    """Format warm_statistics.md."""
+    """Format warm_statistics.md. results: {split: `compare`}, which may be beside other keys."""
     lines = [
         "# Feature statistics of a warm start",
         "",
@@ -102,11 +102,12 @@ def markdown(results):
         "| clips with | clips | shift | kept | new | new - kept, 95 % interval |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for split, r in results.items():
+    for split, title in SPLITS.items():
+        r = results[split]
         low, high = r["ci95"]
         interval = f"{r['new'] - r['kept']:+.3f} ({low:+.3f} to {high:+.3f})"
         cells = [
-            SPLITS[split],
+            title,
             f"{r['n']}",
             f"{r['shift']:.2f}",
             f"{r['kept']:.3f}",
