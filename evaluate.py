@@ -14,6 +14,7 @@ import runtime.start
 
 import math
 import os
+import re
 import shlex
 from collections import Counter
 from dataclasses import asdict, replace
@@ -164,7 +165,7 @@ def main(argv=None):
     if args.versus:
         return compare(args, output, records, all_records)
     if not args.predictions:
-        check_same_clips(output / f"predictions_{result_name(args, 0)}.json", records)
+        check_same_clips(output, result_name(args, 0), records)
     if args.predictions:
         predictions, settings = captions_of(args.predictions, records, all_records), {}
         greedy = samples = None
@@ -175,8 +176,12 @@ def main(argv=None):
     if ranks.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
-    # If more are missing than allowed, `score` raises the error.
-    skipped = len(missing) if len(missing) <= args.allow_missing else 0
+    if len(missing) > args.allow_missing:
+        raise UserError(
+            f"{len(missing)} of {counted(len(records), 'clip has', 'clips have')} no prediction:"
+            f" {first_few(missing)}; --allow-missing N leaves up to N clips out"
+        )
+    skipped = len(missing)
     if skipped:
         records = [r for r in records if r["id"] in predictions]
         some = first_few(missing)
@@ -193,13 +198,7 @@ def main(argv=None):
     settings = {"split": args.split, "style": args.style, "missing": skipped} | settings
     if args.shard != (0, 1):
         write_json(output / f"settings_{name}.json", settings)
-        parts = shlex.quote(str(output / f"predictions_{name}.json"))
-        parts = parts.replace(f"part{args.shard[0]}of", "part*of")
-        folder = shlex.quote(str(args.annotations))
-        note(
-            f"this is one part; score all parts together: python evaluate.py --predictions {parts}"
-            f" --annotations {folder} --split {args.split}"
-        )
+        note(f"this is one part; score all parts together: {command_for_parts(args, output, name)}")
         return
 
     result, per_clip = score(
@@ -229,14 +228,31 @@ def main(argv=None):
     note(f"written to {output / f'evaluation_{name}.json'}")
 
 
-def check_same_clips(path, records):
-    """Raise UserError if a file of predictions exists and is of other clips than `records`.
+def check_same_clips(output, name, records):
+    """Raise UserError if the results of this name in a folder are mostly of other clips than `records`.
 
     Otherwise captions for own clips would replace those that the checkpoint's run wrote for its data set.
     """
-    entries = read_json(path, "predictions") if path.exists() else []
-    if entries and predictions_by_id(entries).keys().isdisjoint(r["id"] for r in records):
-        raise UserError(f"{path} has captions of other clips; choose another folder with --output")
+    ids = {r["id"] for r in records}
+    for path in output.glob("predictions_*.json"):
+        if re.sub(r"_without\d+", "", path.stem) != f"predictions_{name}":
+            continue
+        try:
+            before = predictions_by_id(read_json(path, "predictions")).keys()
+        except UserError:  # nothing that evaluate.py wrote
+            continue
+        if len(ids & before) < min(len(ids), len(before)) / 2:
+            raise UserError(f"{path} has captions of other clips; choose another --output")
+
+
+def command_for_parts(args, output, name):
+    """Return the command that scores all parts of a sharded run. name: of the results of one part."""
+    parts = name.replace(f"part{args.shard[0]}of", "part*of")
+    flags = ["--annotations", str(args.annotations), "--split", args.split, "--style", args.style]
+    flags += ["--limit", str(args.limit)] if args.limit else []
+    flags += ["--allow-missing", str(args.allow_missing)] if args.allow_missing else []
+    folder = shlex.quote(f"{output}/")  # the shell must see the asterisk
+    return f"python evaluate.py --predictions {folder}predictions_{parts}.json {shlex.join(flags)}"
 
 
 def as_text(result, markdown):

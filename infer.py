@@ -42,7 +42,7 @@ from runtime.names import counted
 from windows import Windowing, add_flags, caption_files, output_names
 
 # endings with which --output is meant as a file, not as a folder
-OTHER_FORMATS = ("txt", "json", "xlsx", "xls", "ods", "html", "md", "xml", "parquet", "ass", "sub")
+OTHER_FORMATS = ("txt", "json", "xlsx", "xls", "ods", "html", "md", "xml", "parquet", "ndjson")
 
 
 def parse_args(argv=None):
@@ -140,12 +140,13 @@ def main(argv=None):
         if args.skip_done:
             todo = [clip for clip in todo if not file.is_finished(clip)]
         if not todo:
-            if form in SUBTITLES:
+            if form in SUBTITLES and path.exists():
                 note(f"nothing to do: {path} exists (it does not say which film it belongs to)")
             else:
                 count = counted(len(clips), "clip")
                 note(f"nothing to do: {count} given, all done or in other shards")
             return DONE
+        check_sidecars({clip.parent for clip in todo} if args.sidecar else ())
         results = captions(args, checkpoint, todo)
         if args.overwrite:
             file.forget(clips)
@@ -253,9 +254,10 @@ def destination(output, form, sidecars, shard):
         form = form or ending
     if shard != (0, 1):
         path = path.with_stem("{}_part{}of{}".format(path.stem, *shard))
-    path = path.resolve() if path.is_symlink() else path  # else the link would be replaced
     if path.exists() and not path.is_file():
         raise UserError(f"--output {path} is not a file; without --output, captions are printed")
+    if path.is_symlink():  # else the link would be replaced
+        path = Path(os.path.realpath(path))
     return path, form
 
 
@@ -269,7 +271,11 @@ def check_output(args, path, form, clips):
     if path and path.exists() and not (args.skip_done or args.overwrite):
         continued = "" if form in SUBTITLES else "--skip-done continues it, "
         raise UserError(f"{path} exists; {continued}--overwrite replaces it")
-    for folder in sorted({clip.parent for clip in clips}) if args.sidecar else []:
+
+
+def check_sidecars(folders):
+    """Raise UserError if sidecars cannot be written to one of the folders."""
+    for folder in sorted(folders):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(
                 f"--sidecar: {folder} is not writable; use --output FILE.csv instead, or change its"

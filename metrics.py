@@ -105,8 +105,7 @@ def _check(predictions, references, style):
     }
     for problem, ids in problems.items():
         if ids:
-            hint = " (--allow-missing leaves them out)" if "no prediction" in problem else ""
-            raise UserError(f"{len(ids)} of {problem}: {first_few(ids)}{hint}")
+            raise UserError(f"{len(ids)} of {problem}: {first_few(ids)}")
 
 
 def _systems(predictions, most_frequent, seed):

@@ -68,7 +68,7 @@ def add_flags(group):
     )
     group.add_argument(
         "--stride",
-        type=cli.number(above=0),
+        type=cli.number(least=0.1),
         default="6",
         help="seconds between the starts of consecutive windows",
     )

@@ -62,8 +62,9 @@ def text_lines(result):
     """Yield path<TAB>caption for a clip with one window, path<TAB>start-end<TAB>caption for others."""
     path = cli.printable(result["path"], keep="")  # escape line breaks in the file name
     spans = result.get("windows", [])
+    is_part = len(spans) > 1 or "failed" in result
     for span in spans:
-        time = f"\t{span['start']:.1f}-{span['end']:.1f}" if len(spans) > 1 else ""
+        time = f"\t{span['start']:.1f}-{span['end']:.1f}" if is_part else ""
         actions = f"\t{actions_of(span)}" if "actions" in span else ""
         for caption, score in captions_of(span):
             score = f"\t{score}" if score else ""
@@ -316,7 +317,8 @@ class CaptionFile:
         if not self.path.exists():
             return
         if others := len(self.finished - set(map(self.name, clips))):
-            cli.note(f"replacing {self.path}, with the captions of {counted(others, 'other clip')}")
+            lost = counted(others, "other clip")
+            cli.note(f"replacing {self.path}; the captions of {lost} in it are deleted")
         results = read_results(self.path) if self.form == "jsonl" else {}
         error = {"error": "not captioned again yet"}
         listed = [
@@ -409,7 +411,7 @@ class Sidecars:
         """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
 
         In this order, a kill in between is noticed: the sidecar is missing. Returns the result, or one with
-        an "error" if the sidecar could not be written; its captions are in the record then, too.
+        an "error" if the sidecar could not be written.
         """
         clip = Path(result["path"])
         path = self.path(clip)
@@ -429,7 +431,7 @@ class Sidecars:
             if explain(error):  # a full disk, which the next clip will not fit on either
                 raise
             error = {"error": f"{path.name} cannot be written: {error.strerror}"}
-            return self.record.write(result | error | known)
+            return self.record.write({"path": result["path"]} | error | known)
         return result
 
     def close(self):

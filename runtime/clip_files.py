@@ -20,6 +20,8 @@ OTHER_FILES = re.compile(
     r"|safetensors|jpe?g|png|webp|bmp|tiff?|heic|avif|wav|mp3|m4a|aac|flac|ogg|opus|m3u8?|mpd|sdp)",
     re.IGNORECASE,
 )
+# folders that the file systems of Linux and Windows keep for themselves on a disk
+UNREADABLE = ("lost+found", "System Volume Information", "$RECYCLE.BIN")
 FIRST_BYTES = re.compile(
     rb"\x1aE\xdf\xa3|....(ftyp|moov|mdat|wide|free)|RIFF....(AVI |CDXA)|\0\0\x01[\xb3\xba]|FLV\x01|0&\xb2u"
     rb"|nut/multimedia|OggS|GIF8|\.RMF|\x06\x0e\+4|DKIF|YUV4MPEG2|G.{187}G|....G.{191}G",
@@ -46,7 +48,7 @@ def videos_below(folder):
     """Return the sorted paths of the videos and of the other files in a folder and its subfolders.
 
     Links to folders are followed, but no folder is searched twice. Hidden files and folders are left out,
-    and lost+found, which belongs to the file system. Raises UserError if another folder cannot be read.
+    and UNREADABLE ones. Raises UserError if another folder cannot be read.
     """
     folders, links, seen, videos, others = [folder], [], set(), [], []
     while folders or links:
@@ -54,7 +56,7 @@ def videos_below(folder):
         try:
             status, entries = os.stat(folder), visible(folder)
         except OSError as error:
-            if folder.name == "lost+found":
+            if folder.name in UNREADABLE or isinstance(error, FileNotFoundError):
                 continue
             raise UserError(
                 f"folder {folder} cannot be read: {error.strerror}; change its permissions, or give"

@@ -88,6 +88,8 @@ def spans_of_json(path):
             if not (isinstance(span, dict) and isinstance(span.get("caption"), str)):
                 raise UserError(f"captions {path}: the entry of {clip} was not written by infer.py")
             spans.setdefault(clip, {})[span.get("start"), span.get("end")] = span["caption"]
+        if "failed" in result and clip in spans:
+            spans[clip]["failed"] = ""  # as in tables, where such windows have a row
     if not spans:
         raise UserError(f"captions {path} has no caption that infer.py wrote")
     return spans

@@ -74,11 +74,16 @@ def test_scoring_with_missing_clips_needs_a_flag_and_is_reported(run, prepared, 
 
 def test_captions_of_other_clips_are_not_replaced(run, trained, tmp_path):
     """Evaluating on one's own clips replaced the run's scores on its data set."""
-    own = [{"image_id": "mine", "caption": "a cat"}]
-    (tmp_path / "predictions_validation.json").write_text(json.dumps(own))
-    with pytest.raises(UserError, match=r"captions of other clips; .*--output"):
-        run("--output", tmp_path)
-    assert load(tmp_path / "predictions_validation.json") == own
+    clip = load(trained / "predictions_validation.json")[0]  # of both data sets: an id such as 1
+    own = [clip, *({"image_id": f"mine{n}", "caption": "a cat"} for n in range(2))]
+    for name in ("predictions_validation", "predictions_validation_without3"):
+        (path := tmp_path / f"{name}.json").write_text(json.dumps(own))
+        with pytest.raises(
+            UserError, match=rf"{name}.json has captions of other clips; .*--output"
+        ):
+            run("--output", tmp_path)
+        assert load(path) == own
+        path.unlink()
 
 
 def test_rescoring_needs_no_model(run, trained, capsys):

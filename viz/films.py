@@ -112,7 +112,7 @@ def read_captions(path):
             return isinstance(value.get("error"), str)
         return isinstance(spans, list) and bool(spans) and all(map(is_span, spans))
 
-    if path.suffix.lower() in (".csv", ".tsv"):
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         raise UserError(
             f"{path} is a table; films need the captions.jsonl of infer.py --output FOLDER"
         )
