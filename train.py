@@ -429,7 +429,7 @@ def start_or_resume(state, data, recipe, folder, saved, source=None):
 
     A new run starts from the weights of `source`, the checkpoint of --init, or from random weights. It
     uses the feature statistics of its own clips: if these look different from those of the checkpoint,
-    the loss is lower even before training, and otherwise about the same (results/warm_statistics.md).
+    the loss may be lower even before training (results/warm_statistics.md).
     """
     if saved:
         checkpoint.resume(state, saved, folder)
