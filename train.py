@@ -340,9 +340,9 @@ def not_finite_error():
 def read_init(args, folder, data):
     """Read the checkpoint of --init, or return None. Sets those flags FROM_INIT that are None to its values.
 
-    If a run with --init is resumed, they are set to those in its args.json, and otherwise to the defaults. The checkpoint is then read only
-    if the run was stopped before it saved one of its own. Raises UserError if the checkpoint does not fit the
-    features, the flags or the language model.
+    Without --init, they are set to the defaults. If a run with --init is resumed, they are set to those in
+    its args.json; the checkpoint is then read only if the run was stopped before it saved one of its own.
+    Raises UserError if the checkpoint does not fit the features, the flags or the language model.
     """
     if args.resume:
         started = run_folder.read_args(folder).get("args", {})

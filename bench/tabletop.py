@@ -223,7 +223,7 @@ def collect(study):
 
 
 def other_results(folder):
-    """Read what tabletop.md quotes from other commands: the summaries of `make tabletop`, and free_prompts.json.
+    """Read the results of other commands that tabletop.md quotes: of `make tabletop` and of bench.free_prompts.
 
     Raises UserError if there is none.
     """

@@ -8,8 +8,8 @@ Needs the clips, features and models of `make tabletop` or `make demo`. The base
 is trained on clips without a third of the world's nouns. All other runs are trained on N "own" clips, each
 with at least one of these nouns; a tenth of them is used for validation, the default of
 prepare_annotations.py. They take --steps steps, rounded up to whole passes, and are scored on other own
-clips, which are used for nothing else. It can be stopped and restarted: finished runs are kept in --runs. Writes warm_start.json
-and warm_start.md to --output.
+clips, which are used for nothing else. It can be stopped and restarted: finished runs are kept in --runs.
+Writes warm_start.json and warm_start.md to --output.
 """
 
 import runtime.start

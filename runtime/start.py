@@ -86,16 +86,20 @@ def open_standard_streams():
 
 
 class Lines:
-    """A stream for a file or pipe, in which each update of a progress bar is a line."""
+    """A stream for a file or pipe, in which each update of a progress bar is a line.
+
+    A finished bar is drawn once more when it is closed, which does not repeat the line.
+    """
 
     def __init__(self, stream):
-        self.stream, self.at_start = stream, True
+        self.stream, self.at_start, self.bar = stream, True, None
 
     def write(self, text):
         if "\r" in text or "\033[A" in text:
             bars = [part.strip() for part in re.split("\r|\033\\[A", text)]
-            text = "".join(bar + "\n" for bar in bars if bar)
+            text = "".join(bar + "\n" for bar in bars if bar and bar != self.bar)
             text = "\n" + text if text and not self.at_start else text
+            self.bar = bars[-1] or self.bar
         elif self.at_start and not text.strip("\n"):  # where a bar ends
             text = ""
         if text:

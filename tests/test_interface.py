@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import os
 import re
@@ -46,13 +47,15 @@ def script(name, *args, **kwargs):
 
 def test_progress_is_shown_by_one_process_and_rarely_in_a_file():
     """tqdm reads its variables when it is imported. They were set later, so all processes of torchrun
-    drew their bars. RANK alone is not torchrun's: with another launcher's there was no bar at all."""
+    drew their bars. RANK alone is not torchrun's: with another launcher's there was no bar at all. The
+    last line of a bar was there twice."""
     code = (  # as if it were in train.py
         f"import __main__; __main__.__file__ = {str(HERE / 'train.py')!r}\n"
         "import runtime.start; import sys, time; from tqdm import tqdm\n"
         "for _ in tqdm(range(600), leave=False): time.sleep(0.001)\n"
         "with tqdm(range(1)) as outer:\n"
         "    for _ in tqdm(range(1)): tqdm.write('note', file=sys.stderr)\n"
+        "    outer.refresh()\n"
         "print('end', file=sys.stderr)"
     )
 
@@ -66,6 +69,7 @@ def test_progress_is_shown_by_one_process_and_rarely_in_a_file():
     # the first update; with tqdm's own interval there would be six more
     assert sum("/600 [" in line for line in lines) == 1
     assert "note" in lines and lines[-1] == "end"
+    assert all(line != following for line, following in itertools.pairwise(lines))
     assert updates(RANK="1", TORCHELASTIC_RUN_ID="none") == ["note", "end"]
 
 
