@@ -359,9 +359,10 @@ def nucleus(logits, top_p):
     The others are 0, and the sum is at least top_p. logits: float32 (R, V).
     """
     p = logits.double().softmax(-1)
-    ordered, order = p.sort(-1, descending=True)
+    # stable: of equal logits, which are common in bfloat16, the first is the likeliest, as for argmax
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-    kept = (before < top_p).gather(-1, order.argsort(-1))
+    kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before < top_p)
     return p * kept
 
 

@@ -20,12 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from runtime import devices, ranks
 from runtime.errors import FAILED, UserError, refuse_file
-from runtime.feature_cache import load_features, load_manifest, require_features, stack_stored
+from runtime.feature_cache import (
+    channel_statistics,
+    feature_file,
+    load_features,
+    load_manifest,
+    require_features,
+    stack_stored,
+)
 from runtime.files import read_json
 from runtime.names import id_problem, list_files
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 HELD_OUT = 10  # one of this many training videos, see `hold_out`
+STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 
 # The text prompt between the soft prompts and the caption. One model writes captions in both styles,
 # and each style is scored against references of the same style. The first prompt is the one used by
@@ -132,6 +140,12 @@ def by_hash(ids, seed):
     return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
 
 
+def sample_statistics(features, records, settings, seed, workers):
+    """Compute the mean and standard deviation (E,) of each channel over a sample of the training clips."""
+    ids = by_hash((r["id"] for r in records), seed)[:STATISTICS_CLIPS]
+    return channel_statistics(features, TRAIN, ids, settings, workers)
+
+
 def choose_captions(record, count, seed, epoch):
     """Sample `count` pairs (style, text) for one clip, as a pure function of (seed, epoch, id).
 
@@ -203,7 +217,8 @@ class FeatureDataset(Dataset):
     """
 
     def __init__(self, features, split, records, settings, tokenizer=None, choose=no_captions):
-        self.root, self.records, self.settings = Path(features) / split, records, settings
+        self.features, self.split = Path(features), split
+        self.records, self.settings = records, settings
         self.tokenizer, self.choose = tokenizer, choose
 
     def __len__(self):
@@ -212,7 +227,8 @@ class FeatureDataset(Dataset):
     def __getitem__(self, i):
         record = self.records[i]
         try:
-            item = load_features(self.root / f"{record['id']}.pt", record["id"], self.settings)
+            path = feature_file(self.features, self.split, record["id"])
+            item = load_features(path, record["id"], self.settings)
         except UserError as error:
             return error  # `batches` raises it; raised in a worker, it would become a traceback
         item["captions"] = [encode_caption(self.tokenizer, *c) for c in self.choose(record)]

@@ -17,7 +17,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
@@ -151,6 +151,7 @@ def main(argv=None):
         raise UserError(
             f"split {args.split!r} has no paraphrases, which --style sentence needs as references"
         )
+    records = with_references(records, args.style)
     probe = heads.read_probe(args.probe, "--probe") if args.probe else None
     if probe:
         if probe["multi"]:
@@ -226,6 +227,16 @@ def main(argv=None):
     text = json_bytes(result).decode() if args.json else as_text(result, args.markdown) + "\n"
     print(text, end="")
     note(f"written to {output / f'evaluation_{name}.json'}")
+
+
+def with_references(records, style):
+    """Return the records with a caption in this style, or all records if none has one."""
+    references = metrics.references_of(records, style)
+    found = [r for r in records if references[r["id"]]]
+    if found and (without := len(records) - len(found)):
+        clips = counted(without, "clip has", "clips have")
+        note(f"{clips} no {style} caption and will not be scored")
+    return found or records
 
 
 def check_same_clips(output, name, records):
@@ -341,8 +352,8 @@ def versus_name(args):
 def compare_with_probe(args, probe, records, per_clip):
     """Compare the templates that a probe and the captions name. Returns accuracies and four counts.
 
-    A clip that only the probe gets right has the action in its features, and the captioner is at fault. One
-    that neither gets right may lack it. per_clip: the second result of `metrics.score`.
+    A clip that only the probe gets right has the action in its features, and the captioner is at fault. If
+    neither is right, the features may lack the action. per_clip: the second result of `metrics.score`.
     """
     head = heads.load_probe(probe, device := devices.resolve(args.device, args.dtype)[0])
     records = [r for r in records if "template_accuracy" in per_clip[r["id"]]]
@@ -418,7 +429,7 @@ def predict(args, checkpoint, records):
     device, dtype = devices.resolve(args.device, args.dtype)
     wanted = checkpoint["manifest"].settings
     if args.control == "still":
-        wanted = replace(wanted, sampling="still")
+        wanted = heads.still(wanted)
     wanted.check_same(manifest.settings, f"the cache {args.features}")
     warn_if_untrained(checkpoint, args.style)
     captioner = load_captioner(checkpoint, device, dtype, args.lm)

@@ -24,7 +24,7 @@ import heads
 from captioner import GREEDY, Sampling
 from checkpoint import load_models, read_checkpoint, warn_if_untrained, world_note
 from dataset import STYLES, TEST, by_hash, load_records
-from runtime import cli, devices
+from runtime import cli, devices, ranks
 from runtime.caption_files import (
     FILES,
     FORMATS,
@@ -123,6 +123,10 @@ def main(argv=None):
     args = parse_args(argv)
     if bool(args.clips) == bool(args.num_samples):
         raise UserError("give either the clips to caption or --num-samples N, but not both")
+    if ranks.world_size() > 1:
+        raise UserError(
+            "infer.py runs in a single process; start it without torchrun, once per GPU with --shard i/n"
+        )
     if args.num_samples:
         given = sample_clips(args.num_samples, args.videos, args.annotations, args.seed)
     else:

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--stride", type=cli.number(above=0), help="seconds between windows (default: --window)")
     parser.add_argument("--output", default=cli.ANNOTATIONS, help="folder for <split>.json")
     parser.add_argument(
-        "--seed", type=cli.whole(0), default=0, help="random seed for choosing the validation clips"
+        "--seed", type=cli.seed, default=0, help="random seed for choosing the validation clips"
     )
     args = parser.parse_args(argv)
     if args.captions or args.charades:

@@ -30,6 +30,7 @@ from dataset import (
     by_hash,
     feature_batches,
     hold_out,
+    sample_statistics,
     shared_memory,
     with_features,
 )
@@ -38,14 +39,13 @@ from runtime import cli, devices, published_head, ranks, run_folder
 from runtime.charades import write_submission
 from runtime.cli import note
 from runtime.errors import FAILED, Stopped, UserError
-from runtime.feature_cache import channel_statistics, load_manifest
+from runtime.feature_cache import load_manifest
 from runtime.files import json_line, read_json, write_json
 from runtime.head_run import DIVERGED, HeadRun
 from runtime.intervals import bootstrap
 from runtime.names import counted, first_few
 from runtime.run_log import truncate_log
 
-STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 CLIP_GRAD = 1.0
 OUTPUT, OF_PUBLISHED = "results/probe", "results/published"
 PUBLISHED = "facebook/vjepa2-vitl-fpc16-256-ssv2"
@@ -195,8 +195,7 @@ class State(HeadRun):
         """Make the heads of a new run."""
         settings, trained, groups = manifest.settings, [], []
         self.grid = list(itertools.product(args.lr, args.weight_decay))
-        ids = by_hash((r["id"] for r in train), args.seed)[:STATISTICS_CLIPS]
-        statistics = channel_statistics(args.features, TRAIN, ids, settings, args.workers)
+        statistics = sample_statistics(args.features, train, settings, args.seed, args.workers)
         sizes = {"classes": len(classes), "video_width": settings.width, "grid": settings.grid}
         sizes |= {"kind": args.head, "on": args.on, "layers": args.layers, "dropout": args.dropout}
         sizes |= {"num_heads": args.num_heads, "positions": not args.no_positions}

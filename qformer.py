@@ -146,8 +146,8 @@ class QFormer(nn.Module):
     """Maps a clip's stored features (B, N, E) to `num_queries` soft prompts (B, Q, D).
 
     grid: (T, H, W) of the features. output_norm: the norm of the soft prompts at initialisation, usually
-    the mean norm of the language model's embeddings. The encoder has rotary positions, which are not part
-    of its output. Learned tables for time, height and width are therefore added to the tokens, and so to
+    the mean norm of the language model's embeddings. V-JEPA 2's positions are rotary and not part of its
+    output. Learned tables for time, height and width are therefore added to the tokens, and so to
     keys and values.
     """
 

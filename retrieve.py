@@ -35,6 +35,7 @@ from dataset import (
     choose_captions,
     feature_batches,
     hold_out,
+    sample_statistics,
     shared_memory,
     with_features,
 )
@@ -46,7 +47,6 @@ from runtime.cli import note, printable
 from runtime.clip_files import find_clips
 from runtime.errors import DONE, FAILED, PARTIAL, SIGNALLED, UserError
 from runtime.feature_cache import (
-    channel_statistics,
     load_manifest,
     recorded_sources,
     source_numbers,
@@ -58,7 +58,6 @@ from runtime.names import counted, file_size, to_utf8
 from runtime.retrieval_scores import RECALLS, Pairs, summary
 from runtime.run_log import truncate_log
 
-STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 STATISTICS_TEXTS = 20_000  # training captions used for those of the text vectors
 TEMPERATURE = 0.07  # at the start
 CLIP_GRAD = 1.0
@@ -250,8 +249,7 @@ def reader(args, device):
 def new_state(args, manifest, clips, captions, model, device):
     """Make the `HeadRun` of a new run."""
     settings = manifest.settings
-    ids = by_hash((r["id"] for r in clips), args.seed)[:STATISTICS_CLIPS]
-    video = channel_statistics(args.features, TRAIN, ids, settings, args.workers)
+    video = sample_statistics(args.features, clips, settings, args.seed, args.workers)
     texts = {text for r in clips for text in captions_of(r, args.no_paraphrases)}
     text = captions.statistics(by_hash(texts, args.seed)[:STATISTICS_TEXTS])
     torch.manual_seed(args.seed)
@@ -545,6 +543,7 @@ def search_by_clip(paths, encoder, tower, index, top, workers):
     ((clips, records), (texts, labels)), device = index, tower.log_scale.device
     answered = failed = 0
     for batch in windows.read(paths, encoder, windows.Windowing(workers=workers)):
+        windows.note_damage(batch, paths)
         for w in batch:
             if w.error:
                 note(str(w.error))

@@ -41,6 +41,7 @@ from dataset import (
     choose_captions,
     load_records,
     loader,
+    sample_statistics,
     shared_memory,
 )
 from evaluate import BATCH as VALIDATION_BATCH
@@ -60,7 +61,6 @@ from runtime.cli import note
 from runtime.errors import FAILED, SIGNALLED, UserError
 from runtime.feature_cache import (
     Manifest,
-    channel_statistics,
     load_manifest,
     recorded_sources,
     require_features,
@@ -71,7 +71,6 @@ from runtime.predictions import write_predictions
 from runtime.run_folder import BEST, LAST, PREVIOUS
 from viz import curves
 
-STATISTICS_CLIPS = 1000  # clips used for the mean and standard deviation of each channel
 TIMED_STEPS, WARM_UP_STEPS = 20, 2  # of --dry-run; warm-up steps also start the workers
 FEW_STEPS = 500  # with fewer steps in a run, a note suggests other flags
 SMALL_BATCH = 8  # clips per step that this note suggests
@@ -488,8 +487,7 @@ def read_data(args):
 
 def statistics(data, seed):
     """Compute the mean and standard deviation (E,) per channel over a sample of the training clips."""
-    ids = by_hash((r["id"] for r in data.train), seed)[:STATISTICS_CLIPS]
-    return channel_statistics(data.features, TRAIN, ids, data.manifest.settings, data.workers)
+    return sample_statistics(data.features, data.train, data.manifest.settings, seed, data.workers)
 
 
 def split_into(items, size):
@@ -548,7 +546,7 @@ def accumulate(model, micro_batches, seed=0):
     """Run forward and backward for each micro-batch of a step, and sum over micro-batches and processes.
 
     Sums the gradients into .grad. Returns the summed loss, the number of tokens, and the mean loss per
-    token of each style, {style: float}. There is one all-reduce per step. This is like
+    token of each style, {style: float}. Gradients are all-reduced once per step. This is like
     DistributedDataParallel with `no_sync`, except that gradients are summed and not averaged, and that a
     process without a micro-batch in a short step contributes zeros. An earlier all-reduce would not
     overlap with any computation, because the backward pass reaches the Q-Former last.
@@ -572,7 +570,7 @@ def accumulate(model, micro_batches, seed=0):
             assert not has_loss, f"the loss has no gradient for {name}"
             p.grad = torch.zeros_like(p)
     distributed.all_reduce(p.grad for p in model.qformer.parameters())
-    # apart from the gradient norm, this is the only synchronisation with the GPU in a step
+    # apart from the gradient norm, this is the only place where a step waits for the GPU
     sums = distributed.sums(*losses.tolist(), *tokens.tolist())
     losses, tokens = sums[: len(STYLES)], sums[len(STYLES) :]
     means = {s: a / n for s, a, n in zip(STYLES, losses, tokens, strict=True) if n}
@@ -650,9 +648,10 @@ def note_small_data(data, recipe, warm):
     """Print a note if there are few steps or few validation clips. warm: whether --init is used."""
     clips, steps = len(data.train), recipe.epochs * recipe.steps_per_epoch(len(data.train))
     if steps < FEW_STEPS:
-        batch = max(1, min(SMALL_BATCH, recipe.batch_size * recipe.grad_accum))
-        epochs = math.ceil(FEW_STEPS / math.ceil(clips / batch))
-        flags = f"--batch-size {batch} --grad-accum 1 --epochs {epochs} --warmup-steps 50"
+        processes = ranks.world_size()  # each needs a micro-batch
+        batch = max(1, min(SMALL_BATCH, recipe.batch_size * recipe.grad_accum) // processes)
+        epochs = math.ceil(FEW_STEPS / math.ceil(clips / (batch * processes)))
+        flags = f"--batch-size {batch} --grad-accum {processes} --epochs {epochs} --warmup-steps 50"
         init = "" if warm else ", and --init CHECKPOINT if you have a trained one"
         note(
             f"note: {counted(steps, 'step')} may be too few to learn; for {FEW_STEPS}, use {flags}{init}"

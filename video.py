@@ -59,11 +59,10 @@ class Info:
 
     duration: seconds, the longer of what the header declares and what the file contains; implausible
         headers are ignored.
-    rate: frames per second. width, height: pixels, upright. rotation: degrees.
+    width, height: pixels, upright. rotation: degrees.
     """
 
     duration: float
-    rate: float
     width: int
     height: int
     rotation: int
@@ -119,8 +118,7 @@ def probe(path):
         width, height = frame.width, frame.height
         if frame.rotation % 180 == 90:
             width, height = height, width
-        rate = float(stream.average_rate or 0)
-    return Info(scan_packets(path).duration, rate, width, height, frame.rotation % 360)
+    return Info(scan_packets(path).duration, width, height, frame.rotation % 360)
 
 
 def decode(path, num_frames, start=None, end=None, backend="auto"):

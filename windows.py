@@ -131,6 +131,12 @@ def read(paths, encoder, how, limit=None):
             pairs = list(islice(clips, how.batch_size))
 
 
+def note_damage(batch, paths):
+    """Warn about files that end early or are corrupt, given a batch of their windows."""
+    for n, damage in sorted({(w.file, w.damage) for w in batch if w.damage}):
+        cli.note(f"{cli.printable(to_utf8(paths[n]))}: {damage}; using the part that can be read")
+
+
 def too_long(path, length, how):
     return VideoError(
         "unreadable",
@@ -206,9 +212,8 @@ def description(path, pairs):
 
     pairs: its [(`Window`, caption)], where the caption is None if the window failed.
     The result is {"path", "windows": [{"start", "end", "caption"}]}, and {"path", "error"} if all windows
-    failed. It also has a "warning" if part of the file could not be decoded, and "failed" with the times of
-    windows that failed, as in "windows". "actions" and "samples" of a
-    `Window` are beside its "caption".
+    failed. It also has a "warning" if part of the file could not be decoded, and "failed", the start and
+    end of each window that failed. A window's "actions" and "samples" are beside its "caption".
     """
 
     def text_of(w, caption):

@@ -177,7 +177,7 @@ def add_flags(parser, rows):
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     text = f"run only this row, with --seed{': ' + ', '.join(rows) if rows else ''}"
     add("--row", choices=rows, metavar="NAME", help=text)
-    add("--seed", type=cli.whole(0), default=0, help="seed of the run of --row")
+    add("--seed", type=cli.seed, default=0, help="seed of the run of --row")
 
 
 def validations(folder):

@@ -293,7 +293,7 @@ def words(args):
     [first] = next(windows.read([path], encoder, windows.Windowing.of(args), limit=1))
     if first.error:
         raise UserError(str(first.error), code=FAILED)
-    embeddings.note_damage([first], [path])
+    windows.note_damage([first], [path])
     if not first.alone:
         note(f"{path}: using only the first {first.end:.1f} s")
     features = windows.features([first], captioner.device)

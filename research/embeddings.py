@@ -20,7 +20,7 @@ from tqdm import tqdm
 import windows
 from checkpoint import weights_digest
 from dataset import STYLES, FeatureDataset, batches, loader
-from runtime.cli import note, printable
+from runtime.cli import note
 from runtime.errors import FAILED, UserError, out_of_files, out_of_memory
 from runtime.feature_cache import Settings, recorded_sources
 from runtime.files import parse_json, temporary_name
@@ -101,7 +101,7 @@ def embed_windows(paths, encoder, captioner, windowing, limit=None):
     Windows that could not be decoded have an `error` and no row. The dict is empty if all failed.
     """
     for batch in windows.read(paths, encoder, windowing, limit):
-        note_damage(batch, paths)
+        windows.note_damage(batch, paths)
         vectors = {}
         if decoded := [w for w in batch if not w.error]:
             vectors = embed(captioner, **windows.features(decoded, captioner.device))
@@ -133,12 +133,6 @@ def embed_film(path, encoder, captioner, windowing, limit=None):
         whole[kind] = np.full((len(read), rows.shape[1]), np.nan, np.float32)
         whole[kind][decoded] = rows
     return [(w.start, w.end) for w in read], whole
-
-
-def note_damage(batch, paths):
-    """Warn about files that end early or are corrupt, given a batch of their windows."""
-    for n, damage in sorted({(w.file, w.damage) for w in batch if w.damage}):
-        note(f"{printable(paths[n])}: {damage}; using the part that can be read")
 
 
 # ---- the file ------------------------------------------------------------------------------

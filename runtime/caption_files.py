@@ -410,8 +410,8 @@ class Sidecars:
     def write(self, result):
         """Write the sidecar of a clip, after its result, with the sidecar's digest, to the record.
 
-        In this order, a kill in between is noticed: the sidecar is missing. Returns the result, or one with
-        an "error" if the sidecar could not be written.
+        An older sidecar is deleted first. In this order, a kill in between is noticed: the sidecar is
+        missing. Returns the result, or one with an "error" if the sidecar could not be written.
         """
         clip = Path(result["path"])
         path = self.path(clip)
@@ -424,11 +424,13 @@ class Sidecars:
             return self.record.write(result | known)
         text = "".join(f"{span['caption']}\n" for span in result["windows"])
         data = (text if self.form == "txt" else formatted(result, self.form)).encode()
-        self.record.write(result | {"sidecars": listed | {path.name: sha256(data)}})
         try:
+            path.unlink(missing_ok=True)
+            self.record.write(result | {"sidecars": listed | {path.name: sha256(data)}})
             write_atomic(path, data)
         except OSError as error:
-            if explain(error):  # a full disk, which the next clip will not fit on either
+            # with a full disk, for example, the next clip would fail too
+            if explain(error) and not isinstance(error, PermissionError):
                 raise
             error = {"error": f"{path.name} cannot be written: {error.strerror}"}
             return self.record.write({"path": result["path"]} | error | known)

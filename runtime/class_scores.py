@@ -7,7 +7,7 @@ import numpy as np
 
 
 def ranks(logits, wanted):
-    """Return the rank, from 1, of the right class of each clip. Other classes with an equal score are better.
+    """Return the rank, from 1, of the right class of each clip. Ties count against it.
 
     logits: (n, C). wanted: (n,); the rank of class -1 is C + 1.
     """

@@ -107,7 +107,7 @@ def exit_code(main, signals):
             raise
         if why is not None:
             fail(why)
-        return USAGE if isinstance(error, WRONG_KIND) else FAILED
+        return USAGE if isinstance(error, (*WRONG_KIND, PermissionError)) else FAILED
 
 
 def fail(why):
@@ -149,8 +149,9 @@ def kill_children():
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that expands a leading `~` in all values, which shells do not in --output=~/run.
 
-    No value may be a URL, because all data and models are read from disk; otherwise it raises UserError.
-    A mistake is one line, and for an unknown flag it names the most similar one.
+    No value may be a URL, because all data and models are read from disk, or empty, because an empty path
+    would be the working directory; otherwise it raises UserError. A mistake is one line, and for an unknown
+    flag it names the most similar one.
     """
 
     def parse_args(self, args=None, namespace=None):
@@ -171,6 +172,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                flags = [
+                    f for f, action in self._option_string_actions.items() if action.dest == name
+                ]
+                self.error(f"{[*flags, name][0]} is empty; is a shell variable not set?")
             refuse_url(value)
             setattr(namespace, name, expand_home(value))
         return namespace, rest
@@ -245,7 +251,7 @@ def add_common(parser, workers=4, limit=True):
     add_workers(group, workers)
     if limit:
         group.add_argument("--limit", type=whole(1), help="use only the first N clips")
-    group.add_argument("--seed", type=whole(0), default=0, help="random seed")
+    group.add_argument("--seed", type=seed, default=0, help="random seed")
 
 
 def add_cached(add):
@@ -316,6 +322,9 @@ def whole(least, most=None):
 
     parse.metavar = "N"
     return parse
+
+
+seed = whole(0, 2**32 - 1)
 
 
 def number(least=None, above=None, below=None, most=None):

@@ -18,7 +18,7 @@ def read(features, name, part):
     """Return {(split, id): entry} of the clips in a part, given as (i, n).
 
     Lines that are not valid are skipped with a warning, except for an unfinished last line, which a kill
-    leaves. Of several entries for one clip the last counts, that in the most recently modified file first.
+    leaves. If a clip has several entries, the last one in the most recently modified file counts.
     """
     files = []
     for path in (features / f"{name}.jsonl", *features.glob(f"{name}_part*of*.jsonl")):

@@ -230,8 +230,8 @@ def _jumps_back(packets, tick):
 def _is_cut(path, container):
     """Return whether a file ends before its container does, in formats where FFmpeg does not notice.
 
-    Packets of MPEG-TS have 188 bytes and start with a G; of its variants with longer packets, none is found to
-    be cut. ASF (.wmv) declares the size of the file, and a GIF ends in a semicolon.
+    Packets of MPEG-TS have 188 bytes and start with a G; cuts in its variants with longer packets are not
+    detected. ASF (.wmv) declares the size of the file, and a GIF ends in a semicolon.
     """
     with open(path, "rb") as file:
         head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)

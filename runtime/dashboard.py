@@ -38,9 +38,7 @@ def connect(name, folder, step, config):
 
     config: the run's flags. Raises UserError if the dashboard cannot be opened.
     """
-    if ranks.rank():
-        return Dashboard()
-    if name == "none":
+    if ranks.rank() or name == "none":
         return Dashboard()
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

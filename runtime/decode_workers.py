@@ -23,7 +23,8 @@ from runtime.errors import FAILED, UserError, VideoError
 class WorkerPool:
     """Worker processes, each with its own pipes and used by one thread at a time.
 
-    workers: the number of processes; 0 runs every call in this process, without a time limit.
+    workers: the number of threads of `map`, each with a process. A `call` from another thread may start one
+    more. 0 runs every call in this process, without a time limit.
     timeout: seconds allowed per call. If the decoder hangs or crashes, only that clip fails.
 
     Why not pebble or concurrent.futures: their workers share one pipe. If a worker is killed while it

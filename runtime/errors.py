@@ -60,13 +60,16 @@ class VideoError(Exception):
 def explain(error):
     """Return the user-facing message for errors that are no bugs of this project, else None.
 
-    They are: a full disk, no memory, too many open files, and a folder instead of a file or the reverse.
+    They are: a full disk, no memory, too many open files, no permission, and a folder instead of a file or
+    the reverse.
     """
     text = str(error)
     if isinstance(error, IsADirectoryError):
         return f"{error.filename} is a folder, but must be a file; move it away"
     if isinstance(error, WRONG_KIND):
         return f"{error.filename} needs a folder, but there is a file in its place; move it away"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: permission denied; change the permissions, or give another path"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             f"the disk is full ({error.filename or 'while writing'}); existing files are intact. Free"
@@ -100,6 +103,8 @@ def out_of_memory(error):
         "not enough memory",
         "unable to mmap",
         "Cannot allocate memory",
+        "CUDA error: out of memory",  # when torch starts, or pins memory, on a full card
+        "CUBLAS_STATUS_ALLOC_FAILED",
     )
     return (
         isinstance(error, MemoryError)

@@ -310,7 +310,8 @@ def channel_statistics(features, split, ids, settings, workers):
     """
 
     def sums(clip_id):
-        item = load_features(Path(features) / split / f"{clip_id}.pt", clip_id, settings)
+        path = feature_file(Path(features), split, clip_id)
+        item = load_features(path, clip_id, settings)
         x = item["features"].double() * item["scale"].double() + item["offset"].double()
         return x.sum(0), x.square().sum(0)
 

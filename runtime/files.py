@@ -100,6 +100,8 @@ def write_new(path, data):
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
+            if os.path.exists(path):
+                return False
             os.replace(temporary, path)
     return True
 

@@ -167,7 +167,8 @@ def fingerprint(folder):
     """Hash config.json, tokenizer.json and the name, size, first and last MiB of each weight file.
 
     Returns the first 16 hex digits of the sha256. They do not depend on the location: the Hub cache and
-    a folder downloaded from the Hub have the same fingerprint, and a fine-tuned copy has another.
+    a folder downloaded from the Hub have the same fingerprint. A copy that differs only in the middle of
+    its weight files has it, too.
     """
     folder, digest = Path(folder), hashlib.sha256()
     config = read_config(folder)

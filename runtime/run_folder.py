@@ -180,7 +180,10 @@ def delete_replaced(folder):
 
 @contextmanager
 def resumable(step):
-    """Context manager for a block in which everything up to `step` is saved: a signal prints how to go on."""
+    """Context manager for a block before which everything up to `step` was saved.
+
+    If a signal stops the block, it prints how to continue.
+    """
     try:
         yield
     except Stopped:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import pytest
@@ -295,6 +296,22 @@ def test_digests_of_sidecars_outlive_an_interrupted_overwrite(tmp_path):
     sidecars = Sidecars([clip], "txt", record)
     assert not sidecars.is_finished(clip)
     sidecars.write(FILM | {"path": str(clip), "windows": FILM["windows"][1:]})
+    assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
+
+
+def test_an_old_sidecar_never_counts_as_that_of_a_new_caption(tmp_path, monkeypatch):
+    """Killed between the record and the sidecar, the old text counted as finished, and later as the user's."""
+    clip = tmp_path / "a.mp4"
+    record = CaptionFile(tmp_path / "captions.jsonl", "jsonl")
+    Sidecars([clip], "txt", record).write(FILM | {"path": str(clip)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("runtime.caption_files.write_atomic", Mock(side_effect=KeyboardInterrupt))
+        new = FILM | {"path": str(clip), "windows": FILM["windows"][1:]}
+        Sidecars([clip], "txt", record).write(new)
+    record = CaptionFile(record.path, "jsonl")
+    sidecars = Sidecars([clip], "txt", record)
+    assert not sidecars.is_finished(clip)
+    sidecars.write(new)
     assert (tmp_path / "a.txt").read_text() == "b\n" and not sidecars.foreign
 
 

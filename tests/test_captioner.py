@@ -467,6 +467,14 @@ def test_a_nucleus_of_one_token_is_greedy(captioner, make_clips):
     assert texts == [[text, text] for text in greedy]
 
 
+def test_of_equal_logits_a_nucleus_of_one_token_takes_the_first():
+    """bfloat16 logits are often equal. --scores then scored another caption than greedy search writes."""
+    logits = torch.randn(50, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    top = logits.max(-1, keepdim=True).values
+    logits[:, ::7] = top  # many equal ones
+    assert torch.equal(nucleus(logits.float(), 1e-9).argmax(-1), logits.argmax(-1))
+
+
 def test_tokens_are_sampled_with_their_probabilities():
     """The nucleus of .5, .3, .15, .05 with .7 is .5, .3. Zero probabilities are never chosen."""
     p = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()

@@ -178,6 +178,22 @@ def test_a_split_without_captions_gets_template_accuracy_only(run, world, prepar
     assert "CIDEr" in result["skipped"] and "METEOR" in result["skipped"]
 
 
+def test_clips_without_a_caption_are_not_scored(run, prepared, trained, tmp_path, capsys):
+    """train.py left out the clips without a label, but evaluate.py refused the whole split."""
+    records = load(prepared / "annotations" / "validation.json")
+    for record in records[:2]:
+        record["label"] = None
+    changed = shutil.copytree(prepared / "annotations", tmp_path / "annotations")
+    (changed / "validation.json").write_text(json.dumps(records))
+    out = run("--annotations", changed)
+    assert "2 clips have no label caption and will not be scored" in capsys.readouterr().err
+    assert load(out / "evaluation_validation.json")["n"] == len(records) - 2
+    result = load(out / "evaluation_validation.json")
+    captions = "--predictions", trained / "predictions_validation.json"  # of all clips
+    run(*captions, "--annotations", changed, checkpoint=False)
+    assert load(out / "evaluation_validation.json")["metrics"] == result["metrics"]
+
+
 def test_still_control_needs_a_still_cache(run, world, prepared, tmp_path):
     with pytest.raises(UserError, match="sampling = 'bin_centres', but this command needs 'still'"):
         run("--control", "still")

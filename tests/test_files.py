@@ -1,6 +1,9 @@
 """runtime/files.py, runtime/table.py and their users: listings, text encodings and names of files."""
 
+import errno
+import os
 from unicodedata import normalize
+from unittest.mock import Mock
 
 import pytest
 
@@ -10,7 +13,7 @@ from runtime import hub, run_folder
 from runtime.clip_files import find_files
 from runtime.errors import UserError, explain
 from runtime.feature_cache import load_manifest, require_features
-from runtime.files import read_json, read_text, write_atomic
+from runtime.files import read_json, read_text, write_atomic, write_new
 from runtime.names import duration, file_size, id_problem, list_names, safe_id
 from runtime.table import read_table
 from worlds import ssv2_files
@@ -212,6 +215,15 @@ def test_a_name_that_the_locale_cannot_write_is_explained(monkeypatch):
     with pytest.raises(UnicodeEncodeError) as caught:
         CAFE.encode("ascii")
     assert "PYTHONUTF8=1" in explain(caught.value)
+
+
+def test_a_new_file_replaces_none(tmp_path, monkeypatch):
+    """Where files have no hard links, the manifest of another shard was overwritten."""
+    for path in (tmp_path / "linked", tmp_path / "moved"):
+        assert write_new(path, b"first") and not write_new(path, b"second")
+        assert path.read_bytes() == b"first"
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "not permitted")))
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_long_message_keeps_its_start_and_end(tmp_path):

@@ -102,6 +102,10 @@ def test_help_names_the_command_that_was_typed(name):
     [
         ("infer /nowhere.mp4 --checkpoint x", 2, "infer.py: clip not found: /nowhere.mp4"),
         ("infer", 2, "infer.py: give either the clips to caption"),
+        # an empty path would be the working directory
+        ("infer ''", 2, "infer.py: clips is empty; is a shell variable not set?"),
+        ("train --output=", 2, "train.py: --output is empty; is a shell variable not set?"),
+        ("train --seed 4294967296", 2, "argument --seed: 4294967296 is above 4294967295"),
         ("train --features /nowhere", 2, "train.py: no feature cache: /nowhere/manifest.json"),
         ("evaluate", 2, "evaluate.py: --checkpoint results/ssv2/best.pt does not exist."),
         # the file that was given is named first, not the data that its run folder would have named

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import closing
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import evaluate
 import infer
 import preprocess_ssv2
 import train
-from runtime import errors, feature_cache, files, run_log
+from runtime import cli, errors, feature_cache, files, run_log
 from runtime.errors import UserError
 from tools import doctor_checks
 from worlds import toy_ssv2
@@ -56,6 +57,27 @@ def test_a_long_window_keeps_few_files_open(world, prepared, tokenizer):
 )
 def test_too_many_open_files_get_one_message(error):
     assert "`ulimit -n 4096`" in errors.explain(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        # each ended in a traceback; in Python 3.11 Path.exists() raises the first one, too
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/private/x"),
+            "/private/x: permission",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "out of memory; halve"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+            "out of memory; halve",
+        ),
+    ],
+)
+def test_errors_that_are_no_bugs_get_one_line(error, message, capsys):
+    code = cli.exit_code(Mock(side_effect=error), SimpleNamespace(number=None))
+    assert code == (errors.USAGE if isinstance(error, PermissionError) else errors.FAILED)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["builtins.open", "torch.load"])

@@ -7,6 +7,7 @@ import torch
 from conftest import train_flags
 
 import captioner
+import dataset
 import train
 from captioner import VideoCaptioner
 from dataset import by_hash
@@ -62,7 +63,7 @@ def spied(world, prepared, tmp_path_factory):
         patch.setattr(torch.optim, "AdamW", Spy)
         patch.setattr(train, "accumulate", spy)
         patch.setattr(train, "finish", finish)
-        patch.setattr(train, "STATISTICS_CLIPS", STATISTICS)
+        patch.setattr(dataset, "STATISTICS_CLIPS", STATISTICS)
         with pytest.raises(Spied):
             train.main(train_flags(world, prepared, output, *FLAGS, "--dropout", 0.5))
     return output, steps, groups

@@ -174,8 +174,11 @@ def test_with_few_validation_clips_the_loss_chooses(clips, chosen, monkeypatch, 
     assert run.best[-1] == (chosen, {1: 6.0, 2: 5.0}[chosen])
 
 
-def test_short_runs_get_a_note_with_flags_that_parse(capsys):
-    """Six epochs of 50 clips are only 6 steps of up to 64 clips."""
+@pytest.mark.parametrize("processes", [1, 2, 16])
+def test_short_runs_get_a_note_with_flags_that_parse(processes, monkeypatch, capsys):
+    """Six epochs of 50 clips are only 6 steps of up to 64 clips. Under torchrun, train.py refused the flags
+    that it had suggested, because they left a process without a micro-batch."""
+    monkeypatch.setattr("runtime.ranks.world_size", lambda: processes)
     recipe = train.Recipe.of(train.parse_args(["--epochs", "6"]))
     data = SimpleNamespace(train=[{}] * 50, subset=[{}] * 10)
     train.note_small_data(data, recipe, warm=False)
@@ -184,6 +187,7 @@ def test_short_runs_get_a_note_with_flags_that_parse(capsys):
     [found] = re.findall(r"use (--.*?), and --init", text)
     better = train.Recipe.of(train.parse_args(found.split()))
     assert better.epochs * better.steps_per_epoch(50) >= train.FEW_STEPS
+    assert better.grad_accum >= processes
     train.note_small_data(SimpleNamespace(train=[{}] * 50, subset=[{}] * 50), better, warm=False)
     assert not capsys.readouterr().err
 

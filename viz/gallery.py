@@ -69,7 +69,7 @@ def parse_args(argv=None):
         help="show a sample of N clips (100 without a number), as GIFs inside the page",
     )
     group.add_argument("--output", metavar="FILE", help="page to write (default: in RUN)")
-    group.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the sample")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the sample")
     cli.add_workers(group, 4)
     return parser.parse_args(argv)
 

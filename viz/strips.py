@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser.add_argument("--videos", default=cli.VIDEOS, help="folder of the clips")
     parser.add_argument("--split", default=VALIDATION, help="split of the predictions")
     parser.add_argument("--num-samples", type=cli.whole(1), default=4, help="clips to draw")
-    parser.add_argument("--seed", type=cli.whole(0), default=0, help="seed of the sample")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the sample")
     parser.add_argument("--output", required=True, metavar="FILE", help="PNG file to write")
     return parser.parse_args(argv)
 

@@ -64,9 +64,7 @@ def parse_args(argv=None):
         type=cli.whole(1),
         help="pretraining steps of the toy language model (default: that of worlds.toy_ssv2)",
     )
-    parser.add_argument(
-        "--seed", type=cli.whole(0), default=0, help="seed of the world and the run"
-    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the world and the run")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--table",

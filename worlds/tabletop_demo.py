@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--output", default="results/tabletop", help="run folder")
     add("--clips", type=cli.whole(50), default=6000, help="number of training clips")
     add("--epochs", type=cli.whole(1), default=4, help="passes over the clips")
-    add("--seed", type=cli.whole(0), default=0, help="seed of the world and the run")
+    add("--seed", type=cli.seed, default=0, help="seed of the world and the run")
     text = "auto: bfloat16 if the processor supports it, else float32, which takes twice as long"
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
     return parser.parse_args(argv)

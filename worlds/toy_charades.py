@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("output", help="folder for the data set")
     p.add_argument("--videos", type=whole(10), default=400, help="number of training videos")
     p.add_argument("--test-videos", type=whole(2), default=150, help="number of test videos")
-    p.add_argument("--seed", type=whole(0), default=0, help="seed of all random choices")
+    p.add_argument("--seed", type=cli.seed, default=0, help="seed of all random choices")
     return p.parse_args(argv)
 
 

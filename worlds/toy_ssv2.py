@@ -55,7 +55,7 @@ def parse_args(argv=None):
     p.add_argument("output", help="folder for the toy world")
     group = p.add_argument_group("world")
     group.add_argument("--clips", type=whole(50), default=4000, help="number of training clips")
-    group.add_argument("--seed", type=whole(0), default=0, help="seed of all random choices")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all random choices")
     group.add_argument(
         "--old-names",
         action="store_true",
