@@ -1,5 +1,6 @@
 """--device and --dtype, using torch's own CUDA functions where they work without a GPU."""
 
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -28,6 +29,14 @@ def under_torchrun(monkeypatch, rank, count):
     for name, value in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count)]:
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+
+
+@pytest.mark.parametrize("script", ["infer", "probe", "retrieve"])
+def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
+    """Each of the processes of infer.py captioned all clips."""
+    under_torchrun(monkeypatch, 0, 2)
+    with pytest.raises(UserError, match="runs in a single process; start it without torchrun"):
+        importlib.import_module(script).main(["x.mp4"] if script == "infer" else [])
 
 
 @pytest.mark.parametrize(

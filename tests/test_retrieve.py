@@ -336,6 +336,10 @@ def test_search_finds_the_nearest_clips(run, world, prepared, flags, tmp_path, m
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [row[1] for row in rows] == ["caption"] * 4 + ["clip"] * 4
     assert rows[4][2:4] == ["1.000", records[3]["id"]]  # the same file
+    cut = run / "cut.webm"
+    cut.write_bytes(video.read_bytes()[:-2000])
+    assert not retrieve.main([*search[:-2], "--query", str(cut)])
+    assert "cut.webm: the file is truncated" in capsys.readouterr().err  # it was not mentioned
 
 
 def test_user_errors_are_reported_before_any_work(
