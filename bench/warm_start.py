@@ -1,6 +1,6 @@
 """Compare train.py --init with training from scratch on 50, 200 and 1,000 clips.
 
-    python -m bench.warm_start                                       (tabletop: 2 CPU-hours (est.))
+    python -m bench.warm_start                                       (tabletop: 1.5 CPU-hours)
     python -m bench.warm_start --world shapes --data data/toy --models data/toy    (30 CPU-minutes (est.))
     python -m bench.warm_start --row warm_200 --seed 0               (a single run)
 
