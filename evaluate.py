@@ -223,6 +223,8 @@ def main(argv=None):
         "settings": settings,
     }
     output.mkdir(parents=True, exist_ok=True)
+    if args.predictions:
+        run_folder.replaced_scores(output / f"evaluation_{name}.json", result)
     write_json(output / f"evaluation_{name}.json", result)
     text = json_bytes(result).decode() if args.json else as_text(result, args.markdown) + "\n"
     print(text, end="")

@@ -156,16 +156,25 @@ def main(argv=None):
             file.forget(clips)
         if args.num_samples:
             copy_clips(todo, path.parent)
+        before = stamp(path)
         try:
             form = "text" if path else args.format or "text"
             captioned = write(results, file, form, len(todo), is_saved=path is not None)
         finally:  # also if the script is stopped
-            if path and path.exists():
+            if stamp(path) != before:
                 note(f"written to {path}")
     failed = len(todo) - captioned
     if failed and len(todo) > 1:
         note(f"{failed:,} of {len(todo):,} clips failed")
     return FAILED if failed == len(todo) else PARTIAL if failed else DONE
+
+
+def stamp(path):
+    """Return what changes when the file is written. None if there is no file."""
+    if not (path and path.exists()):
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_size
 
 
 def captions(args, checkpoint, clips):

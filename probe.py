@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import heads
+from checkpoint import json_digest
 from dataset import (
     TRAIN,
     VALIDATION,
@@ -40,7 +41,7 @@ from runtime.charades import write_submission
 from runtime.cli import note
 from runtime.errors import FAILED, Stopped, UserError
 from runtime.feature_cache import load_manifest
-from runtime.files import json_line, read_json, write_json
+from runtime.files import json_line, write_json
 from runtime.head_run import DIVERGED, HeadRun
 from runtime.intervals import bootstrap
 from runtime.names import counted, first_few
@@ -385,7 +386,13 @@ def scores_of(args, probe, head, controls, records, read):
     if args.submission:
         probabilities = {video: heads.probabilities(x, multi) for video, _, x in videos}
         write_submission(args.submission, probabilities, classes)
-    settings = {"split": args.split, "windows": args.windows, "control": args.control}
+    clips = json_digest([r["id"] for r in records])
+    settings = {
+        "split": args.split,
+        "windows": args.windows,
+        "control": args.control,
+        "clips": clips,
+    }
     settings |= {
         "chosen": probe["chosen"],
         "unknown_classes": heads.unknown_classes(records, classes, multi),
@@ -407,10 +414,10 @@ def report(args, result, folder):
     parts += [f"first{args.limit}"] if args.limit else []
     parts += [args.windows] if args.windows != "max" and "per_class" in result else []
     path = folder / f"evaluation_{'_'.join(parts)}.json"
-    if path.exists():  # keep the control "shuffled_labels", which only training can score
-        before = read_json(path, "evaluation")
-        if isinstance(before, dict) and before.get("settings") == result["settings"]:
-            result["controls"] = before["controls"] | result["controls"]
+    before = run_folder.replaced_scores(path, result)
+    if before.get("settings") == result["settings"]:
+        # keep the control "shuffled_labels", which only training can score
+        result["controls"] = before["controls"] | result["controls"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     names = list(result["metrics"])

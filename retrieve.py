@@ -430,7 +430,8 @@ def scores_of(args, saved, tower, pairs, vectors, read):
         way: {name: bootstrap(r <= k, args.seed) for name, k in RECALLS.items()}
         for way, r in found["retriever"].items()
     }
-    settings = {"split": args.split, "lists": args.lists, "control": args.control}
+    clips = json_digest([r["id"] for r in pairs.records])
+    settings = {"split": args.split, "lists": args.lists, "control": args.control, "clips": clips}
     return {
         "n": {"clips": len(pairs.records), "texts": len(pairs.texts)},
         "metrics": scores.pop("retriever"),
@@ -446,6 +447,7 @@ def report(args, result, folder):
     parts += [Path(args.lists).stem] if args.lists else []
     parts += [f"first{args.limit}"] if args.limit else []
     path = folder / f"evaluation_{'_'.join(parts)}.json"
+    run_folder.replaced_scores(path, result)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     names = {**RECALLS, "median_rank": "median"}

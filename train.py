@@ -92,7 +92,8 @@ class Data:
     train: list
     validation: list
     subset: list  # the part of `validation` that is scored after each epoch
-    all_validation: list  # also without features; they set the document frequencies of CIDEr
+    missing: int  # validation clips without features, at most --allow-missing
+    all_validation: list  # of the whole split; they set the document frequencies of CIDEr
     workers: int
 
 
@@ -450,7 +451,8 @@ def read_data(args):
     """
 
     def labelled(split):
-        records = [r for r in load_records(args.annotations, split)[: args.limit] if r["label"]]
+        every = load_records(args.annotations, split)
+        records = [r for r in every[: args.limit] if r["label"]]
         if not records:
             raise UserError(f"split {split!r} in {args.annotations} has no captions")
         if split == VALIDATION and len(records) < 2:
@@ -460,11 +462,11 @@ def read_data(args):
             raise UserError(
                 f"split {split!r} has too few clips with features: {len(usable)} of {len(records)}"
             )
-        return records, usable
+        return [r for r in every if r["label"]], usable, len(records) - len(usable)
 
     manifest = load_manifest(args.features)
-    all_train, train = labelled(TRAIN)
-    all_validation, validation = labelled(VALIDATION)
+    all_train, train, _ = labelled(TRAIN)
+    all_validation, validation, missing = labelled(VALIDATION)
     if both := sorted({r["id"] for r in all_train} & {r["id"] for r in all_validation}):
         raise UserError(
             f"{counted(len(both), 'clip is', 'clips are')} in both {TRAIN}.json and {VALIDATION}.json in"
@@ -480,6 +482,7 @@ def read_data(args):
         train=train,
         validation=validation,
         subset=subset,
+        missing=missing,
         all_validation=all_validation,
         workers=args.workers,
     )
@@ -614,7 +617,7 @@ def finish(model, data, recipe, folder, with_meteor):
     write_predictions(folder / "predictions_validation.json", predictions)
     settings = {"split": VALIDATION, "style": "label", "step": best["step"], "loss": loss}
     settings["weights"] = checkpoint.weights_digest(best["qformer"])
-    settings["missing"] = len(data.all_validation) - len(data.validation)
+    settings["missing"] = data.missing
     result |= {"checkpoint": str(folder / BEST), "settings": settings}
     write_json(folder / "evaluation_validation.json", result)
     print(metrics.format_table(result))

@@ -211,6 +211,8 @@ def _bounds(path, scan, start, end):
     low, high = start or 0.0, np.inf if end is None else end
     if ((scan.times >= low) & (scan.times < high)).any():
         return low, high
+    if low >= max(scan.covered, scan.declared):
+        raise VideoError("empty", f"{path} ends at {scan.covered:.2f} s, before {low:g}-{high:g} s")
     if not 0 <= low < min(high, scan.covered):
         raise VideoError("truncated", f"{path} has no frame in {low:g}-{high:g} s")
     return float(scan.times[scan.times <= low].max()), high

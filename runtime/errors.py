@@ -73,7 +73,7 @@ def explain(error):
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             f"the disk is full ({error.filename or 'while writing'}); existing files are intact. Free"
-            " some space and run the same command again"
+            " some space and run the same command again, with --resume or --skip-done if it has such a flag"
         )
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
         return (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from runtime import start
 from runtime.cli import note
 from runtime.errors import UserError, out_of_memory
 from runtime.feature_cache import Manifest
@@ -65,7 +66,9 @@ class HeadRun:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.epoch, self.best = int(saved["epoch"]), tuple(map(float, saved["best"]))
             self.step = int(saved.get("step", 0))  # the probe's earlier versions did not store it
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        except KeyError:
+            raise UserError(f"--resume: {path} was not written by {start.program()}") from None
+        except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"--resume: {path} cannot be used: {error}") from None
         step = f", step {self.step:,}" if self.step else ""
         note(f"resuming after epoch {self.epoch}{step}")

@@ -173,6 +173,27 @@ def undo(folder):
         move(path, folder / REPLACED, folder)
 
 
+def replaced_scores(path, result):
+    """Return the content of an evaluation file that `result` will replace, or {} if there is none.
+
+    Prints a note if it has the scores of other clips, or of another file of captions.
+    """
+    if not path.exists():
+        return {}
+    before = read_json(path, "evaluation")
+    if not (isinstance(before, dict) and isinstance(before.get("settings"), dict)):
+        return {}
+    clips = (r["settings"].get("clips") for r in (before, result))
+    files = (r.get("checkpoint") for r in (before, result))
+    if None not in (pair := [*clips]) and pair[0] != pair[1]:
+        note(f"note: {path} had the scores of other clips, which are replaced")
+    elif len({str(f) for f in files}) > 1:
+        names = before["checkpoint"]
+        names = ", ".join(map(str, names)) if isinstance(names, list) else names
+        note(f"note: {path} had the scores of {names}, which are replaced")
+    return before
+
+
 def delete_replaced(folder):
     if (folder / REPLACED).exists():
         shutil.rmtree(folder / REPLACED)

@@ -227,6 +227,16 @@ def caption(trained, *args):
     return infer.main([*map(str, args), "--checkpoint", str(trained), "--workers", "0"])
 
 
+def test_only_what_was_written_is_reported(world, trained, tmp_path, capsys):
+    """After a failure, "written to" named a file with the subtitles of another film."""
+    film, empty, output = next((world / "videos").iterdir()), tmp_path / "a.mp4", tmp_path / "a.srt"
+    empty.touch()
+    assert caption(trained, film, "--output", output) == DONE
+    assert f"written to {output}" in capsys.readouterr().err
+    assert caption(trained, empty, "--output", output, "--overwrite") == FAILED
+    assert "written to" not in capsys.readouterr().err and output.stat().st_size
+
+
 def test_infer_and_evaluate_write_the_same_captions(world, trained, capsys):
     """A video file gets the same caption as the cached features of its clip."""
     predictions = load(trained / "predictions_validation.json")[:6]

@@ -1,6 +1,7 @@
 """runtime/files.py, runtime/table.py and their users: listings, text encodings and names of files."""
 
 import errno
+import json
 import os
 from unicodedata import normalize
 from unittest.mock import Mock
@@ -224,6 +225,19 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch):
         assert path.read_bytes() == b"first"
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "not permitted")))
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_scores_of_other_clips_or_files_are_not_replaced_silently(tmp_path, capsys):
+    """probe.py --evaluate on other clips also kept a control that was scored on the first ones."""
+    path = tmp_path / "evaluation_validation.json"
+    first = {"settings": {"clips": "a"}, "checkpoint": ["/x.json"]}
+    assert run_folder.replaced_scores(path, first) == {}
+    path.write_text(json.dumps(first))
+    assert run_folder.replaced_scores(path, first) == first and not capsys.readouterr().err
+    run_folder.replaced_scores(path, first | {"settings": {"clips": "b"}})
+    assert "had the scores of other clips" in capsys.readouterr().err
+    run_folder.replaced_scores(path, first | {"checkpoint": ["/y.json"]})
+    assert "had the scores of /x.json, which are replaced" in capsys.readouterr().err
 
 
 def test_a_long_message_keeps_its_start_and_end(tmp_path):

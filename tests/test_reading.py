@@ -32,6 +32,13 @@ def training(world, prepared, *flags):
     return train.read_data(args), train.Recipe.of(args)
 
 
+def test_limited_runs_are_scored_as_by_evaluate(world, prepared):
+    """With --limit, train.py took the document frequencies of CIDEr from fewer clips than evaluate.py."""
+    data, _ = training(world, prepared, "--limit", 20)
+    assert len(data.validation) == 20 and not data.missing
+    assert len(data.all_validation) == len(dataset.load_records(data.annotations, "validation"))
+
+
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open files cannot be counted here")
 def test_a_long_window_keeps_few_files_open(world, prepared, tokenizer):
     """All micro-batches of a step were read before the first was used. The out-of-memory message
