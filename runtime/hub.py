@@ -139,7 +139,7 @@ def look_here(name, flag):
     if os.path.isdir(name):
         return Path(name), _missing_files(Path(name))
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as facebook/vjepa2-…")
+        raise UserError(f"{flag} {name}: neither a folder nor a Hub id such as owner/name")
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -242,6 +242,8 @@ def load(auto_class, folder, flag, **kwargs):
             raise
         lines = (str(error).strip() or type(error).__name__).splitlines()
         why = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+        if "Unrecognized configuration class" in why:  # followed by a list of all classes
+            why = f"it is a model of type {read_config(folder).get('model_type')!r}"
         raise UserError(f"{flag} {folder} cannot be loaded: {why}") from None
     finally:
         logging.set_verbosity(level)

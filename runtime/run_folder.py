@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime import devices, distributed, ranks
+from runtime import devices, distributed, ranks, start
 from runtime.cli import ANNOTATIONS, FEATURES, drop_closed_streams, note, output_folder
 from runtime.errors import Stopped, UserError
 from runtime.files import lock, read_json, remove_unfinished, torch_bytes, write_atomic, write_json
@@ -29,6 +29,7 @@ RUN_FILES = [LAST, PREVIOUS, CORRUPT, BEST, "args.json", "metrics.jsonl", "curve
 RUN_FILES += ["validation_epoch_*.json", "predictions_*.json", "evaluation_*.json", "versus_*.json"]
 RUN_FILES += ["samples_*.json", "settings_*.json", "gallery*.html"]
 RUN_FILES += ["report_id.json", "tensorboard/events.*"]  # of dashboards
+TRAINERS = ("train.py", "probe.py", "retrieve.py")
 REPLACED = ".replaced"  # the old run, until the run that replaces it has saved a checkpoint
 
 
@@ -46,6 +47,9 @@ def check(output, resume, overwrite, dry_run=False):
             f"--output {folder} already contains a run: continue it with --resume, replace it with"
             " --overwrite, or choose another folder"
         )
+    script, own = read_args(folder).get("script"), start.program()
+    if not dry_run and script in TRAINERS and own in TRAINERS and script != own:
+        raise UserError(f"--output {folder} contains a run of {script}; choose another folder")
     for path in find(folder, RUN_FILES):
         if path.is_dir() and not overwrite:
             raise UserError(f"{path} is a folder, but must be a file; move it away")
@@ -97,6 +101,7 @@ def recorded(folder, args, overwrite, device, finished=False, **facts):
 
 def write_args(folder, args, device, **facts):
     facts = {
+        "script": start.program(),
         "args": args,
         **provenance(),
         "processes": ranks.world_size(),

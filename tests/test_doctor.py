@@ -259,6 +259,13 @@ def test_the_models_of_a_checkpoint_are_found(trained, world):
     assert states["checkpoint's lm"] == states["checkpoint's encoder"] == "ok"
 
 
+def test_an_encoder_is_not_a_language_model(world):
+    """The doctor said that train.py can run with it."""
+    found, fingerprint = doctor_checks.check_model("lm", str(world / "encoder"))
+    assert found.state == doctor_checks.MISSING and "is an encoder of type vjepa2" in found.found
+    assert fingerprint is None
+
+
 def test_a_missing_local_model_has_no_download_command(trained, tmp_path, monkeypatch):
     """A relative folder such as toy/lm looks like a Hub id."""
     state = checkpoint.read_checkpoint(trained)

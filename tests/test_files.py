@@ -227,6 +227,17 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 2
 
 
+def test_a_run_of_another_script_is_not_replaced(tmp_path, monkeypatch):
+    """probe.py --output results/demo --overwrite deleted the captioner."""
+    (tmp_path / "args.json").write_text('{"script": "train.py"}')
+    monkeypatch.setattr("runtime.start.program", lambda: "probe.py")
+    for resume, overwrite in ((True, False), (False, True)):
+        with pytest.raises(UserError, match=r"contains a run of train\.py; choose another folder"):
+            run_folder.check(tmp_path, resume, overwrite)
+    monkeypatch.setattr("runtime.start.program", lambda: "train.py")
+    assert run_folder.check(tmp_path, False, True) == tmp_path
+
+
 def test_scores_of_other_clips_or_files_are_not_replaced_silently(tmp_path, capsys):
     """probe.py --evaluate on other clips also kept a control that was scored on the first ones."""
     path = tmp_path / "evaluation_validation.json"

@@ -17,7 +17,7 @@ import optim
 import train
 from checkpoint import read_checkpoint
 from dataset import TRAIN, VALIDATION, encode_caption, load_records, loader, shared_bytes
-from encoder import VideoEncoder, family_of, preprocessor_file
+from encoder import FAMILIES, VideoEncoder, family_of, preprocessor_file
 from qformer import QFormer
 from runtime import cli, devices, hub
 from runtime.caption_tokens import tokenize
@@ -226,6 +226,9 @@ def check_model(what, name):
             if what == "encoder":
                 family_of(folder, name)
                 preprocessor_file(folder, name)
+            kind = hub.read_config(folder).get("model_type")
+            if what.endswith("lm") and kind in tuple(FAMILIES):
+                return Finding(MISSING, what, f"{name} is an encoder of type {kind}"), None
             size = sum(path.stat().st_size for path in list_files(folder, ".safetensors"))
             return Finding(OK, what, f"{name}, {size / 1e6:,.0f} MB"), hub.fingerprint(folder)
     except UserError as error:
