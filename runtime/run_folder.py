@@ -188,13 +188,11 @@ def replaced_scores(path, result):
     before = read_json(path, "evaluation")
     if not (isinstance(before, dict) and isinstance(before.get("settings"), dict)):
         return {}
-    clips = (r["settings"].get("clips") for r in (before, result))
-    files = (r.get("checkpoint") for r in (before, result))
-    if None not in (pair := [*clips]) and pair[0] != pair[1]:
+    clips, files = before["settings"].get("clips"), before.get("checkpoint")
+    if clips and clips != result["settings"].get("clips"):
         note(f"note: {path} had the scores of other clips, which are replaced")
-    elif len({str(f) for f in files}) > 1:
-        names = before["checkpoint"]
-        names = ", ".join(map(str, names)) if isinstance(names, list) else names
+    elif files and files != result.get("checkpoint"):
+        names = ", ".join(map(str, files)) if isinstance(files, list) else files
         note(f"note: {path} had the scores of {names}, which are replaced")
     return before
 

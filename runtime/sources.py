@@ -50,7 +50,8 @@ def identify(path):
     """Return the `Source` of a file. Its digest is the sha256 of its size and of its bytes.
 
     Of a file of more than 1 MiB, 16 blocks of 64 KiB count, evenly spread from its first to its last byte, so
-    that a part that was missing and has been filled in is noticed. Raises OSError if it cannot be read or is not a regular file.
+    that a part that was missing and has been filled in is noticed. Raises OSError if it cannot be read or is
+    not a regular file.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # opening a pipe could block

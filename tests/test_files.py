@@ -245,6 +245,9 @@ def test_scores_of_other_clips_or_files_are_not_replaced_silently(tmp_path, caps
     assert run_folder.replaced_scores(path, first) == {}
     path.write_text(json.dumps(first))
     assert run_folder.replaced_scores(path, first) == first and not capsys.readouterr().err
+    path.write_text('{"settings": {}}')  # of an earlier version
+    assert run_folder.replaced_scores(path, first) and not capsys.readouterr().err
+    path.write_text(json.dumps(first))
     run_folder.replaced_scores(path, first | {"settings": {"clips": "b"}})
     assert "had the scores of other clips" in capsys.readouterr().err
     run_folder.replaced_scores(path, first | {"checkpoint": ["/y.json"]})
