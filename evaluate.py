@@ -43,9 +43,9 @@ from runtime import class_scores, cli, devices, distributed, hub, ranks, run_fol
 from runtime.cli import note
 from runtime.errors import FAILED, UserError
 from runtime.feature_cache import load_manifest, require_features
-from runtime.files import in_shard, json_bytes, read_json, write_json
+from runtime.files import in_shard, json_bytes, write_json
 from runtime.names import counted, first_few
-from runtime.predictions import predictions_by_id, read_predictions, write_predictions
+from runtime.predictions import predictions_by_id, read_coco, read_predictions, write_predictions
 
 KEPT = 100  # clips with different captions in versus_*.json
 BATCH = 64  # clips per batch, here and in the validation of train.py
@@ -251,7 +251,7 @@ def check_same_clips(output, name, records):
         if re.sub(r"_without\d+", "", path.stem) != f"predictions_{name}":
             continue
         try:
-            before = predictions_by_id(read_json(path, "predictions")).keys()
+            before = predictions_by_id(read_coco(path)).keys()
         except UserError:  # nothing that evaluate.py wrote
             continue
         if len(ids & before) < min(len(ids), len(before)) / 2:

@@ -151,15 +151,17 @@ class Parser(argparse.ArgumentParser):
 
     No value may be a URL, because all data and models are read from disk, or empty, because an empty path
     would be the working directory; otherwise it raises UserError. A mistake is one line, and for an unknown
-    flag it names the most similar one.
+    flag it names the most similar one, or the path to give if a file has this name.
     """
 
     def parse_args(self, args=None, namespace=None):
         namespace, rest = self.parse_known_args(args, namespace)
         flag = next((text.partition("=")[0] for text in rest if text.startswith("-")), None)
         if flag:
-            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f"unknown flag {flag}{f'; did you mean {similar[0]}?' if similar else ''}")
+            meant = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if os.path.exists(flag):
+                meant = [f"./{flag}"]
+            self.error(f"unknown flag {flag}{f'; did you mean {meant[0]}?' if meant else ''}")
         if rest:
             self.error(f"unexpected argument {rest[0]}")
         return namespace

@@ -3,7 +3,6 @@
 import csv
 import io
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 from runtime.caption_files import COLUMNS, read_results, unescaped
@@ -32,11 +31,9 @@ def read_predictions(paths, ids):
     if other := [p for p in paths if Path(p).suffix.lower() in (".srt", ".vtt", ".txt")]:
         raise UserError(f"captions {other[0]}: only .json, .jsonl, .csv and .tsv can be scored")
     written = [p for p in paths if Path(p).suffix.lower() in (*TABLES, ".jsonl")]
-    files = [read_json(path, "predictions") for path in paths if path not in written]
-    if not all(isinstance(entries, list) for entries in files):
-        raise UserError(f"predictions {', '.join(paths)} must contain a JSON list in each file")
+    entries = [entry for path in paths if path not in written for entry in read_coco(path)]
     check_parts(paths)
-    entries, others = [*chain.from_iterable(files)], 0
+    others = 0
     for path in written:
         captions = read_written(path)
         entries += [{"image_id": i, "caption": t} for i, t in captions if i in ids]
@@ -47,13 +44,22 @@ def read_predictions(paths, ids):
     return predictions_by_id(entries)
 
 
+def read_coco(path):
+    """Read a file in the COCO result format, see `write_predictions`. Raises UserError if it is not valid."""
+    entries = read_json(path, "predictions")
+    if not isinstance(entries, list):
+        raise UserError(f'predictions {path} must be a list of {{"image_id": id, "caption": text}}')
+    for n, entry in enumerate(entries, 1):
+        is_caption = isinstance(entry, dict) and isinstance(entry.get("caption"), str)
+        if not (is_caption and "image_id" in entry):
+            raise UserError(
+                f'predictions {path}: entry {n} is not like {{"image_id": id, "caption": text}}'
+            )
+    return entries
+
+
 def predictions_by_id(entries):
-    """Convert COCO results `[{"image_id": id, "caption": text}]` to {id: text}. Raises UserError."""
-    if not all(
-        isinstance(e, dict) and "image_id" in e and isinstance(e.get("caption"), str)
-        for e in entries
-    ):
-        raise UserError('predictions must be a list of {"image_id": id, "caption": text}')
+    """Convert entries of `read_coco` to {id: caption}. Raises UserError if a clip occurs more than once."""
     counts = Counter(str(e["image_id"]) for e in entries)
     if repeated := [i for i, count in counts.items() if count > 1]:
         raise UserError(f"clips predicted more than once: {first_few(repeated)}")

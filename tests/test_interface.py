@@ -608,3 +608,13 @@ def test_urls_are_refused(script, flags):
         UserError, match=r"://.* is a URL, and URLs are not read: download it first"
     ):
         importlib.import_module(script).parse_args(flags)
+
+
+def test_the_path_of_a_file_that_looks_like_a_flag_is_named(tmp_path, monkeypatch, capsys):
+    """`infer.py -clip.webm` was answered with "unknown flag", and the file was there."""
+    monkeypatch.chdir(tmp_path)
+    Path("-clip.webm").touch()
+    with pytest.raises(SystemExit):
+        importlib.import_module("infer").parse_args(["-clip.webm"])
+    assert "did you mean ./-clip.webm?" in capsys.readouterr().err
+    assert importlib.import_module("infer").parse_args(["./-clip.webm"]).clips == ["./-clip.webm"]

@@ -23,7 +23,7 @@ from runtime import caption_metrics
 from runtime.caption_tokens import tokenize
 from runtime.errors import UserError
 from runtime.java import JavaError, jar, java_thread, run_java
-from runtime.predictions import predictions_by_id
+from runtime.predictions import predictions_by_id, read_predictions
 from runtime.templates import Templates, fill
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -583,15 +583,27 @@ def test_clips_and_predictions_must_be_one_to_one(change, message):
         score(predictions, records)
 
 
-def test_predictions_in_coco_format():
-    """The original computed ids from batch sizes, so two clips shared one in the short last batch."""
+def test_predictions_in_coco_format(tmp_path):
+    """The original computed ids from batch sizes, so two clips shared one in the short last batch.
+
+    The message about a file that is not valid did not say which of several files it was.
+    """
     entries = [{"image_id": 7, "caption": "a"}, {"image_id": "8", "caption": "b"}]
     assert predictions_by_id(entries) == {"7": "a", "8": "b"}
     with pytest.raises(UserError, match="clips predicted more than once: 7"):
         predictions_by_id([*entries, {"image_id": "7", "caption": "c"}])
-    for wrong in (["7", "a"], [{"image_id": "7"}], [{"image_id": "7", "caption": None}]):
-        with pytest.raises(UserError, match="image_id"):
-            predictions_by_id(wrong)
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps(entries))
+    wrong = (
+        {},
+        ["7", "a"],
+        [{"image_id": "7"}],
+        [*entries[:1], {"image_id": "7", "caption": None}],
+    )
+    for value, where in zip(wrong, (" must", ": entry 1", ": entry 1", ": entry 2"), strict=True):
+        second.write_text(json.dumps(value))
+        with pytest.raises(UserError, match=rf"{second}{where}.*image_id"):
+            read_predictions([first, second], {"7", "8"})
 
 
 # ---- controls and intervals ----------------------------------------------------------------
