@@ -318,6 +318,29 @@ def test_readme_python_runs(world, trained, monkeypatch, capsys):
     assert isinstance(window["caption"], str)
 
 
+def test_the_notebook_runs(world, prepared, trained, capsys):
+    """The code of docs/inside.ipynb runs on a small world, and its saved output has no warning."""
+    cells = json.loads((HERE / "docs" / "inside.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {o.get("name", o["output_type"]) for cell in cells for o in cell["outputs"]}
+    assert kinds == {"stdout", "execute_result"}
+    [record, *_] = json.loads((prepared / "annotations" / "validation.json").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    for name, there in {
+        "results/demo/best.pt": trained / "best.pt",
+        "data/toy/annotations": prepared / "annotations",
+        "data/toy/videos": world / "videos",
+        '"6449"': f'"{record["id"]}"',
+    }.items():
+        assert name in code
+        code = code.replace(name, str(there))
+    exec(code, {})
+    *_, encoder, qformer, lm = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Q-Former +(\d+) of +\1 weights have a gradient", qformer)
+    assert all(re.search(" 0 of +[1-9]", line) for line in (encoder, lm))
+
+
 def heading_anchors(text):
     """Return GitHub's #anchors for a page's headings."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
