@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import sys
 
 LONGEST = 2000  # characters of a message, which may quote what a file contains
@@ -10,7 +9,6 @@ DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # PARTIAL: finished, but some clips f
 SIGNALLED = 128  # plus the signal's number, as shells do: 130 for Ctrl-C, 143 for SIGTERM
 # a folder instead of a file, or the reverse; mkdir raises the last one
 WRONG_KIND = (IsADirectoryError, NotADirectoryError, FileExistsError)
-INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 
 
 class UserError(Exception):

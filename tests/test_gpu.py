@@ -20,7 +20,7 @@ from checkpoint import load_models, read_checkpoint
 from encoder import VideoEncoder
 from research import embeddings, words
 from runtime import devices
-from runtime.errors import TERMINATED
+from runtime.errors import SIGNALLED
 from runtime.feature_cache import load_features, load_manifest
 from viz import app
 
@@ -45,7 +45,7 @@ def test_the_whole_chain(gpu, world, prepared, tmp_path, monkeypatch, capsys):
     assert re.search(r"GPU memory +\d\S* \w+ peak, ", capsys.readouterr().out)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.run_log.Log.step", lambda *_: signal.raise_signal(signal.SIGTERM))
-        assert train.main(flags) == TERMINATED
+        assert train.main(flags) == SIGNALLED + signal.SIGTERM
     assert not train.main([*flags, "--resume"])
     args = json.loads((run / "args.json").read_text())
     assert (args["device"], args["args"]["dtype"]) == ("emulated GPU 0", "bfloat16")

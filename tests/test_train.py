@@ -19,7 +19,7 @@ import optim
 import train
 from dataset import load_records
 from runtime import run_folder, run_log
-from runtime.errors import TERMINATED, Stopped, UserError
+from runtime.errors import SIGNALLED, Stopped, UserError
 from runtime.stop_signals import StopSignals
 
 STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -58,7 +58,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(world, prepared, trained, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(run_log.Log, "step", step_then_stop)
-        assert train.main(train_flags(world, prepared, output)) == TERMINATED
+        assert train.main(train_flags(world, prepared, output)) == SIGNALLED + signal.SIGTERM
     assert state(output)["step"] == stop_after
     with open(output / "metrics.jsonl", "a") as file:  # a step that the checkpoint does not have
         file.write(json.dumps({"step": stop_after + 1, "loss": 0}) + '\n{"step": ')

@@ -18,7 +18,7 @@ from shutil import copytree
 
 from checkpoint import read_checkpoint
 from runtime import files
-from runtime.errors import DONE, FAILED, INTERRUPTED, PARTIAL, TERMINATED, UserError
+from runtime.errors import DONE, FAILED, PARTIAL, SIGNALLED, UserError
 from runtime.feature_cache import load_features, load_manifest
 from runtime.provenance import summary
 from torture.odd_clips import CLIPS
@@ -111,10 +111,10 @@ def stop_training(world, repetitions, rng):
     whole, seconds = world.trained()
     folder, problems, steps = world.new(), [], []
     for n in range(repetitions.stops):
-        number, code = ((signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED))[n % 2]
+        number = (signal.SIGTERM, signal.SIGINT)[n % 2]
         after = rng.uniform(0, seconds / (repetitions.stops + 1))  # before the run ends
         ended = world.train(folder, 2, kill_after=after, stop_with=number)
-        if ended.code != code:
+        if ended.code != SIGNALLED + number:
             problems.append(f"exit code {ended.code}")
         steps.append(files.read_torch(folder / "last.pt")["step"])
     expect(world.train(folder), DONE)
