@@ -177,7 +177,7 @@ def main(argv=None):
     if ranks.rank():
         return
     missing = [r["id"] for r in records if r["id"] not in predictions]
-    if len(missing) > args.allow_missing:
+    if len(missing) > args.allow_missing or len(missing) == len(records):
         raise UserError(
             f"{len(missing)} of {counted(len(records), 'clip has', 'clips have')} no prediction:"
             f" {first_few(missing)}; --allow-missing N leaves up to N clips out"

@@ -70,6 +70,10 @@ def test_scoring_with_missing_clips_needs_a_flag_and_is_reported(run, prepared, 
     # nor are predictions scored if some are missing
     with pytest.raises(UserError, match="2 of 64 clips have no prediction"):
         run("--predictions", out / "predictions_validation_without2.json", checkpoint=False)
+    # a file without a caption was scored, as 0 clips
+    (empty := tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(UserError, match="64 of 64 clips have no prediction"):
+        run("--predictions", empty, "--allow-missing", 64, checkpoint=False)
 
 
 def test_captions_of_other_clips_are_not_replaced(run, trained, tmp_path):
