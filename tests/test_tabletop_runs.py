@@ -4,6 +4,7 @@ from runtime.start import ROOT
 
 import importlib
 import json
+import math
 import shlex
 import statistics
 
@@ -214,19 +215,40 @@ def test_the_docs_quote_the_committed_runs():
         "lm_random": "worthless ({:.2f})",
         "lm_shuffled": "random order, the score is {:.2f}.",
         "encoder_random": "hardly better ({:.2f})",
+        "lr_3e-4": "3e-4 ({:.2f})",
+        "lr_6e-4": "6e-4 ({:.2f})",
+        "lr_2e-3": "2e-3 scores {:.2f}",
         "no_gain": "the norm of a LayerNorm ({:.2f})",
-        "k2": "does not harm the labels ({:.2f} with K = 2,",
-        "no_positions": "Without them the score is {:.2f}",
-        "eot_in_front": "does not help ({:.2f},",
+        "k2": "does not harm the labels ({:.2f} with K = 2)",
+        "k2_passes3": "three passes of K = 2 score {:.2f}",
+        "k4_passes2": "two of K = 4 score {:.2f}",
+        "k2_per_caption": "({:.2f} with K = 2 and three passes)",
+        "queries8": "and the score {:.2f}",
+        "queries64": "64 queries ({:.2f})",
+        "blocks2": "a second block ({:.2f})",
+        "no_positions": "and the score is {:.2f}.",
+        "eot_in_front": "no measurable difference ({:.2f})",
         "no_standardisation": "the features as they are ({:.2f})",
     }.items():
         assert quoted.format(mean[name]) in text, name
+    right, wrong = (
+        [run["scores"]["validation"]["template_accuracy"] for run in rows[name]["runs"]]
+        for name in ("base", "no_positions")
+    )
+    right = f"{100 * statistics.fmean(right):.0f} ± {100 * statistics.stdev(right):.0f}"
+    assert f"{100 * wrong[0]:.0f} % of the templates are right instead of {right} %" in text
     # rows on a CPU were compared with the base on a GPU, which is better by 0.4
-    again = json.loads((ROOT / "results" / "tabletop_runs_cpu.json").read_text())["rows"]
-    again = [run["scores"]["validation"]["CIDEr"] for run in again["base"]["runs"]]
-    base = f"{statistics.fmean(again):.2f} ± {statistics.stdev(again):.2f}"
-    for page in ("tabletop", "speed"):
-        assert base in (ROOT / "docs" / f"{page}.md").read_text()
+    assert {run["device"] for row in rows.values() for run in row["runs"]} == {"cpu"}
+    losses = [run["losses"][-1] for run in rows["base"]["runs"]]
+    loss = f"{statistics.fmean(losses):.2f} ± {statistics.stdev(losses):.2f}"
+    base = f"{mean['base']:.2f} ± {statistics.stdev(scores['base']):.2f}"
+    speed = (ROOT / "docs" / "speed.md").read_text()
+    assert loss in text and f"{base} on the tabletop world" in speed and loss in speed
+    # the 97.5th percentile of the t distribution with two degrees of freedom; one run against three
+    apart, apart_loss = (
+        4.303 * statistics.stdev(x) * math.sqrt(1 + 1 / 3) for x in (scores["base"], losses)
+    )
+    assert f"CIDEr is {apart:.1f} higher or lower, or its validation loss {apart_loss:.2f}" in text
     summaries = [
         json.loads((ROOT / "results" / f"tabletop_seed{seed}.json").read_text())
         for seed in range(3)
