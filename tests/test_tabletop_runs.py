@@ -279,7 +279,7 @@ def test_the_docs_quote_the_committed_runs():
 
 
 def test_a_missing_result_of_another_command_is_noticed_before_the_runs(tmp_path):
-    """Without a summary of `make tabletop`, the page failed after five CPU-hours of runs."""
+    """Without a summary of `make tabletop`, the page failed after hours of runs."""
     with pytest.raises(UserError, match=r"bench\.free_prompts"):
         tabletop.other_results(tmp_path)
     (tmp_path / "free_prompts.json").write_text('{"n": 1}')
