@@ -1,7 +1,7 @@
 """Train on the tabletop world with one change at a time: controls and settings.
 
-    python -m bench.tabletop                            (8 CPU-hours, two runs at a time)
-    python -m bench.tabletop --row queries8 --seed 0    (a single run, 15 CPU-minutes)
+    python -m bench.tabletop                            (about 8 CPU-hours, two runs at a time)
+    python -m bench.tabletop --row queries8 --seed 0    (a single run, about 15 CPU-minutes)
 
 Needs the models, clips and features of `make tabletop` and the result of bench/free_prompts.py. It can be
 stopped and restarted: finished runs are kept in --runs. Each run trains on the first 1,000 clips for 625

@@ -219,7 +219,7 @@ def test_the_docs_quote_the_committed_runs():
         "lr_6e-4": "6e-4 ({:.2f})",
         "lr_2e-3": "2e-3 scores {:.2f}",
         "no_gain": "the norm of a LayerNorm ({:.2f})",
-        "k2": "does not harm the labels ({:.2f} with K = 2)",
+        "k2": "does no measurable harm ({:.2f} with K = 2)",
         "k2_passes3": "three passes of K = 2 score {:.2f}",
         "k4_passes2": "two of K = 4 score {:.2f}",
         "k2_per_caption": "({:.2f} with K = 2 and three passes)",
